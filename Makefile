@@ -1,0 +1,47 @@
+# Every target sets up first; set-up is quick when nothing changed.
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(p))))
+BIN := .venv/bin
+DEMO_RUNS := scenes-gear-s0 scenes-llamagen-repa-s0 scenes-llamagen-repa-control-s0
+REFERENCE_RUNS := $(DEMO_RUNS)
+DEMO := GEAR_RUNS=runs/demo GEAR_FIGURES=figures/demo
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo figures reference test test-slow lab lint strip teacher
+.DEFAULT_GOAL := setup
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "gear needs Python 3.11 or 3.12 on the PATH (or: make setup PYTHON=/path/to/python)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,effnet]"
+	@touch $@
+
+demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, and draws figures/demo
+	$(DEMO) $(BIN)/python -m gear train $(DEMO_RUNS) --jobs 2
+	$(DEMO) $(BIN)/python -m gear figures --demo
+
+figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 redraws what is up to date too
+	$(BIN)/python -m gear figures $(if $(FORCE),--force)
+
+reference: setup  ## trains the reference runs again: about 7 minutes on two cores
+	$(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+strip: setup  ## removes outputs and counts from the notebooks
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
+	$(BIN)/python -m gear train teacher-scenes
+	$(BIN)/python -m gear.teachers.package teacher-scenes

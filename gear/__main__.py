@@ -1,0 +1,130 @@
+"""The command line: gear train | sample | figures | runs."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+from torchvision.utils import make_grid
+
+from gear import render
+from gear.checkpoints import load_generator, load_tokenizer
+from gear.config import TrainingStopped, UserError, nearest
+from gear.generator.sampling import sample
+from gear.jobs import train_many
+from gear.recipes import RECIPES, recipe, train_with_parents
+from gear.run import Run, run_names
+from gear.training.loop import Runtime
+from gear.training.state import Config
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    config: Config
+    runtime: Runtime = field(default_factory=Runtime)
+    name: str = ""  # the run's name, if not the recipe's
+    label: str = ""  # ends the name of this run and of every parent that the changes concern
+    jobs: int = 1  # runs trained at once, where several are named
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    labels: tuple[int, ...] = tuple(range(16))  # a class for each image
+    cfg_scale: float = 1.0  # guidance; 1 is none
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    seed: int = 0
+    out: Path = Path("samples.png")
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    force: bool = False  # redraw what is up to date too
+
+
+def train_command(names, arguments):
+    """Train runs by recipe name; parents that are missing come first. The same command resumes."""
+    if not names:
+        raise UserError(f"name a recipe: gear train NAME. Known: {', '.join(RECIPES)}.")
+    base = recipe(names[0])
+    options = _parse(TrainOptions(base), arguments)
+    if options.config.seed != base.seed:  # the seed is part of the name
+        seeded = [f"{name}-s{options.config.seed}" for name in names]
+        return train_command(seeded, arguments)
+    if len(names) > 1:
+        if options.config != base:
+            raise UserError("changes apply to one run: name a single recipe.")
+        return train_many(names, options.jobs)
+    name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
+    run = train_with_parents(options.config, name, base, options.label, options.runtime)
+    print(f"{run.name}: step {run.step}, {run.path}")
+
+
+def sample_command(names, arguments):
+    """Draw samples of a generator run into a PNG."""
+    if len(names) != 1:
+        raise UserError("name one generator run: gear sample RUN.")
+    options = _parse(SampleOptions(), arguments)
+    config = Run.open(names[0]).config
+    generator = load_generator(names[0])
+    side = config["data"]["image_size"] // 2 ** (len(config["tokenizer"]["channel_mult"]) - 1)
+    if wrong := [label for label in options.labels if not 0 <= label < generator.config.num_classes]:
+        raise UserError(f"labels {wrong}: this run has classes 0 to {generator.config.num_classes - 1}.")
+    tokenizer = load_tokenizer(names[0])
+    images = sample(
+        generator, tokenizer, torch.tensor(options.labels), (side, side), cfg_scale=options.cfg_scale,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+    )  # fmt: skip
+    grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(options.out)
+    print(f"{len(images)} samples of {names[0]}: {options.out.resolve()}")
+
+
+def figures_command(names, arguments):
+    """Execute notebooks (all but `train`, or those named) and write their figures; skip what is up to date."""
+    render.render(names, force=_parse(FigureOptions(), arguments).force)
+
+
+def runs_command(names, arguments):
+    """List the runs: name, stage, step, and whether they are finished."""
+    for name in run_names(names[0] if names else "*"):
+        run = Run.open(name)
+        weights = "" if run.checkpoint_steps() else "  (no weights)"
+        print(f"{name:36} {run.config['stage']:10} {run.step:>7} / {run.config['steps']}{weights}")
+
+
+COMMANDS = {"train": train_command, "sample": sample_command, "figures": figures_command, "runs": runs_command}
+
+
+def _parse(default, arguments):
+    return tyro.cli(type(default), default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def main(arguments=None):
+    """Run one command; a user's mistake prints one message and exits with code 2, a stopped run with code 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("\n".join(f"gear {name:8} {c.__doc__.splitlines()[0]}" for name, c in COMMANDS.items()))
+        return
+    name, rest = arguments[0], arguments[1:]
+    positional = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}'.{nearest(name, COMMANDS)} Known: {', '.join(COMMANDS)}.")
+        COMMANDS[name](rest[:positional], rest[positional:])
+    except UserError as error:
+        print(f"gear: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingStopped as error:
+        print(f"gear: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("gear: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

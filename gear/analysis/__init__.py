@@ -1,0 +1,1 @@
+"""What the trained networks have learned: pure functions from arrays to numbers."""

@@ -1,0 +1,31 @@
+"""Features of the generator and the teacher on the same images, a row a token, so that they can be compared."""
+
+import torch
+
+BATCH = 128
+
+
+@torch.no_grad()
+def generator_features(generator, tokenizer, images, labels, layers):
+    """Return the generator's raw residual stream per layer, {layer: (N, L, D)} (Fig. 5; 0 is the embedding output).
+
+    Teacher-forced on the images' hard indices with their true labels, evaluation mode. Row i is the position that predicts
+    token i and has not seen it: the one that alignment pairs with patch i.
+    """
+    parts = []
+    for x, y in zip(images.split(BATCH), labels.split(BATCH)):
+        hidden = generator.hidden(tokenizer.encode(x).flatten(1), y, layers)
+        parts.append({layer: h.float() for layer, h in hidden.items()})
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+
+
+@torch.no_grad()
+def teacher_features(teacher, images):
+    """Return the teacher's patch features, (N, L, C)."""
+    return torch.cat([teacher(x).float() for x in images.split(BATCH)])
+
+
+def to_grid(rows):
+    """(N, L, D) rows in raster order -> (N, h, w, D) on the square grid."""
+    side = round(rows.shape[1] ** 0.5)
+    return rows.unflatten(1, (side, side))

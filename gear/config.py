@@ -1,0 +1,62 @@
+"""Configurations: frozen dataclasses to JSON and back, and the one exception a user's mistake raises."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+
+
+class UserError(ValueError):
+    """Say what was wrong, what was expected and what to do; the command line prints it without a traceback, exit code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code 1."""
+
+
+def nearest(name, names):
+    """Phrase a suggestion for a misspelt `name` among `names`; empty when nothing is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def to_dict(config):
+    """Turn a (nested) dataclass into plain JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls, values, where=""):
+    """Build dataclass `cls` from `values`: a missing key takes its default, an unknown one raises UserError."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown field '{where}{key}' in the configuration.{nearest(key, fields)}")
+    kwargs = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            value = from_dict(types[key], value, f"{where}{key}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def flatten(values, prefix=""):
+    """Flatten nested dicts to {"a.b": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old, new):
+    """List the fields in which two configuration dicts differ, as 'name: old -> new' strings."""
+    old, new = flatten(old), flatten(new)
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
+def config_hash(values):
+    """Return twelve hex digits that identify a configuration dict."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

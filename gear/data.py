@@ -1,0 +1,166 @@
+"""Images: where they come from, which of them training may see, and a stream that can start at any sample.
+
+A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC and `labels(positions)`. Sample n of the stream is a
+function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from gear.config import UserError
+from gear.scenes import NUM_CLASSES, Scenes
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+VALIDATION_SHARE = 0.05  # of a folder's images
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "scenes"  # "scenes", or the path of a folder of images (one sub-folder a class, or flat)
+    image_size: int = 32  # pixels
+    train_images: int = 12_000  # scenes only
+    val_images: int = 2_000  # scenes only
+    interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
+    flip: bool = False  # mirror half of the training images
+    labels: Literal["class", "factors"] = "class"  # "factors": what each patch shows (scenes; trains the teacher)
+
+
+class Folder:
+    """Images of a folder, one sub-folder a class; a flat folder is one class.
+
+    A fixed twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none.
+    Raises UserError when the folder is missing or holds no images.
+    """
+
+    def __init__(self, path, split, config):
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise UserError(f"no folder of images at '{path}'. Give --source a folder with one sub-folder a class, or 'scenes'.")
+        self.classes = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d)) or [root.name]
+        files = _images_in(root)
+        if not files:
+            raise UserError(f"the folder '{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
+        rank = {f: _hash(f.relative_to(root).as_posix()) for f in files}
+        held_out = {f for f in files if rank[f] < VALIDATION_SHARE} or {min(files, key=rank.get)}
+        self.files = [f for f in files if (f in held_out) == (split == "val")]
+        if not self.files:
+            raise UserError(f"the folder '{path}' holds {len(files)} image: one is kept for validation, none is left to train on.")
+        first = [f.relative_to(root).parts[0] for f in self.files]
+        self._labels = np.array([self.classes.index(p) if p in self.classes else 0 for p in first], np.int64)
+        self._filter, self._size = INTERPOLATIONS[config.interpolation], config.image_size
+
+    def __len__(self):
+        return len(self.files)
+
+    def labels(self, positions):
+        return self._labels[positions]
+
+    def images(self, positions, draws=None):
+        """Resize the short side and crop to the square: at the centre, or where `draws` (B, 2) in [0, 1) says."""
+        out = []
+        for i, position in enumerate(positions):
+            try:
+                image = Image.open(self.files[position]).convert("RGB")
+            except OSError as error:
+                raise UserError(f"the image {self.files[position]} cannot be read ({error}). Remove or replace it.") from None
+            scale = self._size / min(image.size)
+            image = image.resize([max(self._size, round(side * scale)) for side in image.size], self._filter)
+            room = np.array(image.size) - self._size
+            x, y = room // 2 if draws is None else (draws[i] * (room + 1)).astype(int)
+            out.append(np.asarray(image.crop((x, y, x + self._size, y + self._size))))
+        return np.stack(out)
+
+
+def open_source(config, split):
+    """Open the "train" or "val" split of a DataConfig; no image is in both."""
+    if config.source == "scenes":  # disjoint ranges of scene numbers
+        first, length = {"train": (0, config.train_images), "val": (1 << 40, config.val_images)}[split]
+        return Scenes(first, length, config.image_size)
+    if config.labels == "factors":
+        raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")
+    return Folder(config.source, split, config)
+
+
+def num_classes(config):
+    """Return the number of classes of a DataConfig's source."""
+    return NUM_CLASSES if config.source == "scenes" else len(open_source(config, "train").classes)
+
+
+class Stream(Dataset):
+    """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded crops and flips."""
+
+    def __init__(self, config, seed, patch=4):
+        self.config, self.seed, self.patch = config, seed, patch
+        self.source = open_source(config, "train")
+        self._epoch, self._order = None, None
+
+    def _position(self, n):
+        epoch, offset = divmod(n, len(self.source))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+        return self._order[offset]
+
+    def __getitems__(self, numbers):
+        positions = np.array([self._position(n) for n in numbers])
+        draws = np.stack([np.random.default_rng((self.seed, 1, n)).random(3) for n in numbers])
+        crop = {} if isinstance(self.source, Scenes) else {"draws": draws[:, :2]}
+        images = self.source.images(positions, **crop)
+        if self.config.flip:
+            images = np.where((draws[:, 2] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+        if self.config.labels == "factors":
+            labels = self.source.factors(positions, self.patch)
+        else:
+            labels = self.source.labels(positions)
+        return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
+
+
+def stream(config, seed, batch_size, start=0, workers=0, patch=4):
+    """Yield (images (B, 3, H, W) in [-1, 1], labels (B,)) without end, from sample number `start` on."""
+
+    def numbers():
+        n = start
+        while True:
+            yield list(range(n, n + batch_size))
+            n += batch_size
+
+    return iter(
+        DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=lambda batch: batch)
+    )
+
+
+def load(config, split="val", count=None, start=0):
+    """Return the first `count` images of a split, centre-cropped and never flipped, and their labels.
+
+    (N, 3, H, W) float32 in [-1, 1] and (N,) int64. `start` skips images.
+    """
+    source = open_source(config, split)
+    stop = len(source) if count is None else min(start + count, len(source))
+    positions = np.arange(start, stop)
+    return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(source.labels(positions))
+
+
+def to_float(images):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]: x = uint8 / 127.5 - 1."""
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255))."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _images_in(folder):
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+
+
+def _hash(name):
+    """Map a name to [0, 1), evenly and for ever."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12

@@ -1,0 +1,86 @@
+"""How figures look, and how they are kept: PDF, PNG and the CSV of what is drawn, byte for byte the same each time."""
+
+import json
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from gear.run import figures_dir, write_atomically
+
+PALETTE = {
+    "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red
+    "control": "#8A8F98",
+    "GEAR": "#C8442E",
+    "naive": "#7A4FA3",
+    "teacher": "#2B2B2B",
+    "null": "#B9A44C",
+}
+METHODS = {"warm-up": "LlamaGen-REPA (warm-up)", "control": "control (no guidance)", "GEAR": "GEAR", "naive": "naive bridge"}
+
+
+def use_style():
+    """Set the house style: sizes that stay legible at a README's width, embedded fonts, no date in files."""
+    sns.set_theme(style="ticks", context="paper")
+    matplotlib.rcParams |= {
+        "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E9E9E9",
+        "lines.linewidth": 1.8, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 200,
+        "pdf.fonttype": 42, "svg.hashsalt": "gear", "axes.titlelocation": "left",
+    }  # fmt: skip
+
+
+def rounded(table):
+    """Round a table's numbers to six significant digits: what is drawn is what the CSV says, on every machine."""
+    table = table.copy()
+    for column in table.select_dtypes("floating"):
+        values = table[column].to_numpy(float)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            digits = 5 - np.floor(np.log10(np.abs(values)))
+        table[column] = [round(v, int(d)) if np.isfinite(d) else v for v, d in zip(values.tolist(), digits)]
+    return table
+
+
+def panels(rows, columns, width=9.0, height=2.6):
+    """Make a figure of lettered panels, (a), (b), ... in reading order: returns (figure, flat array of axes)."""
+    use_style()
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
+    for letter, axis in zip("abcdefghijkl", axes.flat):
+        axis.text(-0.02, 1.03, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", weight="bold")
+    return fig, axes.ravel()
+
+
+def scale(runs):
+    """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds."""
+    config = runs[0].config
+    side = config["data"]["image_size"]
+    tokens = side // 2 ** (len(config["tokenizer"]["channel_mult"]) - 1)
+    source = config["data"]["source"].rstrip("/").split("/")[-1]
+    seeds = sorted({run.config["seed"] for run in runs})
+    return (
+        f"Small scale: {source} {side} px, {tokens}x{tokens} tokens, K = {config['tokenizer']['codebook_size']}, "
+        f"{config['steps']} steps of {config['batch_size']}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
+        f"({', '.join(map(str, seeds))})"
+    )
+
+
+def save(fig, name, runs, data):
+    """Write figures_dir()/NAME.png, .pdf and .csv with provenance (runs, steps, configuration hashes; no date).
+
+    `runs` are the Runs drawn, `data` the table of plotted numbers, `rounded`. The scale is written on the figure's face.
+    """
+    fig.supxlabel(scale(runs), fontsize=8, color="#666666", x=0.01, ha="left")
+    provenance = json.dumps(
+        {"figure": name, "runs": {r.name: {"step": r.step, "config": r.config_hash} for r in runs}}, sort_keys=True
+    )
+    home = figures_dir()
+    writers = {
+        "png": lambda p: fig.savefig(p, format="png", metadata={"Software": None, "Description": provenance}),
+        "pdf": lambda p: fig.savefig(
+            p, format="pdf", metadata={"CreationDate": None, "Producer": None, "Creator": "gear", "Subject": provenance}
+        ),
+        "csv": lambda p: p.write_text(f"# {provenance}\n" + rounded(data).to_csv(index=False, lineterminator="\n")),
+    }
+    for suffix, write in writers.items():
+        write_atomically(home / f"{name}.{suffix}", write)

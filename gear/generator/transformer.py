@@ -1,0 +1,103 @@
+"""The parts of a Llama-style transformer: RMSNorm, 2-D RoPE, causal attention with a KV cache, SwiGLU."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, width, eps=1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotation_table(side, head_dim, base=10_000.0, condition_rotation="identity", device=None):
+    """Return (cos, sin) of 2-D RoPE for [condition, side * side tokens in raster order]: (1 + side^2, head_dim / 2, 2).
+
+    The first half of the pairs turns with the row, the second with the column. The condition has no place: "identity"
+    leaves it unturned; "zero" multiplies its query and key by nothing, as the public networks do, which silences its key.
+    """
+    half = head_dim // 2
+    frequencies = base ** (-torch.arange(0, half, 2, device=device).float() / half)  # (head_dim / 4,)
+    position = torch.arange(side, device=device).float()
+    turn = position[:, None] * frequencies  # (side, head_dim / 4)
+    angles = torch.cat([turn[:, None].expand(-1, side, -1), turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    table = torch.stack([angles.cos(), angles.sin()], -1)  # (side^2, head_dim / 2, 2)
+    condition = torch.zeros_like(table[:1])
+    if condition_rotation == "identity":
+        condition[..., 0] = 1
+    return torch.cat([condition, table])
+
+
+def rotate(x, table):
+    """Turn interleaved pairs of x (B, heads, S, head_dim) by table (S, head_dim / 2, 2); float32 inside."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, (B, heads, S_max, head_dim) each; `length` of them are filled."""
+
+    def __init__(self, batch, heads, length, head_dim, device, dtype):
+        self.keys = torch.zeros(batch, heads, length, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def append(self, keys, values):
+        """Store the next positions; returns all filled keys and values."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with rotated queries and keys, no biases."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x, table, cache=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, S, head_dim)
+        q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = q.shape[2] == k.shape[2]  # with a filled cache one new position sees everything before it
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[2] > 1)
+        return self.dropout(self.out(h.transpose(1, 2).flatten(2)))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), hidden width 8/3 of the model's, rounded up to a multiple of 256 (32 in narrow models)."""
+
+    def __init__(self, width, dropout):
+        super().__init__()
+        multiple = 256 if width >= 256 else 32
+        hidden = -(-int(8 * width / 3) // multiple) * multiple
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2, self.dropout = nn.Linear(hidden, width, bias=False), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads, dropout)
+        self.ffn_norm, self.ffn = RMSNorm(width), SwiGLU(width, dropout)
+
+    def forward(self, x, table, cache=None):
+        x = x + self.attention(self.attention_norm(x), table, cache)
+        return x + self.ffn(self.ffn_norm(x))

@@ -1,0 +1,58 @@
+"""Train several runs at once: each a process of its own, no run before its parents, a shared parent once."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from tqdm import tqdm
+
+from gear.config import TrainingStopped
+from gear.recipes import plan, recipe
+from gear.run import Run, runs_dir
+
+
+def train_many(names, jobs):
+    """Train the runs `names` and their missing ancestors, at most `jobs` at a time, one CPU thread each.
+
+    A run that fails takes only its descendants with it; raises TrainingStopped naming the failures when the rest is done.
+    """
+    configs = {n: c for name in names for n, c in plan(recipe(name), name)}
+    finished = {n for n in configs if (runs_dir() / n / "config.json").exists() and Run.open(n).is_finished}
+    waiting = [n for n in configs if n not in finished]
+    ours, running, failures = list(waiting), {}, {}
+    bar = tqdm(
+        total=sum(configs[n].steps * configs[n].batch_size for n in waiting), unit=" images", dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(waiting)} runs",
+    )  # fmt: skip
+    while waiting or running:
+        for name in [n for n in waiting if configs[n].tokenizer_run in failures]:
+            failures[name] = f"its parent {configs[name].tokenizer_run} failed"
+            waiting.remove(name)
+        ready = [n for n in waiting if configs[n].tokenizer_run in finished or not configs[n].tokenizer_run]
+        for name in ready[: jobs - len(running)]:
+            running[name] = _start(name)
+            waiting.remove(name)
+        time.sleep(0.2)
+        for name in [n for n, (process, _) in running.items() if process.poll() is not None]:
+            process, log = running.pop(name)
+            if process.returncode == 0:
+                finished.add(name)
+            else:
+                log.seek(0)
+                failures[name] = log.read().decode().strip() or f"exit code {process.returncode}"
+        bar.n = sum(Run(runs_dir() / n).logged_step * configs[n].batch_size for n in ours if n not in waiting)
+        bar.set_postfix_str(", ".join(running), refresh=False)
+        bar.update(0)
+    bar.close()
+    if failures:
+        raise TrainingStopped("\n".join(f"{name}: {reason}" for name, reason in failures.items()))
+
+
+def _start(name):
+    log = tempfile.TemporaryFile()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--threads", "1"]
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment), log
+

@@ -1,0 +1,82 @@
+"""Execute notebooks with papermill: one call a figure, nothing repeated that is up to date."""
+
+import hashlib
+import json
+import time
+
+from gear.config import TrainingStopped, UserError, nearest
+from gear.run import ROOT, figures_dir, runs_dir
+
+SOURCES = ("figures.py", "run.py", "analysis", "notebooks")  # what a figure depends on besides its runs
+
+
+def notebooks():
+    """Return {name: path} of the project's notebooks."""
+    return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+
+
+def figure_notebooks():
+    """Return the names of the notebooks that draw a figure: all but `train`, which drives runs and needs weights."""
+    return [name for name in notebooks() if name != "train"]
+
+
+def execute(name, parameters=None):
+    """Execute the notebook `name` with `parameters`, output under `figures_dir()/executed`; returns its path.
+
+    Raises UserError for an unknown notebook or parameter, TrainingStopped naming the cell that failed.
+    """
+    import papermill  # optional: training works without it
+
+    paths = notebooks()
+    if name not in paths:
+        raise UserError(f"unknown notebook '{name}'.{nearest(name, paths)} Known: {', '.join(paths)}.")
+    parameters = parameters or {}
+    known = papermill.inspect_notebook(str(paths[name]))
+    for key in parameters:
+        if key not in known:
+            raise UserError(f"notebook '{name}' has no parameter '{key}'.{nearest(key, known)} It has: {', '.join(known)}.")
+    out = figures_dir() / "executed" / f"{name}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(paths[name]), str(out), parameters, progress_bar=False, kernel_name="python3")
+    except papermill.PapermillExecutionError as error:
+        raise TrainingStopped(
+            f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue}\n  executed as {out}"
+        ) from None
+    return out
+
+
+def render(names=(), force=False):
+    """Draw the figures of the notebooks `names` (default: all), skipping those whose inputs have not changed.
+
+    A notebook that fails does not keep the others from running; raises TrainingStopped with all failures at the end.
+    """
+    failures = []
+    for name in names or figure_notebooks():
+        stamp = figures_dir() / "executed" / f"{name}.json"
+        inputs = _inputs(name)
+        drawn = (figures_dir() / f"{name}.png").exists() or name == "train"
+        if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
+            print(f"{name}: up to date")
+            continue
+        start = time.perf_counter()
+        try:
+            execute(name)
+        except TrainingStopped as failure:
+            failures.append(str(failure))
+            print(f"{name}: failed")
+            continue
+        stamp.write_text(json.dumps(_inputs(name)))  # again: an analysis may have written its table
+        print(f"{name}: drawn in {time.perf_counter() - start:.0f} s, {figures_dir() / name}.png")
+    if failures:
+        raise TrainingStopped("\n".join(failures))
+
+
+def _inputs(name):
+    """Identify everything a notebook's figure is made of: the notebook, the code that draws, the runs."""
+    digest = hashlib.sha256()
+    sources = [p for s in SOURCES[:-1] for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
+    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/analysis/*") for p in sorted(runs_dir().glob(pattern))]
+    for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return {"inputs": digest.hexdigest()}

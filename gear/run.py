@@ -1,0 +1,259 @@
+"""A run directory: configuration, metrics, checkpoints, analysis tables and sample panels, opened by name.
+
+    runs/NAME/config.json          the complete configuration, with the library version
+              metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
+              timing.jsonl         wall-clock figures
+              checkpoints/NNNNNNN  safetensors and state.json, complete or absent
+              analysis/TABLE.parquet
+              samples/*.png
+"""
+
+import fnmatch
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file, save_file
+
+from gear.config import UserError, config_hash, differences, nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def runs_dir():
+    """Return the folder of runs: $GEAR_RUNS, else runs/ beside the package's sources, else under the working directory."""
+    return _home("GEAR_RUNS", "runs")
+
+
+def figures_dir():
+    """Return the folder of figures: $GEAR_FIGURES, else figures/ beside the package's sources."""
+    return _home("GEAR_FIGURES", "figures")
+
+
+def _home(variable, folder):
+    if os.environ.get(variable):
+        return Path(os.environ[variable]).expanduser().resolve()
+    return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / folder
+
+
+def write_atomically(path, write):
+    """Call `write(temporary)` and rename the result to `path`: a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """One run directory. `Run.open(name)` opens an existing run, `Run.create(name, config)` makes or continues one."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.name = self.path.name
+
+    def __repr__(self):
+        return f"Run({self.name!r}, step={self.step})"
+
+    # -- opening ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, name):
+        """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none."""
+        run = cls(runs_dir() / name)
+        if not (run.path / "config.json").exists():
+            raise UserError(f"no run '{name}' in {runs_dir()}.{nearest(name, run_names())} Train it: gear train {name}")
+        return run
+
+    @classmethod
+    def create(cls, name, config):
+        """Make the run `name` with `config` (a dict), or continue it if its configuration is the same.
+
+        Raises UserError naming the fields in which an existing run's configuration differs.
+        """
+        run = cls(runs_dir() / name)
+        if not (run.path / "config.json").exists():
+            text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+            write_atomically(run.path / "config.json", lambda p: p.write_text(text))
+        elif changed := differences(_science(run.config), _science(config)):
+            fields = "\n  ".join(changed)
+            raise UserError(
+                f"run '{name}' exists with another configuration:\n  {fields}\n"
+                f"Give the new run a name (--name), or remove {run.path}."
+            )
+        return run
+
+    @property
+    def config(self):
+        return json.loads((self.path / "config.json").read_text())
+
+    @property
+    def config_hash(self):
+        return config_hash(_science(self.config))
+
+    # -- metrics ---------------------------------------------------------------------------------------------
+
+    def append(self, record, file="metrics.jsonl"):
+        with open(self.path / file, "a") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def metrics(self):
+        """Return metrics.jsonl as a DataFrame indexed by row, sorted by `step`; several lines of one step are merged."""
+        table = pd.DataFrame(_read_lines(self.path / "metrics.jsonl"))
+        return table if table.empty else table.groupby("step", as_index=False).first()
+
+    def rewind(self, step):
+        """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again."""
+        for file in ("metrics.jsonl", "timing.jsonl"):
+            path = self.path / file
+            if path.exists():
+                kept = [json.dumps(r) + "\n" for r in _read_lines(path) if r["step"] <= step]
+                write_atomically(path, lambda p, text="".join(kept): p.write_text(text))
+
+    @property
+    def logged_step(self):
+        """The last step in metrics.jsonl, 0 for a new run."""
+        return max((r["step"] for r in _read_lines(self.path / "metrics.jsonl")), default=0)
+
+    @property
+    def step(self):
+        """The step of the newest checkpoint; without weights, the last one logged."""
+        return max(self.checkpoint_steps(), default=self.logged_step)
+
+    @property
+    def is_finished(self):
+        return self.config.get("steps") in self.checkpoint_steps()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def checkpoint_steps(self):
+        """Return the steps of the complete checkpoints, ascending (an interrupted save has a temporary name)."""
+        return sorted(int(p.name) for p in (self.path / "checkpoints").glob("[0-9]" * 7))
+
+    def save_checkpoint(self, step, tensors, state, keep=2):
+        """Write {file: {name: tensor}} and the JSON `state` of `step`; keep the newest `keep` checkpoints.
+
+        The folder is written under a temporary name, flushed and renamed: it is complete or absent.
+        """
+        folder = self.path / "checkpoints" / f"{step:07d}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
+            if path.exists():
+                _flush(path)
+        if not folder.exists():
+            os.replace(temporary, folder)
+            _flush(folder.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.checkpoint_steps()[:-keep]:
+            shutil.rmtree(folder.with_name(f"{old:07d}"))
+
+    def load_checkpoint(self, file, step=None):
+        """Return {name: tensor} of `file` ("networks", "optimizers") at `step`, by default the newest.
+
+        Raises UserError when the run has no weights or the file is truncated.
+        """
+        folder = self._checkpoint(step)
+        try:
+            return load_file(folder / f"{file}.safetensors")
+        except Exception as error:  # safetensors raises its own Rust exception type
+            raise UserError(
+                f"checkpoint {folder / file}.safetensors cannot be read ({error}): it is truncated or not a checkpoint. "
+                f"Remove the folder {folder} and train again: gear train {self.name} goes on from the one before it."
+            ) from None
+
+    def load_state(self, step=None):
+        path = self._checkpoint(step) / "state.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Remove the folder {path.parent} and train again.") from None
+
+    def _checkpoint(self, step):
+        steps = self.checkpoint_steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"run '{self.name}' has no weights{'' if step is None else f' of step {step}'} in {self.path} "
+                f"(tracked runs come without). Train it: gear train {self.name}"
+            )
+        return self.path / "checkpoints" / f"{steps[-1] if step is None else step:07d}"
+
+    # -- analysis tables -------------------------------------------------------------------------------------
+
+    def table(self, name, parameters, compute):
+        """Return analysis/NAME.parquet if it was made with `parameters` at this step, else `compute()` and keep it.
+
+        `parameters` is a dict of JSON values; `compute` returns a DataFrame. The parameters, the step and the hash of the
+        configuration travel in the file's metadata.
+        """
+        path = self.path / "analysis" / f"{name}.parquet"
+        made_by = json.dumps({"parameters": parameters, "step": self.step, "config": self.config_hash}, sort_keys=True)
+        if path.exists():
+            table = pq.read_table(path)
+            if (table.schema.metadata or {}).get(b"gear") == made_by.encode():
+                return table.to_pandas()
+        frame = compute()
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"gear": made_by.encode()})
+        write_atomically(path, lambda p: pq.write_table(table, p))
+        return frame
+
+
+def run_names(pattern="*"):
+    """Return the names of the runs that match the shell `pattern`, sorted."""
+    found = (path.parent.name for path in runs_dir().glob("*/config.json"))
+    return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
+
+
+def open_runs(pattern):
+    """Open every run that matches the shell `pattern` (a plain name is one); raises UserError when there is none."""
+    names = run_names(pattern)
+    return [Run.open(name) for name in names] if names else [Run.open(pattern)]
+
+
+def load_runs(pattern="*"):
+    """Return the metrics of all runs that match `pattern` as one tidy DataFrame.
+
+    Columns: run, recipe, seed, step, metric, value.
+    """
+    frames = []
+    for run in open_runs(pattern):
+        config, table = run.config, run.metrics()
+        if not table.empty:
+            frames.append(
+                table.melt("step", var_name="metric", value_name="value")
+                .dropna(subset="value")
+                .assign(run=run.name, recipe=config.get("recipe"), seed=config.get("seed"))
+            )
+    columns = ["run", "recipe", "seed", "step", "metric", "value"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _science(config):
+    return {k: v for k, v in config.items() if k != "version"}
+
+
+def _read_lines(path):
+    """Read JSON lines; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,90 @@
+"""The packaged teacher of the procedural scenes: a small CNN that was told what each patch shows.
+
+It stands in for DINOv2 where nothing can be downloaded, and it is supervised, not self-supervised: its features know the
+factors that `gear.scenes` paints with. Recipe `teacher-scenes` trains it; `make teacher` writes the packaged file.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from gear.config import UserError
+from gear.scenes import FACTORS
+from gear.tokenizer.autoencoder import ResBlock, group_norm
+
+PACKAGED = Path(__file__).with_name("scenes.safetensors")
+NEAR, FAR, DIM = 48, 96, 64  # channels at stride 4 and at stride 8, and what the teacher hands out
+
+
+class ScenesTeacher(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), a patch 4 pixels wide, L in raster order.
+
+    Features of two strides, standardised per channel over the scenes and projected on their 64 principal components: without
+    the standardisation any two patches have a cosine of .8 for nothing, because rectified features are all positive.
+    """
+
+    stride, dim = 4, DIM
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), ResBlock(32, 32))
+        self.near = nn.Sequential(nn.Conv2d(32, NEAR, 3, 2, 1), ResBlock(NEAR, NEAR), group_norm(NEAR), nn.SiLU())
+        self.far = nn.Sequential(nn.Conv2d(NEAR, FAR, 3, 2, 1), ResBlock(FAR, FAR), group_norm(FAR), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Conv2d(NEAR + FAR, n, 1) for name, n in FACTORS.items()})
+        self.register_buffer("mean", torch.zeros(NEAR + FAR))
+        self.register_buffer("std", torch.ones(NEAR + FAR))
+        self.register_buffer("components", torch.eye(NEAR + FAR)[:DIM])
+
+    def grid(self, image_size):
+        """Return the side of the feature grid at an image size in pixels."""
+        return image_size // self.stride
+
+    def channels(self, images):
+        """Return the raw features of both strides, (B, 144, h, w)."""
+        near = self.near(self.stem(images))
+        far = F.interpolate(self.far(near), size=near.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.cat([near, far], 1)
+
+    def forward(self, images):
+        rows = self.channels(images).flatten(2).transpose(1, 2)  # (B, L, 144)
+        return ((rows - self.mean) / self.std) @ self.components.T
+
+    def factor_losses(self, images, factors):
+        """Return the cross entropy, in nats a patch, of each factor: images, (B, h, w, 4) int64 -> {name: scalar}."""
+        channels = self.channels(images)
+        return {
+            f"{name}_loss": F.cross_entropy(head(channels), factors[..., i])
+            for i, (name, head) in enumerate(self.heads.items())
+        }
+
+    @torch.no_grad()
+    def standardise(self, images):
+        """Set mean, spread and principal components from images (N, 3, H, W); returns the variance share they keep."""
+        rows = self.channels(images).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N L, 144)
+        self.mean.copy_(rows.mean(0))
+        self.std.copy_(rows.std(0).clamp_min(1e-6))
+        values, vectors = torch.linalg.eigh(torch.cov(((rows - self.mean) / self.std).T))
+        self.components.copy_(vectors.flip(1)[:, :DIM].T)
+        return float(values[-DIM:].sum() / values.sum())
+
+
+def load_scenes_teacher():
+    """Load the packaged teacher: eval mode, frozen."""
+    if not PACKAGED.exists():
+        raise UserError(f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: make teacher")
+    teacher = ScenesTeacher()
+    with safe_open(PACKAGED, "pt") as file:
+        teacher.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    return teacher.eval().requires_grad_(False)
+
+
+def package(teacher, card):
+    """Write the teacher and its card (recipe, configuration hash, how it was made) as the packaged file."""
+    tensors = {name: t.contiguous() for name, t in teacher.state_dict().items()}
+    save_file(tensors, PACKAGED, metadata={"card": json.dumps(card, sort_keys=True)})
+    PACKAGED.with_suffix(".json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,101 @@
+"""Tokenizer = encoder + quantizer + decoder: images <-> a grid of indices."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import nn
+
+from gear.config import UserError
+from gear.tokenizer.autoencoder import Decoder, Encoder
+from gear.tokenizer.quantize import Quantized, VectorQuantizer
+
+
+@dataclass
+class Tokenized:
+    """One tokenizer forward: `reconstruction` (B, 3, H, W) and what the quantizer gave."""
+
+    reconstruction: torch.Tensor
+    quantized: Quantized
+
+
+class Tokenizer(nn.Module):
+    """A VQ tokenizer. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+        f = config.downsampling
+        self.skip_in = nn.Conv2d(3, config.code_dim, f, f) if config.linear_skip else None
+        self.skip_out = nn.ConvTranspose2d(config.code_dim, 3, f, f) if config.linear_skip else None
+
+    def latents(self, images):
+        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError where the size does not divide."""
+        check_divides(images.shape[-2:], self.config.downsampling)
+        z = self.quant_conv(self.encoder(images))
+        return z if self.skip_in is None else z + self.skip_in(images)
+
+    def affinity(self, images):
+        """Return the assignment A (Eq. 6) of every position to every code: (B, h*w, K) float32."""
+        return self.quantizer.affinity(self.latents(images))
+
+    def encode(self, images):
+        """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
+        z = self.latents(images)
+        return self.quantizer.affinity(z).argmax(-1).unflatten(1, z.shape[-2:])
+
+    def decode(self, indices):
+        """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]."""
+        return self.decode_latents(self.quantizer.lookup(indices))
+
+    def decode_latents(self, latents):
+        image = self.decoder(self.post_quant_conv(latents))
+        return image if self.skip_out is None else image + self.skip_out(latents)
+
+    def forward(self, images):
+        """Encode, quantise and decode once; returns a Tokenized with gradients and loss terms."""
+        quantized = self.quantizer(self.latents(images))
+        return Tokenized(self.decode_latents(quantized.latents), quantized)
+
+
+def check_divides(size, downsampling):
+    """Raise UserError unless the image size (H, W) is a multiple of the tokenizer's downsampling."""
+    if any(side % downsampling for side in size):
+        raise UserError(
+            f"the image size {size[0]} x {size[1]} is not divisible by the tokenizer's downsampling {downsampling}: "
+            f"use a multiple of {downsampling}."
+        )
+
+
+@torch.no_grad()
+def initialise_from_data(tokenizer, images, seed=0):
+    """Start a tokenizer with `linear_skip` at the best linear one: PCA encoder, k-means codebook, least-squares decoder.
+
+    A patch's first code_dim - 1 principal components p and a constant 1, normalised, are its latent: on the unit sphere the
+    angle then grows with |p|, so brightness and contrast survive the normalisation. Both networks start at zero.
+    """
+    config = tokenizer.config
+    f, d = config.downsampling, config.code_dim
+    patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
+    mean = patches.mean(0)
+    basis = torch.linalg.svd((patches - mean)[:50_000], full_matrices=False).Vh[: d - 1]  # (D - 1, 3 f f)
+    basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
+    weight = torch.cat([basis, torch.zeros(1, basis.shape[1])])
+    bias = torch.cat([-basis @ mean, torch.ones(1)])
+    tokenizer.skip_in.weight.copy_(weight.view(d, 3, f, f))
+    tokenizer.skip_in.bias.copy_(bias)
+    z = F.normalize(patches @ weight.T + bias, dim=-1)  # (N, D)
+    kmeans = MiniBatchKMeans(config.codebook_size, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(z.numpy())
+    tokenizer.quantizer.codebook.copy_(F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1))
+    code = tokenizer.quantizer.codes()[(z @ tokenizer.quantizer.codes().T).argmax(-1)]
+    design = torch.cat([code, torch.ones(len(code), 1)], 1)
+    solution = torch.linalg.lstsq(design, patches).solution  # (D + 1, 3 f f)
+    tokenizer.skip_out.weight.copy_(solution[:d].view(d, 3, f, f))
+    tokenizer.skip_out.bias.copy_(solution[d].view(3, f * f).mean(1))
+    for last in (tokenizer.quant_conv, tokenizer.decoder.out):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)

@@ -1,0 +1,226 @@
+"""The one loop of every stage: restore, batch, updates, log, evaluate, save."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
+
+import gear
+from gear import data
+from gear.config import TrainingStopped, to_dict
+from gear.generator.sampling import sample
+from gear.run import Run
+from gear.training.objectives import STAGES
+from gear.training.state import State
+from gear.training.validate import generator_metrics, tokenizer_metrics
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is executed, which does not change what it computes."""
+
+    device: str = "auto"  # "cpu", "cuda", or "auto": the GPU if there is one
+    workers: int = 0  # processes that prepare images
+    threads: int = 0  # CPU threads of torch; 0 leaves it as it is
+    quiet: bool = False  # no progress bar
+
+
+def train(config, name=None, runtime=Runtime()):
+    """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.
+
+    Returns the Run. Parents must exist (see recipes.train). Raises UserError for a configuration that cannot be, and
+    TrainingStopped when a loss is not finite; the last checkpoint then stands.
+    """
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    run = Run.create(name or config.recipe, to_dict(config) | {"version": gear.__version__})
+    if run.is_finished:
+        return run
+    reseed(config.seed, -1)
+    state, meter = State(config, _device(runtime.device)), Meter()
+    if run.checkpoint_steps():
+        meter.restore(state.restore(run)["meter"])
+    run.rewind(state.step)
+    validation = Validation(state)
+    if state.step == 0:
+        run.rewind(-1)
+        state.start(data.load(config.data, "train", 2_000)[0])
+        run.append({"step": 0, **_facts(state), **validation()})
+    batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
+    with Progress(run, config, state.step, runtime.quiet) as progress:
+        while state.step < config.steps:
+            reseed(config.seed, state.step)  # a resumed run equals an uninterrupted one
+            images, labels = next(batches)
+            batch, losses = state.observe(images, labels), {}  # one tokenizer forward, one teacher forward, shared
+            for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator
+                losses |= _update(update, state, batch, run)  # loss, backward, clip, step: one network
+            state.finish_step()  # EMA, counter
+            meter.add(losses)
+            progress.advance(losses)
+            _record(run, state, meter, validation, progress)
+    return run
+
+
+def reseed(seed, step):
+    """Make every random draw of a step a function of (seed, step)."""
+    torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+
+
+class Meter:
+    """Means of the losses since the last logged line, kept on the device until then and saved with a checkpoint."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, losses):
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self):
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def state(self):
+        return {"sums": {k: float(v) for k, v in self.sums.items()}, "counts": self.counts}
+
+    def restore(self, saved):
+        self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in saved["sums"].items()}
+        self.counts = saved["counts"]
+
+
+class Validation:
+    """The run's own measurements on the first `eval_images` of the validation split."""
+
+    def __init__(self, state):
+        config, self.state = state.config, state
+        if config.stage == "teacher":
+            return
+        images, labels = data.load(config.data, "val", config.eval_images)
+        self.images, self.labels = images.to(state.device), labels.to(state.device)
+        with torch.no_grad():
+            teacher = state.teacher_features
+            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(128)])
+
+    def __call__(self):
+        state, config = self.state, self.state.config
+        if config.stage == "teacher":
+            return {}
+        averages = {name: average.module for name, average in state.averages.items()}
+        tokenizer = averages.get("tokenizer", state.tokenizer)
+        metrics = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
+        if "generator" in averages:
+            projector = state.networks.get("projector")
+            metrics |= generator_metrics(averages["generator"], projector, tokenizer, self.images, self.labels, self.target)
+        return metrics
+
+    def panel(self):
+        """Draw inputs, reconstructions and, with a generator, samples of the first classes: an image, or None."""
+        state = self.state
+        if state.config.stage == "teacher":
+            return None
+        tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+        with torch.no_grad():
+            rows = [self.images[:12], tokenizer(self.images[:12]).reconstruction]
+        if "generator" in state.averages:
+            generator = state.averages["generator"].module
+            labels = torch.arange(24, device=state.device) % state.config.generator.num_classes
+            side = state.config.data.image_size // state.config.tokenizer.downsampling
+            drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
+            rows.append(data.to_float(drawn))
+        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=12, padding=2, pad_value=1.0)
+        return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
+
+
+class Progress:
+    """A progress bar with loss, images/s and time left, and the same figures in timing.jsonl."""
+
+    def __init__(self, run, config, step, quiet):
+        self.run, self.batch, self.step = run, config.batch_size, step
+        self.bar = tqdm(
+            total=config.steps * config.batch_size, initial=step * config.batch_size, desc=run.name, unit=" images",
+            disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
+        )  # fmt: skip
+        self._mark()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def _mark(self):
+        self.time, self.images = time.perf_counter(), 0
+
+    def advance(self, losses):
+        self.step += 1
+        self.images += self.batch
+        self.bar.update(self.batch)
+        if not self.bar.disable and time.perf_counter() - getattr(self, "shown", 0) > 1:
+            self.shown = time.perf_counter()
+            shown = {k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN}
+            self.bar.set_postfix(shown, refresh=False)
+
+    def log(self):
+        seconds = time.perf_counter() - self.time
+        record = {"step": self.step, "seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 1)}
+        self.run.append(record, "timing.jsonl")
+        self._mark()
+
+
+SHOWN = ("recon_loss", "ntp_loss", "align_loss", "soft_align_loss", "shape_loss")
+
+
+def _update(update, state, batch, run):
+    try:
+        return update(state, batch)
+    except FloatingPointError as error:
+        last = run.checkpoint_steps()
+        kept = f"The state of step {last[-1]} stands in {run.path / 'checkpoints'}." if last else "Nothing was saved yet."
+        raise TrainingStopped(
+            f"run '{run.name}' stopped: {error}. {kept} Try a lower learning rate, or look at the data of this step."
+        ) from None
+
+
+def _record(run, state, meter, validation, progress):
+    """Log, evaluate, draw and save, whichever is due at this step; what is logged is on disk before its checkpoint."""
+    config, step = state.config, state.step
+    last = step == config.steps
+    due = lambda every: last or step % every == 0  # noqa: E731
+    record = meter.read() if due(config.log_every) else {}
+    if due(config.eval_every):
+        record |= validation()
+    if record:
+        run.append({"step": step, **record})
+        progress.log()
+    if last and (panel := validation.panel()) is not None:
+        (run.path / "samples").mkdir(exist_ok=True)
+        panel.save(run.path / "samples" / f"{step:07d}.png")
+    if due(config.save_every):
+        run.save_checkpoint(step, state.tensors(), {"step": step, "meter": meter.state(), "config": run.config_hash})
+
+
+def _facts(state):
+    """What the run should say once: the perceptual weight in force (0 where LPIPS has no weights on this machine)."""
+    wanted = state.config.objective.lpips_weight
+    if "discriminator" not in state.networks:
+        return {}
+    if wanted > 0 and state.lpips is None:
+        print(
+            f"LPIPS has no VGG16 weights on this machine ({Path(torch.hub.get_dir()) / 'checkpoints'}): "
+            f"lpips_weight is 0 in this run instead of {wanted}.",
+            file=sys.stderr,
+        )
+    return {"lpips_weight": wanted if state.lpips is not None else 0.0}
+
+
+def _device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,0 +1,54 @@
+"""The loss terms, as pure functions; the quantizer's own three stand in gear/tokenizer/quantize.py."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+LPIPS_BACKBONE = "vgg16-397923af.pth"  # torchvision's file name
+
+
+def reconstruction_loss(reconstruction, images):
+    """L_rec of Eq. 2: mean absolute difference, images in [-1, 1]."""
+    return F.l1_loss(reconstruction, images)
+
+
+def generator_hinge_loss(fake_logits):
+    """L_GAN of Eq. 2, the tokenizer's side: -mean D(x^)."""
+    return -fake_logits.mean()
+
+
+def discriminator_hinge_loss(real_logits, fake_logits):
+    """The discriminator's side: mean of relu(1 - D(x)) and relu(1 + D(x^)), halved."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def next_token_loss(logits, indices):
+    """L_NTP (Eq. 4), a mean over tokens: logits (B, L, K), indices (B, L) -> nats a token."""
+    return F.cross_entropy(logits.flatten(0, 1), indices.flatten())
+
+
+def expected_next_token_loss(logits, assignment):
+    """L_NTP against a distribution over codes, -sum_k a_ik log p_ik: equal to `next_token_loss` on one-hot rows.
+
+    Through a straight-through assignment (B, L, K) its gradient also reaches what the targets are.
+    """
+    return -(assignment * F.log_softmax(logits, -1)).sum(-1).mean()
+
+
+def alignment_loss(projected, target):
+    """L_align (Eq. 5): minus the mean cosine between (B, L, C) projections and the teacher's features, in [-1, 1]."""
+    return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+
+
+def load_lpips():
+    """Return LPIPS-VGG16 as a function (x, y) -> scalar, or None when its backbone is not on this machine.
+
+    The package downloads the backbone at construction; a random one would run and mean nothing.
+    """
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).exists():
+        return None
+    import lpips  # optional: only a recipe with lpips_weight > 0 needs it
+
+    network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    return lambda x, y: network(x, y).mean()

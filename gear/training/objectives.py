@@ -1,0 +1,104 @@
+"""The updates of Algorithm 1. Each computes one network's loss on the shared batch and takes one step of that network.
+
+A stage is a tuple of updates. In the stage `joint` the tokenizer goes first and the generator last, as in the public code:
+guidance reads the generator before its step, next-token targets come from the tokenizer before its step.
+"""
+
+from gear.tokenizer.readout import soft_readout, straight_through_assignment
+from gear.training.losses import (
+    alignment_loss,
+    discriminator_hinge_loss,
+    expected_next_token_loss,
+    generator_hinge_loss,
+    next_token_loss,
+    reconstruction_loss,
+)
+from gear.training.state import frozen
+
+
+def tokenizer_update(state, batch):
+    """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
+    objective, tokenized = state.config.objective, batch.tokenized  # Alg. 1, line 1: Z and A; line 2: x^
+    losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)} | tokenized.quantized.losses
+    if state.lpips is not None:
+        losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images)
+    weights = {
+        "lpips_loss": objective.lpips_weight,
+        "gan_loss": objective.gan_weight,
+        "entropy_loss": objective.entropy_weight,
+        "commit_loss": objective.commit_weight,
+        "soft_align_loss": objective.align_weight,
+    }
+    with frozen(state.discriminator):
+        if state.gan_is_on:
+            losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
+        if state.config.stage == "joint":
+            losses |= BRIDGES[objective.bridge](state, batch)
+        return state.descend("tokenizer", losses, weights)
+
+
+def soft_bridge(state, batch):
+    """L_align^s: softmax(A / tau) E through the frozen generator, no further than the tap   (Alg. 1, lines 3 to 5)."""
+    if state.config.objective.align_weight == 0:
+        return {}
+    generator, tap = state.generator, state.config.generator.tap_layer
+    with frozen(generator, state.projector):
+        u_soft = soft_readout(batch.tokenized.quantized.affinity, generator.embedding, state.config.objective.tau)
+        hidden = generator.hidden(u_soft, batch.labels, [tap])[tap]
+        return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target)}
+
+
+def naive_bridge(state, batch):
+    """Fig. 2b: the generator's own loss reaches the tokenizer, through the inputs and the targets of next-token prediction.
+
+    One-hot forward, softmax-at-tau backward. The tokenizer can now lower L_NTP by saying little, and it collapses.
+    """
+    generator, tau = state.generator, state.config.objective.tau
+    with frozen(generator):
+        assignment = straight_through_assignment(batch.tokenized.quantized.affinity, tau)
+        logits = generator(assignment @ generator.embedding, batch.labels)
+        return {"naive_ntp_loss": expected_next_token_loss(logits, assignment)}
+
+
+def no_bridge(state, batch):
+    """The tokenizer trains on, unguided, beside a generator that trains on its indices."""
+    return {}
+
+
+BRIDGES = {"soft": soft_bridge, "naive": naive_bridge, "none": no_bridge}
+
+
+def discriminator_update(state, batch):
+    """Hinge loss of the PatchGAN on real images and on this step's reconstructions."""
+    if not state.gan_is_on:
+        return {}
+    real, fake = batch.images, batch.tokenized.reconstruction.detach()
+    loss = discriminator_hinge_loss(state.discriminator(real), state.discriminator(fake))
+    return state.descend("discriminator", {"disc_loss": loss}, {})
+
+
+def generator_update(state, batch):
+    """theta_AR <- theta_AR - eta grad (L_NTP + lambda L_align^h)   (Alg. 1, line 7; Eq. 12).
+
+    Hard indices only: the arg-max cuts every path back to the tokenizer.
+    """
+    config, generator = state.config, state.generator
+    top, tap = config.generator.layers, config.generator.tap_layer
+    hidden = generator.hidden(batch.indices, batch.labels, [tap, top])  # Alg. 1, line 4: S^h to layer L
+    losses = {"ntp_loss": next_token_loss(generator.logits(hidden[top]), batch.indices)}  # line 5: L_NTP
+    if config.objective.align_weight > 0:
+        losses["align_loss"] = alignment_loss(state.projector(hidden[tap]), batch.target)  # line 5: L_align^h
+    return state.descend("generator", losses, {"align_loss": config.objective.align_weight})
+
+
+def teacher_update(state, batch):
+    """Cross entropy of each patch's factors: the scenes teacher is told what it sees."""
+    return state.descend("teacher", state.teacher.factor_losses(batch.images, batch.labels), {})
+
+
+STAGES = {
+    "tokenizer": (tokenizer_update, discriminator_update),  # the warm-up, and the control
+    "joint": (tokenizer_update, discriminator_update, generator_update),  # GEAR
+    "generator": (generator_update,),  # LlamaGen, LlamaGen-REPA, a fresh generator on a GEAR tokenizer
+    "teacher": (teacher_update,),
+}

@@ -1,0 +1,71 @@
+"""Optimizers, their schedule, and the exponential moving average of weights."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    tokenizer_lr: float = 1e-4  # also the discriminator's
+    generator_lr: float = 1e-4  # also the projector's and the scenes teacher's
+    beta2: float = 0.999
+    clip: float = 1.0  # largest norm of a network's gradient
+    warmup_steps: int = 1
+    decay_from: float = 1.0  # share of the steps after which learning rates fall, linearly,
+    decay_to: float = 0.1  # to this share of themselves
+    tokenizer_ema: float = 0.9999
+    generator_ema: float = 0.9999
+
+
+def learning_rate_factor(config, step, steps):
+    """Return the factor of the learning rate at `step` of `steps`: linear warm-up, constant, linear decay; in (0, 1]."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    start = config.decay_from * steps
+    progress = 0.0 if step < start else (step - start) / max(steps - start, 1)
+    return warmup * (1 + progress * (config.decay_to - 1))
+
+
+class Optimizer:
+    """AdamW over the parameters of one or more modules, with gradient clipping over all of them together."""
+
+    def __init__(self, modules, lr, config):
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.adam = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0)
+        self.lr, self.clip = lr, config.clip
+
+    def step(self, loss, factor):
+        """Backward, clip, step and clear; returns the gradient norm before clipping."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self):
+        """Return the state as {name: tensor}, to be written as safetensors."""
+        state = self.adam.state_dict()["state"]
+        return {f"{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+
+    def load_tensors(self, tensors):
+        state = {}
+        for name, value in tensors.items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+
+class EMA:
+    """theta_ema <- decay theta_ema + (1 - decay) theta after every step; buffers are copied."""
+
+    def __init__(self, module, decay):
+        self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, module):
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - self.decay)
+        for mine, theirs in zip(self.module.buffers(), module.buffers()):
+            mine.copy_(theirs)

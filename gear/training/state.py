@@ -1,0 +1,220 @@
+"""What a run is between two steps: networks, their averages and optimizers, the step; and what an update sees of a batch."""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from gear.checkpoints import load_module, load_networks
+from gear.config import UserError
+from gear.data import DataConfig
+from gear.generator.model import Generator, GeneratorConfig, Projector
+from gear.run import Run
+from gear.teachers import check_grid, load_teacher
+from gear.teachers.scenes import ScenesTeacher
+from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.discriminator import Discriminator
+from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
+from gear.training.losses import load_lpips
+from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of Eqs. 2, 11 and 12; L_rec, the codebook term and L_NTP have weight 1."""
+
+    lpips_weight: float = 0.1
+    gan_weight: float = 0.1
+    gan_start: float = 0.0  # share of the steps before the adversarial term sets in
+    entropy_weight: float = 0.05
+    commit_weight: float = 0.25
+    align_weight: float = 0.5  # lambda
+    tau: float = 0.1  # guidance temperature of the soft read-out
+    bridge: Literal["soft", "naive", "none"] = "soft"  # what reaches the tokenizer in the stage `joint`
+    disc_channels: int = 64
+    disc_layers: int = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: one stage of one method. Composed in gear/recipes.py."""
+
+    recipe: str
+    stage: Literal["tokenizer", "joint", "generator", "teacher"]
+    steps: int
+    seed: int = 0
+    batch_size: int = 256
+    tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
+    teacher: str = "scenes"
+    log_every: int = 100  # steps; a logged loss is the mean since the last line
+    eval_every: int = 5000
+    save_every: int = 5000
+    eval_images: int = 512
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class Batch:
+    """What one step looks at, computed once: images, labels, teacher features, and either of the tokenizer's answers."""
+
+    images: torch.Tensor  # (B, 3, H, W)
+    labels: torch.Tensor  # (B,)
+    target: torch.Tensor | None = None  # f(x), (B, L, C)
+    tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
+    indices: torch.Tensor | None = None  # (B, L)
+
+
+class State:
+    """Networks, averages, optimizers and the step of a run on a device."""
+
+    def __init__(self, config, device):
+        self.config, self.device, self.step = config, device, 0
+        self.networks, self.averages, self.optimizers = {}, {}, {}
+        self.teacher_features = None
+        self.lpips = None
+        getattr(self, f"_build_{config.stage}")()
+
+    def __getattr__(self, name):
+        """Give a network by its name: state.tokenizer, state.generator, ..."""
+        try:
+            return self.__dict__["networks"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    # -- one builder a stage ---------------------------------------------------------------------------------
+
+    def _build_teacher(self):
+        self._add("teacher", ScenesTeacher())
+        self._optimize("teacher", ["teacher"], self.config.optimizer.generator_lr)
+
+    def _build_tokenizer(self):
+        config = self.config
+        check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
+        self._add("tokenizer", Tokenizer(config.tokenizer), ema=config.optimizer.tokenizer_ema)
+        self._add("discriminator", Discriminator(config.objective.disc_channels, config.objective.disc_layers))
+        for name in ("tokenizer", "discriminator"):
+            self._optimize(name, [name], config.optimizer.tokenizer_lr)
+        if config.objective.lpips_weight > 0:
+            self.lpips = load_lpips()
+        if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
+            weights = load_networks(Run.open(config.tokenizer_run))
+            load_module(self.tokenizer, weights["tokenizer"], config.tokenizer_run)
+            load_module(self.averages["tokenizer"].module, weights["tokenizer_ema"], config.tokenizer_run)
+            load_module(self.discriminator, weights["discriminator"], config.tokenizer_run)
+
+    def _build_joint(self):
+        self._build_tokenizer()
+        self._add_generator()
+
+    def _build_generator(self):
+        if not self.config.tokenizer_run:
+            raise UserError("the stage 'generator' needs a tokenizer: set tokenizer_run to a run's name.")
+        check_divides((self.config.data.image_size,) * 2, self.config.tokenizer.downsampling)
+        self._add("tokenizer", Tokenizer(self.config.tokenizer))
+        weights = load_networks(Run.open(self.config.tokenizer_run))["tokenizer_ema"]
+        load_module(self.tokenizer, weights, self.config.tokenizer_run).eval().requires_grad_(False)
+        self._add_generator()
+
+    def _add_generator(self):
+        config = self.config
+        self._add("generator", Generator(config.generator, config.tokenizer.codebook_size), config.optimizer.generator_ema)
+        trained = ["generator"]
+        if config.objective.align_weight > 0:
+            self.teacher_features = load_teacher(config.teacher).to(self.device)
+            check_grid(self.teacher_features, config.data.image_size, config.tokenizer.downsampling)
+            self._add("projector", Projector(config.generator, self.teacher_features.dim))
+            trained.append("projector")
+        self._optimize("generator", trained, config.optimizer.generator_lr)
+
+    def _add(self, name, module, ema=None):
+        self.networks[name] = module.to(self.device)
+        if ema is not None:
+            self.averages[name] = EMA(self.networks[name], ema)
+
+    def _optimize(self, name, networks, lr):
+        self.optimizers[name] = Optimizer([self.networks[n] for n in networks], lr, self.config.optimizer)
+
+    def start(self, images):
+        """Initialise a new run from training images (N, 3, H, W), where its configuration asks for that."""
+        if self.config.stage in ("tokenizer", "joint") and self.config.tokenizer.init_from_data and not self.config.tokenizer_run:
+            initialise_from_data(self.tokenizer, images, self.config.seed)
+            self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def observe(self, images, labels):
+        """Run the one tokenizer forward and the one teacher forward that every update of this step shares."""
+        batch = Batch(images.to(self.device), labels.to(self.device))
+        if self.teacher_features is not None:
+            with torch.no_grad():
+                batch.target = self.teacher_features(batch.images)
+        if self.config.stage == "generator":
+            with torch.no_grad():
+                batch.indices = self.tokenizer.encode(batch.images).flatten(1)
+        elif self.config.stage in ("tokenizer", "joint"):
+            batch.tokenized = self.tokenizer(batch.images)
+            batch.indices = batch.tokenized.quantized.indices
+        return batch
+
+    def descend(self, name, losses, weights):
+        """Take one step of the optimizer `name` down the weighted sum of `losses`; a term without a weight counts once.
+
+        Returns the losses as detached scalars. Raises FloatingPointError naming the first term that is not finite.
+        """
+        for term, value in losses.items():
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"'{term}' of the {name} is {value.item()} at step {self.step}")
+        loss = sum(weights.get(term, 1.0) * value for term, value in losses.items())
+        self.optimizers[name].step(loss, learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
+        return {term: value.detach() for term, value in losses.items()}
+
+    def finish_step(self):
+        for name, average in self.averages.items():
+            average.update(self.networks[name])
+        self.step += 1
+
+    @property
+    def gan_is_on(self):
+        objective = self.config.objective
+        return objective.gan_weight > 0 and self.step >= objective.gan_start * self.config.steps
+
+    # -- to and from a checkpoint ----------------------------------------------------------------------------
+
+    def tensors(self):
+        """Return {file: {name: tensor}}: "networks" (with averages as NAME_ema) and "optimizers"."""
+        modules = self.networks | {f"{name}_ema": average.module for name, average in self.averages.items()}
+        networks = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+        optimizers = {f"{name}.{k}": v for name, o in self.optimizers.items() for k, v in o.tensors().items()}
+        return {"networks": networks, "optimizers": optimizers}
+
+    def restore(self, run):
+        """Go on from the run's newest checkpoint; returns its JSON state."""
+        saved = run.load_state()
+        weights = load_networks(run)
+        for name, module in self.networks.items():
+            load_module(module, weights[name], run.name)
+        for name, average in self.averages.items():
+            load_module(average.module, weights[f"{name}_ema"], run.name)
+        moments = load_networks(run, "optimizers")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_tensors(moments[name])
+        self.step = saved["step"]
+        return saved
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no gradient to their weights."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.train(mode).requires_grad_(True)

@@ -44,4 +44,4 @@ strip: setup  ## removes outputs and counts from the notebooks
 
 teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
-	$(BIN)/python -m gear.teachers.package teacher-scenes
+	$(BIN)/python -m gear teacher teacher-scenes

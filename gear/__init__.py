@@ -2,7 +2,10 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve beside any other load
+# Read by torch's libraries when they load. Spinning threads starve beside any other load; and without the second, a matrix
+# product may depend on where its memory lies, so that a resumed run would differ in the last bit.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from gear import _torchvision  # noqa: F401  first: torchvision may not import without it
 

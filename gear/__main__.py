@@ -1,4 +1,4 @@
-"""The command line: gear train | sample | figures | runs."""
+"""The command line: gear train | sample | figures | runs | teacher."""
 
 import sys
 from dataclasses import dataclass, field
@@ -9,13 +9,14 @@ import tyro
 from PIL import Image
 from torchvision.utils import make_grid
 
-from gear import render
-from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import TrainingStopped, UserError, nearest
+from gear import data, render
+from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer
+from gear.config import TrainingStopped, UserError, from_dict, nearest
 from gear.generator.sampling import sample
 from gear.jobs import train_many
 from gear.recipes import RECIPES, recipe, train_with_parents
 from gear.run import Run, run_names
+from gear.teachers.scenes import ScenesTeacher, package
 from gear.training.loop import Runtime
 from gear.training.state import Config
 
@@ -43,6 +44,7 @@ class SampleOptions:
 @dataclass(frozen=True)
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
+    demo: bool = False  # the notebook `train` too, which needs weights
 
 
 def train_command(names, arguments):
@@ -84,8 +86,9 @@ def sample_command(names, arguments):
 
 
 def figures_command(names, arguments):
-    """Execute notebooks (all but `train`, or those named) and write their figures; skip what is up to date."""
-    render.render(names, force=_parse(FigureOptions(), arguments).force)
+    """Execute the notebooks, or those named, and write their figures; skip what is up to date."""
+    options = _parse(FigureOptions(), arguments)
+    render.render(names or render.figure_notebooks(options.demo), options.force)
 
 
 def runs_command(names, arguments):
@@ -96,7 +99,28 @@ def runs_command(names, arguments):
         print(f"{name:36} {run.config['stage']:10} {run.step:>7} / {run.config['steps']}{weights}")
 
 
-COMMANDS = {"train": train_command, "sample": sample_command, "figures": figures_command, "runs": runs_command}
+def teacher_command(names, arguments):
+    """Package a run of the recipe teacher-scenes as the scenes teacher (make teacher)."""
+    run = Run.open(names[0] if names else "teacher-scenes")
+    teacher = load_module(ScenesTeacher(), load_networks(run)["teacher"], run.name).eval()
+    images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "train", 4_000)
+    kept = teacher.standardise(images)
+    losses = run.metrics().iloc[-1].drop("step").round(4).to_dict()
+    package(teacher, {
+        "recipe": run.config["recipe"], "config_hash": run.config_hash, "steps": run.step, "variance_kept": round(kept, 4),
+        "final_losses_nats": losses,
+        "made": "supervised on the factors of gear/scenes.py, per patch; standardised, 64 principal components",
+    })  # fmt: skip
+    print(f"packaged {run.name}: {kept:.1%} of the standardised variance in 64 components")
+
+
+COMMANDS = {
+    "train": train_command,
+    "sample": sample_command,
+    "figures": figures_command,
+    "runs": runs_command,
+    "teacher": teacher_command,
+}
 
 
 def _parse(default, arguments):

@@ -7,7 +7,7 @@ import time
 from gear.config import TrainingStopped, UserError, nearest
 from gear.run import ROOT, figures_dir, runs_dir
 
-SOURCES = ("figures.py", "run.py", "analysis", "notebooks")  # what a figure depends on besides its runs
+SOURCES = ("figures.py", "run.py", "analysis")  # what a figure depends on besides its notebook and its runs
 
 
 def notebooks():
@@ -15,9 +15,9 @@ def notebooks():
     return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 
-def figure_notebooks():
-    """Return the names of the notebooks that draw a figure: all but `train`, which drives runs and needs weights."""
-    return [name for name in notebooks() if name != "train"]
+def figure_notebooks(demo=False):
+    """Return the notebooks to execute: those that draw a figure, and for the demo `train`, which needs weights."""
+    return [name for name in notebooks() if demo or name != "train"]
 
 
 def execute(name, parameters=None):
@@ -46,13 +46,13 @@ def execute(name, parameters=None):
     return out
 
 
-def render(names=(), force=False):
-    """Draw the figures of the notebooks `names` (default: all), skipping those whose inputs have not changed.
+def render(names, force=False):
+    """Draw the figures of the notebooks `names`, skipping those whose inputs have not changed.
 
     A notebook that fails does not keep the others from running; raises TrainingStopped with all failures at the end.
     """
     failures = []
-    for name in names or figure_notebooks():
+    for name in names:
         stamp = figures_dir() / "executed" / f"{name}.json"
         inputs = _inputs(name)
         drawn = (figures_dir() / f"{name}.png").exists() or name == "train"
@@ -67,7 +67,8 @@ def render(names=(), force=False):
             print(f"{name}: failed")
             continue
         stamp.write_text(json.dumps(_inputs(name)))  # again: an analysis may have written its table
-        print(f"{name}: drawn in {time.perf_counter() - start:.0f} s, {figures_dir() / name}.png")
+        product = f"{figures_dir() / name}.png" if name != "train" else stamp.with_suffix(".ipynb")
+        print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
     if failures:
         raise TrainingStopped("\n".join(failures))
 
@@ -75,7 +76,7 @@ def render(names=(), force=False):
 def _inputs(name):
     """Identify everything a notebook's figure is made of: the notebook, the code that draws, the runs."""
     digest = hashlib.sha256()
-    sources = [p for s in SOURCES[:-1] for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
+    sources = [p for s in SOURCES for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
     runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/analysis/*") for p in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
         digest.update(path.name.encode() + path.read_bytes())

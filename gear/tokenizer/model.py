@@ -82,7 +82,8 @@ def initialise_from_data(tokenizer, images, seed=0):
     f, d = config.downsampling, config.code_dim
     patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
     mean = patches.mean(0)
-    basis = torch.linalg.svd((patches - mean)[:50_000], full_matrices=False).Vh[: d - 1]  # (D - 1, 3 f f)
+    spread = torch.cov((patches - mean).T.double())  # float64: the start must not depend on how memory was aligned
+    basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - 1].float()  # (D - 1, 3 f f)
     basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
     weight = torch.cat([basis, torch.zeros(1, basis.shape[1])])
     bias = torch.cat([-basis @ mean, torch.ones(1)])
@@ -91,11 +92,13 @@ def initialise_from_data(tokenizer, images, seed=0):
     z = F.normalize(patches @ weight.T + bias, dim=-1)  # (N, D)
     kmeans = MiniBatchKMeans(config.codebook_size, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(z.numpy())
     tokenizer.quantizer.codebook.copy_(F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1))
-    code = tokenizer.quantizer.codes()[(z @ tokenizer.quantizer.codes().T).argmax(-1)]
-    design = torch.cat([code, torch.ones(len(code), 1)], 1)
-    solution = torch.linalg.lstsq(design, patches).solution  # (D + 1, 3 f f)
-    tokenizer.skip_out.weight.copy_(solution[:d].view(d, 3, f, f))
-    tokenizer.skip_out.bias.copy_(solution[d].view(3, f * f).mean(1))
+    codes = tokenizer.quantizer.codes()
+    code = codes[(z @ codes.T).argmax(-1)].double()
+    colour = mean.view(3, f * f).mean(1)  # (3,)
+    residual = (patches - colour.repeat_interleave(f * f)).double()
+    solution = torch.linalg.solve(code.T @ code + 1e-9 * len(code) * torch.eye(d), code.T @ residual)  # (D, 3 f f)
+    tokenizer.skip_out.weight.copy_(solution.view(d, 3, f, f))
+    tokenizer.skip_out.bias.copy_(colour)
     for last in (tokenizer.quant_conv, tokenizer.decoder.out):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

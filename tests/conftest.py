@@ -1,0 +1,44 @@
+"""Every test has run and figure folders of its own; the runs of the recipe `tiny` are trained once and shared."""
+
+import fcntl
+import os
+import shutil
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import matplotlib
+import pytest
+import torch
+
+from gear.recipes import recipe, train_with_parents
+from gear.training.loop import Runtime
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Point $GEAR_RUNS and $GEAR_FIGURES into the test's own folder; returns it."""
+    monkeypatch.setenv("GEAR_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("GEAR_FIGURES", str(tmp_path / "figures"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory, worker_id):
+    """The folder of the runs tiny-tokenizer, tiny-joint and tiny; read it, do not write to it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "tiny_runs"
+    with open(folder.with_suffix(".lock"), "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker trains, the others wait
+        patch.setenv("GEAR_RUNS", str(folder))
+        train_with_parents(recipe("tiny"), "tiny", runtime=Runtime(device="cpu", quiet=True))
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_runs, home, monkeypatch):
+    """A copy of the tiny runs as the test's own runs folder; returns it."""
+    shutil.copytree(tiny_runs, home / "runs")
+    return home / "runs"

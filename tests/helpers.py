@@ -1,0 +1,72 @@
+"""Tiny networks, configurations and images that several tests share."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gear import data
+from gear.generator.model import Generator, GeneratorConfig
+from gear.recipes import TINY
+from gear.scenes import Scenes
+from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.model import Tokenizer
+from gear.training.state import State
+
+TOKENIZER = TokenizerConfig(codebook_size=32, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
+GENERATOR = GeneratorConfig(
+    width=16, layers=3, heads=2, num_classes=5, tap_layer=2, projector_dim=8, class_dropout=0.0, dropout=0.0,
+)  # fmt: skip
+K = 11  # the tiny generator's codebook
+
+
+def scenes(count, first=0):
+    """Scenes number `first` to `first + count` at 32 px: images (N, 3, 32, 32) in [-1, 1] and labels (N,)."""
+    source, positions = Scenes(first, count, 32), np.arange(count)
+    return data.to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(source.labels(positions))
+
+
+def stirred(module, std=0.3):
+    """Give every matrix of a network large random weights: its heads are not zero and every block matters."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, std)
+    return module
+
+
+def tiny_tokenizer(**changes):
+    torch.manual_seed(0)
+    return Tokenizer(replace(TOKENIZER, **changes))
+
+
+def tiny_generator(**changes):
+    """A generator over K codes with stirred weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return stirred(Generator(replace(GENERATOR, **changes), K)).eval()
+
+
+def tiny_state(stage="joint", steps=24, stir=True, generator=(), **objective):
+    """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while it trains."""
+    torch.manual_seed(0)
+    config = replace(
+        TINY,
+        recipe="test",
+        stage=stage,
+        steps=steps,
+        tokenizer_run="",
+        generator=replace(TINY.generator, dropout=0.5, class_dropout=0.5, **dict(generator)),
+        objective=replace(TINY.objective, **objective),
+    )
+    state = State(config, torch.device("cpu"))
+    for name in {"generator", "projector"} & state.networks.keys() if stir else ():
+        stirred(state.networks[name])
+    return state
+
+
+def weights(*modules):
+    """Copy the weights of networks, to be compared with later."""
+    return [tensor.clone() for module in modules for tensor in module.state_dict().values()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

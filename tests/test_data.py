@@ -1,0 +1,216 @@
+"""Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says what is wrong."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gear import data
+from gear.config import UserError
+from gear.data import DataConfig, open_source, to_float, to_uint8
+
+SCENES = DataConfig(image_size=16, train_images=20, val_images=10)
+
+
+def paint(path, size=(24, 20), seed=0):
+    """Save a PNG of random pixels, so that every image and every crop of it is told apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ninety images in three class sub-folders, one of them nested."""
+    for i in range(90):
+        paint(tmp_path / "images" / ("ant", "bee/wild", "cat")[i % 3] / f"{i:02d}.png", seed=i)
+    return DataConfig(source=str(tmp_path / "images"), image_size=16)
+
+
+def names(config, split):
+    return [f.name for f in open_source(config, split).files]
+
+
+# -- splits --------------------------------------------------------------------------------------------------
+
+
+def test_scene_splits_are_disjoint_ranges_of_numbers():
+    huge = replace(SCENES, train_images=10**9, val_images=10**9)
+    train, val = open_source(huge, "train"), open_source(huge, "val")
+    assert train.first + train.length <= val.first and len(train) == len(val) == 10**9
+    first = {split: data.load(SCENES, split)[0].flatten(1) for split in ("train", "val")}
+    assert torch.cdist(first["train"], first["val"]).min() > 1 and (len(first["train"]), len(first["val"])) == (20, 10)
+
+
+def test_folder_splits_are_disjoint_and_complete(folder):
+    train, val = names(folder, "train"), names(folder, "val")
+    assert not set(train) & set(val) and sorted(train + val) == [f"{i:02d}.png" for i in range(90)]
+    assert 1 <= len(val) <= 12
+
+
+def test_a_file_keeps_its_split_when_others_are_added(folder, tmp_path):
+    train, val = set(names(folder, "train")), set(names(folder, "val"))
+    for i in range(60):
+        paint(tmp_path / "images" / ("ant", "dog")[i % 2] / f"new{i}.png")
+    assert train <= set(names(folder, "train")) and val <= set(names(folder, "val"))
+    assert len(names(folder, "train")) + len(names(folder, "val")) == 150
+
+
+def test_two_images_are_enough_for_a_split(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "two" / f"{i}.png")
+    config = DataConfig(source=str(tmp_path / "two"), image_size=16)
+    assert sorted(names(config, "train") + names(config, "val")) == ["0.png", "1.png"]
+
+
+# -- folders -------------------------------------------------------------------------------------------------
+
+
+def test_sub_folders_are_classes(folder, tmp_path):
+    (tmp_path / "images" / "empty").mkdir()
+    assert data.num_classes(folder) == 3
+    for split in ("train", "val"):
+        source = open_source(folder, split)
+        assert source.classes == ["ant", "bee", "cat"]
+        assert source.labels(np.arange(len(source))).tolist() == [int(f.stem) % 3 for f in source.files]
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    for i in range(5):
+        paint(tmp_path / "flat" / f"{i}.png")
+    config = DataConfig(source=str(tmp_path / "flat"), image_size=16)
+    assert open_source(config, "train").classes == ["flat"] and data.num_classes(config) == 1
+    assert data.load(config, "train")[1].tolist() == [0, 0, 0, 0]
+
+
+def test_missing_folder_names_the_path(tmp_path):
+    with pytest.raises(UserError, match=r"no folder of images at '.*/nowhere'"):
+        open_source(DataConfig(source=str(tmp_path / "nowhere")), "train")
+
+
+def test_folder_without_images_names_the_path(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match=rf"the folder '{tmp_path}' holds no images .*\.png"):
+        open_source(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_one_image_leaves_none_to_train_on(tmp_path):
+    paint(tmp_path / "one" / "0.png")
+    with pytest.raises(UserError, match="none is left to train on"):
+        open_source(DataConfig(source=str(tmp_path / "one")), "train")
+
+
+@pytest.mark.parametrize("kind", ("text", "truncated"))
+def test_unreadable_image_names_its_path(tmp_path, kind):
+    for i in range(2):
+        paint(tmp_path / "bad" / f"{i}.png")
+        path = tmp_path / "bad" / f"{i}.png"
+        path.write_bytes(b"not an image" if kind == "text" else path.read_bytes()[:600])
+    source = open_source(DataConfig(source=str(tmp_path / "bad"), image_size=16), "train")
+    with pytest.raises(UserError, match=rf"the image {source.files[0]} cannot be read"):
+        source.images([0])
+
+
+def test_factors_need_scenes(folder):
+    with pytest.raises(UserError, match="labels 'factors' need the source 'scenes'"):
+        open_source(replace(folder, labels="factors"), "train")
+
+
+# -- resize and crop -----------------------------------------------------------------------------------------
+
+BANDS = np.repeat(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8), 32, 0)  # 96 pixels: red, green, blue
+
+
+@pytest.mark.parametrize("wide", (True, False))
+def test_resize_keeps_the_short_side_and_crops_the_centre(tmp_path, wide):
+    """Three square bands at half the size: the centre is the green one, the corners are the red and the blue."""
+    image = np.broadcast_to(BANDS[None] if wide else BANDS[:, None], (32, 96, 3) if wide else (96, 32, 3))
+    for i in range(2):
+        path = tmp_path / "bands" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(image)).save(path)
+    source = open_source(DataConfig(source=str(tmp_path / "bands"), image_size=16, interpolation="box"), "train")
+    for draws, colour in ((None, 1), (np.zeros((1, 2)), 0), (np.full((1, 2), 1 - 1e-9), 2)):
+        got = source.images([0], draws)
+        assert got.shape == (1, 16, 16, 3) and (got == 255 * np.eye(3, dtype=np.uint8)[colour]).all()
+
+
+def test_an_image_of_the_right_size_is_not_touched(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "exact" / f"{i}.png", size=(16, 16), seed=i)
+    source = open_source(DataConfig(source=str(tmp_path / "exact"), image_size=16), "train")
+    np.testing.assert_array_equal(source.images([0])[0], np.asarray(Image.open(source.files[0])))
+
+
+# -- the stream ----------------------------------------------------------------------------------------------
+
+
+def taken(config, total, batch_size, start=0, workers=0, seed=3):
+    """The samples `start` to `start + total` of the stream, with their labels."""
+    batches = islice(data.stream(config, seed, batch_size, start, workers), total // batch_size)
+    images, labels = zip(*batches)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("source", ("scenes", "folder"))
+def test_a_stream_from_sample_n_is_the_tail_of_the_stream(source, workers, folder):
+    """Crops, flips and the order of later epochs included, whatever the batch size."""
+    config = replace(SCENES if source == "scenes" else folder, flip=True)
+    images, labels = taken(config, 120, 8)
+    for start, batch_size in ((24, 8), (60, 6), (7, 1)):
+        tail, tail_labels = taken(config, 24, batch_size, start, workers)
+        assert torch.equal(tail, images[start : start + 24])
+        assert torch.equal(tail_labels, labels[start : start + 24])
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
+    images = taken(SCENES, 60, 5)[0].flatten(1)
+    alone = data.load(SCENES, "train")[0].flatten(1)
+    order = torch.cdist(images, alone).argmin(1).view(3, 20)
+    assert torch.equal(images, alone[order.flatten()])
+    assert (order.sort(1).values == torch.arange(20)).all() and not torch.equal(order[0], order[1])
+
+
+def test_the_seed_makes_the_order():
+    assert not torch.equal(taken(SCENES, 20, 20)[0], taken(SCENES, 20, 20, seed=4)[0])
+
+
+def test_flip_mirrors_half_of_the_images():
+    plain, flipped = (taken(replace(SCENES, flip=flip), 200, 20)[0] for flip in (False, True))
+    kept, mirrored = (flipped == plain).flatten(1).all(1), (flipped == plain.flip(-1)).flatten(1).all(1)
+    assert (kept ^ mirrored).all() and 70 < mirrored.sum() < 130
+
+
+def test_factor_labels_go_with_their_images():
+    images, factors = next(data.stream(replace(SCENES, labels="factors"), 0, 6))
+    alone, source = data.load(SCENES, "train")[0], open_source(SCENES, "train")
+    positions = torch.cdist(images.flatten(1), alone.flatten(1)).argmin(1).numpy()
+    np.testing.assert_array_equal(factors, source.factors(positions, 4))
+
+
+def test_load_takes_a_slice_and_never_flips():
+    images, labels = data.load(replace(SCENES, flip=True), "val")
+    part, part_labels = data.load(SCENES, "val", count=4, start=3)
+    assert torch.equal(part, images[3:7]) and torch.equal(part_labels, labels[3:7])
+    assert len(data.load(SCENES, "val", count=99)[0]) == 10
+
+
+# -- ranges --------------------------------------------------------------------------------------------------
+
+
+def test_uint8_survives_the_round_trip_and_fills_the_range():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    floats = to_float(every)
+    assert floats.dtype == torch.float32 and floats.shape == (1, 3, 16, 16)
+    assert (floats.min(), floats.max()) == (-1, 1)
+    torch.testing.assert_close(floats[0, 0].flatten(), torch.linspace(-1, 1, 256))
+    assert torch.equal(to_uint8(floats), every)
+
+
+def test_to_uint8_clamps_and_rounds_half_up():
+    x = torch.tensor([-9.0, 9.0, 0.0, 2.49 / 127.5 - 1, 2.51 / 127.5 - 1]).view(1, 1, 1, 5)
+    assert to_uint8(x).flatten().tolist() == [0, 255, 128, 2, 3]

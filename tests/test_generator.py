@@ -1,0 +1,314 @@
+"""Causality, the tap, 2-D RoPE, and sampling against a loop without a cache."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import GENERATOR, K, tiny_generator, tiny_tokenizer
+
+from gear.config import UserError
+from gear.data import to_uint8
+from gear.generator.model import Generator, GeneratorConfig, Projector
+from gear.generator.sampling import filter_logits, generate, sample
+from gear.generator.transformer import Attention, KVCache, RMSNorm, rotate, rotation_table
+
+L = 16
+TOKENS = torch.randint(0, K, (3, L), generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 3, 4])
+
+
+@pytest.fixture
+def generator():
+    return tiny_generator()
+
+
+# -- the model (Eq. 3) ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("j", (0, 1, 7, 14, 15))
+@torch.no_grad()
+def test_position_i_has_not_seen_token_i(generator, j):
+    """Changing token j leaves the logits at positions up to j, and changes every later one; the last is never an input."""
+    other = TOKENS.clone()
+    other[:, j] = (other[:, j] + 1) % K
+    change = (generator(other, LABELS) - generator(TOKENS, LABELS)).abs().amax((0, 2))
+    assert change[: j + 1].max() < 1e-6 and (change[j + 1 :] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_the_class_reaches_every_position(generator):
+    change = (generator(TOKENS, LABELS) - generator(TOKENS, LABELS.flip(0))).abs().amax(2)
+    assert (change[[0, 2]] > 1e-4).all() and change[1].max() == 0
+
+
+def test_the_first_loss_is_ln_k():
+    logits = Generator(GENERATOR, K)(TOKENS, LABELS)
+    assert F.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).item() == pytest.approx(math.log(K), abs=1e-6)
+
+
+@torch.no_grad()
+def test_indices_grids_embeddings_and_one_hot_rows_are_the_same_tokens(generator):
+    want = generator(TOKENS, LABELS)
+    assert want.dtype == torch.float32 and want.shape == (3, L, K)
+    torch.testing.assert_close(generator(TOKENS.view(3, 4, 4), LABELS), want)
+    torch.testing.assert_close(generator(generator.embedding[TOKENS], LABELS), want)
+    torch.testing.assert_close(generator(F.one_hot(TOKENS, K).float() @ generator.embedding, LABELS), want)
+
+
+@torch.no_grad()
+def test_hidden_at_layer_l_is_the_output_of_block_l(generator):
+    outputs = {}
+    for i, block in enumerate(generator.blocks, start=1):
+        block.register_forward_hook(lambda module, inputs, output, i=i: outputs.update({i: output}))
+    hidden = generator.hidden(TOKENS, LABELS, [0, 1, 2, 3])
+    for i in (1, 2, 3):
+        assert torch.equal(hidden[i], outputs[i])
+    assert torch.equal(hidden[0][:, 0], generator.class_embedding(LABELS))
+    assert torch.equal(hidden[0][:, 1:], generator.embedding[TOKENS[:, :-1]])
+    torch.testing.assert_close(generator.logits(hidden[3]), generator(TOKENS, LABELS))
+
+
+@pytest.mark.parametrize("layers, run", (([0], 0), ([1], 1), ([2, 0], 2), ([1, 3], 3)))
+@torch.no_grad()
+def test_no_block_above_the_highest_layer_asked_runs(generator, layers, run):
+    calls = []
+    for i, block in enumerate(generator.blocks, start=1):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    assert sorted(generator.hidden(TOKENS, LABELS, layers)) == sorted(layers)
+    assert calls == list(range(1, run + 1))
+
+
+@pytest.mark.parametrize("layers", ([4], [-1], [1, 9]))
+def test_a_layer_that_is_not_there_says_which_are(generator, layers):
+    with pytest.raises(UserError, match="this generator has layers 0 to 3"):
+        generator.hidden(TOKENS, LABELS, layers)
+
+
+@pytest.mark.parametrize("length", (6, 15, 17))
+def test_a_length_that_is_no_square_is_an_error(generator, length):
+    with pytest.raises(UserError, match=f"a sequence of {length} tokens is not a square grid"):
+        generator(torch.zeros(1, length, dtype=torch.long), LABELS[:1])
+    with pytest.raises(UserError, match=f"a sequence of {length} tokens"):
+        generate(generator, LABELS, (1, length))
+
+
+@torch.no_grad()
+def test_labels_drop_in_training_only():
+    """With every label dropped, training sees "no class" whatever the label, and evaluation sees the label."""
+    generator = tiny_generator(class_dropout=1.0)
+    labelled, none = (generator(TOKENS, labels) for labels in (LABELS, torch.full((3,), generator.no_class)))
+    assert (labelled - none).abs().max() > 1e-3 and generator.no_class == 5
+    torch.testing.assert_close(generator.train()(TOKENS, LABELS), none)
+    torch.testing.assert_close(generator.eval()(TOKENS, LABELS), labelled)
+
+
+def test_the_share_of_dropped_labels_is_class_dropout():
+    generator = tiny_generator(class_dropout=0.3).train()
+    torch.manual_seed(0)
+    labels = torch.arange(4000) % 5
+    embedded = generator.embed(torch.zeros(4000, 0, dtype=torch.long), labels)[:, 0]
+    dropped = (embedded == generator.class_embedding.weight[5]).all(1)
+    kept = (embedded == generator.class_embedding(labels)).all(1)
+    assert (dropped ^ kept).all() and dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("config, count", (
+    (GeneratorConfig(width=768, layers=12, heads=12), 110_888_448),
+    (GeneratorConfig(width=384, layers=12, heads=12), 34_210_560),
+    (GeneratorConfig(), 342_910_976),
+))  # fmt: skip
+def test_public_sizes(config, count):
+    """LlamaGen-B, -S and -L over 16,384 codes (gear.md section 2)."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Generator(config, 16_384).parameters()) == count
+
+
+def test_projector_size():
+    """GEAR-L onto DINOv2-B: 7,869,184."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Projector(GeneratorConfig(), 768).parameters()) == 7_869_184
+
+
+# -- the parts -----------------------------------------------------------------------------------------------
+
+
+def test_rotation_table_is_row_angles_then_column_angles():
+    """Against a plain loop: pair m < d/4 turns by r * 10000^(-4m/d), pair d/4 + m by c * the same."""
+    side, d = 3, 8
+    table = rotation_table(side, d)
+    assert table.shape == (1 + side * side, d // 2, 2)
+    for r in range(side):
+        for c in range(side):
+            for m in range(d // 4):
+                frequency = 10_000 ** (-4 * m / d)
+                for pair, place in ((m, r), (d // 4 + m, c)):
+                    want = [math.cos(place * frequency), math.sin(place * frequency)]
+                    assert table[1 + r * side + c, pair].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_rotation_keeps_norms_and_products_depend_on_the_grid_offset_alone():
+    side, d = 5, 16
+    table = rotation_table(side, d)[1:]
+    q, k = torch.randn(2, d, generator=torch.Generator().manual_seed(0))
+    q, k = (rotate(x.expand(1, 1, side * side, d), table)[0, 0] for x in (q, k))
+    for x in (q, k):
+        torch.testing.assert_close(x.norm(dim=-1), x[0].norm().expand(side * side))
+    by_offset = {}
+    place = [divmod(i, side) for i in range(side * side)]
+    for i, row in enumerate((q @ k.T).tolist()):
+        for j, product in enumerate(row):
+            by_offset.setdefault((place[i][0] - place[j][0], place[i][1] - place[j][1]), []).append(product)
+    assert len(by_offset) == 81 and all(max(v) - min(v) < 1e-4 for v in by_offset.values())
+    means = sorted(sum(v) / len(v) for v in by_offset.values())
+    assert min(b - a for a, b in zip(means, means[1:])) > 1e-5  # every offset is told apart
+
+
+def test_rotation_turns_interleaved_pairs():
+    quarter = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # pair 0 by 90 degrees, pair 1 not at all
+    assert rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), quarter).flatten().tolist() == [-2, 1, 3, 4]
+
+
+def test_the_condition_is_left_unturned_or_silenced():
+    x = torch.randn(1, 2, 1, 8)
+    assert torch.equal(rotate(x, rotation_table(2, 8)[:1]), x)
+    assert (rotate(x, rotation_table(2, 8, condition_rotation="zero")[:1]) == 0).all()
+
+
+@pytest.mark.parametrize("rotation, matters", (("zero", False), ("identity", True)))
+@torch.no_grad()
+def test_the_key_of_a_silenced_condition_does_not_matter(rotation, matters):
+    """Channel 0 belongs to the condition alone; what the key projection makes of it counts under "identity" only."""
+    attention, x = Attention(16, 2, 0.0), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 1:, 0] = 0
+    table = rotation_table(2, 8, condition_rotation=rotation)
+    before = attention(x, table)
+    attention.qkv.weight[16:32, 0] += 5  # rows 16 to 32 make the keys
+    assert ((attention(x, table) - before).abs().max() > 1e-3) == matters
+
+
+@torch.no_grad()
+def test_attention_with_a_cache_is_attention_without():
+    attention, x, table = Attention(16, 2, 0.0), torch.randn(2, 9, 16), rotation_table(3, 8)[:9]
+    cache = KVCache(2, 2, 9, 8, "cpu", torch.float32)
+    parts = [attention(x[:, a:b], table[a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), attention(x, table))
+
+
+def test_rms_norm_has_unit_mean_square_and_ignores_scale():
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(RMSNorm(64)(x).square().mean(-1), torch.ones(4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(RMSNorm(64)(50 * x), RMSNorm(64)(x), rtol=1e-4, atol=1e-5)
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(generator, labels, side, cfg_scale=1.0):
+    """The arg-max of a full forward for every token, without a cache."""
+    indices = torch.zeros(len(labels), side * side, dtype=torch.long)
+    for i in range(side * side):
+        logits = generator(indices, labels)[:, i]
+        if cfg_scale > 1:
+            none = generator(indices, torch.full_like(labels, generator.no_class))[:, i]
+            logits = none + cfg_scale * (logits - none)
+        indices[:, i] = logits.argmax(-1)
+    return indices.view(-1, side, side)
+
+
+@pytest.mark.parametrize("rotation", ("identity", "zero"))
+@pytest.mark.parametrize("cfg_scale", (1.0, 3.0))
+def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation):
+    generator = tiny_generator(condition_rotation=rotation)
+    got = generate(generator, LABELS, (4, 4), cfg_scale=cfg_scale, temperature=0)
+    assert torch.equal(got, greedy(generator, LABELS, 4, cfg_scale))
+    assert len(got.unique()) > 3  # not one code for ever
+
+
+def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generator):
+    plain, guided = (generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0))
+    assert not torch.equal(plain, guided)
+    generator.class_embedding.weight.data[:] = generator.class_embedding.weight.data[3]
+    plain, guided = (generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0))
+    assert torch.equal(plain, guided)
+
+
+def test_scale_one_ignores_the_null_class(generator):
+    before = generate(generator, LABELS, (4, 4), seed=1)
+    generator.class_embedding.weight.data[generator.no_class] = torch.nan
+    assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), before)
+
+
+def test_the_same_seed_gives_the_same_sample(generator):
+    one, two, other = (generate(generator, LABELS, (4, 4), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    torch.manual_seed(5)  # the global state does not matter, and is not touched
+    state = torch.get_rng_state()
+    assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), one) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_top_one_is_temperature_zero(generator):
+    want = generate(generator, LABELS, (4, 4), temperature=0)
+    assert torch.equal(generate(generator, LABELS, (4, 4), temperature=2.0, top_k=1, seed=3), want)
+    assert torch.equal(generate(generator, LABELS, (4, 4), temperature=2.0, top_p=0.0, seed=3), want)
+
+
+def test_samples_follow_the_guided_logits_over_the_temperature(generator):
+    """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
+    labels = torch.full((6000,), 3)
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in (generator.no_class, 3))
+    want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
+    drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
+    got = torch.bincount(drawn.flatten(), minlength=K) / 6000
+    torch.testing.assert_close(got, want, rtol=0, atol=0.025)
+    assert (want - cond.softmax(-1)).abs().max() > 0.06  # neither guidance nor temperature can be missing
+
+
+def kept(p, **limits):
+    return torch.isfinite(filter_logits(torch.tensor([p]).log(), **limits))[0].nonzero().flatten().tolist()
+
+
+def test_top_p_keeps_the_first_token_that_crosses():
+    p = [0.2, 0.5, 0.05, 0.25]
+    assert [kept(p, top_p=t) for t in (0.01, 0.45, 0.55, 0.74, 0.76, 0.96)] == [[1], [1], [1, 3], [1, 3], [0, 1, 3], [0, 1, 2, 3]]
+
+
+def test_top_k_keeps_ties():
+    p = [0.2, 0.3, 0.2, 0.2, 0.1]
+    assert [kept(p, top_k=k) for k in (1, 2, 4, 5, 99)] == [[1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_the_nucleus_is_that_of_the_top_k():
+    """Renormalised to .57 and .43, the first token of the top two alone fills a nucleus of one half."""
+    p = [0.4, 0.3, 0.2, 0.1]
+    assert kept(p, top_p=0.5) == [0, 1] and kept(p, top_k=2, top_p=0.5) == [0]
+
+
+def test_no_limits_exclude_nothing():
+    logits = torch.randn(3, K)
+    assert torch.equal(filter_logits(logits), logits)
+
+
+def test_rows_are_filtered_apart():
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]).log()
+    assert torch.isfinite(filter_logits(logits, top_p=0.5)).tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_sample_renders_what_generate_draws():
+    generator, tokenizer = tiny_generator(), tiny_tokenizer(codebook_size=K)
+    images = sample(generator, tokenizer, [0, 3], (4, 4), seed=4, temperature=0.8)
+    drawn = generate(generator, torch.tensor([0, 3]), (4, 4), seed=4, temperature=0.8)
+    with torch.no_grad():
+        assert torch.equal(images, to_uint8(tokenizer.decode(drawn)))
+    assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8
+
+
+def test_dropout_acts_in_training_only():
+    generator = tiny_generator(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(generator(TOKENS, LABELS), generator(TOKENS, LABELS))
+        generator.train()
+        assert not torch.equal(generator(TOKENS, LABELS), generator(TOKENS, LABELS))
+    assert replace(generator.config, dropout=0.0) == GENERATOR

@@ -1,0 +1,66 @@
+"""The module list is the architecture: imports point down it, files and functions stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+GEAR = Path(__file__).parent.parent / "gear"
+LAYERS = [
+    ["_torchvision"],
+    ["config", "scenes", "data", "run"],
+    ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
+    ["generator.transformer", "generator.model", "generator.sampling"],
+    ["teachers.scenes", "teachers"],
+    ["checkpoints"],
+    ["evaluation.reconstruction"],
+    ["analysis.features", "analysis.codes", "analysis.alignment", "analysis.spatial", "analysis.dynamics", "analysis.tables"],
+    ["training.losses", "training.optim", "training.state", "training.objectives", "training.validate", "training.loop"],
+    ["recipes", "jobs"],
+    ["figures", "render"],
+    ["__main__"],
+]  # the order inside a line is the order inside the package
+ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
+OPTIONAL = {"lpips", "papermill"}  # may be imported inside the one function that needs them
+FILES = sorted(GEAR.rglob("*.py"))
+
+
+def module(path):
+    parts = path.relative_to(GEAR).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree):
+    """Yield (imported gear module, without the leading "gear.") of a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gear":
+            stem = node.module.removeprefix("gear").removeprefix(".")
+            for alias in node.names:
+                full = f"{stem}.{alias.name}".lstrip(".")
+                yield full if full in ORDER else stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_point_down_the_list(path):
+    name, tree = module(path), ast.parse(path.read_text())
+    if name in ("", "tokenizer", "generator", "training", "analysis", "evaluation"):
+        return  # the public face, and empty package files
+    assert name in ORDER, f"add {name} to the module list"
+    for imported in imports(tree):
+        if imported:
+            assert ORDER[imported] < ORDER[name], f"{name} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_files_and_functions_stay_small(path):
+    tree = ast.parse(path.read_text())
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+            inner = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+            assert all(isinstance(n, ast.Import) and {a.name for a in n.names} <= OPTIONAL for n in inner), node.name
+
+
+def test_the_list_names_only_what_exists():
+    assert set(ORDER) <= {module(path) for path in FILES}

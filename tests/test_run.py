@@ -1,0 +1,97 @@
+"""A run directory keeps what it is given, whole, and says what it misses."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from gear.config import UserError
+from gear.run import Run, load_runs, open_runs
+
+CONFIG = {"recipe": "r", "seed": 0, "steps": 4, "tau": 0.1, "version": "1"}
+
+
+def test_open_suggests_the_nearest_name():
+    Run.create("scenes-gear-s0", CONFIG)
+    with pytest.raises(UserError, match="no run 'scenes-gaer-s0'.*Did you mean 'scenes-gear-s0'"):
+        Run.open("scenes-gaer-s0")
+
+
+def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
+    Run.create("r", CONFIG)
+    Run.create("r", CONFIG | {"version": "2"})  # the library's version is not science
+    with pytest.raises(UserError, match=r"tau: 0.1 -> 0.2"):
+        Run.create("r", CONFIG | {"tau": 0.2})
+    assert Run.open("r").config["tau"] == 0.1
+
+
+def test_rewind_drops_later_lines_and_a_line_cut_short():
+    run = Run.create("r", CONFIG)
+    for step in (1, 2, 3):
+        run.append({"step": step, "loss": step / 3})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    run.rewind(2)
+    assert (run.path / "metrics.jsonl").read_text() == "".join(
+        json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2)
+    )
+
+
+def test_checkpoint_round_trip_keeps_the_newest_two():
+    run = Run.create("r", CONFIG)
+    for step in (1, 2, 3):
+        run.save_checkpoint(step, {"networks": {"a.w": torch.full((2,), float(step))}}, {"step": step})
+    assert run.checkpoint_steps() == [2, 3]
+    assert torch.equal(run.load_checkpoint("networks")["a.w"], torch.full((2,), 3.0))
+    assert torch.equal(run.load_checkpoint("networks", 2)["a.w"], torch.full((2,), 2.0))
+
+
+def test_an_interrupted_save_is_no_checkpoint():
+    run = Run.create("r", CONFIG)
+    run.save_checkpoint(1, {"networks": {"a.w": torch.zeros(1)}}, {"step": 1})
+    (run.path / "checkpoints" / ".0000002.tmp").mkdir()
+    assert run.checkpoint_steps() == [1]
+    run.save_checkpoint(2, {"networks": {"a.w": torch.ones(1)}}, {"step": 2})
+    assert run.checkpoint_steps() == [1, 2]
+
+
+def test_a_truncated_checkpoint_says_what_to_do():
+    run = Run.create("r", CONFIG)
+    run.save_checkpoint(1, {"networks": {"a.w": torch.zeros(64)}}, {"step": 1})
+    path = run.path / "checkpoints" / "0000001" / "networks.safetensors"
+    path.write_bytes(path.read_bytes()[:-32])
+    with pytest.raises(UserError, match="networks.safetensors cannot be read.*Remove the folder"):
+        run.load_checkpoint("networks")
+
+
+def test_a_run_without_weights_says_how_to_get_them():
+    with pytest.raises(UserError, match="has no weights.*gear train r"):
+        Run.create("r", CONFIG).load_checkpoint("networks")
+
+
+def test_table_is_computed_once_and_again_when_its_parameters_change():
+    run, calls = Run.create("r", CONFIG), []
+
+    def compute():
+        calls.append(1)
+        return pd.DataFrame({"x": [1.0, 2.0]})
+
+    first = run.table("t", {"k": 10}, compute)
+    assert run.table("t", {"k": 10}, compute).equals(first) and len(calls) == 1
+    run.table("t", {"k": 5}, compute)
+    assert len(calls) == 2
+    run.append({"step": 7, "loss": 0.0})  # the run went on: the table no longer fits
+    run.table("t", {"k": 5}, compute)
+    assert len(calls) == 3
+
+
+def test_load_runs_is_tidy():
+    for seed in (0, 1):
+        Run.create(f"r-s{seed}", CONFIG | {"seed": seed}).append({"step": 1, "loss": 0.5 + seed, "psnr": 20.0})
+    table = load_runs("r-s*")
+    assert list(table.columns) == ["run", "recipe", "seed", "step", "metric", "value"] and len(table) == 4
+    assert table.query("metric == 'loss' and seed == 1").value.item() == 1.5
+    assert [run.name for run in open_runs("r-s*")] == ["r-s0", "r-s1"]
+    with pytest.raises(UserError, match="no run 'q'"):
+        load_runs("q")

@@ -1,0 +1,94 @@
+"""The packaged teacher is frozen and standardised; a grid or a name that does not fit says what would."""
+
+import pytest
+import torch
+from helpers import scenes
+
+from gear.config import UserError
+from gear.scenes import FACTORS, Scenes
+from gear.teachers import check_grid, load_teacher
+from gear.teachers.scenes import ScenesTeacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("scenes")
+
+
+@pytest.fixture(scope="module")
+def rows(teacher):
+    """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L, 144)."""
+    with torch.no_grad():
+        return teacher.channels(scenes(512, first=1 << 40)[0]).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_it_is_frozen_and_in_evaluation_mode(teacher):
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_features_lie_on_the_grid_in_raster_order(teacher):
+    images = scenes(3)[0]
+    features = teacher(images)
+    assert features.shape == (3, 64, 64) and teacher.grid(32) == 8 and teacher.dim == 64
+    changed = images.clone()
+    changed[:, :, 20:24, 4:8] *= -1  # the patch of row 5, column 1
+    assert (teacher(changed) - features).norm(dim=-1).argmax(1).tolist() == [5 * 8 + 1] * 3
+
+
+def test_channels_are_standardised_over_the_scenes(teacher, rows):
+    """Mean about 0 and spread about 1 on other scenes than those that set them; raw channels have neither."""
+    standard = (rows - teacher.mean) / teacher.std
+    assert standard.mean(0).abs().max() < 0.1 and (standard.std(0) - 1).abs().max() < 0.15
+    assert (rows.mean(0).abs() / rows.std(0)).median() > 0.3
+
+
+def test_features_are_principal_components(teacher, rows):
+    """Orthonormal directions, uncorrelated features, largest spread first, most of the variance."""
+    torch.testing.assert_close(teacher.components @ teacher.components.T, torch.eye(64), rtol=0, atol=1e-5)
+    standard = (rows - teacher.mean) / teacher.std
+    covariance = torch.cov((standard @ teacher.components.T).T)
+    spread = covariance.diag().sqrt()
+    assert (covariance / spread[:, None] / spread - torch.eye(64)).abs().max() < 0.25
+    assert (spread.sort(descending=True).values - spread).abs().max() < 0.1 * spread[0]
+    assert covariance.diag().sum() / 144 > 0.9
+
+
+def test_any_two_patches_are_not_alike(teacher):
+    """What the standardisation is for: the mean cosine of patches of different scenes is about 0, not .8."""
+    features = torch.nn.functional.normalize(teacher(scenes(64)[0]), dim=-1)
+    assert abs((features[:-1] * features[1:]).sum(-1).mean()) < 0.15
+
+
+def test_it_sees_the_factors(teacher):
+    """Cross entropies far below those of a guess, on scenes it was not trained on."""
+    factors = torch.from_numpy(Scenes(1 << 40, 128, 32).factors(range(128), 4))
+    with torch.no_grad():
+        losses = teacher.factor_losses(scenes(128, first=1 << 40)[0], factors)
+    for i, name in enumerate(FACTORS):
+        share = factors[..., i].flatten().bincount() / factors[..., i].numel()
+        assert losses[f"{name}_loss"] < 0.5 * torch.special.entr(share).sum()
+
+
+def test_standardise_whitens_the_diagonal_and_returns_the_share_kept():
+    torch.manual_seed(0)
+    teacher, images = ScenesTeacher().eval(), scenes(64)[0]
+    kept = teacher.standardise(images)
+    with torch.no_grad():
+        features = teacher(images).flatten(0, 1).double()
+    covariance = torch.cov(features.T)
+    assert features.mean(0).abs().max() < 1e-3
+    torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=1e-3)
+    assert (covariance.diag().diff() < 1e-3).all() and 0.5 < kept < 1
+    assert covariance.diag().sum().item() / 144 == pytest.approx(kept, abs=1e-3)  # 144 channels of variance 1
+
+
+def test_a_grid_that_does_not_fit_says_what_would(teacher):
+    check_grid(teacher, 32, 4)
+    with pytest.raises(UserError, match=r"32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens.*halves 2 times"):
+        check_grid(teacher, 32, 8)
+
+
+def test_an_unknown_teacher_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"unknown teacher 'scene'.*Did you mean 'scenes'\?"):
+        load_teacher("scene")

@@ -55,7 +55,7 @@ def test_features_are_principal_components(teacher, rows):
 
 
 def test_any_two_patches_are_not_alike(teacher):
-    """What the standardisation is for: the mean cosine of patches of different scenes is about 0, not .8."""
+    """What the standardisation is for: patches of different scenes have a mean cosine of about 0."""
     features = torch.nn.functional.normalize(teacher(scenes(64)[0]), dim=-1)
     assert abs((features[:-1] * features[1:]).sum(-1).mean()) < 0.15
 

@@ -1,0 +1,104 @@
+"""Every notebook keeps the contract, and runs, with the runs of `tiny` in place of those it names."""
+
+import ast
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pandas as pd
+import pytest
+
+from gear import render
+from gear.config import TrainingStopped, UserError
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
+ON_TINY = {
+    "train": {"recipe": "tiny", "device": "cpu"},
+    "training_dynamics": {"warm_up": "tiny", "control": "tiny", "method": "tiny"},
+    "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer"},
+    "generator_alignment": {"warm_up": "tiny", "control": "tiny", "method": "tiny", "images": 40, "k": 5},
+}
+
+
+def code_cells(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_every_notebook_is_tried_on_tiny():
+    assert set(ON_TINY) == {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_contract(path):
+    cells = code_cells(path)
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "strip it: make strip"
+    assert sum(len(s.splitlines()) for s in sources) <= 80
+    tagged = [s for cell, s in zip(cells, sources) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    for node, line in zip(ast.parse(tagged[0]).body, tagged[0].splitlines()):
+        assert isinstance(node, ast.AnnAssign) and " # " in line, f"annotate and explain: {line}"
+        ast.literal_eval(node.value)
+    for node in ast.walk(ast.parse("\n".join(sources))):
+        assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)), "the library computes"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert {m.split(".")[0] for m in modules} <= ALLOWED
+    assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
+    if path.stem != "train":
+        assert any(f'figures.save(fig, "{path.stem}"' in s for s in sources), "a figure carries its notebook's name"
+
+
+@pytest.mark.parametrize("name", [p.stem for p in NOTEBOOKS])
+def test_runs_on_tiny(name, tiny, home, monkeypatch):
+    monkeypatch.chdir(home)  # from any working directory
+    executed = render.execute(name, ON_TINY[name])
+    assert executed.exists()
+    if name == "train":
+        return
+    figures = home / "figures"
+    picture = matplotlib.image.imread(figures / f"{name}.png")
+    assert picture.std() > 0.05 and (figures / f"{name}.pdf").stat().st_size > 5_000
+    head, *_ = (figures / f"{name}.csv").read_text().splitlines()
+    assert "tiny" in json.loads(head.removeprefix("# "))["runs"] or "tiny-joint" in json.loads(head.removeprefix("# "))["runs"]
+    assert len(pd.read_csv(figures / f"{name}.csv", comment="#")) > 5
+
+
+def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
+    """Drawn again from tables and metrics alone, a figure is byte-identical: what is tracked suffices."""
+    render.execute("generator_alignment", ON_TINY["generator_alignment"])
+    kept = {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")}
+    assert set(kept) == {f"generator_alignment.{s}" for s in ("png", "pdf", "csv")}
+    for weights in tiny.glob("*/checkpoints"):
+        weights.rename(weights.with_name("gone"))
+    render.execute("generator_alignment", ON_TINY["generator_alignment"])
+    assert {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")} == kept
+
+
+def test_unknown_parameter_is_caught_before_anything_runs(home):
+    with pytest.raises(UserError, match="no parameter 'metod'. Did you mean 'method'"):
+        render.execute("training_dynamics", {"metod": "x"})
+    assert not (home / "figures").exists()
+
+
+def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, capsys):
+    """No runs of the names the notebooks expect: each fails with the reason, none hides the others."""
+    with pytest.raises(TrainingStopped) as failed:
+        render.render(["codebook_usage", "training_dynamics"])
+    for name in ("codebook_usage", "training_dynamics"):
+        assert f"notebook '{name}', cell" in str(failed.value)
+    assert "no run 'scenes-joint-s[0-9]'" in str(failed.value)
+
+
+def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch):
+    for old, new in {"tiny": "scenes-gear-s0", "tiny-joint": "scenes-joint-s0", "tiny-tokenizer": "scenes-control-s0"}.items():
+        (tiny / old).rename(tiny / new)
+    render.render(["codebook_usage"])
+    render.render(["codebook_usage"])
+    assert "codebook_usage: up to date" in capsys.readouterr().out
+    (tiny / "scenes-joint-s0" / "metrics.jsonl").open("a").write('{"step": 25}\n')
+    monkeypatch.setattr(render, "execute", lambda name: print("drawn again"))
+    render.render(["codebook_usage"])
+    assert "drawn again" in capsys.readouterr().out

@@ -1,0 +1,458 @@
+"""Algorithm 1: which network a loss moves, along which gradient, how often anything runs; losses, schedule, averages."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import same, scenes, tiny_state, weights
+
+from gear.config import UserError
+from gear.evaluation.reconstruction import l1, psnr
+from gear.tokenizer.readout import straight_through_assignment
+from gear.training import losses
+from gear.training.objectives import (
+    STAGES,
+    discriminator_update,
+    generator_update,
+    naive_bridge,
+    soft_bridge,
+    tokenizer_update,
+)
+from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+
+IMAGES, LABELS = scenes(4)
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Recorder:
+    """Stands in for an optimizer: keeps the gradients a step would have used, by parameter, and changes nothing."""
+
+    def __init__(self, *modules):
+        self.parameters = [p for module in modules for p in module.parameters()]
+
+    def step(self, loss, factor):
+        self.loss, self.factor = loss.detach(), factor
+        self.gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+
+def recorded(state, update, name, *modules):
+    """Run one update with its optimizer replaced; returns the Recorder of the gradients to `modules`."""
+    recorder = state.optimizers[name] = Recorder(*modules)
+    update(state, state.observe(IMAGES, LABELS))
+    return recorder
+
+
+def assert_same_gradients(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-3 * b.norm() + 1e-7
+
+
+def by_hand(state):
+    """L_VQ and L_align^s of Eqs. 2 and 11 from the networks' parts alone: {term: scalar}, unweighted."""
+    tokenizer, generator, config = state.tokenizer, state.generator.eval(), state.config
+    latents = tokenizer.latents(IMAGES)  # (B, D, h, w)
+    z, c = F.normalize(latents.flatten(2).mT, dim=-1), F.normalize(tokenizer.quantizer.codebook, dim=-1)
+    affinity = -(z[:, :, None] - c).square().sum(-1)  # (B, L, K)
+    code = c[affinity.argmax(-1)]
+    straight = z + (code - z).detach()
+    reconstruction = tokenizer.decode_latents(straight.mT.reshape(latents.shape))
+    p = (affinity / 0.01).softmax(-1).flatten(0, 1)
+    terms = {
+        "recon_loss": (reconstruction - IMAGES).abs().mean(),
+        "codebook_loss": (code - z.detach()).square().mean(),
+        "commit_loss": (code.detach() - z).square().mean(),
+        "entropy_loss": torch.special.entr(p).sum(-1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum(),
+        "gan_loss": -state.discriminator(reconstruction).mean(),
+    }
+    u_soft = (affinity / config.objective.tau).softmax(-1) @ generator.token_embedding.weight
+    x = torch.cat([generator.class_embedding(LABELS)[:, None], u_soft[:, :-1]], 1)
+    for block in generator.blocks[: config.generator.tap_layer]:
+        x = block(x, generator.rotation(x.shape[1], x.device)[: x.shape[1]])
+    a, b = state.projector(x), state.teacher_features(IMAGES)
+    terms["soft_align_loss"] = -((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
+    return terms
+
+
+# -- the bridges ---------------------------------------------------------------------------------------------
+
+LAMBDAS = dict(align_weight=0.7, tau=0.05, gan_weight=0.3, entropy_weight=0.2, commit_weight=0.4)
+
+
+@pytest.mark.parametrize("bridge", ("soft", "none"))
+def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
+    """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has its share."""
+    state = tiny_state(bridge=bridge, generator=dict(tap_layer=2), **LAMBDAS)
+    got = recorded(state, tokenizer_update, "tokenizer", state.tokenizer)
+    share = {"recon_loss": 1.0, "codebook_loss": 1.0, "commit_loss": 0.4, "entropy_loss": 0.2, "gan_loss": 0.3}
+    share |= {"soft_align_loss": 0.7} if bridge == "soft" else {}
+    terms, parameters = by_hand(state), list(state.tokenizer.parameters())
+    assert_same_gradients(got.gradients, torch.autograd.grad(sum(share[t] * terms[t] for t in share), parameters))
+    assert got.loss.item() == pytest.approx(sum(w * terms[t].item() for t, w in share.items()), rel=1e-4)
+    total = sum(g.square().sum() for g in got.gradients).sqrt()
+    for term, weight in share.items():
+        one = torch.autograd.grad(weight * terms_of(state)[term], parameters, allow_unused=True)
+        assert sum(g.square().sum() for g in one if g is not None).sqrt() > 0.01 * total
+
+
+def terms_of(state):
+    return by_hand(state)
+
+
+def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
+    """With half of everything dropped in training, two soft passes agree; afterwards the generator trains again."""
+    state = tiny_state()
+    state.generator.train()
+    batch = state.observe(IMAGES, LABELS)
+    first, second = (soft_bridge(state, batch)["soft_align_loss"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert state.generator.training and all(p.requires_grad for p in state.generator.parameters())
+    assert generator_update(state, batch)["ntp_loss"] != generator_update(state, batch)["ntp_loss"]
+
+
+def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
+    """There is no path: not a small gradient, none. And the discriminator's step leaves none either."""
+    state = tiny_state(bridge="soft")
+    parts = [state.tokenizer, state.generator, state.projector]
+    got = recorded(state, generator_update, "generator", *parts).gradients
+    count = len(list(state.tokenizer.parameters()))
+    assert all(g is None for g in got[:count]) and all(g is not None for g in got[count:])
+    assert all(g is None for g in recorded(state, discriminator_update, "discriminator", state.tokenizer).gradients)
+
+
+def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
+    state = tiny_state(align_weight=0.7)
+    for module in state.generator.modules():  # no draws, to repeat them by hand
+        module.p = 0.0
+    object.__setattr__(state.generator.config, "class_dropout", 0.0)
+    got = recorded(state, generator_update, "generator", state.generator, state.projector)
+    generator, tap = state.generator, state.config.generator.tap_layer
+    indices = state.tokenizer.encode(IMAGES).flatten(1)
+    logp = generator(indices, LABELS).log_softmax(-1)
+    ntp = -logp.gather(-1, indices[..., None]).mean()
+    a, b = state.projector(generator.hidden(indices, LABELS, [tap])[tap]), state.teacher_features(IMAGES)
+    want = ntp - 0.7 * ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
+    assert_same_gradients(got.gradients, torch.autograd.grad(want, got.parameters, allow_unused=True))
+
+
+def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets():
+    """The gradient of the naive term is the sum of both paths, and each is there; the soft bridge carries neither."""
+    state = tiny_state(bridge="naive", tau=0.1)
+    batch, generator = state.observe(IMAGES, LABELS), state.generator.eval()
+    parameters = list(state.tokenizer.parameters())
+    encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
+
+    def gradient(loss, wanted=encoder):
+        return torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+
+    assignment = straight_through_assignment(batch.tokenized.quantized.affinity, 0.1)
+    fixed = assignment.detach()
+    logits = [generator(a @ generator.embedding, LABELS).log_softmax(-1) for a in (assignment, fixed)]
+    by_inputs = gradient(-(fixed * logits[0]).sum(-1).mean())
+    by_targets = gradient(-(assignment * logits[1]).sum(-1).mean())
+    naive = naive_bridge(state, batch)["naive_ntp_loss"]
+    for i, t, both in zip(by_inputs, by_targets, gradient(naive)):
+        assert min(i.norm(), t.norm()) > 0.05 * both.norm() > 0
+        assert (i + t - both).norm() < 1e-3 * both.norm()
+    indices = batch.indices
+    assert naive.item() == pytest.approx(losses.next_token_loss(generator(indices, LABELS), indices).item(), rel=1e-5)
+    assert any(g is not None for g in gradient(naive, parameters))
+    update = recorded(state, tokenizer_update, "tokenizer", state.tokenizer).gradients
+    plain = tiny_state(bridge="none")
+    without = recorded(plain, tokenizer_update, "tokenizer", plain.tokenizer).gradients
+    added = torch.autograd.grad(naive, parameters, allow_unused=True)
+    assert_same_gradients(update, [w if a is None else w + a for w, a in zip(without, added)])
+
+
+def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
+    joint, alone = tiny_state(bridge="none"), tiny_state("tokenizer")
+    for _ in range(3):
+        for state in (joint, alone):
+            batch = state.observe(IMAGES, LABELS)
+            for update in STAGES[state.config.stage]:
+                update(state, batch)
+            state.finish_step()
+    for name in ("tokenizer", "discriminator"):
+        assert same(weights(joint.networks[name]), weights(alone.networks[name]))
+    assert same(weights(joint.averages["tokenizer"].module), weights(alone.averages["tokenizer"].module))
+
+
+# -- the updates ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bridge", ("soft", "naive"))
+@pytest.mark.parametrize("update, moves", (
+    (tokenizer_update, {"tokenizer"}),
+    (discriminator_update, {"discriminator"}),
+    (generator_update, {"generator", "projector"}),
+))  # fmt: skip
+def test_an_update_moves_its_own_networks_and_leaves_no_gradient(update, moves, bridge):
+    state = tiny_state(bridge=bridge)
+    before = {name: weights(module) for name, module in state.networks.items()}
+    update(state, state.observe(IMAGES, LABELS))
+    moved = {name for name, module in state.networks.items() if not same(before[name], weights(module))}
+    assert moved == moves
+    assert all(p.grad is None for module in state.networks.values() for p in module.parameters())
+
+
+def count_calls(modules):
+    calls = {}
+    for name, module in modules.items():
+        calls[name] = 0
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    return calls
+
+
+@pytest.mark.parametrize("tap", (1, 2))
+def test_the_soft_pass_runs_to_the_tap_and_the_hard_pass_to_the_top(tap):
+    state = tiny_state(generator=dict(tap_layer=tap))
+    calls = count_calls(dict(enumerate(state.generator.blocks, start=1)))
+    batch = state.observe(IMAGES, LABELS)
+    assert calls == {1: 0, 2: 0, 3: 0}
+    tokenizer_update(state, batch)
+    assert calls == {i: int(i <= tap) for i in (1, 2, 3)}
+    generator_update(state, batch)
+    assert calls == {i: int(i <= tap) + 1 for i in (1, 2, 3)}
+
+
+def test_a_joint_step_is_one_tokenizer_forward_and_one_teacher_forward():
+    state = tiny_state()
+    tokenizer = state.tokenizer
+    parts = {"tokenizer": tokenizer, "encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
+    calls = count_calls(parts | {"teacher": state.teacher_features, "discriminator": state.discriminator})
+    batch = state.observe(IMAGES, LABELS)
+    for update in STAGES["joint"]:
+        update(state, batch)
+    assert calls == {"tokenizer": 1, "encoder": 1, "decoder": 1, "teacher": 1, "discriminator": 3}
+
+
+def test_no_alignment_needs_no_teacher():
+    state = tiny_state(align_weight=0.0)
+    assert "projector" not in state.networks and state.teacher_features is None
+    batch = state.observe(IMAGES, LABELS)
+    assert "soft_align_loss" not in tokenizer_update(state, batch)
+    assert set(generator_update(state, batch)) == {"ntp_loss"}
+
+
+def test_the_adversarial_term_starts_at_its_share_of_the_steps():
+    state = tiny_state(steps=10, gan_start=0.5)
+    for step, is_on in ((0, False), (4, False), (5, True), (9, True)):
+        state.step = step
+        batch, before = state.observe(IMAGES, LABELS), weights(state.discriminator)
+        assert ("gan_loss" in tokenizer_update(state, batch)) == is_on
+        assert bool(discriminator_update(state, batch)) == is_on
+        assert same(before, weights(state.discriminator)) != is_on
+    assert not tiny_state(gan_weight=0.0).gan_is_on
+
+
+def test_target_gradient_and_images_stay_out_of_the_teacher():
+    batch = tiny_state().observe(IMAGES, LABELS)
+    assert not batch.target.requires_grad and batch.target.shape == (4, 64, 64)
+    assert not batch.indices.requires_grad and batch.tokenized.reconstruction.requires_grad
+
+
+def test_a_new_run_starts_its_average_from_data_too():
+    state = tiny_state()
+    state.start(scenes(64)[0])
+    assert (state.tokenizer.quant_conv.weight == 0).all()
+    assert same(weights(state.tokenizer), weights(state.averages["tokenizer"].module))
+
+
+def test_the_generator_stage_needs_a_tokenizer():
+    with pytest.raises(UserError, match="set tokenizer_run"):
+        tiny_state("generator")
+
+
+# -- descend -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update, term", (
+    (tokenizer_update, "'recon_loss' of the tokenizer is nan at step 7"),
+    (discriminator_update, "'disc_loss' of the discriminator is nan at step 7"),
+    (generator_update, "'align_loss' of the generator is nan at step 7"),
+))  # fmt: skip
+def test_a_nan_names_its_term_and_changes_nothing(update, term):
+    state = tiny_state()
+    state.step, images = 7, IMAGES.clone()
+    images[1, 0, 5, 5] = torch.nan
+    batch = state.observe(images, LABELS)
+    batch.indices = state.tokenizer.encode(IMAGES).flatten(1)  # so that the next-token loss is finite
+    before = weights(*state.networks.values())
+    with pytest.raises(FloatingPointError, match=term):
+        update(state, batch)
+    assert same(before, weights(*state.networks.values()))
+
+
+def test_an_infinite_second_term_is_named():
+    state = tiny_state()
+    value = state.generator.head.weight.sum()
+    with pytest.raises(FloatingPointError, match="'align_loss' of the generator is inf"):
+        state.descend("generator", {"ntp_loss": value, "align_loss": value + torch.inf}, {})
+
+
+def test_descend_weighs_terms_and_reports_them_unweighted():
+    state = tiny_state(steps=10)
+    recorder = state.optimizers["generator"] = Recorder(state.generator.head)
+    weight = state.generator.head.weight
+    told = state.descend("generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0})
+    torch.testing.assert_close(recorder.gradients[0], 1 + 6 * weight)
+    assert told["b"] == weight.square().sum() and not told["b"].requires_grad and set(told) == {"a", "b"}
+
+
+# -- losses --------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_loss_is_the_mean_absolute_difference():
+    assert losses.reconstruction_loss(torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])).item() == 1
+
+
+def test_hinge_losses_at_known_logits():
+    real, fake = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([-2.0, -1.0, 0.0, 1.0])
+    assert losses.discriminator_hinge_loss(real, fake).item() == pytest.approx(0.5 * (3 / 4 + 3 / 4))
+    assert losses.discriminator_hinge_loss(real[:2], fake).item() == pytest.approx(0.5 * 3 / 4)  # sure reals cost nothing
+    assert losses.discriminator_hinge_loss(real, fake[:2]).item() == pytest.approx(0.5 * 3 / 4)
+    assert losses.discriminator_hinge_loss(torch.zeros(4), torch.zeros(4)).item() == 1
+    assert losses.generator_hinge_loss(fake).item() == pytest.approx(0.5)  # minus the mean logit, without a hinge
+
+
+def test_next_token_loss_is_the_mean_negative_log_likelihood():
+    logits, indices = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
+    want = -sum(logits[b, i].log_softmax(0)[indices[b, i]] for b in range(2) for i in range(3)) / 6
+    torch.testing.assert_close(losses.next_token_loss(logits, indices), want)
+
+
+def test_expected_next_token_loss_is_next_token_loss_on_one_hot_rows():
+    logits, indices = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
+    want = losses.next_token_loss(logits, indices)
+    torch.testing.assert_close(losses.expected_next_token_loss(logits, F.one_hot(indices, 5).float()), want)
+    uniform = losses.expected_next_token_loss(torch.zeros(2, 3, 5), torch.rand(2, 3, 5).softmax(-1))
+    assert uniform.item() == pytest.approx(math.log(5))
+
+
+def test_alignment_loss_is_minus_the_mean_cosine():
+    a, b = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    for other, want in ((a, -1), (5 * a, -1), (-a, 1)):
+        assert losses.alignment_loss(a, other).item() == pytest.approx(want, abs=1e-6)
+    want = -torch.stack([(x @ y) / (x.norm() * y.norm()) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]).mean()
+    torch.testing.assert_close(losses.alignment_loss(a, b), want)
+    assert losses.alignment_loss(a.bfloat16(), a.bfloat16()).dtype == torch.float32
+
+
+def test_lpips_without_its_weights_is_none_and_never_downloads(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert losses.load_lpips() is None
+
+
+# -- schedule, optimizer, average ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, factor", ((0, 0.25), (1, 0.5), (3, 1), (4, 1), (50, 1), (75, 0.55), (99, 0.118), (100, 0.1)))
+def test_learning_rate_corners(step, factor):
+    config = OptimizerConfig(warmup_steps=4, decay_from=0.5, decay_to=0.1)
+    assert learning_rate_factor(config, step, 100) == pytest.approx(factor)
+    assert learning_rate_factor(OptimizerConfig(), min(step, 99), 100) == 1  # by default constant, from the first step
+
+
+def test_the_schedule_reaches_the_optimizer():
+    state = tiny_state()
+    state.step, batch = 3, state.observe(IMAGES, LABELS)
+    tokenizer_update(state, batch)
+    lr = state.config.optimizer.tokenizer_lr
+    assert state.optimizers["tokenizer"].adam.param_groups[0]["lr"] == lr * learning_rate_factor(
+        state.config.optimizer, 3, state.config.steps
+    )
+
+
+def network_and_optimizer(clip=1.0):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    return network, Optimizer([network[0], network[2]], 0.01, OptimizerConfig(clip=clip))
+
+
+def descend(network, optimizer, steps):
+    for step in steps:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        norm = optimizer.step((network(x) - x.sum(1, keepdim=True)).square().mean(), 1 / (1 + step))
+    return norm
+
+
+def test_a_restored_optimizer_takes_the_same_next_step_bit_for_bit():
+    network, optimizer = network_and_optimizer()
+    descend(network, optimizer, range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    descend(network, optimizer, range(3, 5))
+    other, fresh = network_and_optimizer()
+    other.load_state_dict(kept)
+    fresh.load_tensors(saved)
+    descend(other, fresh, range(3, 5))
+    assert same(weights(network), weights(other))
+    forgetful, amnesiac = network_and_optimizer()
+    forgetful.load_state_dict(kept)
+    descend(forgetful, amnesiac, range(3, 5))
+    assert not same(weights(network), weights(forgetful))
+
+
+def test_the_gradient_is_clipped_over_all_modules_together():
+    """The first moment after one step is a tenth of the clipped gradient; `step` tells the norm before clipping."""
+    network, optimizer = network_and_optimizer(clip=0.5)
+    norm = descend(network, optimizer, [0])
+    moments = [t for name, t in optimizer.tensors().items() if name.endswith("exp_avg")]
+    assert norm > 1 and len(moments) == 4
+    assert torch.stack([m.norm() for m in moments]).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_average_by_hand():
+    module = torch.nn.BatchNorm1d(1)  # one weight, one bias, buffers
+    average = EMA(module, 0.9)
+    want = module.weight.item()
+    for value in (3.0, -1.0, 0.5):
+        module.weight.data.fill_(value)
+        module.running_mean.fill_(10 * value)
+        average.update(module)
+        want = 0.9 * want + 0.1 * value
+        assert average.module.weight.item() == pytest.approx(want, abs=1e-6)
+    assert want == pytest.approx(0.729 + 0.081 * 3 - 0.09 + 0.05) and average.module.running_mean.item() == 5
+    assert module.weight.item() == 0.5 and not average.module.training and not average.module.weight.requires_grad
+
+
+def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
+    state = tiny_state(stir=False)
+    before = {name: weights(average.module) for name, average in state.averages.items()}
+    batch = state.observe(IMAGES, LABELS)
+    for update in STAGES["joint"]:
+        update(state, batch)
+    state.finish_step()
+    assert state.step == 1 and set(before) == {"tokenizer", "generator"}
+    for name in before:
+        decay = getattr(state.config.optimizer, f"{name}_ema")
+        for old, new, now in zip(before[name], weights(state.averages[name].module), weights(state.networks[name])):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * now)
+
+
+# -- reconstruction quality ----------------------------------------------------------------------------------
+
+
+def test_l1_and_psnr_golden():
+    """Against scikit-image and the public formulas; the PSNR of a pooled MSE is another number."""
+    want = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
+    arrays = np.load(GOLDEN / "recon.npz")
+    reconstruction, images = (torch.from_numpy(arrays[name]) * 2 - 1 for name in ("rec", "ref"))  # [0, 1] -> [-1, 1]
+    assert psnr(reconstruction, images).tolist() == pytest.approx(want["skimage_psnr_per_image"], abs=1e-4)
+    assert psnr(reconstruction, images).mean().item() == pytest.approx(want["gear_psnr_mean_over_images"], abs=1e-4)
+    assert abs(psnr(reconstruction, images).mean().item() - want["psnr_of_pooled_mse_WRONG"]) > 1
+    assert l1(reconstruction, images).mean().item() == pytest.approx(want["gear_l1"], abs=2e-5)
+
+
+def test_l1_and_psnr_limits():
+    images = torch.zeros(2, 3, 4, 4)
+    assert l1(images, images).tolist() == [0, 0] and psnr(images, images).tolist() == pytest.approx([120, 120])
+    assert psnr(images + 0.2, images).tolist() == pytest.approx([20, 20], abs=1e-4)  # 0.1 in [0, 1]: 1 / MSE = 100
+    assert l1(images + 9, images + 1).tolist() == [0, 0]  # the reconstruction is clamped

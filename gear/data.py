@@ -43,7 +43,7 @@ class Folder:
     def __init__(self, path, split, config):
         root = Path(path).expanduser()
         if not root.is_dir():
-            raise UserError(f"no folder of images at '{path}'. Give --source a folder with one sub-folder a class, or 'scenes'.")
+            raise UserError(f"no folder of images at '{path}'. Give --source 'scenes' or a folder with one sub-folder a class.")
         self.classes = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d)) or [root.name]
         files = _images_in(root)
         if not files:
@@ -52,7 +52,7 @@ class Folder:
         held_out = {f for f in files if rank[f] < VALIDATION_SHARE} or {min(files, key=rank.get)}
         self.files = [f for f in files if (f in held_out) == (split == "val")]
         if not self.files:
-            raise UserError(f"the folder '{path}' holds {len(files)} image: one is kept for validation, none is left to train on.")
+            raise UserError(f"the folder '{path}' holds one image; one is kept for validation, none is left to train on.")
         first = [f.relative_to(root).parts[0] for f in self.files]
         self._labels = np.array([self.classes.index(p) if p in self.classes else 0 for p in first], np.int64)
         self._filter, self._size = INTERPOLATIONS[config.interpolation], config.image_size
@@ -131,9 +131,11 @@ def stream(config, seed, batch_size, start=0, workers=0, patch=4):
             yield list(range(n, n + batch_size))
             n += batch_size
 
-    return iter(
-        DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=lambda batch: batch)
-    )
+    return iter(DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is))
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def load(config, split="val", count=None, start=0):

@@ -27,7 +27,7 @@ def use_style():
         "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E9E9E9",
         "lines.linewidth": 1.8, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 200,
-        "pdf.fonttype": 42, "svg.hashsalt": "gear", "axes.titlelocation": "left",
+        "pdf.fonttype": 42, "axes.formatter.useoffset": False, "svg.hashsalt": "gear", "axes.titlelocation": "left",
     }  # fmt: skip
 
 
@@ -49,6 +49,15 @@ def panels(rows, columns, width=9.0, height=2.6):
     for letter, axis in zip("abcdefghijkl", axes.flat):
         axis.text(-0.02, 1.03, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", weight="bold")
     return fig, axes.ravel()
+
+
+def legend(fig):
+    """Put one legend above all panels: every label once, in the order of first appearance."""
+    found = {}
+    for axis in fig.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found))
 
 
 def scale(runs):

@@ -55,4 +55,3 @@ def _start(name):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--threads", "1"]
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment), log
-

@@ -65,7 +65,7 @@ SCENES = Config(
 )  # fmt: skip
 """32 px procedural scenes, 8 x 8 tokens, K = 512: everything in minutes on two CPU cores.
 
-gear train scenes-gear-s0     about 4 CPU-minutes with its parents. Expect, against scenes-llamagen-repa-s0: a lower
+gear train scenes-gear-s0     about 5 CPU-minutes with its parents. Expect, against scenes-llamagen-repa-s0: a lower
 next-token loss and a better alignment of the fresh generator at about the same PSNR.
 """
 
@@ -80,7 +80,9 @@ TINY = _change(SCENES, dict(
 RECIPES = {
     **_family(
         "scenes", SCENES,
-        tokenizer=dict(steps=300, eval_every=100, objective=dict(gan_start=0.6), optimizer=dict(tokenizer_lr=2e-3)),
+        tokenizer=dict(
+            steps=600, eval_every=100, objective=dict(gan_start=0.6), optimizer=dict(tokenizer_lr=2e-3, decay_from=0.6)
+        ),
         joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
         generator=dict(steps=200, eval_every=40),
         naive=dict(steps=100, objective=dict(bridge="naive")),

@@ -38,7 +38,10 @@ def execute(name, parameters=None):
     out = figures_dir() / "executed" / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(paths[name]), str(out), parameters, progress_bar=False, kernel_name="python3")
+        papermill.execute_notebook(
+            str(paths[name]), str(out), parameters, progress_bar=False, kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+        )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise TrainingStopped(
             f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue}\n  executed as {out}"

@@ -1,11 +1,11 @@
 """A run directory: configuration, metrics, checkpoints, analysis tables and sample panels, opened by name.
 
-    runs/NAME/config.json          the complete configuration, with the library version
-              metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
-              timing.jsonl         wall-clock figures
-              checkpoints/NNNNNNN  safetensors and state.json, complete or absent
-              analysis/TABLE.parquet
-              samples/*.png
+runs/NAME/config.json          the complete configuration, with the library version
+          metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
+          timing.jsonl         wall-clock figures
+          checkpoints/NNNNNNN  safetensors and state.json, complete or absent
+          analysis/TABLE.parquet
+          samples/*.png
 """
 
 import fnmatch
@@ -71,16 +71,17 @@ class Run:
         return run
 
     @classmethod
-    def create(cls, name, config):
+    def create(cls, name, config, complete=lambda config: config):
         """Make the run `name` with `config` (a dict), or continue it if its configuration is the same.
 
-        Raises UserError naming the fields in which an existing run's configuration differs.
+        `complete` fills in what a configuration written by an older version lacks. Raises UserError naming the fields in
+        which an existing run's configuration differs.
         """
         run = cls(runs_dir() / name)
         if not (run.path / "config.json").exists():
             text = json.dumps(config, indent=1, sort_keys=True) + "\n"
             write_atomically(run.path / "config.json", lambda p: p.write_text(text))
-        elif changed := differences(_science(run.config), _science(config)):
+        elif changed := differences(complete(_science(run.config)), _science(config)):
             fields = "\n  ".join(changed)
             raise UserError(
                 f"run '{name}' exists with another configuration:\n  {fields}\n"

@@ -120,8 +120,10 @@ def test_full_neighbourhood_is_unbiased_cka():
 def test_cka_equals_the_gram_form():
     x, y = (z.double() for z in (A, B))
     centring = torch.eye(80).double() - 1 / 80
-    k, l = (centring @ z @ z.T @ centring for z in (x, y))
-    assert cka(x, y, unbiased=False) == pytest.approx(((k * l).sum() / k.norm() / l.norm()).item(), abs=1e-12)
+    kernel_x, kernel_y = (centring @ z @ z.T @ centring for z in (x, y))
+    assert cka(x, y, unbiased=False) == pytest.approx(
+        ((kernel_x * kernel_y).sum() / kernel_x.norm() / kernel_y.norm()).item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -129,8 +131,13 @@ def test_identity_rotation_scale_permutation_padding(metric):
     x, y = l2_normalise(A), l2_normalise(B)
     value, order = metric(x, y), torch.randperm(80)
     assert metric(x, x) == pytest.approx(1, abs=1e-12)
-    for x1, y1 in ((x @ rotation(8), y), (x, 0.01 * y), (1e-4 * x, 1e3 * y), (x[order], y[order]),
-                   (torch.cat([x, torch.zeros(80, 3)], 1), y)):
+    for x1, y1 in (
+        (x @ rotation(8), y),
+        (x, 0.01 * y),
+        (1e-4 * x, 1e3 * y),
+        (x[order], y[order]),
+        (torch.cat([x, torch.zeros(80, 3)], 1), y),
+    ):
         assert metric(x1, y1) == pytest.approx(value, abs=1e-9)
 
 
@@ -202,28 +209,31 @@ def test_l2_normalise():
     torch.testing.assert_close(x.norm(dim=-1), torch.ones(2, 3).double())
 
 
-@pytest.mark.parametrize("call", (
-    lambda: cka(A[:3], B[:3]),
-    lambda: cka(A, B[:79]),
-    lambda: cka(torch.full((20, 3), 0.1), B[:20]),
-    lambda: cka(torch.full((20, 3), 0.1), B[:20], unbiased=False),
-    lambda: cka(torch.eye(8), B[:8]),  # equidistant rows: the unbiased self-similarity vanishes
-    lambda: cka(A * torch.nan, B),
-    lambda: cknna(A[:3], B[:3], 2),
-    lambda: cknna(A, B, 0),
-    lambda: cknna(A, B, 80),
-    lambda: cknna(torch.ones(20, 3), B[:20], 19),
-    lambda: mutual_knn(A, B, 80),
-    lambda: tie_fraction(A, 0),
-    lambda: tie_fraction(A, 79),
-    lambda: null(A, B, cka, draws=1),
-    lambda: within_image(PATCH["X"], PATCH["Y"], k=64),
-    lambda: within_image(PATCH["X"], PATCH["Y"], shift=6),
-    lambda: within_image(PATCH["X"][:1], PATCH["Y"][:1]),
-    lambda: within_image(PATCH["X"], PATCH["Y"][:, :63]),
-    lambda: within_image(PATCH["X"][:, :3], PATCH["Y"][:, :3], k=2),
-    lambda: l2_normalise(torch.zeros(2, 3)),
-))
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: cka(A[:3], B[:3]),
+        lambda: cka(A, B[:79]),
+        lambda: cka(torch.full((20, 3), 0.1), B[:20]),
+        lambda: cka(torch.full((20, 3), 0.1), B[:20], unbiased=False),
+        lambda: cka(torch.eye(8), B[:8]),  # equidistant rows: the unbiased self-similarity vanishes
+        lambda: cka(A * torch.nan, B),
+        lambda: cknna(A[:3], B[:3], 2),
+        lambda: cknna(A, B, 0),
+        lambda: cknna(A, B, 80),
+        lambda: cknna(torch.ones(20, 3), B[:20], 19),
+        lambda: mutual_knn(A, B, 80),
+        lambda: tie_fraction(A, 0),
+        lambda: tie_fraction(A, 79),
+        lambda: null(A, B, cka, draws=1),
+        lambda: within_image(PATCH["X"], PATCH["Y"], k=64),
+        lambda: within_image(PATCH["X"], PATCH["Y"], shift=6),
+        lambda: within_image(PATCH["X"][:1], PATCH["Y"][:1]),
+        lambda: within_image(PATCH["X"], PATCH["Y"][:, :63]),
+        lambda: within_image(PATCH["X"][:, :3], PATCH["Y"][:, :3], k=2),
+        lambda: l2_normalise(torch.zeros(2, 3)),
+    ),
+)
 def test_refuses(call):
     with pytest.raises(ValueError):
         call()

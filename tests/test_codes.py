@@ -84,8 +84,10 @@ def test_usage_refuses(indices):
         codes.usage(torch.tensor(indices), 8)
 
 
-@pytest.mark.parametrize("affinity, tau", ((torch.zeros(3, 4), 0.0), (torch.zeros(4), 1.0), (torch.zeros(0, 4), 1.0),
-                                           (torch.full((2, 3), torch.nan), 1.0)))
+@pytest.mark.parametrize(
+    "affinity, tau",
+    ((torch.zeros(3, 4), 0.0), (torch.zeros(4), 1.0), (torch.zeros(0, 4), 1.0), (torch.full((2, 3), torch.nan), 1.0)),
+)
 def test_assignment_refuses(affinity, tau):
     with pytest.raises(ValueError):
         codes.assignment(affinity, tau)

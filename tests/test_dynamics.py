@@ -89,15 +89,22 @@ def test_one_outlier_is_not_a_crossing():
 
 def test_interval_covers_the_truth():
     steps = np.arange(1, 401) * 100
-    draws = [speedup(steps, noisy(loss(steps), 0.01, seed), noisy(loss(2.5 * steps), 0.01, 99 + seed))
-             for seed in range(12)]
+    draws = [speedup(steps, noisy(loss(steps), 0.01, seed), noisy(loss(2.5 * steps), 0.01, 99 + seed)) for seed in range(12)]
     assert np.mean([draw.value for draw in draws]) == pytest.approx(2.5, rel=0.1)
     assert sum(0.95 * draw.low <= 2.5 <= 1.05 * draw.high for draw in draws) >= 9
 
 
-@pytest.mark.parametrize("steps, baseline, method, tail", (
-    ([1, 2, 3], [3, 2, 1], [3, 2], 0), ([1], [1], [1], 0), ([1, 2], [1, np.nan], [1, 0], 0),
-    ([0, 1], [1, 0], [1, 0], 0), ([2, 1], [1, 0], [1, 0], 0), ([1, 2], [1, 0], [1, 0], 1)))
+@pytest.mark.parametrize(
+    "steps, baseline, method, tail",
+    (
+        ([1, 2, 3], [3, 2, 1], [3, 2], 0),
+        ([1], [1], [1], 0),
+        ([1, 2], [1, np.nan], [1, 0], 0),
+        ([0, 1], [1, 0], [1, 0], 0),
+        ([2, 1], [1, 0], [1, 0], 0),
+        ([1, 2], [1, 0], [1, 0], 1),
+    ),
+)
 def test_refuses(steps, baseline, method, tail):
     with pytest.raises(ValueError):
         speedup(steps, baseline, method, tail)

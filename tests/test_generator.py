@@ -272,7 +272,14 @@ def kept(p, **limits):
 
 def test_top_p_keeps_the_first_token_that_crosses():
     p = [0.2, 0.5, 0.05, 0.25]
-    assert [kept(p, top_p=t) for t in (0.01, 0.45, 0.55, 0.74, 0.76, 0.96)] == [[1], [1], [1, 3], [1, 3], [0, 1, 3], [0, 1, 2, 3]]
+    assert [kept(p, top_p=t) for t in (0.01, 0.45, 0.55, 0.74, 0.76, 0.96)] == [
+        [1],
+        [1],
+        [1, 3],
+        [1, 3],
+        [0, 1, 3],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_top_k_keeps_ties():

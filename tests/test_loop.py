@@ -46,9 +46,7 @@ def assert_same_run(one, other):
         assert (one / "checkpoints" / newest / file).read_bytes() == (other / "checkpoints" / newest / file).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny-joint", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-tokenizer", "tiny"))]
-)
+@pytest.mark.parametrize("name", ["tiny-joint", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-tokenizer", "tiny"))])
 def test_kill_9_then_the_same_command_gives_the_same_bytes(name, tiny, tiny_runs):
     (tiny / name).rename(tiny / "whole")
     left = kill_after_checkpoint(name, tiny, step=6)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +64,13 @@ def by_hand(state):
     code = c[affinity.argmax(-1)]
     straight = z + (code - z).detach()
     reconstruction = tokenizer.decode_latents(straight.mT.reshape(latents.shape))
-    p = (affinity / 0.01).softmax(-1).flatten(0, 1)
+    logp = (affinity / 0.01).log_softmax(-1).flatten(0, 1)
+    p, mean = logp.exp(), logp.exp().mean(0)
     terms = {
         "recon_loss": (reconstruction - IMAGES).abs().mean(),
         "codebook_loss": (code - z.detach()).square().mean(),
         "commit_loss": (code.detach() - z).square().mean(),
-        "entropy_loss": torch.special.entr(p).sum(-1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum(),
+        "entropy_loss": -(p * logp).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum(),
         "gan_loss": -state.discriminator(reconstruction).mean(),
     }
     u_soft = (affinity / config.objective.tau).softmax(-1) @ generator.token_embedding.weight
@@ -82,7 +84,7 @@ def by_hand(state):
 
 # -- the bridges ---------------------------------------------------------------------------------------------
 
-LAMBDAS = dict(align_weight=0.7, tau=0.05, gan_weight=0.3, entropy_weight=0.2, commit_weight=0.4)
+LAMBDAS = dict(align_weight=0.15, tau=0.05, gan_weight=0.08, entropy_weight=0.02, commit_weight=0.7)
 
 
 @pytest.mark.parametrize("bridge", ("soft", "none"))
@@ -90,19 +92,17 @@ def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
     """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has its share."""
     state = tiny_state(bridge=bridge, generator=dict(tap_layer=2), **LAMBDAS)
     got = recorded(state, tokenizer_update, "tokenizer", state.tokenizer)
-    share = {"recon_loss": 1.0, "codebook_loss": 1.0, "commit_loss": 0.4, "entropy_loss": 0.2, "gan_loss": 0.3}
-    share |= {"soft_align_loss": 0.7} if bridge == "soft" else {}
+    share = {"recon_loss": 1.0, "codebook_loss": 1.0, "commit_loss": 0.7, "entropy_loss": 0.02, "gan_loss": 0.08}
+    share |= {"soft_align_loss": 0.15} if bridge == "soft" else {}
     terms, parameters = by_hand(state), list(state.tokenizer.parameters())
-    assert_same_gradients(got.gradients, torch.autograd.grad(sum(share[t] * terms[t] for t in share), parameters))
-    assert got.loss.item() == pytest.approx(sum(w * terms[t].item() for t, w in share.items()), rel=1e-4)
-    total = sum(g.square().sum() for g in got.gradients).sqrt()
-    for term, weight in share.items():
-        one = torch.autograd.grad(weight * terms_of(state)[term], parameters, allow_unused=True)
-        assert sum(g.square().sum() for g in one if g is not None).sqrt() > 0.01 * total
-
-
-def terms_of(state):
-    return by_hand(state)
+    options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+    alone = [torch.autograd.grad(weight * terms[term], parameters, **options) for term, weight in share.items()]
+    want = [sum(gradients) for gradients in zip(*alone)]
+    assert_same_gradients(got.gradients, want)
+    total = sum(weight * terms[term].item() for term, weight in share.items())
+    assert got.loss.item() == pytest.approx(total, rel=1e-4)
+    norm = lambda gradients: torch.stack([g.norm() for g in gradients]).norm()  # noqa: E731
+    assert all(norm(gradients) > 0.01 * norm(want) for gradients in alone)
 
 
 def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
@@ -117,7 +117,7 @@ def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
 
 
 def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
-    """There is no path: not a small gradient, none. And the discriminator's step leaves none either."""
+    """There is no path: not a small gradient, none. The discriminator's loss has none either."""
     state = tiny_state(bridge="soft")
     parts = [state.tokenizer, state.generator, state.projector]
     got = recorded(state, generator_update, "generator", *parts).gradients
@@ -361,12 +361,11 @@ def test_learning_rate_corners(step, factor):
 
 def test_the_schedule_reaches_the_optimizer():
     state = tiny_state()
-    state.step, batch = 3, state.observe(IMAGES, LABELS)
-    tokenizer_update(state, batch)
-    lr = state.config.optimizer.tokenizer_lr
-    assert state.optimizers["tokenizer"].adam.param_groups[0]["lr"] == lr * learning_rate_factor(
-        state.config.optimizer, 3, state.config.steps
-    )
+    state.config = replace(state.config, optimizer=replace(state.config.optimizer, warmup_steps=10))
+    state.step = 3
+    tokenizer_update(state, state.observe(IMAGES, LABELS))
+    (group,) = state.optimizers["tokenizer"].adam.param_groups
+    assert group["lr"] == pytest.approx(0.4 * state.config.optimizer.tokenizer_lr)
 
 
 def network_and_optimizer(clip=1.0):

@@ -33,9 +33,7 @@ def test_rewind_drops_later_lines_and_a_line_cut_short():
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     run.rewind(2)
-    assert (run.path / "metrics.jsonl").read_text() == "".join(
-        json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2)
-    )
+    assert (run.path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2))
 
 
 def test_checkpoint_round_trip_keeps_the_newest_two():

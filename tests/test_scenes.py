@@ -63,6 +63,24 @@ def test_patch_factors_are_those_of_the_object_that_covers_most_of_it():
     assert behind > 100  # objects behind the front one are there to be told apart
 
 
+def test_nothing_hides_the_front_object(images):
+    """Where it is, all of it is: the others take none of its pixels and, but for its rim, change none."""
+    draw = SOURCE._draw(ALL)
+    alone, owner = SOURCE._render(draw | {"present": draw["present"] & [True, False, False]})
+    front = SOURCE._render(draw)[1] == 1
+    np.testing.assert_array_equal(front, owner == 1)
+    assert (images == alone).all(-1)[front].mean() > 0.9 > (images == alone).all(-1).mean()
+
+
+def test_a_pixel_belongs_to_what_covers_half_of_it():
+    """The pixels of a whole circle count its area, pi r^2, to 2 %."""
+    draw = SOURCE._draw(ALL)
+    x, y, radius = (draw[k][:, 0] for k in ("x", "y", "radius"))
+    whole = (draw["shape"][:, 0] == 0) & (np.minimum(x, y) > radius) & (np.maximum(x, y) < 1 - radius)
+    area = (SOURCE._render(draw)[1] == 1).sum((1, 2))[whole]
+    assert whole.sum() > 5 and area.mean() == pytest.approx(np.pi * (radius[whole] ** 2).mean() * 32**2, rel=0.02)
+
+
 def test_factors_of_a_pixel_are_zero_together_and_the_ground_is_one_a_scene(pixels):
     background = (pixels[..., :3] == 0).any(-1)
     assert 0.3 < background.mean() < 0.8 and (pixels[background][:, :3] == 0).all()

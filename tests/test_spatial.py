@@ -13,8 +13,10 @@ from gear.analysis.spatial import high_frequency_ratio, local_similarity, morans
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
-MORAN, FFT, PATCH = ({name: torch.from_numpy(np.asarray(array)) for name, array in np.load(GOLDEN / file).items()}
-                     for file in ("moran.npz", "fft.npz", "patch.npz"))
+MORAN, FFT, PATCH = (
+    {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(GOLDEN / file).items()}
+    for file in ("moran.npz", "fft.npz", "patch.npz")
+)
 FIELDS = ("smooth8x8", "noise8x8", "ramp7x9", "checker8x8", "checker7x9", "spike5x6", "smooth16x16")
 
 
@@ -186,15 +188,18 @@ def test_local_similarity_identities():
     assert board[1].item() == pytest.approx(-slope, abs=1e-9) and board[2].item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("call", (
-    lambda: morans_i(gaussian(2, 4, 4, 3), "mean"),
-    lambda: morans_i(gaussian(2, 1, 1, 3)),
-    lambda: morans_i(gaussian(4, 4, 3)),
-    lambda: morans_i(gaussian(2, 4, 4, 3) * torch.nan),
-    lambda: high_frequency_ratio(gaussian(2, 4, 4, 3), 0.8),
-    lambda: local_similarity(gaussian(2, 4, 4, 3)),
-    lambda: local_similarity(torch.zeros(2, 8, 8, 3)),
-))
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: morans_i(gaussian(2, 4, 4, 3), "mean"),
+        lambda: morans_i(gaussian(2, 1, 1, 3)),
+        lambda: morans_i(gaussian(4, 4, 3)),
+        lambda: morans_i(gaussian(2, 4, 4, 3) * torch.nan),
+        lambda: high_frequency_ratio(gaussian(2, 4, 4, 3), 0.8),
+        lambda: local_similarity(gaussian(2, 4, 4, 3)),
+        lambda: local_similarity(torch.zeros(2, 8, 8, 3)),
+    ),
+)
 def test_refuses(call):
     with pytest.raises(ValueError):
         call()

@@ -270,7 +270,9 @@ def test_start_from_data_has_unit_principal_components_and_a_constant(started):
     with torch.no_grad():
         z = started.latents(scenes(200)[0])
     torch.testing.assert_close(z[:, -1], torch.ones_like(z[:, -1]))
-    assert z[:, :-1].mean((0, 2, 3)).abs().max() < 1e-3 and z[:, :-1].square().sum(1).mean().item() == pytest.approx(1, abs=1e-3)
+    assert z[:, :-1].mean((0, 2, 3)).abs().max() < 1e-3 and z[:, :-1].square().sum(1).mean().item() == pytest.approx(
+        1, abs=1e-3
+    )
     covariance = torch.cov(z[:, :-1].transpose(0, 1).flatten(1))
     off = covariance - covariance.diag().diag()
     assert off.abs().max() < 1e-3 and (covariance.diag().diff() < 1e-6).all()  # uncorrelated, largest first

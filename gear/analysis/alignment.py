@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 2**20      # similarities held at once: 8 MB of float64, near the cache
-ROUNDING = 1e-12   # relative size below which a float64 difference is taken for zero
+CHUNK = 2**20  # similarities held at once: 8 MB of float64, near the cache
+ROUNDING = 1e-12  # relative size below which a float64 difference is taken for zero
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Null:
 @dataclass(frozen=True)
 class WithinImage:
     """Per-image values (N,), matched and mismatched (null); NaN where a self term is not positive (no variance)."""
+
     cknna: torch.Tensor
     cka: torch.Tensor
     mutual_knn: torch.Tensor
@@ -173,8 +174,7 @@ def _hsic(trace: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> tor
     trace: tr(P Q), (B,); columns, rows: column sums of P and row sums of Q, (B, n).
     """
     n = columns.shape[-1]
-    terms = torch.stack([trace, columns.sum(-1) * rows.sum(-1) / ((n - 1) * (n - 2)),
-                         -2 * (columns * rows).sum(-1) / (n - 2)])
+    terms = torch.stack([trace, columns.sum(-1) * rows.sum(-1) / ((n - 1) * (n - 2)), -2 * (columns * rows).sum(-1) / (n - 2)])
     total = terms.sum(0)
     return total.masked_fill(total.abs() <= ROUNDING * terms.abs().sum(0), 0)
 
@@ -224,6 +224,7 @@ def _tokens(x: torch.Tensor, k: int) -> tuple[_Graph, torch.Tensor]:
 
 def _compare(a: tuple[_Graph, torch.Tensor], b: tuple[_Graph, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """CKNNA, unbiased CKA and mutual k-NN (B,) of two sets of images seen through `_tokens`."""
+
     def hsic(p, q):
         return _centred_hsic((p * q).sum((1, 2)), *(z.diagonal(dim1=1, dim2=2) for z in (p, q)))
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 2**20             # affinities held in float64 at once: 8 MB, so that memory does not grow with N
+CHUNK = 2**20  # affinities held in float64 at once: 8 MB, so that memory does not grow with N
 TOP = (1, 10, 100, 1000)  # m of the top-m masses of Fig. 4
 
 
 @dataclass(frozen=True)
 class Usage:
-    entropy: float          # H = -sum q ln q, nats, in [0, ln K]
-    effective_size: float   # exp(H), in [1, K]
+    entropy: float  # H = -sum q ln q, nats, in [0, ln K]
+    effective_size: float  # exp(H), in [1, K]
     top_mass: torch.Tensor  # (K,) float64; entry m - 1 is the mass of the m most used codes
-    dead: int               # codes never chosen; falls with n, so compare at equal n only
-    n: int                  # tokens counted
+    dead: int  # codes never chosen; falls with n, so compare at equal n only
+    n: int  # tokens counted
 
     @property
     def miller_madow(self) -> float:
@@ -28,8 +28,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Assignment:
-    entropy: float              # mean over tokens of H_i, nats, in [0, ln K]
-    effective_size: float       # exp(mean H_i), not mean exp(H_i), in [1, K]
+    entropy: float  # mean over tokens of H_i, nats, in [0, ln K]
+    effective_size: float  # exp(mean H_i), not mean exp(H_i), in [1, K]
     top_mass: dict[int, float]  # m -> mean posterior mass of a token's own m nearest codes
 
 
@@ -43,8 +43,7 @@ def usage(indices: torch.Tensor, codebook_size: int) -> Usage:
         raise ValueError(f"indices must be non-empty and lie in [0, {codebook_size})")
     counts = torch.bincount(indices, minlength=codebook_size).sort(descending=True).values  # (K,)
     entropy = torch.special.entr(counts.double() / len(indices)).sum().item()
-    return Usage(entropy, math.exp(entropy), counts.cumsum(0).double() / len(indices), int((counts == 0).sum()),
-                 len(indices))
+    return Usage(entropy, math.exp(entropy), counts.cumsum(0).double() / len(indices), int((counts == 0).sum()), len(indices))
 
 
 def assignment(affinity: torch.Tensor, tau: float) -> Assignment:

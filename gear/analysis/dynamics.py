@@ -6,15 +6,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.isotonic import IsotonicRegression
 
-BLOCK = 0.02    # of the curve: residuals are correlated, so they are resampled in blocks of this length
+BLOCK = 0.02  # of the curve: residuals are correlated, so they are resampled in blocks of this length
 DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Speedup:
     """value, and its 95 % bootstrap interval; all None when the method never reaches the baseline's end."""
+
     value: float | None
-    low: float | None   # never below 1: a draw that does not reach its target counts as 1, the most it can be
+    low: float | None  # never below 1: a draw that does not reach its target counts as 1, the most it can be
     high: float | None  # inf when the crossing may lie before the first logged point; value is then a lower bound
 
 

@@ -9,10 +9,10 @@ import torch
 
 from gear.analysis.alignment import l2_normalise
 
-CHUNK = 2**20       # feature values held in float64 at once: 8 MB, near the cache
-ROUNDING = 1e-12    # energy below this part of the raw energy is rounding, not variation
-FAR = 6             # iREPA's code: "distant" tokens are at least this many steps apart
-DISTANCES = 8       # iREPA's code: the decay is fitted over distances 1..8
+CHUNK = 2**20  # feature values held in float64 at once: 8 MB, near the cache
+ROUNDING = 1e-12  # energy below this part of the raw energy is rounding, not variation
+FAR = 6  # iREPA's code: "distant" tokens are at least this many steps apart
+DISTANCES = 8  # iREPA's code: the decay is fitted over distances 1..8
 
 
 def morans_i(features: torch.Tensor, reduction: str = "channel_mean") -> torch.Tensor:
@@ -58,7 +58,7 @@ def _maps(features: torch.Tensor) -> Iterator[torch.Tensor]:
         raise ValueError(f"need (N, h, w, C) with at least two tokens, got {tuple(features.shape)}")
     if not features.isfinite().all():
         raise ValueError("features are not finite")
-    size = max(features[0].numel(), (features.shape[1] * features.shape[2])**2)  # local_similarity makes (L, L)
+    size = max(features[0].numel(), (features.shape[1] * features.shape[2]) ** 2)  # local_similarity makes (L, L)
     return (maps.double() for maps in features.split(max(1, CHUNK // size)))
 
 
@@ -95,6 +95,6 @@ def _local_similarity(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     sums = maps.new_zeros(n, len(pairs)).index_add(1, distance, (tokens @ tokens.mT).flatten(1))
     s = sums / pairs  # (N, h + w - 1): mean cosine at each distance
     d = torch.arange(1, DISTANCES + 1, device=maps.device).double()
-    slope = (s[:, 1:DISTANCES + 1] @ (d - d.mean())) / (d - d.mean()).square().sum()
+    slope = (s[:, 1 : DISTANCES + 1] @ (d - d.mean())) / (d - d.mean()).square().sum()
     spread = (tokens - tokens.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
     return s[:, 1] - sums[:, FAR:].sum(1) / pairs[FAR:].sum(), -slope, spread

@@ -80,7 +80,7 @@ def initialise_from_data(tokenizer, images, seed=0):
     """
     config = tokenizer.config
     f, d = config.downsampling, config.code_dim
-    patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
+    patches = F.unfold(images.cpu(), f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
     mean = patches.mean(0)
     spread = torch.cov((patches - mean).T.double())  # float64: the start must not depend on how memory was aligned
     basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - 1].float()  # (D - 1, 3 f f)
@@ -92,7 +92,7 @@ def initialise_from_data(tokenizer, images, seed=0):
     z = F.normalize(patches @ weight.T + bias, dim=-1)  # (N, D)
     kmeans = MiniBatchKMeans(config.codebook_size, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(z.numpy())
     tokenizer.quantizer.codebook.copy_(F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1))
-    codes = tokenizer.quantizer.codes()
+    codes = tokenizer.quantizer.codes().cpu()
     code = codes[(z @ codes.T).argmax(-1)].double()
     colour = mean.view(3, f * f).mean(1)  # (3,)
     residual = (patches - colour.repeat_interleave(f * f)).double()

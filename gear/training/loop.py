@@ -12,11 +12,11 @@ from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 
 import gear
 from gear import data
-from gear.config import TrainingStopped, to_dict
+from gear.config import TrainingStopped, from_dict, to_dict
 from gear.generator.sampling import sample
 from gear.run import Run
 from gear.training.objectives import STAGES
-from gear.training.state import State
+from gear.training.state import Config, State
 from gear.training.validate import generator_metrics, tokenizer_metrics
 
 
@@ -38,7 +38,8 @@ def train(config, name=None, runtime=Runtime()):
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    run = Run.create(name or config.recipe, to_dict(config) | {"version": gear.__version__})
+    complete = lambda values: to_dict(from_dict(Config, values))  # noqa: E731
+    run = Run.create(name or config.recipe, to_dict(config) | {"version": gear.__version__}, complete)
     if run.is_finished:
         return run
     reseed(config.seed, -1)
@@ -99,7 +100,7 @@ class Validation:
     """The run's own measurements on the first `eval_images` of the validation split."""
 
     def __init__(self, state):
-        config, self.state = state.config, state
+        config, self.state, self.of_tokenizer = state.config, state, None
         if config.stage == "teacher":
             return
         images, labels = data.load(config.data, "val", config.eval_images)
@@ -114,7 +115,9 @@ class Validation:
             return {}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
-        metrics = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
+        if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
+            self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
+        metrics = dict(self.of_tokenizer)
         if "generator" in averages:
             projector = state.networks.get("projector")
             metrics |= generator_metrics(averages["generator"], projector, tokenizer, self.images, self.labels, self.target)
@@ -147,6 +150,7 @@ class Progress:
             total=config.steps * config.batch_size, initial=step * config.batch_size, desc=run.name, unit=" images",
             disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
         )  # fmt: skip
+        self.shown = 0.0
         self._mark()
 
     def __enter__(self):
@@ -162,7 +166,7 @@ class Progress:
         self.step += 1
         self.images += self.batch
         self.bar.update(self.batch)
-        if not self.bar.disable and time.perf_counter() - getattr(self, "shown", 0) > 1:
+        if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
             shown = {k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN}
             self.bar.set_postfix(shown, refresh=False)

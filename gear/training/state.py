@@ -141,8 +141,9 @@ class State:
 
     def start(self, images):
         """Initialise a new run from training images (N, 3, H, W), where its configuration asks for that."""
-        if self.config.stage in ("tokenizer", "joint") and self.config.tokenizer.init_from_data and not self.config.tokenizer_run:
-            initialise_from_data(self.tokenizer, images, self.config.seed)
+        config = self.config
+        if config.stage in ("tokenizer", "joint") and config.tokenizer.init_from_data and not config.tokenizer_run:
+            initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
     # -- a step ----------------------------------------------------------------------------------------------

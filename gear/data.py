@@ -36,7 +36,8 @@ class DataConfig:
 class Folder:
     """Images of a folder, one sub-folder a class; a flat folder is one class.
 
-    A fixed twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none.
+    A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
+    (of a folder so small that no hash falls into it, the lowest is taken).
     Raises UserError when the folder is missing or holds no images.
     """
 
@@ -44,17 +45,22 @@ class Folder:
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"no folder of images at '{path}'. Give --source 'scenes' or a folder with one sub-folder a class.")
-        self.classes = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d)) or [root.name]
-        files = _images_in(root)
+        folders = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d))
+        is_flat, self.classes, files = not folders, folders or [root.name], _images_in(root)
+        if folders and (loose := [f.name for f in files if f.parent == root]):
+            raise UserError(
+                f"the folder '{path}' holds class folders ({', '.join(folders[:3])}) and {len(loose)} images beside them "
+                f"({loose[0]}): move those into a class folder."
+            )
         if not files:
             raise UserError(f"the folder '{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
         rank = {f: _hash(f.relative_to(root).as_posix()) for f in files}
         held_out = {f for f in files if rank[f] < VALIDATION_SHARE} or {min(files, key=rank.get)}
         self.files = [f for f in files if (f in held_out) == (split == "val")]
         if not self.files:
-            raise UserError(f"the folder '{path}' holds one image; one is kept for validation, none is left to train on.")
+            raise UserError(f"the folder '{path}' holds too few images ({len(files)}): none is left for the split '{split}'.")
         first = [f.relative_to(root).parts[0] for f in self.files]
-        self._labels = np.array([self.classes.index(p) if p in self.classes else 0 for p in first], np.int64)
+        self._labels = np.array([0 if is_flat else self.classes.index(p) for p in first], np.int64)
         self._filter, self._size = INTERPOLATIONS[config.interpolation], config.image_size
 
     def __len__(self):
@@ -69,7 +75,7 @@ class Folder:
         for i, position in enumerate(positions):
             try:
                 image = Image.open(self.files[position]).convert("RGB")
-            except OSError as error:
+            except (OSError, Image.DecompressionBombError) as error:
                 raise UserError(f"the image {self.files[position]} cannot be read ({error}). Remove or replace it.") from None
             scale = self._size / min(image.size)
             image = image.resize([max(self._size, round(side * scale)) for side in image.size], self._filter)
@@ -109,14 +115,21 @@ class Stream(Dataset):
         return self._order[offset]
 
     def __getitems__(self, numbers):
+        try:
+            return self._samples(numbers)
+        except UserError as error:  # handed over, because a worker process would wrap it in its traceback
+            return error
+
+    def _samples(self, numbers):
         positions = np.array([self._position(n) for n in numbers])
-        draws = np.stack([np.random.default_rng((self.seed, 1, n)).random(3) for n in numbers])
+        draws = np.stack([np.random.default_rng((self.seed, 1, n + 1)).random(3) for n in numbers])
         crop = {} if isinstance(self.source, Scenes) else {"draws": draws[:, :2]}
         images = self.source.images(positions, **crop)
-        if self.config.flip:
-            images = np.where((draws[:, 2] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+        mirrored = (self.config.flip & (draws[:, 2] < 0.5))[:, None, None, None]
+        images = np.where(mirrored, images[:, :, ::-1], images)
         if self.config.labels == "factors":
             labels = self.source.factors(positions, self.patch)
+            labels = np.where(mirrored, labels[:, :, ::-1], labels)
         else:
             labels = self.source.labels(positions)
         return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
@@ -131,7 +144,10 @@ def stream(config, seed, batch_size, start=0, workers=0, patch=4):
             yield list(range(n, n + batch_size))
             n += batch_size
 
-    return iter(DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is))
+    for batch in DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _as_it_is(batch):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,8 +100,33 @@ def test_folder_without_images_names_the_path(tmp_path):
 
 def test_one_image_leaves_none_to_train_on(tmp_path):
     paint(tmp_path / "one" / "0.png")
-    with pytest.raises(UserError, match="none is left to train on"):
+    with pytest.raises(UserError, match="too few images .1.: none is left for the split .train"):
         open_source(DataConfig(source=str(tmp_path / "one")), "train")
+
+
+def test_images_beside_class_folders_are_an_error(folder):
+    paint(Path(folder.source) / "loose.png")
+    with pytest.raises(UserError, match="1 images beside them .loose.png."):
+        open_source(folder, "train")
+
+
+def test_mirrored_images_come_with_mirrored_factors():
+    config = replace(SCENES, labels="factors", flip=True)
+    images, factors = next(data.stream(config, seed=0, batch_size=20))
+    plain_images, plain_factors = next(data.stream(replace(config, flip=False), seed=0, batch_size=20))
+    mirrored = (images != plain_images).flatten(1).any(1)
+    assert 0 < mirrored.sum() < 20
+    assert torch.equal(factors[mirrored], plain_factors[mirrored].flip(2))
+    assert torch.equal(factors[~mirrored], plain_factors[~mirrored])
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_an_unreadable_image_of_the_stream_is_one_plain_message(folder, workers):
+    for path in Path(folder.source).rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(UserError, match=r"^the image \S+ cannot be read") as error:
+        next(data.stream(folder, seed=0, batch_size=4, workers=workers))
+    assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ("text", "truncated"))

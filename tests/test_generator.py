@@ -90,8 +90,20 @@ def test_a_layer_that_is_not_there_says_which_are(generator, layers):
 def test_a_length_that_is_no_square_is_an_error(generator, length):
     with pytest.raises(UserError, match=f"a sequence of {length} tokens is not a square grid"):
         generator(torch.zeros(1, length, dtype=torch.long), LABELS[:1])
-    with pytest.raises(UserError, match=f"a sequence of {length} tokens"):
+    with pytest.raises(UserError, match=f"a grid of 1 x {length} tokens is not square"):
         generate(generator, LABELS, (1, length))
+
+
+def test_a_grid_that_is_no_square_is_an_error_even_if_its_length_is(generator):
+    with pytest.raises(UserError, match="2 x 8 tokens is not square"):
+        generate(generator, LABELS, (2, 8))
+    with pytest.raises(UserError, match="2 x 8 tokens is not square"):
+        generator(torch.zeros(1, 2, 8, dtype=torch.long), LABELS[:1])
+
+
+def test_a_head_width_that_2d_rope_cannot_halve_twice_is_an_error():
+    with pytest.raises(UserError, match="divisible by 4"):
+        Generator(GeneratorConfig(width=36, heads=6), 8)
 
 
 @torch.no_grad()

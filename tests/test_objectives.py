@@ -296,6 +296,15 @@ def test_an_infinite_second_term_is_named():
         state.descend("generator", {"ntp_loss": value, "align_loss": value + torch.inf}, {})
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_alone():
+    state = tiny_state()
+    before = weights(*state.networks.values())
+    root_of_zero = (0 * state.generator.head.weight).square().sum().sqrt()
+    with pytest.raises(FloatingPointError, match="norm of the gradient is nan in the generator"):
+        state.descend("generator", {"ntp_loss": root_of_zero}, {})
+    assert same(before, weights(*state.networks.values()))
+
+
 def test_descend_weighs_terms_and_reports_them_unweighted():
     state = tiny_state(steps=10)
     recorder = state.optimizers["generator"] = Recorder(state.generator.head)

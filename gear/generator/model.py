@@ -34,6 +34,8 @@ class Generator(nn.Module):
 
     def __init__(self, config, codebook_size):
         super().__init__()
+        if config.width % (4 * config.heads):
+            raise UserError(f"width {config.width} over {config.heads} heads: 2-D RoPE needs a head width divisible by 4.")
         self.config, self.codebook_size = config, codebook_size
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row is "no class"
         self.token_embedding = nn.Embedding(codebook_size, config.width)  # E of Eqs. 7 and 8
@@ -72,7 +74,10 @@ class Generator(nn.Module):
         """
         if not set(layers) <= set(range(self.config.layers + 1)):
             raise UserError(f"layers {sorted(layers)}: this generator has layers 0 to {self.config.layers}.")
-        tokens = tokens if tokens.is_floating_point() else tokens.flatten(1)
+        if not tokens.is_floating_point():
+            if tokens.ndim == 3 and tokens.shape[1] != tokens.shape[2]:
+                raise UserError(f"a grid of {tokens.shape[1]} x {tokens.shape[2]} tokens is not square.")
+            tokens = tokens.flatten(1)
         x = self.embed(tokens[:, :-1], labels)
         table = self.rotation(tokens.shape[1], x.device)[: tokens.shape[1]]
         kept = {0: x} if 0 in layers else {}

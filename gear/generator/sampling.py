@@ -2,6 +2,7 @@
 
 import torch
 
+from gear.config import UserError
 from gear.data import to_uint8
 from gear.generator.transformer import KVCache
 
@@ -27,9 +28,12 @@ def generate(generator, labels, grid, cfg_scale=1.0, temperature=1.0, top_k=0, t
     """Sample index grids (B, h, w) for class labels (B,), token by token.
 
     Guidance, for cfg_scale > 1, combines logits as uncond + cfg_scale * (cond - uncond) before temperature, top-k and
-    top-p. temperature 0 takes the arg-max. The result is a function of `seed` on one kind of device.
+    top-p. temperature 0 takes the arg-max. The result is a function of `seed` on one kind of device. The generator is left
+    in evaluation mode. Raises UserError unless h = w.
     """
     h, w = grid
+    if h != w:
+        raise UserError(f"a grid of {h} x {w} tokens is not square.")
     config, device, guided = generator.config, generator.embedding.device, cfg_scale > 1
     generator.eval()
     labels = labels.to(device)

@@ -24,8 +24,8 @@ NEAR, FAR, DIM = 48, 96, 64  # channels at stride 4 and at stride 8, and what th
 class ScenesTeacher(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), a patch 4 pixels wide, L in raster order.
 
-    Features of two strides, standardised per channel over the scenes and projected on their 64 principal components: without
-    the standardisation any two patches have a cosine of .8 for nothing, because rectified features are all positive.
+    Features of two strides, standardised per channel over the scenes and projected on their 64 principal components: a
+    cosine between raw features, whose channels have means of their own, would be high for nothing.
     """
 
     stride, dim = 4, DIM

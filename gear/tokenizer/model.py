@@ -80,7 +80,13 @@ def initialise_from_data(tokenizer, images, seed=0):
     """
     config = tokenizer.config
     f, d = config.downsampling, config.code_dim
+    if not config.linear_skip:
+        raise UserError("init_from_data starts the linear skip: set linear_skip too.")
     patches = F.unfold(images.cpu(), f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
+    if len(patches) < config.codebook_size:
+        raise UserError(
+            f"{len(patches)} patches cannot start {config.codebook_size} codes: use more images or a smaller codebook."
+        )
     mean = patches.mean(0)
     spread = torch.cov((patches - mean).T.double())  # float64: the start must not depend on how memory was aligned
     basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - 1].float()  # (D - 1, 3 f f)

@@ -21,7 +21,7 @@ class OptimizerConfig:
 
 def learning_rate_factor(config, step, steps):
     """Return the factor of the learning rate at `step` of `steps`: linear warm-up, constant, linear decay; in (0, 1]."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     start = config.decay_from * steps
     progress = 0.0 if step < start else (step - start) / max(steps - start, 1)
     return warmup * (1 + progress * (config.decay_to - 1))
@@ -36,9 +36,14 @@ class Optimizer:
         self.lr, self.clip = lr, config.clip
 
     def step(self, loss, factor):
-        """Backward, clip, step and clear; returns the gradient norm before clipping."""
+        """Backward, clip, step and clear; returns the gradient norm before clipping.
+
+        Raises FloatingPointError, and leaves the weights alone, when the gradient is not finite."""
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if not torch.isfinite(norm):
+            self.adam.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the norm of the gradient is {norm.item()}")
         for group in self.adam.param_groups:
             group["lr"] = self.lr * factor
         self.adam.step()

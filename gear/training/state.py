@@ -171,7 +171,10 @@ class State:
             if not torch.isfinite(value):
                 raise FloatingPointError(f"'{term}' of the {name} is {value.item()} at step {self.step}")
         loss = sum(weights.get(term, 1.0) * value for term, value in losses.items())
-        self.optimizers[name].step(loss, learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
+        try:
+            self.optimizers[name].step(loss, learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} in the {name} at step {self.step} (terms: {', '.join(losses)})") from None
         return {term: value.detach() for term, value in losses.items()}
 
     def finish_step(self):

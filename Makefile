@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 
 BIN := .venv/bin
 DEMO_RUNS := scenes-gear-s0 scenes-llamagen-repa-s0 scenes-llamagen-repa-control-s0
 REFERENCE_RUNS := $(DEMO_RUNS)
-DEMO := GEAR_RUNS=runs/demo GEAR_FIGURES=figures/demo
+DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup demo figures reference test test-slow lab lint strip teacher
@@ -25,7 +25,7 @@ figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 red
 	$(BIN)/python -m gear figures $(if $(FORCE),--force)
 
 reference: setup  ## trains the reference runs again: about 7 minutes on two cores
-	$(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2
+	$(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --rebuild
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
@@ -33,8 +33,8 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
-lab: setup
-	$(BIN)/jupyter lab notebooks
+lab: setup  ## JupyterLab on the notebooks, with the runs of the demo
+	GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo $(BIN)/jupyter lab notebooks
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,11 +9,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from gear import _torchvision  # noqa: F401  first: torchvision may not import without it
 
-__version__ = "0.1.0"
+# isort: split
 
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import UserError
+from gear.config import UserError, __version__
 from gear.generator.sampling import sample
 from gear.run import Run, load_runs, open_runs
 
-__all__ = ["Run", "UserError", "load_generator", "load_runs", "load_tokenizer", "open_runs", "sample"]
+__all__ = ["Run", "UserError", "__version__", "load_generator", "load_runs", "load_tokenizer", "open_runs", "sample"]

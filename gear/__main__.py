@@ -10,12 +10,12 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from gear import data, render
-from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer
+from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, token_grid
 from gear.config import TrainingStopped, UserError, from_dict, nearest
 from gear.generator.sampling import sample
 from gear.jobs import train_many
 from gear.recipes import RECIPES, recipe, train_with_parents
-from gear.run import Run, run_names
+from gear.run import Run, run_names, write_atomically
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.training.loop import Runtime
 from gear.training.state import Config
@@ -32,7 +32,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    labels: tuple[int, ...] = tuple(range(16))  # a class for each image
+    labels: tuple[int, ...] = ()  # a class for each image; none given: sixteen, from the first class on
     cfg_scale: float = 1.0  # guidance; 1 is none
     temperature: float = 1.0
     top_k: int = 0  # 0 keeps all
@@ -59,7 +59,9 @@ def train_command(names, arguments):
     if len(names) > 1:
         if options.config != base:
             raise UserError("changes apply to one run: name a single recipe.")
-        return train_many(names, options.jobs)
+        if options.name or options.label:
+            raise UserError("--name and --label name one run: name a single recipe.")
+        return train_many(names, options.jobs, options.runtime)
     name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
     run = train_with_parents(options.config, name, base, options.label, options.runtime)
     print(f"{run.name}: step {run.step}, {run.path}")
@@ -70,18 +72,18 @@ def sample_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one generator run: gear sample RUN.")
     options = _parse(SampleOptions(), arguments)
-    config = Run.open(names[0]).config
-    generator = load_generator(names[0])
-    side = config["data"]["image_size"] // 2 ** (len(config["tokenizer"]["channel_mult"]) - 1)
-    if wrong := [label for label in options.labels if not 0 <= label < generator.config.num_classes]:
-        raise UserError(f"labels {wrong}: this run has classes 0 to {generator.config.num_classes - 1}.")
-    tokenizer = load_tokenizer(names[0])
+    generator, tokenizer = load_generator(names[0]), load_tokenizer(names[0])
+    classes = generator.config.num_classes
+    labels = options.labels or tuple(i % classes for i in range(16))
+    if wrong := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"labels {wrong}: this run has classes 0 to {classes - 1}.")
     images = sample(
-        generator, tokenizer, torch.tensor(options.labels), (side, side), cfg_scale=options.cfg_scale,
+        generator, tokenizer, torch.tensor(labels), token_grid(Run.open(names[0]).config), cfg_scale=options.cfg_scale,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
     )  # fmt: skip
     grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(options.out)
+    sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    write_atomically(options.out, lambda path: sheet.save(path, "PNG"))
     print(f"{len(images)} samples of {names[0]}: {options.out.resolve()}")
 
 
@@ -105,10 +107,10 @@ def teacher_command(names, arguments):
     teacher = load_module(ScenesTeacher(), load_networks(run)["teacher"], run.name).eval()
     images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "train", 4_000)
     kept = teacher.standardise(images)
-    losses = run.metrics().iloc[-1].drop("step").round(4).to_dict()
+    losses = run.metrics().iloc[-1].filter(like="val/").round(4).to_dict()
     package(teacher, {
         "recipe": run.config["recipe"], "config_hash": run.config_hash, "steps": run.step, "variance_kept": round(kept, 4),
-        "final_losses_nats": losses,
+        "validation_nats_a_patch": losses, "config": run.config,
         "made": "supervised on the factors of gear/scenes.py, per patch; standardised, 64 principal components",
     })  # fmt: skip
     print(f"packaged {run.name}: {kept:.1%} of the standardised variance in 64 components")

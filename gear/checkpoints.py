@@ -7,6 +7,12 @@ from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 
+def token_grid(config):
+    """Return the token grid (h, w) of a run's configuration, a dict."""
+    tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
+    return (config["data"]["image_size"] // tokenizer.downsampling,) * 2
+
+
 def load_networks(run, file="networks", step=None):
     """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...}, "tokenizer_ema": {...}, ...}."""
     groups = {}

@@ -6,6 +6,8 @@ import hashlib
 import json
 import typing
 
+__version__ = "0.1.0"
+
 
 class UserError(ValueError):
     """Say what was wrong, what was expected and what to do; the command line prints it without a traceback, exit code 2."""

@@ -19,6 +19,7 @@ from gear.scenes import NUM_CLASSES, Scenes
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VALIDATION_SHARE = 0.05  # of a folder's images
+PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
 
 
@@ -29,7 +30,7 @@ class DataConfig:
     train_images: int = 12_000  # scenes only
     val_images: int = 2_000  # scenes only
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
-    flip: bool = False  # mirror half of the training images
+    flip: bool = True  # mirror half of a folder's training images; scenes stay, their captions say left and right
     labels: Literal["class", "factors"] = "class"  # "factors": what each patch shows (scenes; trains the teacher)
 
 
@@ -46,7 +47,8 @@ class Folder:
         if not root.is_dir():
             raise UserError(f"no folder of images at '{path}'. Give --source 'scenes' or a folder with one sub-folder a class.")
         folders = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d))
-        is_flat, self.classes, files = not folders, folders or [root.name], _images_in(root)
+        files = _images_in(root)
+        is_flat, self.classes = not folders, folders or [root.name]
         if folders and (loose := [f.name for f in files if f.parent == root]):
             raise UserError(
                 f"the folder '{path}' holds class folders ({', '.join(folders[:3])}) and {len(loose)} images beside them "
@@ -55,6 +57,7 @@ class Folder:
         if not files:
             raise UserError(f"the folder '{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
         rank = {f: _hash(f.relative_to(root).as_posix()) for f in files}
+        files = sorted(files, key=rank.get)  # the first N are then a sample of all classes
         held_out = {f for f in files if rank[f] < VALIDATION_SHARE} or {min(files, key=rank.get)}
         self.files = [f for f in files if (f in held_out) == (split == "val")]
         if not self.files:
@@ -103,8 +106,8 @@ def num_classes(config):
 class Stream(Dataset):
     """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded crops and flips."""
 
-    def __init__(self, config, seed, patch=4):
-        self.config, self.seed, self.patch = config, seed, patch
+    def __init__(self, config, seed):
+        self.config, self.seed = config, seed
         self.source = open_source(config, "train")
         self._epoch, self._order = None, None
 
@@ -125,18 +128,17 @@ class Stream(Dataset):
         draws = np.stack([np.random.default_rng((self.seed, 1, n + 1)).random(3) for n in numbers])
         crop = {} if isinstance(self.source, Scenes) else {"draws": draws[:, :2]}
         images = self.source.images(positions, **crop)
-        mirrored = (self.config.flip & (draws[:, 2] < 0.5))[:, None, None, None]
-        images = np.where(mirrored, images[:, :, ::-1], images)
-        if self.config.labels == "factors":
-            labels = self.source.factors(positions, self.patch)
-            labels = np.where(mirrored, labels[:, :, ::-1], labels)
-        else:
-            labels = self.source.labels(positions)
+        if self.config.flip and not isinstance(self.source, Scenes):
+            images = np.where((draws[:, 2] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+        labels = _labels(self.source, self.config, positions)
         return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
 
 
-def stream(config, seed, batch_size, start=0, workers=0, patch=4):
-    """Yield (images (B, 3, H, W) in [-1, 1], labels (B,)) without end, from sample number `start` on."""
+def stream(config, seed, batch_size, start=0, workers=0):
+    """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
+
+    It draws nothing from torch's global generator. Raises UserError, when it gets there, for an image that cannot be read.
+    """
 
     def numbers():
         n = start
@@ -144,25 +146,35 @@ def stream(config, seed, batch_size, start=0, workers=0, patch=4):
             yield list(range(n, n + batch_size))
             n += batch_size
 
-    for batch in DataLoader(Stream(config, seed, patch), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    loader = DataLoader(
+        Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+    )
+    return map(_raised, iter(loader))
 
 
 def _as_it_is(batch):
     return batch
 
 
-def load(config, split="val", count=None, start=0):
+def _raised(batch):
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _labels(source, config, positions):
+    """Return classes (B,), or what each patch shows (B, h, w, 4), as the configuration asks."""
+    return source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
+
+
+def load(config, split="val", count=None):
     """Return the first `count` images of a split, centre-cropped and never flipped, and their labels.
 
-    (N, 3, H, W) float32 in [-1, 1] and (N,) int64. `start` skips images.
+    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for factors.
     """
     source = open_source(config, split)
-    stop = len(source) if count is None else min(start + count, len(source))
-    positions = np.arange(start, stop)
-    return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(source.labels(positions))
+    positions = np.arange(len(source) if count is None else min(count, len(source)))
+    return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(_labels(source, config, positions))
 
 
 def to_float(images):

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
+from gear.checkpoints import token_grid
 from gear.run import figures_dir, write_atomically
 
 PALETTE = {
@@ -46,7 +47,7 @@ def panels(rows, columns, width=9.0, height=2.6):
     """Make a figure of lettered panels, (a), (b), ... in reading order: returns (figure, flat array of axes)."""
     use_style()
     fig, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
-    for letter, axis in zip("abcdefghijkl", axes.flat):
+    for letter, axis in zip("abcdefghijklmnopqr", axes.flat):
         axis.text(-0.02, 1.03, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", weight="bold")
     return fig, axes.ravel()
 
@@ -63,8 +64,7 @@ def legend(fig):
 def scale(runs):
     """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds."""
     config = runs[0].config
-    side = config["data"]["image_size"]
-    tokens = side // 2 ** (len(config["tokenizer"]["channel_mult"]) - 1)
+    side, (tokens, _) = config["data"]["image_size"], token_grid(config)
     source = config["data"]["source"].rstrip("/").split("/")[-1]
     seeds = sorted({run.config["seed"] for run in runs})
     return (

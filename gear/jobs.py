@@ -11,15 +11,16 @@ from tqdm import tqdm
 from gear.config import TrainingStopped
 from gear.recipes import plan, recipe
 from gear.run import Run, runs_dir
+from gear.training.loop import Runtime, is_trained
 
 
-def train_many(names, jobs):
+def train_many(names, jobs, runtime=Runtime()):
     """Train the runs `names` and their missing ancestors, at most `jobs` at a time, one CPU thread each.
 
     A run that fails takes only its descendants with it; raises TrainingStopped naming the failures when the rest is done.
     """
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
-    finished = {n for n in configs if (runs_dir() / n / "config.json").exists() and Run.open(n).is_finished}
+    finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config, runtime.rebuild)}
     waiting = [n for n in configs if n not in finished]
     ours, running, failures = list(waiting), {}, {}
     bar = tqdm(
@@ -32,9 +33,9 @@ def train_many(names, jobs):
             waiting.remove(name)
         ready = [n for n in waiting if configs[n].tokenizer_run in finished or not configs[n].tokenizer_run]
         for name in ready[: jobs - len(running)]:
-            running[name] = _start(name)
+            running[name] = _start(name, runtime)
             waiting.remove(name)
-        time.sleep(0.2)
+        time.sleep(0.5)
         for name in [n for n, (process, _) in running.items() if process.poll() is not None]:
             process, log = running.pop(name)
             if process.returncode == 0:
@@ -50,8 +51,9 @@ def train_many(names, jobs):
         raise TrainingStopped("\n".join(f"{name}: {reason}" for name, reason in failures.items()))
 
 
-def _start(name):
+def _start(name, runtime):
     log = tempfile.TemporaryFile()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--threads", "1"]
+    command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--threads", str(runtime.threads or 1)]
+    command += ["--device", runtime.device, "--workers", str(runtime.workers), *(["--rebuild"] if runtime.rebuild else [])]
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment), log

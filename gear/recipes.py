@@ -4,6 +4,7 @@ A recipe is one run with one stage. Methods derive from a base preset by changin
 run's name: `scenes-gear-s1` is the recipe `scenes-gear` with seed 1, and so are its parents.
 """
 
+import dataclasses
 import re
 from dataclasses import replace
 
@@ -74,6 +75,7 @@ TINY = _change(SCENES, dict(
     data=dict(train_images=512, val_images=128),
     tokenizer=dict(codebook_size=64, channels=8),
     generator=dict(width=32, heads=2, layers=3, tap_layer=1, projector_dim=64),
+    objective=dict(gan_start=0.5),  # so that a resume meets an optimizer that has not stepped
 ))  # fmt: skip
 """The scenes preset at the size of a test: every part, nothing learnt."""
 
@@ -87,9 +89,10 @@ RECIPES = {
         generator=dict(steps=200, eval_every=40),
         naive=dict(steps=100, objective=dict(bridge="naive")),
     ),
-    "teacher-scenes": replace(
-        SCENES, recipe="teacher-scenes", stage="teacher", steps=600, batch_size=128, log_every=10, save_every=100,
-        data=replace(SCENES.data, labels="factors"), optimizer=replace(SCENES.optimizer, decay_from=0.5),
+    "teacher-scenes": Config(
+        recipe="teacher-scenes", stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,
+        data=DataConfig("scenes", image_size=32, labels="factors"),
+        optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
     ),
     "tiny-tokenizer": replace(TINY, recipe="tiny-tokenizer", stage="tokenizer"),
     "tiny-joint": replace(TINY, recipe="tiny-joint", stage="joint", tokenizer_run="tiny-tokenizer"),
@@ -131,8 +134,8 @@ def plan(config, name=None, base=None, label=None):
         existing = Run.open(config.tokenizer_run)
         return [(name, replace(config, tokenizer=from_dict(TokenizerConfig, existing.config["tokenizer"])))]
     for section in SHARED[parent.stage]:
-        if getattr(config, section) != getattr(base or recipe(name), section):
-            parent = replace(parent, **{section: getattr(config, section)})
+        parent = replace(parent, **{section: _carry(getattr(base or recipe(name), section), getattr(config, section),
+                                                    getattr(parent, section))})  # fmt: skip
     parent_name = config.tokenizer_run
     if parent != original:
         if not label:
@@ -140,6 +143,14 @@ def plan(config, name=None, base=None, label=None):
         parent_name = f"{parent_name}-{label}"
     before = plan(parent, parent_name, original, label)
     return [*before, (name, replace(config, tokenizer_run=parent_name, tokenizer=before[-1][1].tokenizer))]
+
+
+def _carry(base, changed, target):
+    """Return `target` with the fields in which `changed` differs from `base`, and only those."""
+    if not dataclasses.is_dataclass(base):
+        return changed if changed != base else target
+    fields = [f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(changed, f.name)]
+    return replace(target, **{name: getattr(changed, name) for name in fields})
 
 
 def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime()):

@@ -5,7 +5,7 @@ import json
 import time
 
 from gear.config import TrainingStopped, UserError, nearest
-from gear.run import ROOT, figures_dir, runs_dir
+from gear.run import ROOT, figures_dir, runs_dir, write_atomically
 
 SOURCES = ("figures.py", "run.py", "analysis")  # what a figure depends on besides its notebook and its runs
 
@@ -43,9 +43,10 @@ def execute(name, parameters=None):
             extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
-        raise TrainingStopped(
-            f"notebook '{name}', cell {error.cell_index}: {error.ename}: {error.evalue}\n  executed as {out}"
-        ) from None
+        what = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
+        raise TrainingStopped(f"notebook '{name}', {what}\n  executed as {out}") from None
+    except Exception as error:  # a kernel that died, say: the other notebooks shall still run
+        raise TrainingStopped(f"notebook '{name}': {type(error).__name__}: {error}\n  executed as {out}") from None
     return out
 
 
@@ -69,7 +70,8 @@ def render(names, force=False):
             failures.append(str(failure))
             print(f"{name}: failed")
             continue
-        stamp.write_text(json.dumps(_inputs(name)))  # again: an analysis may have written its table
+        text = json.dumps(_inputs(name))  # again: an analysis may have written its table
+        write_atomically(stamp, lambda path, text=text: path.write_text(text))
         product = f"{figures_dir() / name}.png" if name != "train" else stamp.with_suffix(".ipynb")
         print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
     if failures:
@@ -82,5 +84,5 @@ def _inputs(name):
     sources = [p for s in SOURCES for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
     runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/analysis/*") for p in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
     return {"inputs": digest.hexdigest()}

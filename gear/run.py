@@ -51,7 +51,7 @@ def write_atomically(path, write):
 
 
 class Run:
-    """One run directory. `Run.open(name)` opens an existing run, `Run.create(name, config)` makes or continues one."""
+    """One run directory. `Run.open(name)` opens an existing run, `Run.create(name, config)` makes one."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -66,28 +66,33 @@ class Run:
     def open(cls, name):
         """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none."""
         run = cls(runs_dir() / name)
-        if not (run.path / "config.json").exists():
+        if not run.exists:
             raise UserError(f"no run '{name}' in {runs_dir()}.{nearest(name, run_names())} Train it: gear train {name}")
         return run
 
     @classmethod
-    def create(cls, name, config, complete=lambda config: config):
-        """Make the run `name` with `config` (a dict), or continue it if its configuration is the same.
-
-        `complete` fills in what a configuration written by an older version lacks. Raises UserError naming the fields in
-        which an existing run's configuration differs.
-        """
+    def create(cls, name, config):
+        """Make the run `name` with `config` (a dict); returns it."""
         run = cls(runs_dir() / name)
-        if not (run.path / "config.json").exists():
-            text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-            write_atomically(run.path / "config.json", lambda p: p.write_text(text))
-        elif changed := differences(complete(_science(run.config)), _science(config)):
+        text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+        write_atomically(run.path / "config.json", lambda p: p.write_text(text))
+        return run
+
+    def check_config(self, config, complete=lambda config: config):
+        """Raise UserError naming the fields in which this run's configuration differs from `config` (a dict).
+
+        `complete` fills in what a configuration written by an older version lacks; the version itself may differ.
+        """
+        if changed := differences(complete(_science(self.config)), _science(config)):
             fields = "\n  ".join(changed)
             raise UserError(
-                f"run '{name}' exists with another configuration:\n  {fields}\n"
-                f"Give the new run a name (--name), or remove {run.path}."
+                f"run '{self.name}' exists with another configuration:\n  {fields}\n"
+                f"Give the new run a name (--name), or remove {self.path}."
             )
-        return run
+
+    @property
+    def exists(self):
+        return (self.path / "config.json").exists()
 
     @property
     def config(self):
@@ -109,7 +114,12 @@ class Run:
         return table if table.empty else table.groupby("step", as_index=False).first()
 
     def rewind(self, step):
-        """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again."""
+        """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again.
+
+        Analyses and panels of later steps go with it: they belong to weights that will not come back.
+        """
+        for folder in ("analysis", "samples"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
             if path.exists():

@@ -38,7 +38,7 @@ class Scenes:
 
     def labels(self, positions):
         """Return the class of each scene, (B,) int64 in [0, 24): shape * 4 + texture of the front object."""
-        front = self._draw(positions)
+        front = self._draw(positions, noise=False)
         return front["shape"][:, 0] * len(TEXTURES) + front["texture"][:, 0]
 
     def images(self, positions):
@@ -76,20 +76,22 @@ class Scenes:
             sentences.append(f"{', behind it '.join(parts)}, on a {grounds[draw['ground'][b]]} ground")
         return sentences
 
-    def _draw(self, positions):
-        """Draw the factors of scenes: dict of arrays (B, OBJECTS), or (B,) for the ground, and (B, ...) noise."""
+    def _draw(self, positions, noise=True):
+        """Draw the factors of scenes: dict of arrays (B, OBJECTS), or (B,) for the ground, and unless told not to, noise."""
         generators = [np.random.Generator(np.random.Philox(key=self.first + int(p))) for p in np.atleast_1d(positions)]
         u = np.stack([g.random((OBJECTS, 9)) for g in generators])  # (B, OBJECTS, 9)
-        noise = np.stack([g.standard_normal((2, self.size, self.size // 2 + 1)) for g in generators])
-        jitter = np.stack([g.random((OBJECTS + 1, 3)) for g in generators]) - 0.5
         integer = lambda column, n: (u[..., column] * n).astype(np.int64)  # noqa: E731
         radius = np.array([0.23, 0.18, 0.15]) + u[..., 4] * np.array([0.11, 0.10, 0.09])
-        return {
+        draw = {
             "shape": integer(0, len(SHAPES)), "texture": integer(1, len(TEXTURES)), "colour": integer(2, len(COLOURS)),
             "present": u[..., 3] < PRESENCE, "radius": radius,
             "x": 0.18 + 0.64 * u[..., 5], "y": 0.18 + 0.64 * u[..., 6], "phase": u[..., 7],
-            "ground": (u[:, 0, 8] * len(GROUNDS)).astype(np.int64), "light": u[:, 1, 8], "noise": noise, "jitter": jitter,
+            "ground": (u[:, 0, 8] * len(GROUNDS)).astype(np.int64), "light": u[:, 1, 8],
         }  # fmt: skip
+        if noise:
+            draw["noise"] = np.stack([g.standard_normal((2, self.size, self.size // 2 + 1)) for g in generators])
+            draw["jitter"] = np.stack([g.random((OBJECTS + 1, 3)) for g in generators]) - 0.5
+        return draw
 
     def _render(self, draw):
         """Paint scenes back to front; returns uint8 images (B, S, S, 3) and the owner of each pixel (B, S, S)."""

@@ -6,6 +6,10 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+
+# isort: split
+
 import matplotlib
 import pytest
 import torch

@@ -55,7 +55,7 @@ def tiny_state(stage="joint", steps=24, stir=True, generator=(), **objective):
         steps=steps,
         tokenizer_run="",
         generator=replace(TINY.generator, dropout=0.5, class_dropout=0.5, **dict(generator)),
-        objective=replace(TINY.objective, **objective),
+        objective=replace(TINY.objective, **{"gan_start": 0.0, **objective}),
     )
     state = State(config, torch.device("cpu"))
     for name in {"generator", "projector"} & state.networks.keys() if stir else ():

@@ -110,16 +110,6 @@ def test_images_beside_class_folders_are_an_error(folder):
         open_source(folder, "train")
 
 
-def test_mirrored_images_come_with_mirrored_factors():
-    config = replace(SCENES, labels="factors", flip=True)
-    images, factors = next(data.stream(config, seed=0, batch_size=20))
-    plain_images, plain_factors = next(data.stream(replace(config, flip=False), seed=0, batch_size=20))
-    mirrored = (images != plain_images).flatten(1).any(1)
-    assert 0 < mirrored.sum() < 20
-    assert torch.equal(factors[mirrored], plain_factors[mirrored].flip(2))
-    assert torch.equal(factors[~mirrored], plain_factors[~mirrored])
-
-
 @pytest.mark.parametrize("workers", (0, 2))
 def test_an_unreadable_image_of_the_stream_is_one_plain_message(folder, workers):
     for path in Path(folder.source).rglob("*.png"):
@@ -205,10 +195,26 @@ def test_the_seed_makes_the_order():
     assert not torch.equal(taken(SCENES, 20, 20)[0], taken(SCENES, 20, 20, seed=4)[0])
 
 
-def test_flip_mirrors_half_of_the_images():
-    plain, flipped = (taken(replace(SCENES, flip=flip), 200, 20)[0] for flip in (False, True))
+def test_flip_mirrors_half_of_a_folder_and_no_scene(folder):
+    square = replace(folder, image_size=20)  # the short side: crops differ along the other, the same with and without flips
+    plain, flipped = (taken(replace(square, flip=flip), 90, 30)[0] for flip in (False, True))
     kept, mirrored = (flipped == plain).flatten(1).all(1), (flipped == plain.flip(-1)).flatten(1).all(1)
-    assert (kept ^ mirrored).all() and 70 < mirrored.sum() < 130
+    assert (kept ^ mirrored).all() and 25 < mirrored.sum() < 65
+    one, other = (taken(replace(SCENES, flip=flip), 20, 20)[0] for flip in (False, True))
+    assert torch.equal(one, other)
+
+
+def test_the_stream_draws_nothing_from_the_global_generator():
+    """Else the first step after a resume would drop other labels than the same step of an uninterrupted run."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    stream = data.stream(SCENES, 0, 4)
+    next(stream), next(stream)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(folder):
+    assert set(data.load(folder, "train", count=20)[1].tolist()) == {0, 1, 2}
 
 
 def test_factor_labels_go_with_their_images():
@@ -218,10 +224,10 @@ def test_factor_labels_go_with_their_images():
     np.testing.assert_array_equal(factors, source.factors(positions, 4))
 
 
-def test_load_takes_a_slice_and_never_flips():
-    images, labels = data.load(replace(SCENES, flip=True), "val")
-    part, part_labels = data.load(SCENES, "val", count=4, start=3)
-    assert torch.equal(part, images[3:7]) and torch.equal(part_labels, labels[3:7])
+def test_load_takes_the_first_and_never_flips(folder):
+    images, labels = data.load(replace(folder, flip=True), "train")
+    part, part_labels = data.load(replace(folder, flip=False), "train", count=4)
+    assert torch.equal(part, images[:4]) and torch.equal(part_labels, labels[:4])
     assert len(data.load(SCENES, "val", count=99)[0]) == 10
 
 

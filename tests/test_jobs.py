@@ -1,11 +1,13 @@
 """Several runs at once: parents first, shared ones once, a failure named and kept apart."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from gear import jobs
-from gear.config import TrainingStopped
+from gear.config import TrainingStopped, UserError
 from gear.recipes import plan, recipe
 from gear.run import Run
 
@@ -30,10 +32,35 @@ def test_runs_are_trained_once_and_in_order(home):
     assert all(Run.open(name).is_finished for name in ("tiny-tokenizer", "tiny-joint", "tiny"))
 
 
-def test_a_failure_takes_only_its_descendants(home):
-    """A parent that cannot be trained (another configuration under its name) is named, and so is who waited for it."""
-    config = {"recipe": "tiny-tokenizer", "stage": "tokenizer", "steps": 99}
-    Run.create("tiny-tokenizer", config)
-    with pytest.raises(TrainingStopped) as failed:
+def test_another_configuration_under_a_name_is_found_before_anything_starts(home):
+    Run.create("tiny-tokenizer", {"recipe": "tiny-tokenizer", "stage": "tokenizer", "steps": 99})
+    with pytest.raises(UserError, match="steps: 99 -> 24"):
         jobs.train_many(["tiny"], jobs=2)
-    assert "steps: 99 -> 24" in str(failed.value) and "tiny-joint: its parent tiny-tokenizer failed" in str(failed.value)
+    assert [p.name for p in (home / "runs").iterdir()] == ["tiny-tokenizer"]
+
+
+def test_a_failure_takes_only_its_descendants(monkeypatch):
+    """One of two parents fails: it is named with who waited for it, and the other's child is trained."""
+    failing = "import sys; sys.exit('no luck' if 'tiny-tokenizer' in sys.argv else 0)"
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        name = command[4]
+        started.append(name)
+        return popen([sys.executable, "-c", failing, name], **options)
+
+    started = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", start)
+    with pytest.raises(TrainingStopped) as failed:
+        jobs.train_many(["tiny", "scenes-llamagen-s0"], jobs=2)
+    assert started.count("scenes-tokenizer-s0") == 1 and "scenes-llamagen-s0" in started and "tiny" not in started
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "tiny-tokenizer: no luck" and "tiny-joint: its parent tiny-tokenizer failed" in lines
+    assert not any("scenes" in line for line in lines)
+
+
+def test_a_change_reaches_the_parent_field_by_field():
+    """A new tau for the generator on the naive tokenizer leaves its parent's bridge naive."""
+    base = recipe("scenes-naive")
+    planned = dict(plan(replace(base, objective=replace(base.objective, tau=0.05)), "n", base, "x"))
+    assert planned["scenes-joint-naive-x"].objective.bridge == "naive" and planned["scenes-joint-naive-x"].objective.tau == 0.05

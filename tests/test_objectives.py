@@ -259,7 +259,7 @@ def test_target_gradient_and_images_stay_out_of_the_teacher():
 
 def test_a_new_run_starts_its_average_from_data_too():
     state = tiny_state()
-    state.start(scenes(64)[0])
+    state.start()
     assert (state.tokenizer.quant_conv.weight == 0).all()
     assert same(weights(state.tokenizer), weights(state.averages["tokenizer"].module))
 
@@ -355,7 +355,7 @@ def test_alignment_loss_is_minus_the_mean_cosine():
 
 def test_lpips_without_its_weights_is_none_and_never_downloads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert losses.load_lpips() is None
+    assert losses.load_lpips("cpu") is None
 
 
 # -- schedule, optimizer, average ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ def test_commands_run(command, tiny, home, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(path)
     arguments = shlex.split(on_tiny(command, home))[1:]
+    if arguments[0] == "train":
+        shutil.rmtree(tiny / "tiny")
     if arguments[0] == "figures":
         monkeypatch.setattr(gear.render, "execute", lambda name: (home / "figures" / "executed").mkdir(parents=True))
     if arguments[0] == "train":

@@ -19,10 +19,11 @@ def test_open_suggests_the_nearest_name():
 
 
 def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
-    Run.create("r", CONFIG)
-    Run.create("r", CONFIG | {"version": "2"})  # the library's version is not science
+    run = Run.create("r", CONFIG)
+    run.check_config(CONFIG | {"version": "2"})  # the library's version is not science
     with pytest.raises(UserError, match=r"tau: 0.1 -> 0.2"):
-        Run.create("r", CONFIG | {"tau": 0.2})
+        run.check_config(CONFIG | {"tau": 0.2})
+    run.check_config(CONFIG | {"new": 1}, complete=lambda old: {"new": 1} | old)  # written before `new` was a field
     assert Run.open("r").config["tau"] == 0.1
 
 
@@ -32,7 +33,9 @@ def test_rewind_drops_later_lines_and_a_line_cut_short():
         run.append({"step": step, "loss": step / 3})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
+    run.table("t", {}, lambda: pd.DataFrame({"x": [1]}))
     run.rewind(2)
+    assert not (run.path / "analysis").exists()
     assert (run.path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2))
 
 

@@ -1,13 +1,17 @@
 """The packaged teacher is frozen and standardised; a grid or a name that does not fit says what would."""
 
+import json
+
 import pytest
 import torch
 from helpers import scenes
 
-from gear.config import UserError
+from gear.config import UserError, from_dict
+from gear.recipes import plan, recipe
 from gear.scenes import FACTORS, Scenes
 from gear.teachers import check_grid, load_teacher
-from gear.teachers.scenes import ScenesTeacher
+from gear.teachers.scenes import PACKAGED, ScenesTeacher
+from gear.training.state import Config
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,14 @@ def rows(teacher):
     """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L, 144)."""
     with torch.no_grad():
         return teacher.channels(scenes(512, first=1 << 40)[0]).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_it_is_what_the_recipe_makes():
+    """The card's configuration, completed by what has become a field since, is that of the recipe."""
+    card = json.loads(PACKAGED.with_suffix(".json").read_text())
+    del card["config"]["version"]
+    assert from_dict(Config, card["config"]) == plan(recipe("teacher-scenes"))[0][1]
+    assert card["variance_kept"] > 0.9 and card["recipe"] == "teacher-scenes"
 
 
 def test_it_is_frozen_and_in_evaluation_mode(teacher):

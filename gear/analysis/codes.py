@@ -55,12 +55,13 @@ def assignment(affinity: torch.Tensor, tau: float) -> Assignment:
     if tau <= 0 or affinity.ndim != 2 or affinity.numel() == 0:
         raise ValueError(f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(affinity.shape)}")
     codebook_size = affinity.shape[1]
-    sizes = [min(m, codebook_size) for m in TOP]
+    within = [m for m in TOP if m < codebook_size]  # a larger m takes all mass, without a full sort
     totals = torch.zeros(1 + len(TOP), dtype=torch.float64, device=affinity.device)
     for rows in affinity.split(max(1, CHUNK // codebook_size)):
         p = (rows.double() / tau).softmax(1)
-        mass = p.topk(sizes[-1]).values.cumsum(1)[:, [m - 1 for m in sizes]]  # (rows, 4)
-        totals += torch.cat([torch.special.entr(p).sum(1, keepdim=True), mass], 1).sum(0)
+        mass = p.topk(max(within, default=1)).values.cumsum(1)[:, [m - 1 for m in within]]
+        all_mass = p.sum(1, keepdim=True).expand(-1, len(TOP) - len(within))
+        totals += torch.cat([torch.special.entr(p).sum(1, keepdim=True), mass, all_mass], 1).sum(0)  # (5,)
     entropy, *top_mass = (totals / len(affinity)).tolist()
     if math.isnan(entropy):
         raise ValueError("affinity has an entry that is NaN or +inf")

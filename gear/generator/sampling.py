@@ -62,7 +62,7 @@ def generate(generator, labels, grid, cfg_scale=1.0, temperature=1.0, top_k=0, t
 
 
 @torch.no_grad()
-def sample(generator, tokenizer, labels, grid=(8, 8), **sampling):
-    """Sample images for class labels (B,): uint8 (B, H, W, 3). `sampling` goes to `generate`."""
+def sample(generator, tokenizer, labels, grid, **sampling):
+    """Sample images of `grid` = (h, w) tokens for class labels (B,): uint8 (B, H, W, 3). `sampling` goes to `generate`."""
     labels = torch.as_tensor(labels)
     return to_uint8(tokenizer.decode(generate(generator, labels, grid, **sampling)))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gear.config import UserError
+from gear.run import write_atomically
 from gear.scenes import FACTORS
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
@@ -86,5 +87,6 @@ def load_scenes_teacher():
 def package(teacher, card):
     """Write the teacher and its card (recipe, configuration hash, how it was made) as the packaged file."""
     tensors = {name: t.contiguous() for name, t in teacher.state_dict().items()}
-    save_file(tensors, PACKAGED, metadata={"card": json.dumps(card, sort_keys=True)})
-    PACKAGED.with_suffix(".json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+    metadata, text = {"card": json.dumps(card, sort_keys=True)}, json.dumps(card, indent=1, sort_keys=True) + "\n"
+    write_atomically(PACKAGED, lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomically(PACKAGED.with_suffix(".json"), lambda path: path.write_text(text))

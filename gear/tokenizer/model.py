@@ -10,6 +10,7 @@ from torch import nn
 from gear.config import UserError
 from gear.tokenizer.autoencoder import Decoder, Encoder
 from gear.tokenizer.quantize import Quantized, VectorQuantizer
+from gear.tokenizer.readout import hard_indices
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Tokenizer(nn.Module):
     def encode(self, images):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
         z = self.latents(images)
-        return self.quantizer.affinity(z).argmax(-1).unflatten(1, z.shape[-2:])
+        return hard_indices(self.quantizer.affinity(z)).unflatten(1, z.shape[-2:])
 
     def decode(self, indices):
         """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]."""

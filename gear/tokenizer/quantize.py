@@ -75,6 +75,3 @@ def entropy_loss(affinity):
     p = logp.exp()
     mean = p.mean(0)
     return -(p * logp).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
-
-
-QUANTIZERS = {"vq": VectorQuantizer}

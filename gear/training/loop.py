@@ -10,14 +10,14 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 
-import gear
 from gear import data
-from gear.config import TrainingStopped, from_dict, to_dict
+from gear.config import TrainingStopped, UserError, __version__, from_dict, to_dict
 from gear.generator.sampling import sample
-from gear.run import Run
+from gear.run import Run, runs_dir, write_atomically
+from gear.training.losses import LPIPS_BACKBONE
 from gear.training.objectives import STAGES
 from gear.training.state import Config, State
-from gear.training.validate import generator_metrics, tokenizer_metrics
+from gear.training.validate import BATCH, generator_metrics, tokenizer_metrics
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,32 @@ class Runtime:
     workers: int = 0  # processes that prepare images
     threads: int = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
+    rebuild: bool = False  # train again a finished run that came without its weights
 
 
 def train(config, name=None, runtime=Runtime()):
     """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.
 
-    Returns the Run. Parents must exist (see recipes.train). Raises UserError for a configuration that cannot be, and
-    TrainingStopped when a loss is not finite; the last checkpoint then stands.
+    Returns the Run. Parents must exist (see recipes.train_with_parents). Raises UserError for a configuration that cannot
+    be, before anything is written, and TrainingStopped when a loss is not finite; the last checkpoint then stands.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    complete = lambda values: to_dict(from_dict(Config, values))  # noqa: E731
-    run = Run.create(name or config.recipe, to_dict(config) | {"version": gear.__version__}, complete)
-    if run.is_finished:
+    run = Run(runs_dir() / (name or config.recipe))
+    if is_trained(run, config, runtime.rebuild):
         return run
     reseed(config.seed, -1)
     state, meter = State(config, _device(runtime.device)), Meter()
+    validation = Validation(state)
     if run.checkpoint_steps():
         meter.restore(state.restore(run)["meter"])
-    run.rewind(state.step)
-    validation = Validation(state)
-    if state.step == 0:
+        run.rewind(state.step)
+        _check_lpips(run, state)
+    else:
+        state.start()
+        run = Run.create(run.name, to_dict(config) | {"version": __version__})
         run.rewind(-1)
-        state.start(data.load(config.data, "train", 2_000)[0])
-        run.append({"step": 0, **_facts(state), **validation()})
+        run.append({"step": 0, **_lpips_in_force(state), **validation()})
     batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
     with Progress(run, config, state.step, runtime.quiet) as progress:
         while state.step < config.steps:
@@ -65,6 +67,22 @@ def train(config, name=None, runtime=Runtime()):
             progress.advance(losses)
             _record(run, state, meter, validation, progress)
     return run
+
+
+def is_trained(run, config, rebuild=False):
+    """Say whether nothing is left to do for a run; raises UserError if it exists with another configuration.
+
+    A finished run without weights is a record: training it would replace what is tracked, so that needs `rebuild`.
+    """
+    if not run.exists:
+        return False
+    run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
+    if run.logged_step >= config.steps and not run.checkpoint_steps() and not rebuild:
+        raise UserError(
+            f"run '{run.name}' is tracked without its weights, and training it would replace the record in {run.path}. "
+            f"Train it in another folder (export GEAR_RUNS=runs/demo), or here with --rebuild."
+        )
+    return run.is_finished
 
 
 def reseed(seed, step):
@@ -101,18 +119,18 @@ class Validation:
 
     def __init__(self, state):
         config, self.state, self.of_tokenizer = state.config, state, None
-        if config.stage == "teacher":
-            return
         images, labels = data.load(config.data, "val", config.eval_images)
         self.images, self.labels = images.to(state.device), labels.to(state.device)
+        teacher = state.teacher_features
         with torch.no_grad():
-            teacher = state.teacher_features
-            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(128)])
+            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(BATCH)])
 
     def __call__(self):
         state, config = self.state, self.state.config
         if config.stage == "teacher":
-            return {}
+            with torch.no_grad():
+                losses = state.teacher.factor_losses(self.images, self.labels)
+            return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
         if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
@@ -204,24 +222,33 @@ def _record(run, state, meter, validation, progress):
         run.append({"step": step, **record})
         progress.log()
     if last and (panel := validation.panel()) is not None:
-        (run.path / "samples").mkdir(exist_ok=True)
-        panel.save(run.path / "samples" / f"{step:07d}.png")
+        write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG"))
     if due(config.save_every):
         run.save_checkpoint(step, state.tensors(), {"step": step, "meter": meter.state(), "config": run.config_hash})
 
 
-def _facts(state):
-    """What the run should say once: the perceptual weight in force (0 where LPIPS has no weights on this machine)."""
+def _lpips_in_force(state):
+    """Return the perceptual weight in force: 0 where LPIPS has no weights on this machine, and then say so."""
     wanted = state.config.objective.lpips_weight
     if "discriminator" not in state.networks:
         return {}
     if wanted > 0 and state.lpips is None:
         print(
-            f"LPIPS has no VGG16 weights on this machine ({Path(torch.hub.get_dir()) / 'checkpoints'}): "
+            f"LPIPS has no VGG16 weights on this machine ({Path(torch.hub.get_dir()) / 'checkpoints' / LPIPS_BACKBONE}): "
             f"lpips_weight is 0 in this run instead of {wanted}.",
             file=sys.stderr,
         )
     return {"lpips_weight": wanted if state.lpips is not None else 0.0}
+
+
+def _check_lpips(run, state):
+    """Raise UserError if resuming would change the objective: LPIPS weights came or went since the run began."""
+    began, now = run.metrics().iloc[0].get("lpips_weight"), _lpips_in_force(state).get("lpips_weight")
+    if now is not None and began != now:
+        raise UserError(
+            f"run '{run.name}' began with a perceptual weight of {began} and would go on with {now}: LPIPS's VGG16 weights "
+            f"({LPIPS_BACKBONE} in torch's cache) came or went. Restore that, or start another run (--name)."
+        )
 
 
 def _device(name):

@@ -41,8 +41,8 @@ def alignment_loss(projected, target):
     return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
 
 
-def load_lpips():
-    """Return LPIPS-VGG16 as a function (x, y) -> scalar, or None when its backbone is not on this machine.
+def load_lpips(device):
+    """Return LPIPS-VGG16 on `device` as a function (x, y) -> scalar, or None when its backbone is not on this machine.
 
     The package downloads the backbone at construction; a random one would run and mean nothing.
     """
@@ -50,5 +50,5 @@ def load_lpips():
         return None
     import lpips  # optional: only a recipe with lpips_weight > 0 needs it
 
-    network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     return lambda x, y: network(x, y).mean()

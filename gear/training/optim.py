@@ -38,7 +38,8 @@ class Optimizer:
     def step(self, loss, factor):
         """Backward, clip, step and clear; returns the gradient norm before clipping.
 
-        Raises FloatingPointError, and leaves the weights alone, when the gradient is not finite."""
+        Raises FloatingPointError, and leaves the weights alone, when the gradient is not finite.
+        """
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         if not torch.isfinite(norm):

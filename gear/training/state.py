@@ -8,7 +8,7 @@ import torch
 
 from gear.checkpoints import load_module, load_networks
 from gear.config import UserError
-from gear.data import DataConfig
+from gear.data import DataConfig, load
 from gear.generator.model import Generator, GeneratorConfig, Projector
 from gear.run import Run
 from gear.teachers import check_grid, load_teacher
@@ -18,6 +18,8 @@ from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
 from gear.training.losses import load_lpips
 from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+
+INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Batch:
 
     images: torch.Tensor  # (B, 3, H, W)
     labels: torch.Tensor  # (B,)
-    target: torch.Tensor | None = None  # f(x), (B, L, C)
+    target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
     indices: torch.Tensor | None = None  # (B, L)
 
@@ -77,7 +79,7 @@ class State:
         self.networks, self.averages, self.optimizers = {}, {}, {}
         self.teacher_features = None
         self.lpips = None
-        getattr(self, f"_build_{config.stage}")()
+        BUILDERS[config.stage](self)
 
     def __getattr__(self, name):
         """Give a network by its name: state.tokenizer, state.generator, ..."""
@@ -100,9 +102,9 @@ class State:
         for name in ("tokenizer", "discriminator"):
             self._optimize(name, [name], config.optimizer.tokenizer_lr)
         if config.objective.lpips_weight > 0:
-            self.lpips = load_lpips()
+            self.lpips = load_lpips(self.device)
         if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
-            weights = load_networks(Run.open(config.tokenizer_run))
+            weights = load_networks(_finished(config.tokenizer_run))
             load_module(self.tokenizer, weights["tokenizer"], config.tokenizer_run)
             load_module(self.averages["tokenizer"].module, weights["tokenizer_ema"], config.tokenizer_run)
             load_module(self.discriminator, weights["discriminator"], config.tokenizer_run)
@@ -116,7 +118,7 @@ class State:
             raise UserError("the stage 'generator' needs a tokenizer: set tokenizer_run to a run's name.")
         check_divides((self.config.data.image_size,) * 2, self.config.tokenizer.downsampling)
         self._add("tokenizer", Tokenizer(self.config.tokenizer))
-        weights = load_networks(Run.open(self.config.tokenizer_run))["tokenizer_ema"]
+        weights = load_networks(_finished(self.config.tokenizer_run))["tokenizer_ema"]
         load_module(self.tokenizer, weights, self.config.tokenizer_run).eval().requires_grad_(False)
         self._add_generator()
 
@@ -139,10 +141,11 @@ class State:
     def _optimize(self, name, networks, lr):
         self.optimizers[name] = Optimizer([self.networks[n] for n in networks], lr, self.config.optimizer)
 
-    def start(self, images):
-        """Initialise a new run from training images (N, 3, H, W), where its configuration asks for that."""
+    def start(self):
+        """Initialise a new run from training images, where its configuration asks for that."""
         config = self.config
         if config.stage in ("tokenizer", "joint") and config.tokenizer.init_from_data and not config.tokenizer_run:
+            images, _ = load(config.data, "train", INITIAL_IMAGES)
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
@@ -206,9 +209,25 @@ class State:
             load_module(average.module, weights[f"{name}_ema"], run.name)
         moments = load_networks(run, "optimizers")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_tensors(moments[name])
+            optimizer.load_tensors(moments.get(name, {}))  # one that has not stepped yet has none
         self.step = saved["step"]
         return saved
+
+
+BUILDERS = {
+    "teacher": State._build_teacher,
+    "tokenizer": State._build_tokenizer,
+    "joint": State._build_joint,
+    "generator": State._build_generator,
+}
+
+
+def _finished(name):
+    """Open a parent run; raises UserError while it is still in training."""
+    run = Run.open(name)
+    if run.checkpoint_steps() and not run.is_finished:
+        raise UserError(f"the parent '{name}' is at step {run.step} of {run.config['steps']}: finish it, gear train {name}")
+    return run
 
 
 @contextlib.contextmanager

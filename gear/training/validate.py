@@ -1,5 +1,7 @@
 """What a run measures of itself on the validation split while it trains; the same functions serve the analyses."""
 
+import math
+
 import torch
 
 from gear.analysis import codes
@@ -15,13 +17,18 @@ def tokenizer_metrics(tokenizer, images, tau):
 
     Returns {name: float}; PSNR in dB, L1 in [0, 1] units, entropies in nats a token.
     """
-    affinity, quality = [], []
+    indices, quality, assignments = [], [], {"tau": [], "one": []}
     for chunk in images.split(BATCH):
         out = tokenizer(chunk)
-        affinity.append(out.quantized.affinity.flatten(0, 1))
+        affinity, share = out.quantized.affinity.flatten(0, 1), len(chunk) / len(images)
+        indices.append(out.quantized.indices)
         quality.append(torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)]))
-    affinity, quality = torch.cat(affinity), torch.cat(quality, 1).mean(1)
-    usage = codes.usage(affinity.argmax(-1), tokenizer.config.codebook_size)
+        for name, temperature in (("tau", tau), ("one", 1.0)):  # a chunk at a time: (N, K) is large
+            assignment = codes.assignment(affinity, temperature)
+            values = {"entropy": assignment.entropy, **{f"top{m}": mass for m, mass in assignment.top_mass.items()}}
+            assignments[name].append({key: share * value for key, value in values.items()})
+    quality = torch.cat(quality, 1).mean(1)
+    usage = codes.usage(torch.cat(indices), tokenizer.config.codebook_size)
     metrics = {
         "val/psnr": float(quality[0]),
         "val/l1": float(quality[1]),
@@ -30,11 +37,10 @@ def tokenizer_metrics(tokenizer, images, tau):
         "val/usage_dead": usage.dead,
         **{f"val/usage_top{m}": float(usage.top_mass[m - 1]) for m in (1, 10, 100) if m <= len(usage.top_mass)},
     }
-    for name, temperature in (("tau", tau), ("one", 1.0)):
-        assignment = codes.assignment(affinity, temperature)
-        metrics[f"val/assignment_{name}_entropy"] = assignment.entropy
-        metrics[f"val/assignment_{name}_size"] = assignment.effective_size
-        metrics |= {f"val/assignment_{name}_top{m}": mass for m, mass in assignment.top_mass.items()}
+    for name, parts in assignments.items():
+        means = {key: sum(part[key] for part in parts) for key in parts[0]}
+        metrics |= {f"val/assignment_{name}_{key}": value for key, value in means.items()}
+        metrics[f"val/assignment_{name}_size"] = math.exp(means["entropy"])
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""The command line: gear train | sample | figures | runs | teacher."""
+"""The command line: gear train | sample | figures | claims | runs | teacher."""
 
 import sys
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ import tyro
 from PIL import Image
 from torchvision.utils import make_grid
 
-from gear import data, render
+from gear import data, figures, render
+from gear.analysis import claims
 from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, token_grid
 from gear.config import TrainingStopped, UserError, from_dict, nearest
 from gear.generator.sampling import sample
@@ -93,6 +94,19 @@ def figures_command(names, arguments):
     render.render(names or render.figure_notebooks(options.demo), options.force)
 
 
+def claims_command(names, arguments):
+    """Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv beside the figures."""
+    preset = names[0] if names else "scenes"
+    table = figures.rounded(claims.evaluate(preset))
+    path = figures.figures_dir() / "claims.csv"
+    write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
+    for row in table.itertuples():
+        print(f"{row.verdict:24} {row.claim} ({row.paper})")
+        print(f"{'':24} {row.statistic}: {row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g} "
+              f"[{row.low:+.3g}, {row.high:+.3g}], {row.agree} of {row.seeds} seeds agree")  # fmt: skip
+    print(f"{table.verdict.value_counts().to_dict()}, runs of {preset}, small scale; {path}")
+
+
 def runs_command(names, arguments):
     """List the runs: name, stage, step, and whether they are finished."""
     for name in run_names(names[0] if names else "*"):
@@ -120,6 +134,7 @@ COMMANDS = {
     "train": train_command,
     "sample": sample_command,
     "figures": figures_command,
+    "claims": claims_command,
     "runs": runs_command,
     "teacher": teacher_command,
 }

@@ -5,13 +5,17 @@ function of (seed, n) alone, whatever the batch size, the workers or the sample 
 """
 
 import hashlib
+import os
+import sys
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from gear.config import UserError
@@ -19,13 +23,14 @@ from gear.scenes import NUM_CLASSES, Scenes
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VALIDATION_SHARE = 0.05  # of a folder's images
+UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
 PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "scenes"  # "scenes", or the path of a folder of images (one sub-folder a class, or flat)
+    source: str = "scenes"  # "scenes", or the path of a folder or a zip of images (one sub-folder a class, or flat)
     image_size: int = 32  # pixels
     train_images: int = 12_000  # scenes only
     val_images: int = 2_000  # scenes only
@@ -34,40 +39,78 @@ class DataConfig:
     labels: Literal["class", "factors"] = "class"  # "factors": what each patch shows (scenes; trains the teacher)
 
 
+class Directory:
+    """The images of a folder: their names, relative and sorted, and a way to open one."""
+
+    def __init__(self, root):
+        self.root = root
+        files = (f for f in root.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+        self.names = sorted(f.relative_to(root).as_posix() for f in files)
+
+    def open(self, name):
+        return open(self.root / name, "rb")
+
+
+class Zip:
+    """The images of a zip, read in place. A folder that holds all of them, as in `train/cat/1.png`, does not count."""
+
+    def __init__(self, path):
+        self.path, self._handles = path, {}
+        try:
+            entries = sorted(n for n in self._zip().namelist() if Path(n).suffix.lower() in EXTENSIONS)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"'{path}' is not a zip ({error}). Give --source a folder or a zip of class folders.") from None
+        self._top = f"{entries[0].split('/')[0]}/" if entries else ""
+        if any(not n.startswith(self._top) or "/" not in n for n in entries):
+            self._top = ""
+        self.names = [n.removeprefix(self._top) for n in entries]
+
+    def _zip(self):
+        """Return this process's handle: one shared with worker processes would share its position in the file."""
+        return self._handles.setdefault(os.getpid(), zipfile.ZipFile(self.path))
+
+    def open(self, name):
+        return self._zip().open(self._top + name)
+
+
 class Folder:
-    """Images of a folder, one sub-folder a class; a flat folder is one class.
+    """Images of a folder or a zip, one sub-folder a class; a flat one is one class.
 
     A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
-    (of a folder so small that no hash falls into it, the lowest is taken).
-    Raises UserError when the folder is missing or holds no images.
+    (of a folder so small that no hash falls into it, the lowest is taken). An image that cannot be read is named once, and
+    the next of its class stands in for it. Raises UserError when there is no such folder or zip, when it holds no images,
+    and when more than a hundredth of them cannot be read.
     """
 
     def __init__(self, path, split, config):
         root = Path(path).expanduser()
-        if not root.is_dir():
-            raise UserError(f"no folder of images at '{path}'. Give --source 'scenes' or a folder with one sub-folder a class.")
-        folders = sorted(d.name for d in root.iterdir() if d.is_dir() and _images_in(d))
-        files = _images_in(root)
-        is_flat, self.classes = not folders, folders or [root.name]
-        if folders and (loose := [f.name for f in files if f.parent == root]):
+        if not root.exists():
             raise UserError(
-                f"the folder '{path}' holds class folders ({', '.join(folders[:3])}) and {len(loose)} images beside them "
-                f"({loose[0]}): move those into a class folder."
+                f"no folder or zip of images at '{path}'. Give --source 'scenes', a folder or a zip of class folders."
             )
-        if not files:
-            raise UserError(f"the folder '{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
-        rank = {f: _hash(f.relative_to(root).as_posix()) for f in files}
-        files = sorted(files, key=rank.get)  # the first N are then a sample of all classes
-        held_out = {f for f in files if rank[f] < VALIDATION_SHARE} or {min(files, key=rank.get)}
-        self.files = [f for f in files if (f in held_out) == (split == "val")]
-        if not self.files:
-            raise UserError(f"the folder '{path}' holds too few images ({len(files)}): none is left for the split '{split}'.")
-        first = [f.relative_to(root).parts[0] for f in self.files]
-        self._labels = np.array([0 if is_flat else self.classes.index(p) for p in first], np.int64)
-        self._filter, self._size = INTERPOLATIONS[config.interpolation], config.image_size
+        self.path, self.store = path, Directory(root) if root.is_dir() else Zip(root)
+        names = self.store.names
+        if not names:
+            raise UserError(f"'{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
+        folders, loose = sorted({n.split("/")[0] for n in names if "/" in n}), [n for n in names if "/" not in n]
+        if folders and loose:
+            raise UserError(
+                f"'{path}' holds class folders ({', '.join(folders[:3])}) and {len(loose)} images beside them ({loose[0]}): "
+                f"move those into a class folder."
+            )
+        self.classes = folders or [root.stem]
+        rank = {n: _hash(n) for n in names}
+        names = sorted(names, key=rank.get)  # the first N are then a sample of all classes
+        held_out = {n for n in names if rank[n] < VALIDATION_SHARE} or {names[0]}
+        self.names = [n for n in names if (n in held_out) == (split == "val")]
+        if not self.names:
+            raise UserError(f"'{path}' holds too few images ({len(names)}): none is left for the split '{split}'.")
+        number = {name: i for i, name in enumerate(self.classes)}
+        self._labels = np.array([number[n.split("/")[0]] if folders else 0 for n in self.names], np.int64)
+        self._filter, self._size, self.unreadable = INTERPOLATIONS[config.interpolation], config.image_size, {}
 
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
 
     def labels(self, positions):
         return self._labels[positions]
@@ -76,16 +119,44 @@ class Folder:
         """Resize the short side and crop to the square: at the centre, or where `draws` (B, 2) in [0, 1) says."""
         out = []
         for i, position in enumerate(positions):
-            try:
-                image = Image.open(self.files[position]).convert("RGB")
-            except (OSError, Image.DecompressionBombError) as error:
-                raise UserError(f"the image {self.files[position]} cannot be read ({error}). Remove or replace it.") from None
+            image = self._decode(position) or self._stand_in(position)
             scale = self._size / min(image.size)
             image = image.resize([max(self._size, round(side * scale)) for side in image.size], self._filter)
             room = np.array(image.size) - self._size
             x, y = room // 2 if draws is None else (draws[i] * (room + 1)).astype(int)
             out.append(np.asarray(image.crop((x, y, x + self._size, y + self._size))))
         return np.stack(out)
+
+    def _decode(self, position):
+        """Return the image at a position, or None, counted and named, if it cannot be read."""
+        name = self.names[position]
+        if name in self.unreadable:
+            return None
+        try:
+            with self.store.open(name) as file:
+                return Image.open(file).convert("RGB")
+        except (OSError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+            self.unreadable[name] = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        if len(self.unreadable) > UNREADABLE_SHARE * len(self.names):
+            listed = "; ".join(f"{Path(self.path) / n} ({e})" for n, e in list(self.unreadable.items())[:3])
+            raise UserError(
+                f"{len(self.unreadable)} of {len(self.names)} images cannot be read, over {UNREADABLE_SHARE:.0%}: {listed}. "
+                f"Remove or replace them."
+            )
+        print(
+            f"{Path(self.path) / name} cannot be read ({self.unreadable[name]}): skipped, {len(self.unreadable)} so far",
+            file=sys.stderr,
+        )
+        return None
+
+    def _stand_in(self, position):
+        """Return the next image of the same class that can be read."""
+        label = self._labels[position]
+        same = np.flatnonzero(self._labels == label)
+        for other in np.roll(same, -np.searchsorted(same, position)):
+            if (image := self._decode(other)) is not None:
+                return image
+        raise UserError(f"no image of the class '{self.classes[label]}' in '{self.path}' can be read.")
 
 
 def open_source(config, split):
@@ -185,10 +256,6 @@ def to_float(images):
 def to_uint8(images):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255))."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _images_in(folder):
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
 
 
 def _hash(name):

@@ -25,7 +25,7 @@ def train_many(names, jobs, runtime=Runtime()):
     ours, running, failures = list(waiting), {}, {}
     bar = tqdm(
         total=sum(configs[n].steps * configs[n].batch_size for n in waiting), unit=" images", dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(waiting)} runs",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(waiting)} runs", disable=not waiting,
     )  # fmt: skip
     while waiting or running:
         for name in [n for n in waiting if configs[n].tokenizer_run in failures]:

@@ -17,6 +17,15 @@ from gear.training.loop import Runtime, train
 from gear.training.optim import OptimizerConfig
 from gear.training.state import Config, ObjectiveConfig
 
+VARIANTS = {
+    "straight-through": dict(objective=dict(bridge="straight_through")),
+    "naive-inputs": dict(objective=dict(bridge="naive_inputs")),
+    "naive": dict(objective=dict(bridge="naive")),
+    "no-gan": dict(objective=dict(gan_weight=0.0)),
+    "no-align": dict(objective=dict(align_weight=0.0)),
+    "no-init": dict(tokenizer_run=""),  # no warm-up (Table 12)
+}
+
 
 def _family(prefix, base, **stages):
     """Derive every method from `base`; `stages` holds, per stage, what its runs change of it.
@@ -24,10 +33,11 @@ def _family(prefix, base, **stages):
     The first word of a name is the preset, the rest says what the run is:
       -tokenizer            the warm-up
       -control              the tokenizer trained on for as long as the joint stage, unguided (the paper has none)
-      -joint, -joint-naive  tokenizer and generator together, by the soft bridge or by the naive one
+      -joint                tokenizer and generator together, by the soft bridge: GEAR
+      -joint-VARIANT        the same by another bridge (Table 7) or without a part: see VARIANTS
       -llamagen             a fresh generator on the warm-up, no alignment
       -llamagen-repa        the same with alignment: the paper's baseline
-      -llamagen-repa-control, -gear, -naive   the same on the control, the GEAR and the naive tokenizer
+      -llamagen-repa-control, -gear, -VARIANT   the same on the control, the GEAR and the variant's tokenizer
     """
     tokenizer, joint, generator = (_change(base, stages[s]) for s in ("tokenizer", "joint", "generator"))
     warm_up = f"{prefix}-tokenizer"
@@ -35,13 +45,14 @@ def _family(prefix, base, **stages):
         "tokenizer": replace(tokenizer, stage="tokenizer"),
         "control": replace(joint, stage="tokenizer", tokenizer_run=warm_up),
         "joint": replace(joint, stage="joint", tokenizer_run=warm_up),
-        "joint-naive": _change(replace(joint, stage="joint", tokenizer_run=warm_up), stages["naive"]),
         "llamagen-repa": replace(generator, tokenizer_run=warm_up),
         "llamagen": _change(generator, dict(tokenizer_run=warm_up, objective=dict(align_weight=0.0))),
         "llamagen-repa-control": replace(generator, tokenizer_run=f"{prefix}-control"),
         "gear": replace(generator, tokenizer_run=f"{prefix}-joint"),
-        "naive": replace(generator, tokenizer_run=f"{prefix}-joint-naive"),
     }
+    for name, changes in VARIANTS.items():
+        runs[f"joint-{name}"] = _change(_change(runs["joint"], changes), stages.get(name, {}))
+        runs[name] = replace(generator, tokenizer_run=f"{prefix}-joint-{name}")
     return {f"{prefix}-{name}": replace(config, recipe=f"{prefix}-{name}") for name, config in runs.items()}
 
 
@@ -87,7 +98,7 @@ RECIPES = {
         ),
         joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
         generator=dict(steps=200, eval_every=40),
-        naive=dict(steps=100, objective=dict(bridge="naive")),
+        naive=dict(steps=100),  # it has collapsed by then
     ),
     "teacher-scenes": Config(
         recipe="teacher-scenes", stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,

@@ -70,8 +70,7 @@ def render(names, force=False):
             failures.append(str(failure))
             print(f"{name}: failed")
             continue
-        text = json.dumps(_inputs(name))  # again: an analysis may have written its table
-        write_atomically(stamp, lambda path, text=text: path.write_text(text))
+        write_atomically(stamp, lambda path, text=json.dumps(inputs): path.write_text(text))
         product = f"{figures_dir() / name}.png" if name != "train" else stamp.with_suffix(".ipynb")
         print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
     if failures:
@@ -79,10 +78,13 @@ def render(names, force=False):
 
 
 def _inputs(name):
-    """Identify everything a notebook's figure is made of: the notebook, the code that draws, the runs."""
+    """Identify everything a notebook's figure is made of: the notebook, the code that draws, the runs.
+
+    Not the analysis tables: they follow from the runs, and drawing writes them.
+    """
     digest = hashlib.sha256()
     sources = [p for s in SOURCES for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
-    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/analysis/*") for p in sorted(runs_dir().glob(pattern))]
+    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl") for p in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
         digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
     return {"inputs": digest.hexdigest()}

@@ -44,7 +44,7 @@ def test_unknown_override_suggests_the_nearest(capsys, home):
 
 def test_missing_folder(capsys, home):
     message = mistake(capsys, "train", "tiny-tokenizer", "--source", home / "nowhere")
-    assert f"no folder of images at '{home / 'nowhere'}'" in message
+    assert f"no folder or zip of images at '{home / 'nowhere'}'" in message
 
 
 def test_empty_folder(capsys, home):

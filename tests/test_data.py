@@ -1,5 +1,6 @@
 """Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says what is wrong."""
 
+import zipfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ def folder(tmp_path):
 
 
 def names(config, split):
-    return [f.name for f in open_source(config, split).files]
+    return [Path(n).name for n in open_source(config, split).names]
 
 
 # -- splits --------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_sub_folders_are_classes(folder, tmp_path):
     for split in ("train", "val"):
         source = open_source(folder, split)
         assert source.classes == ["ant", "bee", "cat"]
-        assert source.labels(np.arange(len(source))).tolist() == [int(f.stem) % 3 for f in source.files]
+        assert source.labels(np.arange(len(source))).tolist() == [int(Path(n).stem) % 3 for n in source.names]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -88,13 +89,13 @@ def test_a_flat_folder_is_one_class(tmp_path):
 
 
 def test_missing_folder_names_the_path(tmp_path):
-    with pytest.raises(UserError, match=r"no folder of images at '.*/nowhere'"):
+    with pytest.raises(UserError, match=r"no folder or zip of images at '.*/nowhere'"):
         open_source(DataConfig(source=str(tmp_path / "nowhere")), "train")
 
 
 def test_folder_without_images_names_the_path(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(UserError, match=rf"the folder '{tmp_path}' holds no images .*\.png"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' holds no images .*\.png"):
         open_source(DataConfig(source=str(tmp_path)), "train")
 
 
@@ -110,24 +111,62 @@ def test_images_beside_class_folders_are_an_error(folder):
         open_source(folder, "train")
 
 
+def spoil(folder, count, kind="text"):
+    """Make the first `count` training images unreadable; returns their paths."""
+    paths = [Path(folder.source) / n for n in open_source(folder, "train").names[:count]]
+    for path in paths:
+        path.write_bytes(b"no image" if kind == "text" else path.read_bytes()[:600])
+    return paths
+
+
 @pytest.mark.parametrize("workers", (0, 2))
-def test_an_unreadable_image_of_the_stream_is_one_plain_message(folder, workers):
-    for path in Path(folder.source).rglob("*.png"):
-        path.write_text("no image")
-    with pytest.raises(UserError, match=r"^the image \S+ cannot be read") as error:
-        next(data.stream(folder, seed=0, batch_size=4, workers=workers))
+def test_unreadable_images_of_the_stream_are_one_plain_message(folder, workers):
+    spoil(folder, 80)
+    with pytest.raises(UserError, match=r"^1 of \d+ images cannot be read, over 1%: \S+png") as error:
+        next(data.stream(folder, seed=0, batch_size=60, workers=workers))
     assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ("text", "truncated"))
-def test_unreadable_image_names_its_path(tmp_path, kind):
-    for i in range(2):
-        paint(tmp_path / "bad" / f"{i}.png")
-        path = tmp_path / "bad" / f"{i}.png"
-        path.write_bytes(b"not an image" if kind == "text" else path.read_bytes()[:600])
-    source = open_source(DataConfig(source=str(tmp_path / "bad"), image_size=16), "train")
-    with pytest.raises(UserError, match=rf"the image {source.files[0]} cannot be read"):
-        source.images([0])
+def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(folder, kind, monkeypatch, capsys):
+    monkeypatch.setattr(data, "UNREADABLE_SHARE", 0.02)
+    (path,) = spoil(folder, 1, kind)
+    source = open_source(folder, "train")
+    label = source.labels(np.array([0]))[0]
+    stand_in = next(i for i in range(1, len(source)) if source.labels(np.array([i]))[0] == label)
+    np.testing.assert_array_equal(source.images(np.array([0])), source.images(np.array([stand_in])))
+    source.images(np.array([0]))
+    said = capsys.readouterr().err
+    assert said.count(str(path)) == 1 and "1 so far" in said
+
+
+def zipped(folder, tmp_path, top=""):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in Path(folder.source).rglob("*.png"):
+            archive.write(file, f"{top}{file.relative_to(folder.source)}")
+        archive.writestr("readme.txt", "not an image")
+    return replace(folder, source=str(path))
+
+
+@pytest.mark.parametrize("top", ("", "train/"))
+def test_a_zip_is_read_in_place_and_equals_its_folder(folder, tmp_path, top):
+    packed = zipped(folder, tmp_path, top)
+    one, other = open_source(folder, "train"), open_source(packed, "train")
+    assert one.names == other.names and one.classes == other.classes
+    for workers in (0, 2):
+        ours, theirs = (taken(config, 40, 8, workers=workers) for config in (folder, packed))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_what_is_no_zip_and_a_zip_without_images_are_errors(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"no zip at all")
+    with pytest.raises(UserError, match="a.zip' is not a zip"):
+        open_source(DataConfig(source=str(tmp_path / "a.zip")), "train")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing here")
+    with pytest.raises(UserError, match="b.zip' holds no images"):
+        open_source(DataConfig(source=str(tmp_path / "b.zip")), "train")
 
 
 def test_factors_need_scenes(folder):
@@ -158,7 +197,7 @@ def test_an_image_of_the_right_size_is_not_touched(tmp_path):
     for i in range(2):
         paint(tmp_path / "exact" / f"{i}.png", size=(16, 16), seed=i)
     source = open_source(DataConfig(source=str(tmp_path / "exact"), image_size=16), "train")
-    np.testing.assert_array_equal(source.images([0])[0], np.asarray(Image.open(source.files[0])))
+    np.testing.assert_array_equal(source.images([0])[0], np.asarray(Image.open(Path(source.path) / source.names[0])))
 
 
 # -- the stream ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gear.evaluation.reconstruction import l1, psnr
 from gear.tokenizer.readout import straight_through_assignment
 from gear.training import losses
 from gear.training.objectives import (
+    BRIDGES,
     STAGES,
     discriminator_update,
     generator_update,
@@ -168,6 +169,32 @@ def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets()
     without = recorded(plain, tokenizer_update, "tokenizer", plain.tokenizer).gradients
     added = torch.autograd.grad(naive, parameters, allow_unused=True)
     assert_same_gradients(update, [w if a is None else w + a for w, a in zip(without, added)])
+
+
+def test_naive_inputs_bridge_carries_the_path_through_the_inputs_alone():
+    state = tiny_state(bridge="naive_inputs", tau=0.1)
+    batch, generator = state.observe(IMAGES, LABELS), state.generator.eval()
+    encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
+    assignment = straight_through_assignment(batch.tokenized.quantized.affinity, 0.1)
+    logits = generator(assignment @ generator.embedding, LABELS).log_softmax(-1)
+    want = torch.autograd.grad(-(assignment.detach() * logits).sum(-1).mean(), encoder, retain_graph=True)
+    loss = BRIDGES["naive_inputs"](state, batch)["naive_ntp_loss"]
+    for one, other in zip(want, torch.autograd.grad(loss, encoder, retain_graph=True)):
+        assert (one - other).norm() < 1e-4 * one.norm()
+
+
+def test_straight_through_bridge_has_the_hard_value_and_another_gradient_than_the_soft_one():
+    state = tiny_state(bridge="straight_through", tau=0.1)
+    batch, tap = state.observe(IMAGES, LABELS), state.config.generator.tap_layer
+    hidden = state.generator.eval().hidden(batch.indices, LABELS, [tap])[tap]
+    hard = losses.alignment_loss(state.projector(hidden), batch.target)
+    terms = {name: BRIDGES[name](state, batch)["soft_align_loss"] for name in ("soft", "straight_through")}
+    assert terms["straight_through"].item() == pytest.approx(hard.item(), abs=1e-5)
+    assert abs(terms["soft"].item() - hard.item()) > 1e-5
+    weight = state.tokenizer.quant_conv.weight
+    gradient = {name: torch.autograd.grad(term, weight, retain_graph=True)[0] for name, term in terms.items()}
+    assert gradient["straight_through"].norm() > 0
+    assert (gradient["straight_through"] - gradient["soft"]).norm() > 1e-3 * gradient["soft"].norm()
 
 
 def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():

@@ -32,3 +32,8 @@ def soft_readout(affinity, embedding, tau):
     u^s -> u^h as tau -> 0. `tau` > 0 is the guidance temperature, in units of A.
     """
     return torch.matmul(soft_assignment(affinity, tau), embedding)
+
+
+def straight_through_readout(affinity, embedding, tau):
+    """Equal to `hard_readout` in value, with the gradient of `soft_readout`."""
+    return torch.matmul(straight_through_assignment(affinity, tau), embedding)

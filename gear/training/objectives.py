@@ -4,7 +4,7 @@ A stage is a tuple of updates. In the stage `joint` the tokenizer goes first and
 guidance reads the generator before its step, next-token targets come from the tokenizer before its step.
 """
 
-from gear.tokenizer.readout import soft_readout, straight_through_assignment
+from gear.tokenizer.readout import soft_readout, straight_through_assignment, straight_through_readout
 from gear.training.losses import (
     alignment_loss,
     discriminator_hinge_loss,
@@ -38,26 +38,45 @@ def tokenizer_update(state, batch):
 
 
 def soft_bridge(state, batch):
-    """L_align^s: softmax(A / tau) E through the frozen generator, no further than the tap   (Alg. 1, lines 3 to 5)."""
-    if state.config.objective.align_weight == 0:
+    """L_align^s of softmax(A / tau) E   (Alg. 1, lines 3 to 5): GEAR."""
+    return _guidance(state, batch, soft_readout)
+
+
+def straight_through_bridge(state, batch):
+    """L_align^s of the one-hot assignment, with the gradient of the soft one: the public code's flag."""
+    return _guidance(state, batch, straight_through_readout)
+
+
+def _guidance(state, batch, readout):
+    """Send a read-out of A (Eqs. 7 and 8) through the frozen generator, no further than the tap, and align it."""
+    objective, tap = state.config.objective, state.config.generator.tap_layer
+    if objective.align_weight == 0:
         return {}
-    generator, tap = state.generator, state.config.generator.tap_layer
-    with frozen(generator, state.projector):
-        u_soft = soft_readout(batch.tokenized.quantized.affinity, generator.embedding, state.config.objective.tau)
-        hidden = generator.hidden(u_soft, batch.labels, [tap])[tap]
+    with frozen(state.generator, state.projector):
+        u = readout(batch.tokenized.quantized.affinity, state.generator.embedding, objective.tau)
+        hidden = state.generator.hidden(u, batch.labels, [tap])[tap]
         return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target)}
 
 
 def naive_bridge(state, batch):
-    """Fig. 2b: the generator's own loss reaches the tokenizer, through the inputs and the targets of next-token prediction.
+    """Fig. 2b: next-token prediction reaches the tokenizer through the generator's inputs and through its targets.
 
     One-hot forward, softmax-at-tau backward. The tokenizer can now lower L_NTP by saying little, and it collapses.
     """
-    generator, tau = state.generator, state.config.objective.tau
-    with frozen(generator):
-        assignment = straight_through_assignment(batch.tokenized.quantized.affinity, tau)
-        logits = generator(assignment @ generator.embedding, batch.labels)
-        return {"naive_ntp_loss": expected_next_token_loss(logits, assignment)}
+    assignment, logits = _predict(state, batch)
+    return {"naive_ntp_loss": expected_next_token_loss(logits, assignment)}
+
+
+def naive_inputs_bridge(state, batch):
+    """Next-token prediction reaches the tokenizer through the generator's inputs alone; the targets are fixed indices."""
+    return {"naive_ntp_loss": next_token_loss(_predict(state, batch)[1], batch.indices)}
+
+
+def _predict(state, batch):
+    """Predict tokens from straight-through embeddings with the generator held fixed; returns (assignment, logits)."""
+    with frozen(state.generator):
+        assignment = straight_through_assignment(batch.tokenized.quantized.affinity, state.config.objective.tau)
+        return assignment, state.generator(assignment @ state.generator.embedding, batch.labels)
 
 
 def no_bridge(state, batch):
@@ -65,7 +84,13 @@ def no_bridge(state, batch):
     return {}
 
 
-BRIDGES = {"soft": soft_bridge, "naive": naive_bridge, "none": no_bridge}
+BRIDGES = {
+    "soft": soft_bridge,
+    "straight_through": straight_through_bridge,
+    "naive_inputs": naive_inputs_bridge,
+    "naive": naive_bridge,
+    "none": no_bridge,
+}
 
 
 def discriminator_update(state, batch):

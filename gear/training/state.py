@@ -33,7 +33,9 @@ class ObjectiveConfig:
     commit_weight: float = 0.25
     align_weight: float = 0.5  # lambda
     tau: float = 0.1  # guidance temperature of the soft read-out
-    bridge: Literal["soft", "naive", "none"] = "soft"  # what reaches the tokenizer in the stage `joint`
+    bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = (
+        "soft"  # what reaches the tokenizer in the stage `joint`
+    )
     disc_channels: int = 64
     disc_layers: int = 3
 

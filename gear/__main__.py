@@ -102,8 +102,12 @@ def claims_command(names, arguments):
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
     for row in table.itertuples():
         print(f"{row.verdict:24} {row.claim} ({row.paper})")
-        print(f"{'':24} {row.statistic}: {row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g} "
-              f"[{row.low:+.3g}, {row.high:+.3g}], {row.agree} of {row.seeds} seeds agree")  # fmt: skip
+        if row.seeds:
+            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
+            print(
+                f"{'':24} {row.statistic}: {row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g}{interval}", end=""
+            )
+            print(f", {row.agree} of {row.seeds} seeds agree")
     print(f"{table.verdict.value_counts().to_dict()}, runs of {preset}, small scale; {path}")
 
 

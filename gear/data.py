@@ -67,7 +67,9 @@ class Zip:
 
     def _zip(self):
         """Return this process's handle: one shared with worker processes would share its position in the file."""
-        return self._handles.setdefault(os.getpid(), zipfile.ZipFile(self.path))
+        if os.getpid() not in self._handles:
+            self._handles[os.getpid()] = zipfile.ZipFile(self.path)
+        return self._handles[os.getpid()]
 
     def open(self, name):
         return self._zip().open(self._top + name)

@@ -159,6 +159,15 @@ def test_a_zip_is_read_in_place_and_equals_its_folder(folder, tmp_path, top):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
+def test_a_zip_is_opened_once_a_process(folder, tmp_path, monkeypatch):
+    """Opening reads the whole directory of the archive: once an image would be far slower than the images."""
+    opened, real = [], zipfile.ZipFile
+    packed = zipped(folder, tmp_path)
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or real(path))
+    open_source(packed, "train").images(np.arange(30))
+    assert len(opened) == 1
+
+
 def test_what_is_no_zip_and_a_zip_without_images_are_errors(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no zip at all")
     with pytest.raises(UserError, match="a.zip' is not a zip"):

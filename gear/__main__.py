@@ -101,7 +101,7 @@ def claims_command(names, arguments):
     path = figures.figures_dir() / "claims.csv"
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
     for row in table.itertuples():
-        print(f"{row.verdict:24} {row.claim} ({row.paper})")
+        print(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))
         if row.seeds:
             interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
             print(

@@ -8,17 +8,31 @@ import numpy as np
 import seaborn as sns
 
 from gear.checkpoints import token_grid
-from gear.run import figures_dir, write_atomically
+from gear.config import UserError
+from gear.run import PANEL_GAP, PANEL_WIDTH, figures_dir, write_atomically
 
 PALETTE = {
     "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red
     "control": "#8A8F98",
     "GEAR": "#C8442E",
+    "half": "#3B9A8B",
     "naive": "#7A4FA3",
+    "naive inputs": "#C08AD6",
+    "straight-through": "#D98B2B",
+    "no GAN": "#6B8E3D",
     "teacher": "#2B2B2B",
     "null": "#B9A44C",
 }
-METHODS = {"warm-up": "LlamaGen-REPA (warm-up)", "control": "control (no guidance)", "GEAR": "GEAR", "naive": "naive bridge"}
+METHODS = {
+    "warm-up": "LlamaGen-REPA (warm-up)",
+    "control": "control (no guidance)",
+    "half": "half the codes",
+    "GEAR": "GEAR",
+    "naive": "NTP through inputs and targets",
+    "naive inputs": "NTP through inputs",
+    "straight-through": "straight-through alignment",
+    "no GAN": "GEAR without adversarial loss",
+}
 
 
 def use_style():
@@ -43,13 +57,17 @@ def rounded(table):
     return table
 
 
-def panels(rows, columns, width=9.0, height=2.6):
-    """Make a figure of lettered panels, (a), (b), ... in reading order: returns (figure, flat array of axes)."""
+def panels(layout, width=9.0, height=2.6):
+    """Make a figure of lettered panels: `layout` names one by each letter, rows parted by semicolons, as in "abc;dde".
+
+    Returns (figure, list of axes by letter); `height` is a row's, in inches.
+    """
     use_style()
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
-    for letter, axis in zip("abcdefghijklmnopqr", axes.flat):
+    rows = layout.count(";") + 1
+    fig, axes = plt.subplot_mosaic(layout, figsize=(width, height * rows), layout="constrained")
+    for letter, axis in axes.items():
         axis.text(-0.02, 1.03, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", weight="bold")
-    return fig, axes.ravel()
+    return fig, list(axes.values())
 
 
 def legend(fig):
@@ -62,16 +80,31 @@ def legend(fig):
 
 
 def scale(runs):
-    """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds."""
-    config = runs[0].config
-    side, (tokens, _) = config["data"]["image_size"], token_grid(config)
-    source = config["data"]["source"].rstrip("/").split("/")[-1]
-    seeds = sorted({run.config["seed"] for run in runs})
+    """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds; where runs differ, each value."""
+    configs = [run.config for run in runs]
+    side, (tokens, _) = configs[0]["data"]["image_size"], token_grid(configs[0])
+    source = configs[0]["data"]["source"].rstrip("/").split("/")[-1]
+    codes = " and ".join(dict.fromkeys(str(c["tokenizer"]["codebook_size"]) for c in configs))
+    steps = " and ".join(dict.fromkeys(str(c["steps"]) for c in configs))
+    seeds = sorted({c["seed"] for c in configs})
     return (
-        f"Small scale: {source} {side} px, {tokens}x{tokens} tokens, K = {config['tokenizer']['codebook_size']}, "
-        f"{config['steps']} steps of {config['batch_size']}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
-        f"({', '.join(map(str, seeds))})"
+        f"Small scale: {source} {side} px, {tokens}x{tokens} tokens, K = {codes}, {steps} steps of {configs[0]['batch_size']}; "
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
     )
+
+
+def panel_rows(run, step=None):
+    """Return the rows of a run's sample panel at `step` (default: the last): inputs, reconstructions, and samples if any.
+
+    A list of (12, H, W, 3) float arrays in [0, 1]. Raises UserError where the run has no such panel.
+    """
+    found = {int(path.stem): path for path in run.panels()}
+    step = max(found, default=0) if step is None else step
+    if step not in found:
+        raise UserError(f"run '{run.name}' has no sample panel of step {step}: it has {', '.join(map(str, found)) or 'none'}.")
+    picture, side = plt.imread(found[step])[..., :3], run.config["data"]["image_size"] + PANEL_GAP
+    tiles = picture[PANEL_GAP:, PANEL_GAP:].reshape(-1, side, PANEL_WIDTH, side, 3).swapaxes(1, 2)
+    return list(tiles[:, :, :-PANEL_GAP, :-PANEL_GAP])
 
 
 def save(fig, name, runs, data):

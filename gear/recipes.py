@@ -38,6 +38,7 @@ def _family(prefix, base, **stages):
       -llamagen             a fresh generator on the warm-up, no alignment
       -llamagen-repa        the same with alignment: the paper's baseline
       -llamagen-repa-control, -gear, -VARIANT   the same on the control, the GEAR and the variant's tokenizer
+      -tokenizer-half, -llamagen-repa-half      a warm-up with half the codes, and the same on it: what NTP falls by for nothing
     """
     tokenizer, joint, generator = (_change(base, stages[s]) for s in ("tokenizer", "joint", "generator"))
     warm_up = f"{prefix}-tokenizer"
@@ -47,6 +48,10 @@ def _family(prefix, base, **stages):
         "joint": replace(joint, stage="joint", tokenizer_run=warm_up),
         "llamagen-repa": replace(generator, tokenizer_run=warm_up),
         "llamagen": _change(generator, dict(tokenizer_run=warm_up, objective=dict(align_weight=0.0))),
+        "tokenizer-half": _change(_change(base, stages["tokenizer"]), stages["half"] | dict(stage="tokenizer")),
+        "llamagen-repa-half": _change(
+            generator, dict(tokenizer=stages["half"]["tokenizer"], tokenizer_run=f"{prefix}-tokenizer-half")
+        ),
         "llamagen-repa-control": replace(generator, tokenizer_run=f"{prefix}-control"),
         "gear": replace(generator, tokenizer_run=f"{prefix}-joint"),
     }
@@ -98,6 +103,7 @@ RECIPES = {
         ),
         joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
         generator=dict(steps=200, eval_every=40),
+        half=dict(steps=800, tokenizer=dict(codebook_size=256)),  # longer: at the reconstruction of the others
         naive=dict(steps=100),  # it has collapsed by then
     ),
     "teacher-scenes": Config(

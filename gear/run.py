@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from gear.config import UserError, config_hash, differences, nearest
 
+PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -116,10 +118,12 @@ class Run:
     def rewind(self, step):
         """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again.
 
-        Analyses and panels of later steps go with it: they belong to weights that will not come back.
+        Analyses, and panels of later steps, go with it: they belong to weights that will not come back.
         """
-        for folder in ("analysis", "samples"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
+        shutil.rmtree(self.path / "analysis", ignore_errors=True)
+        for panel in self.panels():
+            if int(panel.stem) > step:
+                panel.unlink()
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
             if path.exists():
@@ -197,6 +201,10 @@ class Run:
                 f"(tracked runs come without). Train it: gear train {self.name}"
             )
         return self.path / "checkpoints" / f"{steps[-1] if step is None else step:07d}"
+
+    def panels(self):
+        """Return the paths of the sample panels, samples/NNNNNNN.png, by step."""
+        return sorted((self.path / "samples").glob("[0-9]" * 7 + ".png"))
 
     # -- analysis tables -------------------------------------------------------------------------------------
 

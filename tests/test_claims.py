@@ -51,3 +51,13 @@ def test_changing_the_runs_changes_the_verdict(monkeypatch):
 
 def test_without_runs_nothing_is_testable():
     assert set(claims.evaluate().verdict) == {"not testable: 0 seeds"}
+
+
+def test_the_markdown_table_says_what_the_verdicts_are(monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", [LOWER, Claim("so", "", LOWER.statistic, "gear", "", +1)])
+    for seed in range(3):
+        record("llamagen-repa", seed, 3.5)
+        record("gear", seed, 3.3 + 0.001 * seed)
+    lines = claims.markdown(claims.evaluate()).splitlines()
+    assert lines[2] == "| lower | Fig. 3 | reproduced: -0.199 [-0.201, -0.197], 3 of 3 |  |  |  |"
+    assert lines[3] == "| so |  |  |  |  | reproduced: +3.3 [+3.3, +3.3], 3 of 3 (floor) |"

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
-from gear import figures
+from gear import data, figures, load_tokenizer
+from gear.config import UserError, from_dict
 from gear.run import Run
 
 CONFIG = {
@@ -19,7 +21,7 @@ def draw(home, monkeypatch, folder):
     monkeypatch.setenv("GEAR_FIGURES", str(home / folder))
     run = Run.create("r", CONFIG)
     table = figures.rounded(pd.DataFrame({"x": [1, 2], "y": [1 / 3, 2 / 3]}))
-    fig, axes = figures.panels(1, 2)
+    fig, axes = figures.panels("ab")
     axes[0].plot(table.x, table.y)
     figures.save(fig, "test", [run], table)
     return {p.name: p.read_bytes() for p in (home / folder).iterdir()}
@@ -41,6 +43,26 @@ def test_provenance_names_runs_steps_and_hashes_and_no_date(home, monkeypatch):
     assert json.loads(files["test.csv"].decode().splitlines()[0].removeprefix("# ")) == wanted
     assert json.loads(Image.open(home / "one" / "test.png").info["Description"]) == wanted
     assert b"CreationDate" not in files["test.pdf"]
+
+
+def test_a_panel_is_cut_into_its_rows(tiny):
+    """Inputs as validation has them; then what the loop put below them; and only the steps there are."""
+    run = Run.open("tiny-joint")
+    inputs, reconstructions, *samples = figures.panel_rows(run)
+    images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "val", 12)
+    assert np.array_equal((inputs * 255).round(), data.to_uint8(images).numpy())
+    again = data.to_uint8(load_tokenizer("tiny-joint")(images).reconstruction.detach())
+    assert np.array_equal((reconstructions * 255).round(), again.numpy())
+    assert [len(s) for s in samples] == [12, 12]
+    assert not np.array_equal(figures.panel_rows(run, 6)[1], reconstructions)
+    with pytest.raises(UserError, match="no sample panel of step 7: it has 6, 12, 18, 24"):
+        figures.panel_rows(run, 7)
+
+
+def test_the_scale_names_every_size(home):
+    half = CONFIG | {"seed": 4, "steps": 10, "tokenizer": CONFIG["tokenizer"] | {"codebook_size": 32}}
+    runs = [Run.create("r", CONFIG), Run.create("h", half)]
+    assert figures.scale(runs).endswith("K = 64 and 32, 20 and 10 steps of 4; 2 seeds (3, 4)")
 
 
 def test_the_scale_is_on_the_figures_face(home):

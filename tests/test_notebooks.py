@@ -14,11 +14,15 @@ from gear.config import TrainingStopped, UserError
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
+GENERATORS = dict.fromkeys(["warm_up", "control", "half", "method"], "tiny")
+TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
-    "training_dynamics": {"warm_up": "tiny", "control": "tiny", "method": "tiny"},
+    "training_dynamics": GENERATORS,
     "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer"},
-    "generator_alignment": {"warm_up": "tiny", "control": "tiny", "method": "tiny", "images": 40, "k": 5},
+    "generator_alignment": GENERATORS | {"images": 40, "k": 5},
+    "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
+    "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
 }
 
 

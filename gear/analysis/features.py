@@ -1,6 +1,8 @@
-"""Features of the generator and the teacher on the same images, a row a token, so that they can be compared."""
+"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can be compared."""
 
 import torch
+
+from gear.tokenizer.readout import hard_indices
 
 BATCH = 128
 
@@ -17,6 +19,21 @@ def generator_features(generator, tokenizer, images, labels, layers):
         hidden = generator.hidden(tokenizer.encode(x).flatten(1), y, layers)
         parts.append({layer: h.float() for layer, h in hidden.items()})
     return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+
+
+@torch.no_grad()
+def tokenizer_features(tokenizer, images):
+    """Return the tokenizer's own features before and after quantisation, {"pre", "post"}: (N, L, code_dim) (Table 4).
+
+    "pre" is the latent as the encoder gives it, "post" the code that is looked up for it.
+    """
+    parts = {"pre": [], "post": []}
+    for x in images.split(BATCH):
+        z = tokenizer.latents(x)  # (B, D, h, w)
+        indices = hard_indices(tokenizer.quantizer.affinity(z)).unflatten(1, z.shape[-2:])
+        parts["pre"].append(z)
+        parts["post"].append(tokenizer.quantizer.lookup(indices))
+    return {name: torch.cat(maps).flatten(2).transpose(1, 2).float() for name, maps in parts.items()}
 
 
 @torch.no_grad()

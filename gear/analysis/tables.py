@@ -2,59 +2,139 @@
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from gear import data
-from gear.analysis.alignment import cka, cknna, l2_normalise, null, within_image
+from gear.analysis.alignment import cka, cknna, l2_normalise, null, tie_fraction, within_image
 from gear.analysis.dynamics import speedup
-from gear.analysis.features import generator_features, teacher_features, to_grid
+from gear.analysis.features import generator_features, teacher_features, to_grid, tokenizer_features
 from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import from_dict
 from gear.teachers import load_teacher
 
 FOLDS = 5
+COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
 
 
 def layer_profile(run, images=1_000, k=10):
     """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached with it.
 
     Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n (what was averaged; an image
-    whose value is undefined is left out). Levels: "image" compares mean tokens over all `images`, its spread that of five
-    disjoint folds (smaller samples, so a wider band than the value's own), its null 20 draws of permuted images; "patch"
-    compares tokens within each image, its spread that of images, its null mismatched images; "map" describes a layer's maps,
-    its spread that of images. Spreads are standard deviations. Rows are l2-normalised for the alignments, raw for the maps.
+    whose value is undefined is left out). Levels:
+      "image"   compares mean tokens over all `images`; its spread is that of five disjoint folds (smaller samples, so a wider
+                band than the value's own), its null 20 draws of permuted images;
+      "patch"   compares tokens within each image; its spread is that of images, its null mismatched images;
+      "content" the same after every position's mean over the images is taken away from both sides, since position alone aligns
+                mismatched images (a teacher's padding shows where a patch lies);
+      "map"     describes a layer's maps, its spread that of images.
+    Spreads are standard deviations. Rows are l2-normalised for the alignments, raw for the maps.
     """
     return run.table("layer_profile", {"images": images, "k": k}, lambda: _layer_profile(run, images, k))
 
 
+def tokenizer_profile(run, images=1_000, k=10):
+    """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached with it.
+
+    The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
+    the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
+    """
+    return run.table("tokenizer_profile", {"images": images, "k": k}, lambda: _tokenizer_profile(run, images, k))
+
+
+def alignment_floors(run, images=4_000):
+    """Measure the alignment loss that needs no look at the image: a table of the run, cached with it.
+
+    Columns: predictor, value. A predictor answers with the mean of the teacher's unit features over `images` training images:
+    one "constant", one a "position", one a "class and position"; the value is minus the mean cosine on the run's validation
+    images. What a generator reaches beyond these is content.
+    """
+    return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images))
+
+
 def _layer_profile(run, images, k):
-    config = run.config
-    pictures, labels = data.load(from_dict(data.DataConfig, config["data"]), "val", images)
+    pictures, labels, target = _observed(run, "val", images)
     tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
-    target = teacher_features(load_teacher(config["teacher"]), pictures)
     layers = list(range(generator.config.layers + 1))
-    rows = [(-1, *row) for row in _maps(target)]
-    for layer, hidden in generator_features(generator, tokenizer, pictures, labels, layers).items():
-        rows += [(layer, *row) for row in [*_image_level(hidden, target, k), *_patch_level(hidden, target, k), *_maps(hidden)]]
-    return pd.DataFrame(rows, columns=["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"])
+    hidden = generator_features(generator, tokenizer, pictures, labels, layers)
+    return _profile({-1: None, **hidden}, target, k)
+
+
+def _tokenizer_profile(run, images, k):
+    pictures, _, target = _observed(run, "val", images)
+    features = tokenizer_features(load_tokenizer(run.name), pictures)
+    ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"])])
+    row = ("post", "ties", "patch", *_mean_std(ties), float("nan"), float("nan"), len(ties))
+    table = _profile({"teacher": None, **features}, target, k)
+    return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
+
+
+def _alignment_floors(run, images):
+    _, labels, target = _observed(run, "train", images)
+    unit = F.normalize(target, dim=-1)  # (N, L, C); the best answer to a cosine is the mean direction
+    position = unit.mean(0)
+    of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
+    _, labels, target = _observed(run, "val", run.config["eval_images"])
+    both = torch.stack([of_class.get(int(c), position) for c in labels])
+    answers = {"constant": position.mean(0), "position": position, "class and position": both}
+    losses = [
+        (name, -float(F.cosine_similarity(answer.expand_as(target), target, dim=-1).mean())) for name, answer in answers.items()
+    ]
+    return pd.DataFrame(losses, columns=["predictor", "value"])
+
+
+def _observed(run, split, count):
+    """Return the first images of a split, their labels and the teacher's features of them."""
+    config = run.config
+    images, labels = data.load(from_dict(data.DataConfig, config["data"]), split, count)
+    return images, labels, teacher_features(load_teacher(config["teacher"]), images)
+
+
+def _profile(features, target, k):
+    """Compare {layer: rows (N, L, D)} with the teacher's rows; None stands for the teacher itself, whose maps are described."""
+    table = []
+    for layer, rows in features.items():
+        if rows is None:
+            table += [(layer, *row) for row in _maps(target)]
+            continue
+        sides, centred = (rows, target), tuple(z.double() - z.double().mean(0) for z in (rows, target))
+        found = [
+            *_image_level(*sides, k),
+            *_patch_level("patch", *sides, k),
+            *_patch_level("content", *centred, k),
+            *_maps(rows),
+        ]
+        table += [(layer, *row) for row in found]
+    return pd.DataFrame(table, columns=COLUMNS)
 
 
 def _image_level(hidden, target, k):
-    """Compare mean tokens: pooled first, then normalised."""
-    x, y = (l2_normalise(rows.mean(1)) for rows in (hidden, target))
-    for name, metric in (("cknna", lambda a, b: cknna(a, b, k)), ("cka", cka)):
+    """Compare mean tokens: pooled first, then normalised. Missing where every image is alike, as after a collapse."""
+    x, y = (F.normalize(rows.double().mean(1), dim=-1) for rows in (hidden, target))
+    for name, metric in (("cknna", _or_missing(cknna, k)), ("cka", _or_missing(cka))):
         chance = null(x, y, metric)
         folds = min(FOLDS, len(x) // (k + 4))  # a fold needs more images than neighbours
         values = torch.tensor([metric(a, b) for a, b in zip(x.chunk(folds), y.chunk(folds))]) if folds > 1 else torch.zeros(1)
         yield name, "image", metric(x, y), float(values.std(correction=int(folds > 1))), chance.mean, chance.std, len(x)
 
 
-def _patch_level(hidden, target, k):
+def _patch_level(level, hidden, target, k):
     """Compare tokens within each image. The first token of layer 0 is the class alone, equal in every image of a class."""
-    result = within_image(l2_normalise(hidden), l2_normalise(target), k)
+    x, y = (F.normalize(rows.double(), dim=-1) for rows in (hidden, target))  # a token equal to its position's mean stays zero
+    result = within_image(x, y, k)
     for name in ("cknna", "cka"):
         value, chance = getattr(result, name), getattr(result, f"null_{name}")
-        yield name, "patch", *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum())
+        yield name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum())
+
+
+def _or_missing(metric, *arguments):
+    def value(x, y):
+        try:
+            return metric(x, y, *arguments)
+        except ValueError:  # undefined: no variance
+            return float("nan")
+
+    return value
 
 
 def _maps(rows):
@@ -66,7 +146,7 @@ def _maps(rows):
 
 def _mean_std(values):
     values = values[values.isfinite()]
-    return float(values.mean()), float(values.std())
+    return float(values.mean()), float(values.std()) if len(values) > 1 else float("nan")
 
 
 def speedups(curves, baseline, method, metrics):

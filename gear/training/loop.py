@@ -13,7 +13,7 @@ from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 from gear import data
 from gear.config import TrainingStopped, UserError, __version__, from_dict, to_dict
 from gear.generator.sampling import sample
-from gear.run import Run, runs_dir, write_atomically
+from gear.run import PANEL_GAP, PANEL_WIDTH, Run, runs_dir, write_atomically
 from gear.training.losses import LPIPS_BACKBONE
 from gear.training.objectives import STAGES
 from gear.training.state import Config, State
@@ -142,20 +142,21 @@ class Validation:
         return metrics
 
     def panel(self):
-        """Draw inputs, reconstructions and, with a generator, samples of the first classes: an image, or None."""
+        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an image, or None."""
         state = self.state
         if state.config.stage == "teacher":
             return None
         tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+        images = self.images[torch.arange(PANEL_WIDTH) % len(self.images)]
         with torch.no_grad():
-            rows = [self.images[:12], tokenizer(self.images[:12]).reconstruction]
+            rows = [images, tokenizer(images).reconstruction]
         if "generator" in state.averages:
             generator = state.averages["generator"].module
-            labels = torch.arange(24, device=state.device) % state.config.generator.num_classes
+            labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
             side = state.config.data.image_size // state.config.tokenizer.downsampling
             drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
             rows.append(data.to_float(drawn))
-        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=12, padding=2, pad_value=1.0)
+        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=PANEL_WIDTH, padding=PANEL_GAP, pad_value=1.0)
         return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
 
 
@@ -221,9 +222,9 @@ def _record(run, state, meter, validation, progress):
     if record:
         run.append({"step": step, **record})
         progress.log()
-    if last and (panel := validation.panel()) is not None:
-        write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG"))
     if due(config.save_every):
+        if (last or "generator" in state.networks) and (panel := validation.panel()) is not None:
+            write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
         run.save_checkpoint(step, state.tensors(), {"step": step, "meter": meter.state(), "config": run.config_hash})
 
 

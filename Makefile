@@ -1,8 +1,8 @@
 # Every target sets up first; set-up is quick when nothing changed.
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(p))))
 BIN := .venv/bin
-DEMO_RUNS := scenes-gear-s0 scenes-llamagen-repa-s0 scenes-llamagen-repa-control-s0
-REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)) scenes-joint-naive-s$(s))
+DEMO_RUNS := $(addprefix scenes-,$(addsuffix -s0,gear llamagen-repa llamagen-repa-control llamagen-repa-half joint-straight-through joint-naive-inputs joint-naive joint-no-gan))
+REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)))
 DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 export OMP_WAIT_POLICY := PASSIVE
 

@@ -107,6 +107,27 @@ def panel_rows(run, step=None):
     return list(tiles[:, :, :-PANEL_GAP, :-PANEL_GAP])
 
 
+def show_panels(axis, rows, steps, count=3):
+    """Draw what runs' sample panels show over training: `rows` is {label: (run, row of its panel)}, a line each.
+
+    A block of `count` images for each of `steps`; blank where a run has no panel of that step.
+    """
+    lines = []
+    for run, row in rows.values():
+        held = {int(path.stem): panel_rows(run, int(path.stem))[row][:count] for path in run.panels()}
+        blank = np.ones_like(next(iter(held.values())))
+        tiles = np.concatenate([held.get(step, blank) for step in steps])
+        tiles = np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
+        lines.append(np.concatenate(tiles, axis=1))
+    axis.imshow(np.concatenate(lines), interpolation="lanczos")
+    height, width = lines[0].shape[0], lines[0].shape[1] / len(steps)
+    axis.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
+    axis.set_xticks([(i + 0.5) * width for i in range(len(steps))], [f"step {step}" for step in steps])
+    axis.tick_params(length=0, labelsize=7.5)
+    axis.grid(False)
+    sns.despine(ax=axis, left=True, bottom=True)
+
+
 def save(fig, name, runs, data):
     """Write figures_dir()/NAME.png, .pdf and .csv with provenance (runs, steps, configuration hashes; no date).
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -19,7 +20,7 @@ TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
     "training_dynamics": GENERATORS,
-    "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer"},
+    "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer", "half": "tiny-tokenizer"},
     "generator_alignment": GENERATORS | {"images": 40, "k": 5},
     "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
@@ -99,6 +100,7 @@ def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, c
 def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch):
     for old, new in {"tiny": "scenes-gear-s0", "tiny-joint": "scenes-joint-s0", "tiny-tokenizer": "scenes-control-s0"}.items():
         (tiny / old).rename(tiny / new)
+    shutil.copytree(tiny / "scenes-control-s0", tiny / "scenes-tokenizer-half-s0")
     render.render(["codebook_usage"])
     render.render(["codebook_usage"])
     assert "codebook_usage: up to date" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gear import data
+from gear import data, folders
 from gear.config import UserError
 from gear.data import DataConfig, open_source, to_float, to_uint8
 
@@ -129,7 +129,7 @@ def test_unreadable_images_of_the_stream_are_one_plain_message(folder, workers):
 
 @pytest.mark.parametrize("kind", ("text", "truncated"))
 def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(folder, kind, monkeypatch, capsys):
-    monkeypatch.setattr(data, "UNREADABLE_SHARE", 0.02)
+    monkeypatch.setattr(folders, "UNREADABLE_SHARE", 0.02)
     (path,) = spoil(folder, 1, kind)
     source = open_source(folder, "train")
     label = source.labels(np.array([0]))[0]

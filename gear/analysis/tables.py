@@ -29,9 +29,10 @@ def layer_profile(run, images=1_000, k=10):
 
 def _layer_profile(run, images, k):
     config = run.config
-    pictures, labels = data.load(from_dict(data.DataConfig, config["data"]), "val", images)
+    source = from_dict(data.DataConfig, config["data"])
+    pictures, labels = data.load(source, "val", images)
     tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
-    target = teacher_features(load_teacher(config["teacher"]), pictures)
+    target = teacher_features(load_teacher(config["teacher"], source, tokenizer.config.downsampling), pictures)
     layers = list(range(generator.config.layers + 1))
     rows = [(-1, *row) for row in _maps(target)]
     for layer, hidden in generator_features(generator, tokenizer, pictures, labels, layers).items():

@@ -89,7 +89,9 @@ CIFAR10_SMOKE = _change(SCENES, dict(
 
 gear train cifar10-smoke-gear-s0                                      where torchvision can download CIFAR-10, or
 gear train cifar10-smoke-gear-s0 --source cifar10.zip --label zip     from a zip (or folder) of class folders
-SMOKE_EXPECTATION
+
+About 9 CPU-minutes with its parents. Expect of cifar10-smoke-gear-s0: PSNR 21.6 dB (the linear start has 21.4; patches
+show), 4.0 nats a token of a usage entropy of 6.2, alignment -0.34. It shows that everything works, no more.
 """
 
 CIFAR10 = _change(CIFAR10_SMOKE, dict(
@@ -98,11 +100,10 @@ CIFAR10 = _change(CIFAR10_SMOKE, dict(
     generator=dict(width=384, layers=8, heads=6, tap_layer=3, projector_dim=768, dropout=0.1),
     optimizer=dict(generator_lr=1e-3, tokenizer_ema=0.99, generator_ema=0.99),
 ))  # fmt: skip
-"""CIFAR-10 on one GPU: 8 x 8 tokens, K = 1,024, a generator of 14 M parameters.
+"""CIFAR-10 on one GPU: 8 x 8 tokens, K = 1,024, a generator of 15 M parameters.
 
-gear train cifar10-gear-s0 --workers 8     with its parents about 3 minutes on a data-centre GPU, we estimate: it has not
-been run on one. Expect, against cifar10-llamagen-repa-s0: a lower next-token loss and a better alignment of the fresh
-generator at about the same PSNR.
+gear train cifar10-gear-s0 --workers 8     under 3 minutes with its parents on one data-centre GPU: an estimate, not measured.
+Nobody has trained it yet: expect more than of the smoke preset, and against cifar10-llamagen-repa-s0 what the scenes show.
 """
 
 TINY = _change(SCENES, dict(

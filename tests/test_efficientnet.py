@@ -119,10 +119,13 @@ def test_training_resumes_to_the_same_bytes_with_and_without_the_cache(photograp
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs a zip of CIFAR-10")
 def test_it_tells_photographs_apart():
-    """The nearest class mean of pooled features is right far more often than a guess: the weights do what they are for."""
+    """By the nearest class mean its features are right half of the time, pixels a quarter; with random weights, a sixth."""
     config = DataConfig(source=str(PHOTOGRAPHS))
     teacher, (images, labels) = load_teacher(NAME, config, 4), load(config, "train", 700)
+
+    def accuracy(rows):
+        means = torch.stack([rows[:500][labels[:500] == c].mean(0) for c in range(10)])
+        return (torch.cdist(rows[500:], means).argmin(1) == labels[500:]).float().mean()
+
     pooled = torch.cat([teacher(x).mean(1) for x in images.split(100)])
-    means = torch.stack([pooled[:500][labels[:500] == c].mean(0) for c in range(10)])
-    right = torch.cdist(pooled[500:], means).argmin(1) == labels[500:]
-    assert right.float().mean() > 0.5
+    assert accuracy(pooled) > 1.5 * accuracy(images.flatten(1))

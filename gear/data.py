@@ -4,161 +4,29 @@ A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC and `labels
 function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
-import hashlib
-import os
-import sys
-import zipfile
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from gear.config import UserError
+from gear.folders import DOWNLOADS, Folder
 from gear.scenes import NUM_CLASSES, Scenes
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-VALIDATION_SHARE = 0.05  # of a folder's images
-UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
 PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
-INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "scenes"  # "scenes", or the path of a folder or a zip of images (one sub-folder a class, or flat)
+    source: str = "scenes"  # "scenes", "cifar10", "cifar100", or a folder or zip of images (one sub-folder a class, or flat)
     image_size: int = 32  # pixels
     train_images: int = 12_000  # scenes only
     val_images: int = 2_000  # scenes only
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
     flip: bool = True  # mirror half of a folder's training images; scenes stay, their captions say left and right
     labels: Literal["class", "factors"] = "class"  # "factors": what each patch shows (scenes; trains the teacher)
-
-
-class Directory:
-    """The images of a folder: their names, relative and sorted, and a way to open one."""
-
-    def __init__(self, root):
-        self.root = root
-        files = (f for f in root.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
-        self.names = sorted(f.relative_to(root).as_posix() for f in files)
-
-    def open(self, name):
-        return open(self.root / name, "rb")
-
-
-class Zip:
-    """The images of a zip, read in place. A folder that holds all of them, as in `train/cat/1.png`, does not count."""
-
-    def __init__(self, path):
-        self.path, self._handles = path, {}
-        try:
-            entries = sorted(n for n in self._zip().namelist() if Path(n).suffix.lower() in EXTENSIONS)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"'{path}' is not a zip ({error}). Give --source a folder or a zip of class folders.") from None
-        self._top = f"{entries[0].split('/')[0]}/" if entries else ""
-        if any(not n.startswith(self._top) or "/" not in n for n in entries):
-            self._top = ""
-        self.names = [n.removeprefix(self._top) for n in entries]
-
-    def _zip(self):
-        """Return this process's handle: one shared with worker processes would share its position in the file."""
-        if os.getpid() not in self._handles:
-            self._handles[os.getpid()] = zipfile.ZipFile(self.path)
-        return self._handles[os.getpid()]
-
-    def open(self, name):
-        return self._zip().open(self._top + name)
-
-
-class Folder:
-    """Images of a folder or a zip, one sub-folder a class; a flat one is one class.
-
-    A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
-    (of a folder so small that no hash falls into it, the lowest is taken). An image that cannot be read is named once, and
-    the next of its class stands in for it. Raises UserError when there is no such folder or zip, when it holds no images,
-    and when more than a hundredth of them cannot be read.
-    """
-
-    def __init__(self, path, split, config):
-        root = Path(path).expanduser()
-        if not root.exists():
-            raise UserError(
-                f"no folder or zip of images at '{path}'. Give --source 'scenes', a folder or a zip of class folders."
-            )
-        self.path, self.store = path, Directory(root) if root.is_dir() else Zip(root)
-        names = self.store.names
-        if not names:
-            raise UserError(f"'{path}' holds no images ({', '.join(sorted(EXTENSIONS))}).")
-        folders, loose = sorted({n.split("/")[0] for n in names if "/" in n}), [n for n in names if "/" not in n]
-        if folders and loose:
-            raise UserError(
-                f"'{path}' holds class folders ({', '.join(folders[:3])}) and {len(loose)} images beside them ({loose[0]}): "
-                f"move those into a class folder."
-            )
-        self.classes = folders or [root.stem]
-        rank = {n: _hash(n) for n in names}
-        names = sorted(names, key=rank.get)  # the first N are then a sample of all classes
-        held_out = {n for n in names if rank[n] < VALIDATION_SHARE} or {names[0]}
-        self.names = [n for n in names if (n in held_out) == (split == "val")]
-        if not self.names:
-            raise UserError(f"'{path}' holds too few images ({len(names)}): none is left for the split '{split}'.")
-        number = {name: i for i, name in enumerate(self.classes)}
-        self._labels = np.array([number[n.split("/")[0]] if folders else 0 for n in self.names], np.int64)
-        self._filter, self._size, self.unreadable = INTERPOLATIONS[config.interpolation], config.image_size, {}
-
-    def __len__(self):
-        return len(self.names)
-
-    def labels(self, positions):
-        return self._labels[positions]
-
-    def images(self, positions, draws=None):
-        """Resize the short side and crop to the square: at the centre, or where `draws` (B, 2) in [0, 1) says."""
-        out = []
-        for i, position in enumerate(positions):
-            image = self._decode(position) or self._stand_in(position)
-            scale = self._size / min(image.size)
-            image = image.resize([max(self._size, round(side * scale)) for side in image.size], self._filter)
-            room = np.array(image.size) - self._size
-            x, y = room // 2 if draws is None else (draws[i] * (room + 1)).astype(int)
-            out.append(np.asarray(image.crop((x, y, x + self._size, y + self._size))))
-        return np.stack(out)
-
-    def _decode(self, position):
-        """Return the image at a position, or None, counted and named, if it cannot be read."""
-        name = self.names[position]
-        if name in self.unreadable:
-            return None
-        try:
-            with self.store.open(name) as file:
-                return Image.open(file).convert("RGB")
-        except (OSError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
-            self.unreadable[name] = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        if len(self.unreadable) > UNREADABLE_SHARE * len(self.names):
-            listed = "; ".join(f"{Path(self.path) / n} ({e})" for n, e in list(self.unreadable.items())[:3])
-            raise UserError(
-                f"{len(self.unreadable)} of {len(self.names)} images cannot be read, over {UNREADABLE_SHARE:.0%}: {listed}. "
-                f"Remove or replace them."
-            )
-        print(
-            f"{Path(self.path) / name} cannot be read ({self.unreadable[name]}): skipped, {len(self.unreadable)} so far",
-            file=sys.stderr,
-        )
-        return None
-
-    def _stand_in(self, position):
-        """Return the next image of the same class that can be read."""
-        label = self._labels[position]
-        same = np.flatnonzero(self._labels == label)
-        for other in np.roll(same, -np.searchsorted(same, position)):
-            if (image := self._decode(other)) is not None:
-                return image
-        raise UserError(f"no image of the class '{self.classes[label]}' in '{self.path}' can be read.")
 
 
 def open_source(config, split):
@@ -172,8 +40,10 @@ def open_source(config, split):
 
 
 def num_classes(config):
-    """Return the number of classes of a DataConfig's source."""
-    return NUM_CLASSES if config.source == "scenes" else len(open_source(config, "train").classes)
+    """Return the number of classes of a DataConfig's source; what would have to be downloaded is not."""
+    if config.source == "scenes":
+        return NUM_CLASSES
+    return DOWNLOADS[config.source][1] if config.source in DOWNLOADS else len(open_source(config, "train").classes)
 
 
 class Stream(Dataset):
@@ -258,8 +128,3 @@ def to_float(images):
 def to_uint8(images):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255))."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _hash(name):
-    """Map a name to [0, 1), evenly and for ever."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12

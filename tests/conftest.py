@@ -1,4 +1,4 @@
-"""Every test has run and figure folders of its own; the runs of the recipe `tiny` are trained once and shared."""
+"""Every test has run, figure and cache folders of its own; the runs of the recipe `tiny` are trained once and shared."""
 
 import fcntl
 import os
@@ -23,9 +23,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Point $GEAR_RUNS and $GEAR_FIGURES into the test's own folder; returns it."""
-    monkeypatch.setenv("GEAR_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("GEAR_FIGURES", str(tmp_path / "figures"))
+    """Point $GEAR_RUNS, $GEAR_FIGURES and $GEAR_CACHE into the test's own folder; returns it."""
+    for name in ("runs", "figures", "cache"):
+        monkeypatch.setenv(f"GEAR_{name.upper()}", str(tmp_path / name))
     return tmp_path
 
 

@@ -70,3 +70,11 @@ def weights(*modules):
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def assert_same_run(one, other):
+    """Assert that two run directories hold the same metrics and the same newest checkpoint, byte for byte."""
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    for file in ("networks.safetensors", "optimizers.safetensors", "state.json"):
+        newest = sorted((one / "checkpoints").glob("0*"))[-1].name
+        assert (one / "checkpoints" / newest / file).read_bytes() == (other / "checkpoints" / newest / file).read_bytes()

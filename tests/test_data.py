@@ -1,5 +1,12 @@
 """Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says what is wrong."""
 
+import functools
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
 import zipfile
 from dataclasses import replace
 from itertools import islice
@@ -9,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
-from gear import data
+from gear import data, folders
 from gear.config import UserError
 from gear.data import DataConfig, open_source, to_float, to_uint8
 
@@ -129,7 +137,7 @@ def test_unreadable_images_of_the_stream_are_one_plain_message(folder, workers):
 
 @pytest.mark.parametrize("kind", ("text", "truncated"))
 def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(folder, kind, monkeypatch, capsys):
-    monkeypatch.setattr(data, "UNREADABLE_SHARE", 0.02)
+    monkeypatch.setattr(folders, "UNREADABLE_SHARE", 0.02)
     (path,) = spoil(folder, 1, kind)
     source = open_source(folder, "train")
     label = source.labels(np.array([0]))[0]
@@ -181,6 +189,70 @@ def test_what_is_no_zip_and_a_zip_without_images_are_errors(tmp_path):
 def test_factors_need_scenes(folder):
     with pytest.raises(UserError, match="labels 'factors' need the source 'scenes'"):
         open_source(replace(folder, labels="factors"), "train")
+
+
+# -- downloads -----------------------------------------------------------------------------------------------
+
+
+def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatch):
+    """The number of classes is known without it."""
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    config = DataConfig(source="cifar10")
+    assert data.num_classes(config) == 10 and not (home / "cache").exists()
+    with pytest.raises(UserError) as error:
+        open_source(config, "train")
+    for part in (f"'cifar10' is not in {home / 'cache' / 'cifar10'}", "toronto.edu/~kriz/cifar-10", "--source PATH"):
+        assert part in str(error.value)
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
+
+
+@pytest.fixture
+def little_cifar(tmp_path, monkeypatch):
+    """Serve an archive like CIFAR-10's, of 60 images in three classes, as the source "cifar10"; returns the server."""
+
+    def pack(archive, name, content):
+        content = pickle.dumps(content)
+        info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+        return name, hashlib.md5(content).hexdigest()
+
+    path = tmp_path / "little.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        batch = pack(archive, "batch", {"data": PIXELS.reshape(60, -1), "labels": [i % 3 for i in range(60)]})
+        names, md5 = pack(archive, "meta", {"label_names": ["ant", "bee", "cat"]})
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    class Little(datasets.CIFAR10):
+        url, tgz_md5 = f"http://127.0.0.1:{server.server_port}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest()
+        train_list, test_list, meta = [batch], [], {"filename": names, "key": "label_names", "md5": md5}
+
+    monkeypatch.setitem(folders.DOWNLOADS, "cifar10", (Little, 3))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.server_close()
+
+
+def test_a_download_is_kept_and_split_like_a_folder(little_cifar):
+    config = DataConfig(source="cifar10")
+    open_source(config, "train")
+    little_cifar.shutdown()  # from here on there is no network
+    little_cifar.server_close()
+    train, val = open_source(config, "train"), open_source(config, "val")
+    assert not set(train.names) & set(val.names) and len(train) + len(val) == 60 and 1 <= len(val) < 10
+    assert train.classes == ["ant", "bee", "cat"]
+    for position, name in enumerate(train.names):
+        folder, number = name.split("/")
+        assert train.labels(position) == int(number) % 3 == train.classes.index(folder)
+        np.testing.assert_array_equal(train.images([position])[0], PIXELS[int(number)].transpose(1, 2, 0))
+    assert next(data.stream(config, 0, 5, workers=2))[0].shape == (5, 3, 32, 32)
 
 
 # -- resize and crop -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -64,3 +65,19 @@ def test_a_change_reaches_the_parent_field_by_field():
     base = recipe("scenes-naive")
     planned = dict(plan(replace(base, objective=replace(base.objective, tau=0.05)), "n", base, "x"))
     assert planned["scenes-joint-naive-x"].objective.bridge == "naive" and planned["scenes-joint-naive-x"].objective.tau == 0.05
+
+
+def test_a_source_of_as_many_classes_changes_the_parents_by_the_source_alone(home):
+    """`gear train cifar10-smoke-gear-s0 --source ZIP --label zip`: every ancestor takes both, no download is asked for."""
+    with zipfile.ZipFile(home / "ten.zip", "w") as archive:
+        for i in range(30):
+            archive.writestr(f"{i % 10}/{i}.png", b"not looked at")
+    base = recipe("cifar10-smoke-gear-s0")
+    changed = replace(base, data=replace(base.data, source=str(home / "ten.zip")))
+    planned = plan(changed, "cifar10-smoke-gear-s0-zip", base, "zip")
+    assert [name for name, _ in planned] == [f"cifar10-smoke-{stage}-s0-zip" for stage in ("tokenizer", "joint", "gear")]
+    for (_, config), (_, original) in zip(planned, plan(base, "cifar10-smoke-gear-s0")):
+        assert config.data == changed.data and config.generator.num_classes == 10
+        assert replace(config, data=original.data, tokenizer_run=original.tokenizer_run) == original
+    with pytest.raises(UserError, match="--label"):
+        plan(changed, "cifar10-smoke-gear-s0", base)

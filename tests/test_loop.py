@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import assert_same_run
 
 from gear import load_tokenizer
 from gear.config import TrainingStopped, UserError, from_dict
@@ -38,13 +39,6 @@ def kill_after_checkpoint(name, runs, step):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     return Run.open(name).checkpoint_steps()
-
-
-def assert_same_run(one, other):
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    for file in ("networks.safetensors", "optimizers.safetensors", "state.json"):
-        newest = sorted((one / "checkpoints").glob("0*"))[-1].name
-        assert (one / "checkpoints" / newest / file).read_bytes() == (other / "checkpoints" / newest / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["tiny-joint", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-tokenizer", "tiny"))])

@@ -7,6 +7,7 @@ import torch
 from helpers import scenes
 
 from gear.config import UserError, from_dict
+from gear.data import DataConfig
 from gear.recipes import plan, recipe
 from gear.scenes import FACTORS, Scenes
 from gear.teachers import check_grid, load_teacher
@@ -16,7 +17,7 @@ from gear.training.state import Config
 
 @pytest.fixture(scope="module")
 def teacher():
-    return load_teacher("scenes")
+    return load_teacher("scenes", DataConfig(), 4)
 
 
 @pytest.fixture(scope="module")
@@ -103,4 +104,4 @@ def test_a_grid_that_does_not_fit_says_what_would(teacher):
 
 def test_an_unknown_teacher_suggests_the_nearest():
     with pytest.raises(UserError, match=r"unknown teacher 'scene'.*Did you mean 'scenes'\?"):
-        load_teacher("scene")
+        load_teacher("scene", DataConfig(), 4)

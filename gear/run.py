@@ -4,6 +4,7 @@ runs/NAME/config.json          the complete configuration, with the library vers
           metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
           timing.jsonl         wall-clock figures
           checkpoints/NNNNNNN  safetensors and state.json, complete or absent
+          lock                 held by the process that trains the run
           analysis/TABLE.parquet
           samples/*.png
 """
@@ -40,14 +41,23 @@ def _home(variable, folder):
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / folder
 
 
+def run_path(name):
+    """Return the folder of the run `name`; raises UserError for a path: runs are opened by name."""
+    if str(name) != Path(name).name:
+        raise UserError(f"'{name}' is a path; a run is opened by name, that of its folder in {runs_dir()} ($GEAR_RUNS).")
+    return runs_dir() / name
+
+
 def write_atomically(path, write):
     """Call `write(temporary)` and rename the result to `path`: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -65,15 +75,16 @@ class Run:
     @classmethod
     def open(cls, name):
         """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none."""
-        run = cls(runs_dir() / name)
+        run = cls(run_path(name))
         if not run.exists:
-            raise UserError(f"no run '{name}' in {runs_dir()}.{nearest(name, run_names())} Train it: gear train {name}")
+            here = f" What is called '{name}' here is a path: a run is opened by name." if Path(name).exists() else ""
+            raise UserError(f"no run '{name}' in {runs_dir()}.{here}{nearest(name, run_names())} Train it: gear train {name}")
         return run
 
     @classmethod
     def create(cls, name, config):
         """Make the run `name` with `config` (a dict); returns it."""
-        run = cls(runs_dir() / name)
+        run = cls(run_path(name))
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
         write_atomically(run.path / "config.json", lambda p: p.write_text(text))
         return run
@@ -96,7 +107,11 @@ class Run:
 
     @property
     def config(self):
-        return json.loads((self.path / "config.json").read_text())
+        path = self.path / "config.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Restore it, or remove {self.path} and train again.") from None
 
     @property
     def config_hash(self):
@@ -116,8 +131,10 @@ class Run:
     def rewind(self, step):
         """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again.
 
-        Analyses and panels of later steps go with it: they belong to weights that will not come back.
+        Analyses and panels of later steps go with it, for weights that will not come back, and what a killed save left.
         """
+        for leftover in self.path.rglob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for folder in ("analysis", "samples"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in ("metrics.jsonl", "timing.jsonl"):
@@ -155,16 +172,18 @@ class Run:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
-            if path.exists():
-                _flush(path)
-        if not folder.exists():
-            os.replace(temporary, folder)
-            _flush(folder.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            for name, values in tensors.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
+                if path.exists():
+                    _flush(path)
+            if not folder.exists():
+                os.replace(temporary, folder)
+                _flush(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoint_steps()[:-keep]:
             shutil.rmtree(folder.with_name(f"{old:07d}"))
 
@@ -183,11 +202,21 @@ class Run:
             ) from None
 
     def load_state(self, step=None):
+        """Return the JSON state of `step`, by default the newest; raises UserError unless it is this run's and complete."""
         path = self._checkpoint(step) / "state.json"
+        expected = {"step": int(path.parent.name), "config": self.config_hash}
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}). Remove the folder {path.parent} and train again.") from None
+            state = json.loads(path.read_text())
+            faults = [f"{k} is {state.get(k, 'missing')}, not {v}" for k, v in expected.items() if state.get(k) != v]
+            faults += [f"meter.{k} is missing" for k in ("sums", "counts") if k not in state.get("meter", {})]
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            faults = [str(error)]
+        if faults:
+            raise UserError(
+                f"{path} does not fit this run ({'; '.join(faults)}). Remove the folder {path.parent} and train again: "
+                f"gear train {self.name} goes on from the one before it."
+            )
+        return state
 
     def _checkpoint(self, step):
         steps = self.checkpoint_steps()
@@ -256,10 +285,11 @@ def _science(config):
 def _read_lines(path):
     """Read JSON lines; a last line cut short by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (KeyError, TypeError, ValueError):
             break
     return records
 

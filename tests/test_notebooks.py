@@ -99,6 +99,6 @@ def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch)
     render.render(["codebook_usage"])
     assert "codebook_usage: up to date" in capsys.readouterr().out
     (tiny / "scenes-joint-s0" / "metrics.jsonl").open("a").write('{"step": 25}\n')
-    monkeypatch.setattr(render, "execute", lambda name: print("drawn again"))
+    monkeypatch.setattr(render, "execute", lambda *_: print("drawn again"))
     render.render(["codebook_usage"])
     assert "drawn again" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_commands_run(command, tiny, home, monkeypatch):
     if arguments[0] == "train":
         shutil.rmtree(tiny / "tiny")
     if arguments[0] == "figures":
-        monkeypatch.setattr(gear.render, "execute", lambda name: (home / "figures" / "executed").mkdir(parents=True))
+        monkeypatch.setattr(gear.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
     if arguments[0] == "train":
         arguments.append("--quiet")
     main(arguments)

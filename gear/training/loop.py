@@ -31,6 +31,10 @@ class Runtime:
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
 
+    def __post_init__(self):
+        if min(self.workers, self.threads) < 0:
+            raise UserError(f"workers are {self.workers} and threads {self.threads}: neither can be negative.")
+
 
 def train(config, name=None, runtime=Runtime()):
     """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.

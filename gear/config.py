@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 
 def nearest(name, names):
     """Phrase a suggestion for a misspelt `name` among `names`; empty when nothing is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 

@@ -144,6 +144,10 @@ def plan(config, name=None, base=None, label=None):
     except UserError:
         existing = Run.open(config.tokenizer_run)
         return [(name, replace(config, tokenizer=from_dict(TokenizerConfig, existing.config["tokenizer"])))]
+    if parent.stage not in SHARED:
+        raise UserError(
+            f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the stage tokenizer or joint."
+        )
     for section in SHARED[parent.stage]:
         parent = replace(parent, **{section: _carry(getattr(base or recipe(name), section), getattr(config, section),
                                                     getattr(parent, section))})  # fmt: skip

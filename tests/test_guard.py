@@ -175,7 +175,7 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
 @pytest.mark.parametrize("ways", ("terminal", "parent"))
 def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_runs):
     """Ctrl-C in a terminal reaches the parent and the runs, `kill` the parent alone."""
-    command = [sys.executable, "-m", "gear", "train", "tiny-tokenizer", "tiny-joint", "--jobs", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "gear", "train", "tiny-tokenizer", "tiny-joint", "--jobs", "2", "--workers", "1"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     first = home / "runs" / "tiny-tokenizer"

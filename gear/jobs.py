@@ -26,10 +26,11 @@ def train_many(names, jobs, runtime=Runtime()):
     """
     if jobs < 1:
         raise UserError(f"{jobs} runs at a time is none: --jobs has to be at least 1.")
-    check_writable(runs_dir(), "GEAR_RUNS")
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
     finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config, runtime.rebuild)}
     waiting = [n for n in configs if n not in finished]
+    if waiting:
+        check_writable(runs_dir(), "GEAR_RUNS")
     ours, running, failures = list(waiting), {}, {}
     bar = tqdm(
         total=sum(configs[n].steps * configs[n].batch_size for n in waiting), unit=" images", dynamic_ncols=True,
@@ -62,7 +63,7 @@ def train_many(names, jobs, runtime=Runtime()):
         failed = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
         if signals:
             halted = [n for n in ours if n not in (*waiting, *finished, *failures)]
-            stands = ", ".join(f"'{n}' is saved at step {Run(runs_dir() / n).step}" for n in halted) or "no run was under way"
+            stands = ", ".join(f"'{n}' stands at step {Run(runs_dir() / n).step}" for n in halted) or "no run was under way"
             raise Interrupted(f"{stands}. The same command goes on from there.\n{failed}".strip(), signals[0])
     if failed:
         raise TrainingStopped(failed)

@@ -65,8 +65,8 @@ def check_parameters(namespace):
         for target in node.targets if isinstance(node, ast.Assign) else ():
             _check_known("this notebook", types, target.id)
     for key, kind in types.items():
-        if not _is_of(namespace[key], kind):
-            raise _mistyped("this notebook", key, kind, namespace[key])
+        if not _is_of(namespace.get(key), kind):
+            raise _mistyped("this notebook", key, kind, namespace.get(key))
 
 
 def _typed(notebook, types, key, value):

@@ -116,7 +116,7 @@ def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_signal_that_nobody_looked_at_takes_its_usual_effect(monkeypatch):
+def test_a_signal_that_nobody_looked_at_takes_its_usual_effect():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -167,7 +167,7 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
     threading.Thread(target=tell).start()
     message = mistake(capsys, "train", "tiny", "scenes-tokenizer", "--jobs", 2, code=128 + number)
     assert {p.name for p in home.glob("*.saved")} == {"tiny-tokenizer.saved", "scenes-tokenizer.saved"}
-    assert "'tiny-tokenizer' is saved at step 0, 'scenes-tokenizer' is saved at step 0. The same command goes on" in message
+    assert "'tiny-tokenizer' stands at step 0, 'scenes-tokenizer' stands at step 0. The same command goes on" in message
     assert "failed" not in message and not (home / "tiny-joint.started").exists()
 
 
@@ -188,7 +188,7 @@ def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_run
         process.terminate()
     said = process.communicate()[1]
     assert process.returncode == (130 if ways == "terminal" else 143) and "Traceback" not in said
-    assert f"'tiny-tokenizer' is saved at step {Run.open('tiny-tokenizer').step}. The same command goes on" in said
+    assert f"'tiny-tokenizer' stands at step {Run.open('tiny-tokenizer').step}. The same command goes on" in said
     assert not (first.parent / "tiny-joint").exists()
     subprocess.run(command, check=True, capture_output=True)
     for name in ("tiny-tokenizer", "tiny-joint"):
@@ -247,7 +247,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on
     shutil.rmtree(run)
     with disk_of(whole - 1):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
-    assert "run 'tiny-tokenizer' cannot be written at step 18:" in message and "File too large" in message
+    assert "run 'tiny-tokenizer' stopped at step 18:" in message and "File too large" in message
     assert f"The state of step 12 stands in {run / 'checkpoints'}." in message and "the same command then goes on" in message
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000006", "0000012"]
     kept = fingerprint(run / "checkpoints")
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on
     (run / "checkpoints" / ".0000018.tmp").mkdir()  # what kill -9 would have left
     with disk_of(sum(len(line) + 1 for line in logged) + 10):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
-    assert "cannot be written at step 13: [Errno 27] File too large" in message and "The state of step 12 stands" in message
+    assert "stopped at step 13: [Errno 27] File too large" in message and "The state of step 12 stands" in message
     assert fingerprint(run / "checkpoints") == kept and not (run / "checkpoints" / ".0000018.tmp").exists()
     main(["train", "tiny-tokenizer", *OPTIONS])
     assert_same_run(run, tiny_runs / "tiny-tokenizer")

@@ -43,6 +43,7 @@ def test_contract(path):
     assert len(tagged) == 1
     for node, line in zip(ast.parse(tagged[0]).body, tagged[0].splitlines()):
         assert isinstance(node, ast.AnnAssign) and " # " in line, f"annotate and explain: {line}"
+        assert node.annotation.id in render.TYPES, line
         ast.literal_eval(node.value)
     for node in ast.walk(ast.parse("\n".join(sources))):
         assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)), "the library computes"

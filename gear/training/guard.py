@@ -29,8 +29,8 @@ def guarded(run, state):
         ) from None
     except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk, too
         raise TrainingStopped(
-            f"run '{run.name}' cannot be written at step {state.step}: {error}. {_standing(run)} Make room or restore access; "
-            f"the same command then goes on."
+            f"run '{run.name}' stopped at step {state.step}: {error}. {_standing(run)} Make room or restore access; the same "
+            f"command then goes on."
         ) from None
 
 

@@ -46,9 +46,9 @@ def train(config, name=None, runtime=Runtime()):
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     run = Run(run_path(name or config.recipe))
-    check_writable(run.path, "GEAR_RUNS")
     if is_trained(run, config, runtime.rebuild):
         return run
+    check_writable(run.path, "GEAR_RUNS")
     reseed(config.seed, -1)
     state, meter = State(config, _device(runtime.device)), Meter()
     validation = Validation(state)

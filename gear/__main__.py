@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -11,12 +12,13 @@ from torchvision.utils import make_grid
 
 from gear import data, figures, render
 from gear.analysis import claims
-from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, token_grid
-from gear.config import TrainingStopped, UserError, from_dict, nearest
+from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, network, token_grid
+from gear.config import Interrupted, TrainingStopped, UserError, from_dict, nearest
 from gear.generator.sampling import sample
+from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
 from gear.recipes import RECIPES, recipe, train_with_parents
-from gear.run import Run, run_names, write_atomically
+from gear.run import Run, run_names
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.training.loop import Runtime
 from gear.training.state import Config
@@ -46,6 +48,8 @@ class SampleOptions:
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
     demo: bool = False  # the notebook `train` too, which needs weights
+    parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
+    # ^ KEY VALUE of the one notebook that is named; may be repeated
 
 
 def train_command(names, arguments):
@@ -91,14 +95,15 @@ def sample_command(names, arguments):
 def figures_command(names, arguments):
     """Execute the notebooks, or those named, and write their figures; skip what is up to date."""
     options = _parse(FigureOptions(), arguments)
-    render.render(names or render.figure_notebooks(options.demo), options.force)
+    render.render(names or render.figure_notebooks(options.demo), options.force, dict(options.parameters))
 
 
 def claims_command(names, arguments):
     """Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv beside the figures."""
     preset = names[0] if names else "scenes"
-    table = figures.rounded(claims.evaluate(preset))
     path = figures.figures_dir() / "claims.csv"
+    check_writable(path.parent, "GEAR_FIGURES")
+    table = figures.rounded(claims.evaluate(preset))
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
     for row in table.itertuples():
         print(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))
@@ -122,7 +127,7 @@ def runs_command(names, arguments):
 def teacher_command(names, arguments):
     """Package a run of the recipe teacher-scenes as the scenes teacher (make teacher)."""
     run = Run.open(names[0] if names else "teacher-scenes")
-    teacher = load_module(ScenesTeacher(), load_networks(run)["teacher"], run.name).eval()
+    teacher = load_module(ScenesTeacher(), network(load_networks(run), "teacher", run.name), run.name).eval()
     images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "train", 4_000)
     kept = teacher.standardise(images)
     losses = run.metrics().iloc[-1].filter(like="val/").round(4).to_dict()
@@ -166,6 +171,12 @@ def main(arguments=None):
     except TrainingStopped as error:
         print(f"gear: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder without access
+        print(f"gear: {error}. Make room or restore access, and give the same command again.", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as error:
+        print(f"gear: {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:
         print("gear: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -17,9 +17,17 @@ class TrainingStopped(RuntimeError):
     """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Say what stands of a run that the signal `number` ended; printed without a traceback, exit code 128 + `number`."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.number = number
+
+
 def nearest(name, names):
     """Phrase a suggestion for a misspelt `name` among `names`; empty when nothing is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 

@@ -4,6 +4,7 @@ A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC and `labels
 function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,18 @@ def num_classes(config):
     if config.source == "scenes":
         return NUM_CLASSES
     return DOWNLOADS[config.source][1] if config.source in DOWNLOADS else len(open_source(config, "train").classes)
+
+
+def check_classes(config, classes, expected):
+    """Raise UserError unless the `classes` found in a source are the `expected` ones: their names, or their number."""
+    if expected in (classes, len(classes)):
+        return
+    tell = lambda names: f"{len(names)} ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"  # noqa: E731
+    wanted = expected if isinstance(expected, int) else tell(expected)
+    raise UserError(
+        f"classes in '{config.source}': {tell(classes)}; this run has {wanted} "
+        f"(generator.num_classes). Put the class folders back as they were, or train a run of another name (--label)."
+    )
 
 
 class Stream(Dataset):
@@ -90,9 +103,16 @@ def stream(config, seed, batch_size, start=0, workers=0):
             n += batch_size
 
     loader = DataLoader(
-        Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
-    )
+        Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_parent,
+    )  # fmt: skip
     return map(_raised, iter(loader))
+
+
+def _leave_signals_to_the_parent(worker):
+    """A terminal's Ctrl-C reaches workers too, and the parent needs them to finish its step; they end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch):
@@ -115,7 +135,11 @@ def load(config, split="val", count=None):
 
     (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for factors.
     """
-    source = open_source(config, split)
+    return read(open_source(config, split), config, count)
+
+
+def read(source, config, count=None):
+    """Return what `load` does, of a source that is open."""
     positions = np.arange(len(source) if count is None else min(count, len(source)))
     return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(_labels(source, config, positions))
 

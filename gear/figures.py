@@ -9,7 +9,8 @@ import seaborn as sns
 
 from gear.checkpoints import token_grid
 from gear.config import UserError
-from gear.run import PANEL_GAP, PANEL_WIDTH, figures_dir, write_atomically
+from gear.home import figures_dir, write_atomically
+from gear.run import PANEL_GAP, PANEL_WIDTH
 
 PALETTE = {
     "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red

@@ -1,4 +1,4 @@
-"""Images that lie somewhere: in a folder, in a zip, or to be downloaded by torchvision; and where gear keeps such things."""
+"""Images that lie somewhere: in a folder, in a zip, or to be downloaded by torchvision."""
 
 import fcntl
 import hashlib
@@ -13,17 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from gear.config import UserError, nearest
+from gear.home import cache_dir
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VALIDATION_SHARE = 0.05  # of a folder's images
 UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
 DOWNLOADS = {"cifar10": (datasets.CIFAR10, 10), "cifar100": (datasets.CIFAR100, 100)}  # name: torchvision's class, classes
-
-
-def cache_dir():
-    """Return the folder of what can be downloaded or computed again: $GEAR_CACHE, else ~/.cache/gear."""
-    return Path(os.environ.get("GEAR_CACHE") or "~/.cache/gear").expanduser()
 
 
 class Directory:

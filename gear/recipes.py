@@ -12,6 +12,7 @@ from gear.config import UserError, from_dict, nearest
 from gear.data import DataConfig, num_classes
 from gear.generator.model import GeneratorConfig
 from gear.run import Run
+from gear.teachers import check_installed
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.training.loop import Runtime, train
 from gear.training.optim import OptimizerConfig
@@ -191,6 +192,10 @@ def plan(config, name=None, base=None, label=None):
     except UserError:
         existing = Run.open(config.tokenizer_run)
         return [(name, replace(config, tokenizer=from_dict(TokenizerConfig, existing.config["tokenizer"])))]
+    if parent.stage not in SHARED:
+        raise UserError(
+            f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the stage tokenizer or joint."
+        )
     for section in SHARED[parent.stage]:
         parent = replace(parent, **{section: _carry(getattr(base or recipe(name), section), getattr(config, section),
                                                     getattr(parent, section))})  # fmt: skip
@@ -213,4 +218,12 @@ def _carry(base, changed, target):
 
 def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime()):
     """Train what is missing of a run's ancestors, then the run; returns it."""
-    return [train(c, n, runtime) for n, c in plan(config, name, base, label)][-1]
+    planned = plan(config, name, base, label)
+    check_teachers(c for _, c in planned)
+    return [train(c, n, runtime) for n, c in planned][-1]
+
+
+def check_teachers(configs):
+    """Raise UserError if a teacher that one of `configs` needs is missing: before its parents train, not after."""
+    for name in {c.teacher for c in configs if c.stage in ("joint", "generator") and c.objective.align_weight > 0}:
+        check_installed(name)

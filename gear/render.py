@@ -1,13 +1,15 @@
 """Execute notebooks with papermill: one call a figure, nothing repeated that is up to date."""
 
+import ast
 import hashlib
 import json
 import time
 
 from gear.config import TrainingStopped, UserError, nearest
-from gear.run import ROOT, figures_dir, runs_dir, write_atomically
+from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
 
 SOURCES = ("figures.py", "run.py", "analysis")  # what a figure depends on besides its notebook and its runs
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 
 
 def notebooks():
@@ -23,18 +25,18 @@ def figure_notebooks(demo=False):
 def execute(name, parameters=None):
     """Execute the notebook `name` with `parameters`, output under `figures_dir()/executed`; returns its path.
 
-    Raises UserError for an unknown notebook or parameter, TrainingStopped naming the cell that failed.
+    A value may be text, as from a command line, if it reads as the parameter's type. Raises UserError for an unknown notebook
+    or parameter and for a value of another type, before anything runs; TrainingStopped naming the cell that failed.
     """
     import papermill  # optional: training works without it
 
     paths = notebooks()
     if name not in paths:
         raise UserError(f"unknown notebook '{name}'.{nearest(name, paths)} Known: {', '.join(paths)}.")
-    parameters = parameters or {}
     known = papermill.inspect_notebook(str(paths[name]))
-    for key in parameters:
-        if key not in known:
-            raise UserError(f"notebook '{name}' has no parameter '{key}'.{nearest(key, known)} It has: {', '.join(known)}.")
+    types = {key: TYPES[value["inferred_type_name"]] for key, value in known.items()}
+    parameters = {key: _typed(name, types, key, value) for key, value in (parameters or {}).items()}
+    check_writable(figures_dir(), "GEAR_FIGURES")
     out = figures_dir() / "executed" / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -50,22 +52,69 @@ def execute(name, parameters=None):
     return out
 
 
-def render(names, force=False):
+def check_parameters(namespace):
+    """Raise UserError unless the parameters that papermill gave a notebook are its own and of their annotated types.
+
+    A notebook calls it with its `globals()`: `papermill -p` itself takes any name and any value, and a name that is no
+    parameter would leave the default in force without a word.
+    """
+    types = {key: kind for key, kind in namespace.get("__annotations__", {}).items() if kind in TYPES.values()}
+    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")]  # papermill's cell
+    for node in (node for cell in injected for node in ast.parse(cell).body):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            _check_known("this notebook", types, target.id)
+    for key, kind in types.items():
+        if not _is_of(namespace.get(key), kind):
+            raise _mistyped("this notebook", key, kind, namespace.get(key))
+
+
+def _typed(notebook, types, key, value):
+    """Return the value of a parameter in its type, read from text where it is text."""
+    _check_known(notebook, types, key)
+    kind = types[key]
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            pass  # still text, and said to be
+    if not _is_of(value, kind):
+        raise _mistyped(notebook, key, kind, value)
+    return value
+
+
+def _check_known(notebook, types, key):
+    if key not in types:
+        raise UserError(f"notebook '{notebook}' has no parameter '{key}'.{nearest(key, types)} It has: {', '.join(types)}.")
+
+
+def _is_of(value, kind):
+    """An int will do for a float; a bool is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _mistyped(notebook, key, kind, value):
+    return UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
+
+
+def render(names, force=False, parameters=None):
     """Draw the figures of the notebooks `names`, skipping those whose inputs have not changed.
 
+    `parameters` {name: value} take the place of one notebook's defaults; UserError where several notebooks are named.
     A notebook that fails does not keep the others from running; raises TrainingStopped with all failures at the end.
     """
+    if parameters and len(names) != 1:
+        raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
     failures = []
     for name in names:
         stamp = figures_dir() / "executed" / f"{name}.json"
-        inputs = _inputs(name)
+        inputs = _inputs(name) | {"parameters": parameters or {}}
         drawn = (figures_dir() / f"{name}.png").exists() or name == "train"
         if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
             print(f"{name}: up to date")
             continue
         start = time.perf_counter()
         try:
-            execute(name)
+            execute(name, parameters)
         except TrainingStopped as failure:
             failures.append(str(failure))
             print(f"{name}: failed")

@@ -4,6 +4,7 @@ runs/NAME/config.json          the complete configuration, with the library vers
           metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
           timing.jsonl         wall-clock figures
           checkpoints/NNNNNNN  safetensors and state.json, complete or absent
+          lock                 held by the process that trains the run
           analysis/TABLE.parquet
           samples/*.png
 """
@@ -20,36 +21,16 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 
 from gear.config import UserError, config_hash, differences, nearest
+from gear.home import flush, runs_dir, write_atomically
 
 PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def runs_dir():
-    """Return the folder of runs: $GEAR_RUNS, else runs/ beside the package's sources, else under the working directory."""
-    return _home("GEAR_RUNS", "runs")
-
-
-def figures_dir():
-    """Return the folder of figures: $GEAR_FIGURES, else figures/ beside the package's sources."""
-    return _home("GEAR_FIGURES", "figures")
-
-
-def _home(variable, folder):
-    if os.environ.get(variable):
-        return Path(os.environ[variable]).expanduser().resolve()
-    return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / folder
-
-
-def write_atomically(path, write):
-    """Call `write(temporary)` and rename the result to `path`: a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def run_path(name):
+    """Return the folder of the run `name`; raises UserError for a path: runs are opened by name."""
+    if str(name) != Path(name).name:
+        raise UserError(f"'{name}' is a path; a run is opened by name, that of its folder in {runs_dir()} ($GEAR_RUNS).")
+    return runs_dir() / name
 
 
 class Run:
@@ -67,15 +48,16 @@ class Run:
     @classmethod
     def open(cls, name):
         """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none."""
-        run = cls(runs_dir() / name)
+        run = cls(run_path(name))
         if not run.exists:
-            raise UserError(f"no run '{name}' in {runs_dir()}.{nearest(name, run_names())} Train it: gear train {name}")
+            here = f" What is called '{name}' here is a path: a run is opened by name." if Path(name).exists() else ""
+            raise UserError(f"no run '{name}' in {runs_dir()}.{here}{nearest(name, run_names())} Train it: gear train {name}")
         return run
 
     @classmethod
     def create(cls, name, config):
         """Make the run `name` with `config` (a dict); returns it."""
-        run = cls(runs_dir() / name)
+        run = cls(run_path(name))
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
         write_atomically(run.path / "config.json", lambda p: p.write_text(text))
         return run
@@ -98,7 +80,11 @@ class Run:
 
     @property
     def config(self):
-        return json.loads((self.path / "config.json").read_text())
+        path = self.path / "config.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Restore it, or remove {self.path} and train again.") from None
 
     @property
     def config_hash(self):
@@ -118,8 +104,11 @@ class Run:
     def rewind(self, step):
         """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again.
 
-        Analyses, and panels of later steps, go with it: they belong to weights that will not come back.
+        Analyses, and panels of later steps, go with it: they belong to weights that will not come back. So does what a killed
+        save left.
         """
+        for leftover in self.path.rglob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(self.path / "analysis", ignore_errors=True)
         for panel in self.panels():
             if int(panel.stem) > step:
@@ -159,16 +148,18 @@ class Run:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
-            if path.exists():
-                _flush(path)
-        if not folder.exists():
-            os.replace(temporary, folder)
-            _flush(folder.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            for name, values in tensors.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
+                if path.exists():
+                    flush(path)
+            if not folder.exists():
+                os.replace(temporary, folder)
+                flush(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoint_steps()[:-keep]:
             shutil.rmtree(folder.with_name(f"{old:07d}"))
 
@@ -187,11 +178,21 @@ class Run:
             ) from None
 
     def load_state(self, step=None):
+        """Return the JSON state of `step`, by default the newest; raises UserError unless it is this run's and complete."""
         path = self._checkpoint(step) / "state.json"
+        expected = {"step": int(path.parent.name), "config": self.config_hash}
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}). Remove the folder {path.parent} and train again.") from None
+            state = json.loads(path.read_text())
+            faults = [f"{k} is {state.get(k, 'missing')}, not {v}" for k, v in expected.items() if state.get(k) != v]
+            faults += [f"meter.{k} is missing" for k in ("sums", "counts") if k not in state.get("meter", {})]
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            faults = [str(error)]
+        if faults:
+            raise UserError(
+                f"{path} does not fit this run ({'; '.join(faults)}). Remove the folder {path.parent} and train again: "
+                f"gear train {self.name} goes on from the one before it."
+            )
+        return state
 
     def _checkpoint(self, step):
         steps = self.checkpoint_steps()
@@ -264,15 +265,10 @@ def _science(config):
 def _read_lines(path):
     """Read JSON lines; a last line cut short by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (KeyError, TypeError, ValueError):
             break
     return records
-
-
-def _flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -1,13 +1,25 @@
 """A user's mistake gets one message that says what was wrong and what to do, exit code 2, and loses nothing."""
 
+import json
+import shutil
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import gear
 from gear.__main__ import main
+from gear.data import DataConfig
+from gear.recipes import TINY
+from gear.teachers import scenes
+from gear.training.loop import Runtime, train
 
 
 def mistake(capsys, *arguments, code=2):
@@ -45,11 +57,84 @@ def test_unknown_override_suggests_the_nearest(capsys, home):
 def test_missing_folder(capsys, home):
     message = mistake(capsys, "train", "tiny-tokenizer", "--source", home / "nowhere")
     assert f"no folder or zip of images at '{home / 'nowhere'}'" in message
+    assert not (home / "runs").exists()
 
 
 def test_empty_folder(capsys, home):
     (home / "images").mkdir()
     assert "holds no images" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "images")
+    assert not (home / "runs").exists()
+
+
+def test_a_zip_that_is_none_and_one_without_images(capsys, home):
+    (home / "a.zip").write_bytes(b"no zip at all")
+    assert "a.zip' is not a zip" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "a.zip")
+    with zipfile.ZipFile(home / "b.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing here")
+    assert "b.zip' holds no images" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "b.zip")
+    assert not (home / "runs").exists()
+
+
+def test_images_that_cannot_be_read(capsys, home):
+    for i in range(30):
+        picture(home / "pets" / "cat" / f"{i}.png")
+        (home / "pets" / "cat" / f"{i}.png").write_bytes(b"no image")
+    message = mistake(capsys, "train", "tiny-tokenizer", "--source", home / "pets")
+    assert "images cannot be read, over 1%" in message and "Remove or replace them" in message
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--device", "gpu"], "no device 'gpu' here"),
+        (["--device", "cuda:99"], "Try --device cpu, or auto"),
+        (["--steps", 0], "steps is 0: it has to be at least 1"),
+        (["--batch-size", -1], "batch_size is -1: it has to be at least 1"),
+        (["--workers", -1], "workers are -1"),
+        (["--name", "some/where"], "'some/where' is a path; a run is opened by name"),
+    ],
+)
+def test_options_that_cannot_be(options, said, capsys, home):
+    assert said in mistake(capsys, "train", "tiny-tokenizer", *options)
+    assert not (home / "runs").exists()
+
+
+def test_no_run_at_a_time(capsys, home):
+    assert "--jobs has to be at least 1" in mistake(capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0)
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize("below", ("", "deeper/still"))
+@pytest.mark.parametrize(
+    "variable, command",
+    [
+        ("GEAR_RUNS", ["train", "tiny"]),
+        ("GEAR_RUNS", ["train", "tiny", "tiny-joint", "--jobs", 2]),
+        ("GEAR_FIGURES", ["figures", "codebook_usage"]),
+        ("GEAR_FIGURES", ["claims"]),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to(variable, command, below, capsys, home, monkeypatch):
+    (home / "file").write_text("not a folder")
+    monkeypatch.setenv(variable, str(home / "file" / below))
+    before = fingerprint(home)
+    message = mistake(capsys, *command)
+    assert f"{home / 'file'} is a file, not a folder. Set ${variable} to a folder of your own." in message
+    assert fingerprint(home) == before
+
+
+@pytest.mark.parametrize("spoil", (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])))
+def test_the_packaged_teacher_missing_or_truncated(spoil, capsys, tiny, monkeypatch):
+    shutil.rmtree(tiny / "tiny-joint")
+    packed = tiny.parent / "scenes.safetensors"
+    shutil.copy(scenes.PACKAGED, packed)
+    monkeypatch.setattr(scenes, "PACKAGED", packed)
+    spoil(packed)
+    before = fingerprint(tiny)
+    message = mistake(capsys, "train", "tiny-joint", "--quiet")
+    assert "packaged scenes teacher" in message and str(packed) in message and "make teacher" in message
+    assert fingerprint(tiny) == before
 
 
 def test_image_size_not_divisible(capsys, home):
@@ -87,6 +172,102 @@ def test_truncated_checkpoint(capsys, tiny):
     assert fingerprint(tiny) == before
 
 
+class Trap:
+    """What a pickle can do to whoever loads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def rewrite(path, change):
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(path)
+    save_file({k: v for name, t in tensors.items() for k, v in change(name, t)}, path)
+
+
+def edit(path, **changes):
+    """Change a JSON file; None drops a key."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+FOREIGN = {
+    "a pickle": (
+        lambda f: torch.save({"tokenizer.a": Trap(f.parent / "executed")}, f / "networks.safetensors"),
+        "networks.safetensors cannot be read",
+    ),
+    "other names": (
+        lambda f: save_file({"weight": torch.zeros(2)}, f / "networks.safetensors"),
+        "holds no tokenizer: it holds weight",
+    ),
+    "no average": (
+        lambda f: rewrite(f / "networks.safetensors", lambda n, t: [] if n.startswith("tokenizer_ema.") else [(n, t)]),
+        "holds no tokenizer_ema: it holds discriminator, tokenizer",
+    ),
+    "another shape": (
+        lambda f: rewrite(f / "optimizers.safetensors", lambda n, t: [(n, t[:1] if t.dim() else t)]),
+        "do not fit this Optimizer:\n  0.exp_avg has shape (1, ",
+    ),
+    "another optimizer": (
+        lambda f: rewrite(f / "optimizers.safetensors", lambda n, t: [(n.replace("exp_avg_sq", "momentum"), t)]),
+        "missing 0.exp_avg_sq",
+    ),
+    "no step": (lambda f: edit(f / "state.json", step=None), "state.json does not fit this run (step is missing, not 18)"),
+    "another run": (lambda f: edit(f / "state.json", config="abc"), "(config is abc, not "),
+    "no losses": (lambda f: edit(f / "state.json", meter=None), "(meter.sums is missing; meter.counts is missing)"),
+    "a list": (lambda f: (f / "state.json").write_text("[1]"), "state.json does not fit this run"),
+    "no metrics": (lambda f: (f.parent.parent / "metrics.jsonl").unlink(), "metrics.jsonl holds no line that can be read"),
+    "metrics cut short": (
+        lambda f: (f.parent.parent / "metrics.jsonl").write_text('{"step": 0}\n{"step": 7}\n\0\n{"step": 24}\n'),
+        "metrics.jsonl can be read up to step 7 only; the checkpoint is of step 18",
+    ),
+    "no configuration": (lambda f: (f.parent.parent / "config.json").write_text('{"st'), "config.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_checkpoint(kind, capsys, tiny):
+    """It is neither executed nor overwritten, and what does not fit is listed."""
+    spoil, said = FOREIGN[kind]
+    folder = tiny / "tiny-tokenizer" / "checkpoints" / "0000018"
+    shutil.rmtree(folder.with_name("0000024"))
+    spoil(folder)
+    before = fingerprint(tiny)
+    assert said in mistake(capsys, "train", "tiny-tokenizer", "--quiet", "--device", "cpu")
+    assert fingerprint(tiny) == before
+
+
+def test_a_parent_that_trains_no_tokenizer(capsys, tiny):
+    before = fingerprint(tiny)
+    (tiny / "tiny").rename(tiny / "mine")  # no recipe, so that its configuration alone does not tell
+    for parent, said in (
+        ("tiny", "'tiny' trains no tokenizer"),
+        ("mine", "run 'mine' holds no tokenizer_ema: it holds generator"),
+    ):
+        assert said in mistake(capsys, "train", "tiny", "--tokenizer-run", parent, "--name", "child", "--quiet")
+    (tiny / "mine").rename(tiny / "tiny")
+    assert fingerprint(tiny) == before
+
+
+@pytest.mark.parametrize("name", ("weights.pt", "./weights.pt", "runs/tiny", Path("weights.pt")))
+def test_a_path_is_no_run(name, tiny, home, monkeypatch):
+    monkeypatch.chdir(home)
+    torch.save({"a": Trap(home / "executed")}, home / "weights.pt")
+    for load in (gear.load_tokenizer, gear.load_generator, gear.Run.open):
+        with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
+            load(name)
+    assert not (home / "executed").exists()
+
+
+def test_a_run_without_a_generator_cannot_sample(capsys, tiny, home):
+    message = mistake(capsys, "sample", "tiny-tokenizer", "--out", home / "out.png")
+    assert "run 'tiny-tokenizer' holds no generator: it holds discriminator, tokenizer, tokenizer_ema." in message
+    assert not (home / "out.png").exists()
+
+
 def test_non_finite_loss_stops_with_code_1(capsys, tiny):
     message = mistake(capsys, "train", "tiny-tokenizer", "--name", "sick", "--tokenizer-lr", 1e18, "--save-every", 1,
                       "--quiet", code=1)  # fmt: skip
@@ -111,6 +292,29 @@ def test_a_folder_of_images_trains(home, capsys):
     runs = home / "runs"
     assert {p.name for p in runs.iterdir()} == {"tiny-pets", "tiny-joint-pets", "tiny-tokenizer-pets"}
     assert '"num_classes": 2' in (runs / "tiny-pets" / "config.json").read_text()
+
+
+def test_classes_unlike_the_configuration(home):
+    """A folder has two classes, the configuration 24; then the run has two, and the folder gains, loses and renames some."""
+    for name in ("cat", "dog"):
+        for i in range(10):
+            picture(home / "pets" / name / f"{i}.png")
+    config = replace(TINY, recipe="pets", stage="joint", steps=4, save_every=2, data=DataConfig(str(home / "pets")))
+    runtime = Runtime(device="cpu", quiet=True)
+    with pytest.raises(gear.UserError, match=r"2 \(cat, dog\); this run has 24 \(generator.num_classes\)"):
+        train(config, "pets", runtime)
+    assert not (home / "runs").exists()
+    config = replace(config, generator=replace(config.generator, num_classes=2))
+    shutil.rmtree(train(config, "pets", runtime).path / "checkpoints" / "0000004")
+    before = fingerprint(home / "runs")
+    (home / "pets" / "dog").rename(home / "pets" / "ant")
+    with pytest.raises(gear.UserError, match=r"2 \(ant, cat\); this run has 2 \(cat, dog\).*Put the class folders back"):
+        train(config, "pets", runtime)
+    picture(home / "pets" / "eel" / "0.png")
+    for seen in (2, 3):  # by the configuration as it was, and as a recipe derives it from the folder
+        with pytest.raises(gear.UserError, match=r"3 \(ant, cat, eel\); this run has 2 "):
+            train(replace(config, generator=replace(config.generator, num_classes=seen)), "pets", runtime)
+    assert fingerprint(home / "runs") == before
 
 
 def test_python_m_gear_lists_its_commands():

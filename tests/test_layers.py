@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "scenes", "folders", "data", "run"],
+    ["config", "home", "scenes", "folders", "data", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
     ["teachers.cache", "teachers.efficientnet", "teachers.scenes", "teachers"],
@@ -23,7 +23,15 @@ LAYERS = [
         "analysis.tables",
         "analysis.claims",
     ],
-    ["training.losses", "training.optim", "training.state", "training.objectives", "training.validate", "training.loop"],
+    [
+        "training.losses",
+        "training.optim",
+        "training.state",
+        "training.objectives",
+        "training.validate",
+        "training.guard",
+        "training.loop",
+    ],
     ["recipes", "jobs"],
     ["figures", "render"],
     ["__main__"],

@@ -3,6 +3,8 @@
 import ast
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 from gear import render
+from gear.__main__ import main
 from gear.config import TrainingStopped, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +48,15 @@ def test_contract(path):
     assert len(tagged) == 1
     for node, line in zip(ast.parse(tagged[0]).body, tagged[0].splitlines()):
         assert isinstance(node, ast.AnnAssign) and " # " in line, f"annotate and explain: {line}"
+        assert node.annotation.id in render.TYPES, line
         ast.literal_eval(node.value)
     for node in ast.walk(ast.parse("\n".join(sources))):
         assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)), "the library computes"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert {m.split(".")[0] for m in modules} <= ALLOWED
+    calls = [s for s in sources if s.endswith("\n\nrender.check_parameters(globals())")]
+    assert len(calls) == 1 and calls[0] == sources[1] and "import" in calls[0], "papermill checks no parameter"
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
     if path.stem != "train":
         assert any(f'figures.save(fig, "{path.stem}"' in s for s in sources), "a figure carries its notebook's name"
@@ -88,6 +94,71 @@ def test_unknown_parameter_is_caught_before_anything_runs(home):
     assert not (home / "figures").exists()
 
 
+@pytest.mark.parametrize(
+    "key, value, said",
+    [("images", "many", "expected int, given 'many'"), ("k", 2.5, "expected int, given 2.5"), ("k", True, "given True")],
+)
+def test_a_value_of_another_type_is_caught_before_anything_runs(key, value, said, home):
+    with pytest.raises(
+        UserError, match=f"notebook 'generator_alignment', parameter '{key}': {'' if key == 'k' else said}"
+    ) as error:
+        render.execute("generator_alignment", {key: value})
+    assert said in str(error.value) and not (home / "figures").exists()
+
+
+def test_text_is_read_as_the_parameters_type():
+    types = {"n": int, "x": float, "b": bool, "s": str}
+    read = {key: render._typed("t", types, key, text) for key, text in {"n": "12", "x": "3", "b": "False", "s": "12"}.items()}
+    assert read == {"n": 12, "x": 3.0, "b": False, "s": "12"} and type(read["x"]) is float
+
+
+def test_check_parameters_names_what_is_wrong_and_takes_what_is_right():
+    """Its own names as papermill injects them, a number for a float; never what a notebook computed before it runs again."""
+    own = {"__annotations__": {"recipe": str, "scale": float}, "recipe": "tiny", "scale": 2, "rows": 3, "In": ["", "rows = 3"]}
+    render.check_parameters(own)
+    render.check_parameters(own | {"In": ["", "# Parameters\nscale = 2\n"]})
+    with pytest.raises(UserError, match="no parameter 'recipee'. Did you mean 'recipe'. It has: recipe, scale"):
+        render.check_parameters(own | {"In": ["", '# Parameters\nrecipee = "tiny"\n'], "recipee": "tiny"})
+    for key, value in {"recipe": 3, "scale": "2", "scale ": True}.items():
+        with pytest.raises(UserError, match=f"'{key.strip()}': expected (str|float), given {value!r}"):
+            render.check_parameters(own | {key.strip(): value})
+
+
+@pytest.mark.parametrize(
+    "parameters, said",
+    [
+        ({"cfg_scale": "abc"}, "parameter 'cfg_scale': expected float, given 'abc'"),
+        pytest.param({"recipee": "tiny"}, "no parameter 'recipee'. Did you mean 'recipe'?", marks=pytest.mark.slow),
+    ],
+)
+def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
+    """Without gear's own check in between: `papermill train.ipynb out.ipynb -p ...`."""
+    given = [word for key, value in parameters.items() for word in ("-p", key, value)]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "train.ipynb"), str(home / "out.ipynb"), *given]
+    done = subprocess.run([*command, "-p", "device", "cpu"], capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stderr
+    assert not (home / "runs").exists()
+
+
+def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, capsys, monkeypatch):
+    given = [word for key in ("joint", "control") for word in ("-p", key, "tiny-joint")]
+    main(["figures", "codebook_usage", *given])
+    assert "tiny-joint" in (home / "figures" / "codebook_usage.csv").read_text()
+    main(["figures", "codebook_usage", *given])
+    assert "codebook_usage: up to date" in capsys.readouterr().out
+    monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn again", parameters))
+    main(["figures", "codebook_usage", *given[:3]])
+    assert "drawn again {'joint': 'tiny-joint'}" in capsys.readouterr().out
+
+
+def test_parameters_are_those_of_one_notebook(home, capsys):
+    for names in ([], ["codebook_usage", "training_dynamics"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["figures", *names, "-p", "joint", "tiny-joint"])
+        assert stop.value.code == 2 and "parameters are those of one notebook" in capsys.readouterr().err
+    assert not (home / "figures").exists()
+
+
 def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, capsys):
     """No runs of the names the notebooks expect: each fails with the reason, none hides the others."""
     with pytest.raises(TrainingStopped) as failed:
@@ -105,6 +176,6 @@ def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch)
     render.render(["codebook_usage"])
     assert "codebook_usage: up to date" in capsys.readouterr().out
     (tiny / "scenes-joint-s0" / "metrics.jsonl").open("a").write('{"step": 25}\n')
-    monkeypatch.setattr(render, "execute", lambda name: print("drawn again"))
+    monkeypatch.setattr(render, "execute", lambda *_: print("drawn again"))
     render.render(["codebook_usage"])
     assert "drawn again" in capsys.readouterr().out

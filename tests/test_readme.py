@@ -12,7 +12,7 @@ from PIL import Image
 import gear
 from gear.__main__ import main
 from gear.analysis import claims
-from gear.run import ROOT
+from gear.home import ROOT
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -50,7 +50,7 @@ def test_commands_run(command, tiny, home, monkeypatch):
     if arguments[0] == "train":
         shutil.rmtree(tiny / "tiny")
     if arguments[0] == "figures":
-        monkeypatch.setattr(gear.render, "execute", lambda name: (home / "figures" / "executed").mkdir(parents=True))
+        monkeypatch.setattr(gear.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
     if arguments[0] == "train":
         arguments.append("--quiet")
     main(arguments)

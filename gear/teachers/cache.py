@@ -7,7 +7,7 @@ import sys
 import torch
 
 from gear.data import to_float, to_uint8
-from gear.folders import cache_dir
+from gear.home import cache_dir
 
 CHUNK = 8  # images computed at once, always: the last bits of a feature depend on the size of the batch it is computed in
 LIMIT = 1 << 32  # bytes of the file

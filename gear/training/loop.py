@@ -11,9 +11,11 @@ from torchvision.utils import make_grid
 from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 
 from gear import data
-from gear.config import TrainingStopped, UserError, __version__, from_dict, to_dict
+from gear.config import Interrupted, UserError, __version__, from_dict, to_dict
 from gear.generator.sampling import sample
-from gear.run import PANEL_GAP, PANEL_WIDTH, Run, runs_dir, write_atomically
+from gear.home import check_writable, write_atomically
+from gear.run import PANEL_GAP, PANEL_WIDTH, Run, run_path
+from gear.training.guard import check_metrics, guarded
 from gear.training.losses import LPIPS_BACKBONE
 from gear.training.objectives import STAGES
 from gear.training.state import Config, State
@@ -30,43 +32,66 @@ class Runtime:
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
 
+    def __post_init__(self):
+        if min(self.workers, self.threads) < 0:
+            raise UserError(f"workers are {self.workers} and threads {self.threads}: neither can be negative.")
+
 
 def train(config, name=None, runtime=Runtime()):
     """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.
 
     Returns the Run. Parents must exist (see recipes.train_with_parents). Raises UserError for a configuration that cannot
-    be, before anything is written, and TrainingStopped when a loss is not finite; the last checkpoint then stands.
+    be, before anything is written, TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted
+    after SIGINT or SIGTERM, once the step is saved; the last checkpoint then stands.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    run = Run(runs_dir() / (name or config.recipe))
+    run = Run(run_path(name or config.recipe))
     if is_trained(run, config, runtime.rebuild):
         return run
+    check_writable(run.path, "GEAR_RUNS")
     reseed(config.seed, -1)
     state, meter = State(config, _device(runtime.device)), Meter()
     validation = Validation(state)
-    if run.checkpoint_steps():
-        meter.restore(state.restore(run)["meter"])
-        run.rewind(state.step)
-        _check_lpips(run, state)
-    else:
+    if not run.checkpoint_steps():
         state.start()
-        run = Run.create(run.name, to_dict(config) | {"version": __version__})
+    with guarded(run, state) as signals:  # this process alone trains the run
+        if is_trained(run, config, runtime.rebuild):
+            return run
+        _begin(run, state, meter, validation)
+        batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
+        with Progress(run, config, state.step, runtime.quiet) as progress:
+            while state.step < config.steps:
+                reseed(config.seed, state.step)  # a resumed run equals an uninterrupted one
+                images, labels = next(batches)
+                batch, losses = state.observe(images, labels), {}  # one tokenizer forward, one teacher forward, shared
+                for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator
+                    losses |= update(state, batch)  # loss, backward, clip, step: one network
+                state.finish_step()  # EMA, counter
+                meter.add(losses)
+                progress.advance(losses)
+                _record(run, state, meter, validation, progress)
+                if signals:
+                    _save(run, state, meter, validation)
+                    saved = f"run '{run.name}' is saved at step {state.step} of {config.steps}"
+                    raise Interrupted(f"{saved}. The same command goes on from there.", signals[0])
+    return run
+
+
+def _begin(run, state, meter, validation):
+    """Go on from the run's newest checkpoint, or begin it; what does not fit is found before anything is dropped."""
+    config = state.config
+    if run.checkpoint_steps():
+        saved = state.restore(run)
+        meter.restore(saved["meter"])
+        data.check_classes(config.data, validation.classes, saved.get("classes", validation.classes))
+        check_metrics(run, state.step, config.log_every)
+        _check_lpips(run, state)
+        run.rewind(state.step)
+    else:
+        Run.create(run.name, to_dict(config) | {"version": __version__})
         run.rewind(-1)
         run.append({"step": 0, **_lpips_in_force(state), **validation()})
-    batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
-    with Progress(run, config, state.step, runtime.quiet) as progress:
-        while state.step < config.steps:
-            reseed(config.seed, state.step)  # a resumed run equals an uninterrupted one
-            images, labels = next(batches)
-            batch, losses = state.observe(images, labels), {}  # one tokenizer forward, one teacher forward, shared
-            for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator
-                losses |= _update(update, state, batch, run)  # loss, backward, clip, step: one network
-            state.finish_step()  # EMA, counter
-            meter.add(losses)
-            progress.advance(losses)
-            _record(run, state, meter, validation, progress)
-    return run
 
 
 def is_trained(run, config, rebuild=False):
@@ -76,6 +101,9 @@ def is_trained(run, config, rebuild=False):
     """
     if not run.exists:
         return False
+    before = run.config.get("generator", {}).get("num_classes", config.generator.num_classes)
+    if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):  # the folder has changed
+        data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
     run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
     if run.logged_step >= config.steps and not run.checkpoint_steps() and not rebuild:
         raise UserError(
@@ -119,7 +147,11 @@ class Validation:
 
     def __init__(self, state):
         config, self.state, self.of_tokenizer = state.config, state, None
-        images, labels = data.load(config.data, "val", config.eval_images)
+        source = data.open_source(config.data, "val")
+        self.classes = source.classes
+        if "generator" in state.networks:
+            data.check_classes(config.data, self.classes, config.generator.num_classes)
+        images, labels = data.read(source, config.data, config.eval_images)
         self.images, self.labels = images.to(state.device), labels.to(state.device)
         teacher = state.teacher_features
         with torch.no_grad():
@@ -200,17 +232,6 @@ class Progress:
 SHOWN = ("recon_loss", "ntp_loss", "align_loss", "soft_align_loss", "shape_loss")
 
 
-def _update(update, state, batch, run):
-    try:
-        return update(state, batch)
-    except FloatingPointError as error:
-        last = run.checkpoint_steps()
-        kept = f"The state of step {last[-1]} stands in {run.path / 'checkpoints'}." if last else "Nothing was saved yet."
-        raise TrainingStopped(
-            f"run '{run.name}' stopped: {error}. {kept} Try a lower learning rate, or look at the data of this step."
-        ) from None
-
-
 def _record(run, state, meter, validation, progress):
     """Log, evaluate, draw and save, whichever is due at this step; what is logged is on disk before its checkpoint."""
     config, step = state.config, state.step
@@ -225,7 +246,14 @@ def _record(run, state, meter, validation, progress):
     if due(config.save_every):
         if (last or "generator" in state.networks) and (panel := validation.panel()) is not None:
             write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
-        run.save_checkpoint(step, state.tensors(), {"step": step, "meter": meter.state(), "config": run.config_hash})
+        _save(run, state, meter, validation)
+
+
+def _save(run, state, meter, validation):
+    """Save a checkpoint of this step, unless there is one."""
+    if state.step not in run.checkpoint_steps():
+        saved = {"step": state.step, "meter": meter.state(), "config": run.config_hash, "classes": validation.classes}
+        run.save_checkpoint(state.step, state.tensors(), saved)
 
 
 def _lpips_in_force(state):
@@ -253,6 +281,9 @@ def _check_lpips(run, state):
 
 
 def _device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one type for each way
+        raise UserError(f"no device '{name}' here ({str(error).splitlines()[0]}). Try --device cpu, or auto.") from None
+    return device

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gear.checkpoints import check_fit
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -56,7 +58,13 @@ class Optimizer:
         state = self.adam.state_dict()["state"]
         return {f"{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
 
-    def load_tensors(self, tensors):
+    def load_tensors(self, tensors, source="the checkpoint"):
+        """Load what `tensors` returned (nothing, if it had not stepped yet); raises UserError listing what does not fit."""
+        expected = {}
+        for i, parameter in enumerate(self.parameters if tensors else ()):
+            shape = tuple(parameter.shape)
+            expected |= {f"{i}.step": (), f"{i}.exp_avg": shape, f"{i}.exp_avg_sq": shape}
+        check_fit(expected, tensors, source, type(self).__name__)
         state = {}
         for name, value in tensors.items():
             i, key = name.split(".")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from gear.checkpoints import load_module, load_networks
+from gear.checkpoints import load_module, load_networks, network
 from gear.config import UserError
 from gear.data import DataConfig, load
 from gear.generator.model import Generator, GeneratorConfig, Projector
@@ -61,6 +61,11 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it has to be at least 1.")
+
 
 @dataclass
 class Batch:
@@ -107,9 +112,10 @@ class State:
             self.lpips = load_lpips(self.device)
         if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
             weights = load_networks(_finished(config.tokenizer_run))
-            load_module(self.tokenizer, weights["tokenizer"], config.tokenizer_run)
-            load_module(self.averages["tokenizer"].module, weights["tokenizer_ema"], config.tokenizer_run)
-            load_module(self.discriminator, weights["discriminator"], config.tokenizer_run)
+            averaged = self.averages["tokenizer"].module
+            started = {"tokenizer": self.tokenizer, "tokenizer_ema": averaged, "discriminator": self.discriminator}
+            for name, module in started.items():
+                load_module(module, network(weights, name, config.tokenizer_run), config.tokenizer_run)
 
     def _build_joint(self):
         self._build_tokenizer()
@@ -120,8 +126,9 @@ class State:
             raise UserError("the stage 'generator' needs a tokenizer: set tokenizer_run to a run's name.")
         check_divides((self.config.data.image_size,) * 2, self.config.tokenizer.downsampling)
         self._add("tokenizer", Tokenizer(self.config.tokenizer))
-        weights = load_networks(_finished(self.config.tokenizer_run))["tokenizer_ema"]
-        load_module(self.tokenizer, weights, self.config.tokenizer_run).eval().requires_grad_(False)
+        run = _finished(self.config.tokenizer_run)
+        weights = network(load_networks(run), "tokenizer_ema", run.name)
+        load_module(self.tokenizer, weights, run.name).eval().requires_grad_(False)
         self._add_generator()
 
     def _add_generator(self):
@@ -207,12 +214,12 @@ class State:
         saved = run.load_state()
         weights = load_networks(run)
         for name, module in self.networks.items():
-            load_module(module, weights[name], run.name)
+            load_module(module, network(weights, name, run.name), run.name)
         for name, average in self.averages.items():
-            load_module(average.module, weights[f"{name}_ema"], run.name)
+            load_module(average.module, network(weights, f"{name}_ema", run.name), run.name)
         moments = load_networks(run, "optimizers")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_tensors(moments.get(name, {}))  # one that has not stepped yet has none
+            optimizer.load_tensors(moments.get(name, {}), f"{run.name}/{name}")  # one that has not stepped yet has none
         self.step = saved["step"]
         return saved
 

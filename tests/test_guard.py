@@ -1,0 +1,261 @@
+"""Signals, a second process and a full disk: one message, nothing lost, and the same command ends with the same bytes."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import jupyter_client
+import pytest
+from test_cli import fingerprint, mistake
+from test_loop import assert_same_run
+
+from gear import jobs
+from gear.__main__ import main
+from gear.config import Interrupted
+from gear.run import Run
+from gear.training.guard import deferred_signals, exclusive
+
+OPTIONS = ["--quiet", "--device", "cpu", "--threads", "1"]
+
+
+class Background:
+    """`gear ARGUMENTS` in a process of its own: a fork, which need not import everything again."""
+
+    def __init__(self, log, *arguments):
+        self.log, self.pid, self.code = log, os.fork(), None
+        if self.pid == 0:
+            code = 99
+            try:
+                os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+                sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored under a job in the background
+                main(list(arguments))
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def wait_for(self, path):
+        deadline = time.time() + 300
+        while not path.exists():
+            assert time.time() < deadline and os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+            time.sleep(0.002)
+
+    def wait(self):
+        """Return the exit code, negative for a signal's, and what was said."""
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code, self.log.read_text()
+
+
+@pytest.fixture
+def background(home):
+    """Start a command in the background; whatever happens, it does not outlive the test."""
+    started = []
+
+    def start(*arguments):
+        started.append(Background(home / f"{len(started)}.log", *arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.code is None:
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitpid(process.pid, 0)
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file can grow beyond `size` bytes inside the block: to what writes it, the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, number", [("tiny-joint", signal.SIGINT), pytest.param("tiny-tokenizer", signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(name, number, tiny, tiny_runs, background):
+    shutil.rmtree(tiny / name)
+    process = background("train", name, *OPTIONS)
+    process.wait_for(tiny / name / "checkpoints" / "0000006")
+    os.kill(process.pid, number)
+    code, said = process.wait()
+    step = Run.open(name).step
+    assert code == 128 + number and "Traceback" not in said and 6 <= step < 24
+    assert said.endswith(f"gear: run '{name}' is saved at step {step} of 24. The same command goes on from there.\n")
+    main(["train", name, *OPTIONS])
+    assert_same_run(tiny / name, tiny_runs / name)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped at once: the same command goes on from the last checkpoint") as stop:
+        with deferred_signals() as came:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert came == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]  # each held back
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.number == signal.SIGINT
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_that_nobody_looked_at_takes_its_usual_effect():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with deferred_signals():
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_leaves_signals_alone():
+    found = []
+
+    def train():
+        with deferred_signals() as came:
+            found.append((came, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == [([], before)]
+
+
+SAVES_WHEN_TOLD = """
+import signal, sys, time
+def save(number, frame):
+    open(sys.argv[1] + '.saved', 'w').close()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the parent alone
+open(sys.argv[1] + '.started', 'w').close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(number, home, monkeypatch, capsys):
+    def start(name, runtime):
+        log = open(home / f"{name}.log", "w+b")
+        return subprocess.Popen([sys.executable, "-S", "-c", SAVES_WHEN_TOLD, name], cwd=home, stderr=log), log
+
+    def tell():
+        while len(list(home.glob("*.started"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(jobs, "_start", start)
+    threading.Thread(target=tell).start()
+    message = mistake(capsys, "train", "tiny", "scenes-tokenizer", "--jobs", 2, code=128 + number)
+    assert {p.name for p in home.glob("*.saved")} == {"tiny-tokenizer.saved", "scenes-tokenizer.saved"}
+    assert "'tiny-tokenizer' stands at step 0, 'scenes-tokenizer' stands at step 0. The same command goes on" in message
+    assert "failed" not in message and not (home / "tiny-joint.started").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", ("terminal", "parent"))
+def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_runs):
+    """Ctrl-C in a terminal reaches the parent and the runs, `kill` the parent alone."""
+    command = [sys.executable, "-m", "gear", "train", "tiny-tokenizer", "tiny-joint", "--jobs", "2", "--workers", "1"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    first = home / "runs" / "tiny-tokenizer"
+    while not (first / "checkpoints" / "0000006").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    if ways == "terminal":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == (130 if ways == "terminal" else 143) and "Traceback" not in said
+    assert f"'tiny-tokenizer' stands at step {Run.open('tiny-tokenizer').step}. The same command goes on" in said
+    assert not (first.parent / "tiny-joint").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("tiny-tokenizer", "tiny-joint"):
+        assert_same_run(first.parent / name, tiny_runs / name)
+
+
+@pytest.mark.slow
+def test_interrupting_a_notebook_saves_and_running_the_cell_again_goes_on(home, tiny_runs):
+    manager, client = jupyter_client.manager.start_new_kernel()
+    try:
+        client.execute(
+            "from gear.recipes import recipe\nfrom gear.training.loop import Runtime, train", reply=True, timeout=300
+        )
+        cell = "train(recipe('tiny-tokenizer'), runtime=Runtime(device='cpu', quiet=True, threads=1))"
+        message = client.execute(cell)
+        while not (home / "runs" / "tiny-tokenizer" / "checkpoints" / "0000006").exists():
+            time.sleep(0.01)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=300)
+        assert reply["parent_header"]["msg_id"] == message and reply["content"]["ename"] == "Interrupted"
+        step = Run.open("tiny-tokenizer").step
+        assert f"run 'tiny-tokenizer' is saved at step {step} of 24" in reply["content"]["evalue"] and step < 24
+        assert client.execute(cell, reply=True, timeout=300)["content"]["status"] == "ok"
+    finally:
+        manager.shutdown_kernel(now=True)
+    assert_same_run(home / "runs" / "tiny-tokenizer", tiny_runs / "tiny-tokenizer")
+
+
+# -- two processes on one run --------------------------------------------------------------------------------
+
+
+def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(tiny, tiny_runs, background, capsys):
+    run = tiny / "tiny-tokenizer"
+    shutil.rmtree(run)
+    process = background("train", "tiny-tokenizer", *OPTIONS)
+    process.wait_for(run / "checkpoints" / "0000006")
+    os.kill(process.pid, signal.SIGSTOP)  # still there, and holds its run
+    before = fingerprint(run)
+    message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS)
+    assert f"run 'tiny-tokenizer' is being trained by process {process.pid}. Wait for it, or stop it" in message
+    assert fingerprint(run) == before
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with exclusive(Run.open("tiny-tokenizer")):
+        assert (run / "lock").read_text() == str(os.getpid())
+    assert fingerprint(run) == before | {(run / "lock").relative_to(run): b""}
+
+
+# -- a full disk ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on(tiny, tiny_runs, capsys):
+    """First for a checkpoint, which grows when the discriminator's optimizer begins, then for a line of metrics."""
+    run = tiny / "tiny-tokenizer"
+    whole = (run / "checkpoints" / "0000024" / "optimizers.safetensors").stat().st_size
+    shutil.rmtree(run)
+    with disk_of(whole - 1):
+        message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
+    assert "run 'tiny-tokenizer' stopped at step 18:" in message and "File too large" in message
+    assert f"The state of step 12 stands in {run / 'checkpoints'}." in message and "the same command then goes on" in message
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000006", "0000012"]
+    kept = fingerprint(run / "checkpoints")
+    logged = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 12]
+    (run / "checkpoints" / ".0000018.tmp").mkdir()  # what kill -9 would have left
+    with disk_of(sum(len(line) + 1 for line in logged) + 10):
+        message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
+    assert "stopped at step 13: [Errno 27] File too large" in message and "The state of step 12 stands" in message
+    assert fingerprint(run / "checkpoints") == kept and not (run / "checkpoints" / ".0000018.tmp").exists()
+    main(["train", "tiny-tokenizer", *OPTIONS])
+    assert_same_run(run, tiny_runs / "tiny-tokenizer")

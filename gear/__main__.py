@@ -45,7 +45,7 @@ class SampleOptions:
 @dataclass(frozen=True)
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
-    demo: bool = False  # the notebook `train` too, which needs weights
+    demo: bool = False  # the interactive notebooks too, which need weights
 
 
 def train_command(names, arguments):

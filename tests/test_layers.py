@@ -25,7 +25,7 @@ LAYERS = [
     ],
     ["training.losses", "training.optim", "training.state", "training.objectives", "training.validate", "training.loop"],
     ["recipes", "jobs"],
-    ["figures", "render"],
+    ["figures", "panels", "explore", "monitor", "render"],
     ["__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}

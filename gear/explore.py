@@ -21,6 +21,7 @@ from gear.tokenizer.readout import hard_indices, soft_assignment
 NEAREST = 10  # codes drawn for a patch
 SAMPLES = 8  # drawn of a class
 HARD = 1e-6  # a tau at which a read-out is hard
+BRIGHT = 50  # codes in a mixture that a map of exp H shows as white
 NUMBERED = 12  # tokens a side, up to which numbers are legible
 
 
@@ -90,7 +91,7 @@ def draw_tokens(tokenizer, before, images, image):
     picture = images[image : image + 1]
     indices = tokenizer.encode(picture)
     changed, colours = changed_tokens(tokenizer, before, picture)[0], code_colours(tokenizer, indices[0])
-    fig, axes = _grid(1, 4, width=10, height=2.75)
+    fig, axes = _grid(1, 4, width=9.4, height=2.6)
     _picture(axes[0, 0], picture[0], "image")
     _show(axes[0, 1], colours, "indices, in their codes' colours")
     _picture(axes[0, 2], tokenizer.decode(indices)[0], "reconstruction")
@@ -127,22 +128,23 @@ def draw_readout(tokenizer, images, image, position, tau):
     indices = tokenizer.encode(picture)[0]
     masses, size = _masses(affinity[position], tau)
     use_style()
-    fig = plt.figure(figsize=(7.6, 4.7))
-    axis, strip = fig.add_axes([0.09, 0.7, 0.9, 0.24]), fig.add_axes([0.09, 0.49, 0.9, 0.15])
+    fig = plt.figure(figsize=(6.4, 4.2))
+    axis, strip = fig.add_axes([0.1, 0.7, 0.89, 0.23]), fig.add_axes([0.1, 0.49, 0.89, 0.155])
     _bars(axis, masses.values, PALETTE["GEAR"])
-    axis.set(ylabel=r"$\pi_k$", title=rf"nearest codes of the patch: H = {math.log(size):.3g} nats, exp H = {size:.3g} codes")
+    axis.set_ylabel(r"$\pi_k$")
+    axis.set_title(rf"nearest codes of the patch: H = {math.log(size):.3g} nats, exp H = {size:.3g} codes", y=1.0)
     for i, look in enumerate(to_uint8(variants(tokenizer, indices, position, masses.indices))):
-        strip.imshow(look, extent=(i - 0.44, i + 0.44, 0, 1))
+        strip.imshow(look.numpy(), extent=(i - 0.44, i + 0.44, 0, 1))
     strip.set(xlim=axis.get_xlim(), yticks=[], aspect="auto", frame_on=False)
     strip.set_xticks(range(len(masses.indices)), masses.indices.tolist(), fontsize=8)
     strip.tick_params(length=0)
     strip.grid(False)
-    panels = [fig.add_axes([0.09 + 0.228 * i, 0.01, 0.216, 0.35]) for i in range(4)]
+    panels = [fig.add_axes([0.1 + 0.2255 * i, 0, 0.2135, 0.34]) for i in range(4)]
     _picture(panels[0], picture[0], "image")
     _picture(panels[1], decode_mixture(tokenizer, affinity, 0), "hard")
     _picture(panels[2], decode_mixture(tokenizer, affinity, tau), rf"soft, $\tau$ = {tau:.3g}")
     sizes = entropies(affinity, tau).exp().view(indices.shape)
-    _show(panels[3], sizes, f"exp H, 1 to {affinity.shape[1]}", norm=LogNorm(1, affinity.shape[1]), cmap="magma")
+    _show(panels[3], sizes, f"exp H, 1 to {BRIGHT}", norm=LogNorm(1, BRIGHT), cmap="magma")
     for panel, pixels in zip(panels, (f, f, f, 1)):
         _outline(panel, position, pixels)
     return fig
@@ -156,14 +158,14 @@ def draw_samples(generator, tokenizer, grid, label, cfg_scale, temperature, seed
     plain = generate(generator, labels, grid, cfg_scale=1.0, **options)
     entropy = torch.special.entr(generator(guided, labels).softmax(-1)).sum(-1).view(guided.shape)
     top = math.log(generator.codebook_size)
-    fig, axes = _grid(3, SAMPLES, width=7.6, height=3.7)
+    fig, axes = _grid(3, SAMPLES, width=6.4, height=3.2)
     for column, one, other, surprise in zip(axes.T, tokenizer.decode(guided), tokenizer.decode(plain), entropy):
         _picture(column[0], one)
         _picture(column[1], other)
         _show(column[2], surprise, vmin=0, vmax=top, cmap="magma")
     axes[0, 0].set_title(f"guided, cfg_scale = {cfg_scale:g}")
     axes[1, 0].set_title("the same random numbers without guidance")
-    axes[2, 0].set_title(f"first row, entropy of p(token | the tokens before it, class): black 0, white ln K = {top:.2f} nats")
+    axes[2, 0].set_title(f"entropy of the first row's tokens given those before: 0 to ln K = {top:.2f} nats")
     return fig
 
 
@@ -183,8 +185,8 @@ def _picture(axis, image, title=""):
 
 def _show(axis, image, title="", **options):
     """Put a grid, (h, w) or (h, w, 3), on an axis without ticks or frame."""
-    axis.imshow(image, **options)
-    axis.set_title(title)
+    axis.imshow(image.numpy(), **options)
+    axis.set_title(title, y=1.0)  # a place of its own spares matplotlib the search for one, half the time of drawing
     axis.set_axis_off()
 
 
@@ -201,7 +203,7 @@ def _masses(affinity, tau):
 
 def _bars(axis, masses, colour):
     """Draw masses on a logarithmic axis: those of a very soft read-out are all small."""
-    axis.bar(range(len(masses)), masses.clamp(min=1e-9), color=colour, width=0.86)
+    axis.bar(range(len(masses)), masses.clamp(min=1e-9).numpy(), color=colour, width=0.86)
     axis.set(xlim=(-0.5, len(masses) - 0.5), yscale="log", ylim=(1e-3, 1), xticks=[])
     axis.minorticks_off()
 
@@ -237,7 +239,7 @@ def samples(generator, tokenizer, grid, classes, cfg_scale=1.5):
     controls = {
         "label": widgets.Dropdown(options=[(name, i) for i, name in enumerate(classes)], description="class c"),
         "cfg_scale": widgets.FloatSlider(cfg_scale, min=1, max=6, step=0.25, description="cfg_scale", continuous_update=False),
-        "temperature": widgets.FloatSlider(1, min=0, max=1.5, step=0.05, description="temperature", continuous_update=False),
+        "temperature": widgets.FloatSlider(1, min=0, max=1.5, step=0.05, description="temp.", continuous_update=False),
         "seed": widgets.BoundedIntText(0, min=0, max=2**31, description="seed"),
     }
     panel = Panel(lambda **values: draw_samples(generator, tokenizer, grid, **values), controls)

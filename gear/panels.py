@@ -16,7 +16,7 @@ from gear.figures import PALETTE
 RESOLUTION = 150  # dots an inch of a picture; an inch is 100 pixels of the page, so that dense screens have their share
 
 
-class Panel(widgets.VBox):
+class Panel(widgets.Box):
     """Controls beside the picture that `draw(**values)` makes of their values, drawn again whenever one changes.
 
     `controls` maps the arguments of `draw` to widgets. Where no widgets live (an executed notebook, a page on the web) the
@@ -25,12 +25,13 @@ class Panel(widgets.VBox):
 
     def __init__(self, draw, controls):
         self.draw, self.controls, self.held = draw, controls, False
-        self.picture, self.message = widgets.Image(format="png"), widgets.HTML()
+        self.picture, self.message = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
         for control in controls.values():
             control.observe(self.update, "value")
-        column = widgets.VBox(list(controls.values()))
-        wrapped = widgets.Layout(flex_flow="row wrap", align_items="flex-start")
-        super().__init__([widgets.HBox([column, self.picture], layout=wrapped), self.message])
+        self.column = widgets.VBox(list(controls.values()), layout={"width": "310px"})
+        super().__init__(
+            [self.column, self.picture, self.message], layout={"flex_flow": "row wrap", "align_items": "flex-start"}
+        )
         self.update()
 
     def update(self, _=None):
@@ -57,11 +58,11 @@ class Panel(widgets.VBox):
 
     def place(self, above=(), below=()):
         """Put more widgets above and below the controls: they are no arguments of `draw`."""
-        column = self.children[0].children[0]
-        column.children = (*above, *column.children, *below)
+        self.column.children = (*above, *self.column.children, *below)
 
     def _repr_mimebundle_(self, **kwargs):
-        return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(self.picture.value).decode()}
+        picture = {"image/png": base64.b64encode(self.picture.value).decode()} if self.picture.value else {}
+        return super()._repr_mimebundle_(**kwargs) | picture
 
 
 class Table(widgets.HTML):
@@ -69,7 +70,8 @@ class Table(widgets.HTML):
 
     def __init__(self, make, control):
         super().__init__()
-        show = lambda _=None: self.set_trait("value", make(control.value).to_html(border=0))
+        look = '<div class="jp-RenderedHTMLCommon">{}</div>'  # JupyterLab's own, for tables
+        show = lambda _=None: self.set_trait("value", look.format(make(control.value).to_html(border=0)))
         control.observe(show, "value")
         show()
 
@@ -83,7 +85,7 @@ class TokenGrid(widgets.GridBox):
     value = traitlets.Int(0)
 
     def __init__(self, h, w, value=0):
-        side = max(16, 272 // w)  # pixels
+        side = max(16, 264 // w)  # pixels
         template = dict(grid_template_columns=f"repeat({w}, {side}px)", grid_gap="1px", margin="8px 16px 8px 8px")
         sized = dict(width=f"{side}px", height=f"{side}px", margin="0", padding="0")
         buttons = [widgets.Button(layout=sized, style={"font_size": f"{side // 3}px"}) for _ in range(h * w)]

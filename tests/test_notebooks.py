@@ -1,6 +1,8 @@
 """Every notebook keeps the contract, and runs, with the runs of `tiny` in place of those it names."""
 
 import ast
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -19,6 +21,8 @@ ON_TINY = {
     "training_dynamics": {"warm_up": "tiny", "control": "tiny", "method": "tiny"},
     "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer"},
     "generator_alignment": {"warm_up": "tiny", "control": "tiny", "method": "tiny", "images": 40, "k": 5},
+    "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
+    "runs": {"pattern": "tiny*"},
 }
 
 
@@ -47,7 +51,7 @@ def test_contract(path):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert {m.split(".")[0] for m in modules} <= ALLOWED
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
-    if path.stem != "train":
+    if path.stem not in render.INTERACTIVE:
         assert any(f'figures.save(fig, "{path.stem}"' in s for s in sources), "a figure carries its notebook's name"
 
 
@@ -56,7 +60,10 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
     monkeypatch.chdir(home)  # from any working directory
     executed = render.execute(name, ON_TINY[name])
     assert executed.exists()
-    if name == "train":
+    if name in render.INTERACTIVE:  # what can be turned is there as a picture too, for those who only read
+        shown = [output["data"] for cell in code_cells(executed) for output in cell["outputs"] if "data" in output]
+        pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
+        assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
         return
     figures = home / "figures"
     picture = matplotlib.image.imread(figures / f"{name}.png")
@@ -75,6 +82,11 @@ def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
         weights.rename(weights.with_name("gone"))
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
     assert {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")} == kept
+
+
+def test_interactive_notebooks_belong_to_the_demo():
+    assert set(render.figure_notebooks(demo=True)) == {path.stem for path in NOTEBOOKS}
+    assert set(render.figure_notebooks(demo=True)) - set(render.figure_notebooks()) == set(render.INTERACTIVE)
 
 
 def test_unknown_parameter_is_caught_before_anything_runs(home):

@@ -15,7 +15,7 @@ from gear.config import UserError
 from gear.data import to_uint8
 from gear.figures import PALETTE, use_style
 from gear.generator.sampling import generate
-from gear.panels import Panel, TokenGrid
+from gear.panels import Panel, TokenGrid, ink
 from gear.tokenizer.readout import hard_indices, soft_assignment
 
 NEAREST = 10  # codes drawn for a patch
@@ -99,8 +99,8 @@ def draw_tokens(tokenizer, before, images, image):
     _show(axes[0, 3], faded, f"{int(changed.sum())} of {changed.numel()} tokens changed")
     for row, line in enumerate(indices[0].tolist() if len(colours) <= NUMBERED else []):
         for column, index in enumerate(line):
-            ink = "black" if colours[row, column].sum() > 1.4 else "white"
-            axes[0, 1].text(column, row, index, ha="center", va="center", fontsize=56 / len(colours), color=ink)
+            size, colour = 56 / len(colours), ink(colours[row, column])
+            axes[0, 1].text(column, row, index, ha="center", va="center", fontsize=size, color=colour)
     return fig
 
 
@@ -156,7 +156,7 @@ def draw_samples(generator, tokenizer, grid, label, cfg_scale, temperature, seed
     labels, options = torch.full((SAMPLES,), label), dict(temperature=temperature, seed=seed)
     guided = generate(generator, labels, grid, cfg_scale=cfg_scale, **options)
     plain = generate(generator, labels, grid, cfg_scale=1.0, **options)
-    entropy = torch.special.entr(generator(guided, labels).softmax(-1)).sum(-1).view(guided.shape)
+    entropy = entropies(generator(guided, labels), 1.0).view(guided.shape)
     top = math.log(generator.codebook_size)
     fig, axes = _grid(3, SAMPLES, width=6.4, height=3.2)
     for column, one, other, surprise in zip(axes.T, tokenizer.decode(guided), tokenizer.decode(plain), entropy):

@@ -70,18 +70,20 @@ def progress(run):
     config, step, timing = run.config, run.logged_step, run.metrics("timing.jsonl").tail(RECENT)
     speed = math.nan if timing.empty else np.average(timing["images_per_second"], weights=timing["seconds"])
     left = (config["steps"] - step) * config["batch_size"] / speed
-    return {
-        "step": step,
-        "steps": config["steps"],
-        "speed": speed,
-        "seconds_left": left,
-        "seconds_since": time.time() - written(run),
-    }
+    since = time.time() - written(run)
+    return {"step": step, "steps": config["steps"], "speed": speed, "seconds_left": left, "seconds_since": since}
 
 
-def trains(run):
+def is_training(run):
     """Say whether a run seems to be training now: not finished, and written to in the last minute."""
     return time.time() - written(run) < ALIVE and run.logged_step < run.config["steps"]
+
+
+def smoothed(steps, values, window):
+    """Average a curve over the points at most `window` / 2 steps away: curves logged seldom stay as they are. (N,) -> (N,)."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    first, last = np.searchsorted(steps, steps - window / 2), np.searchsorted(steps, steps + window / 2, side="right")
+    return (total[last] - total[first]) / (last - first)
 
 
 # -- how it is drawn ---------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def draw_curves(names, above, below, smooth, scale):
             table = metrics(name)
             curve = table[["step", metric]].dropna() if metric in table else pd.DataFrame({"step": [], metric: []})
             style = dict(color=colours[recipe], ls=LINES[recipes[:i].count(recipe) % len(LINES)])
-            axis.plot(curve["step"], curve[metric], **style | {"lw": 0.7, "alpha": 0.35 if smooth else 0})
+            axis.plot(curve["step"], curve[metric], **style, lw=0.7, alpha=0.35)
             axis.plot(curve["step"], smoothed(*curve.to_numpy().T, smooth), **style, label=name)
         axis.set(title=metric, xscale="log" if scale == "log step" else "linear")
         if scale == "log value":
@@ -125,10 +127,8 @@ def draw_run(name):
     rows, panels = math.ceil(len(losses) / 3), sorted(run.path.glob("samples/*.png"))
     columns, height = math.ceil(len(losses) / rows), 1.7 * rows + 2.4 * bool(panels)
     fig = plt.figure(figsize=(6.4, height))
-    margins = dict(
-        left=0.07, right=0.98, top=1 - 0.25 / height, bottom=1 - (1.7 * rows - 0.25) / height, hspace=0.5, wspace=0.35
-    )
-    for cell, loss in zip(fig.add_gridspec(rows, columns, **margins), losses):
+    edges = dict(left=0.07, right=0.98, top=1 - 0.25 / height, bottom=1 - (1.7 * rows - 0.25) / height)
+    for cell, loss in zip(fig.add_gridspec(rows, columns, hspace=0.5, wspace=0.35, **edges), losses):
         axis = fig.add_subplot(cell, title=loss, xlim=(0, run.config["steps"]))
         axis.plot(table["step"], table[loss], color=PALETTE["GEAR"], lw=0.9)
         if f"val/{loss}" in table:
@@ -140,13 +140,6 @@ def draw_run(name):
         axis.set_axis_off()
         axis.set_title(f"step {int(panels[-1].stem)}: images, reconstructions, samples")
     return fig
-
-
-def smoothed(steps, values, window):
-    """Average a curve over the points at most `window` / 2 steps away: curves logged seldom stay as they are. (N,) -> (N,)."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    first, last = np.searchsorted(steps, steps - window / 2), np.searchsorted(steps, steps + window / 2, side="right")
-    return (total[last] - total[first]) / (last - first)
 
 
 # -- what can be turned ------------------------------------------------------------------------------------------
@@ -216,7 +209,7 @@ class Follow(Panel):
     def look(self):
         """List the runs, the one written last in front, choose one that trains, and draw what is new of it."""
         names = sorted(run_names(self.pattern), key=lambda name: -written(Run.open(name)))
-        training, shown = [name for name in names if trains(Run.open(name))], self.controls["name"].value
+        training, shown = [name for name in names if is_training(Run.open(name))], self.controls["name"].value
         with self.at_once():
             _choose_from(self.controls["name"], names, shown if shown in training or not training else training[0])
 

@@ -98,13 +98,18 @@ class TokenGrid(widgets.GridBox):
 
     def paint(self, indices, colours):
         """Write indices (h, w) on the buttons, in colours (h, w, 3) of [0, 1]."""
-        for button, index, colour in zip(self.children, indices.flatten().tolist(), colours.flatten(0, 1).tolist()):
+        for button, index, colour in zip(self.children, indices.flatten().tolist(), colours.flatten(0, 1).numpy()):
             button.description = button.tooltip = str(index)
-            button.style.button_color, button.style.text_color = to_hex(colour), "black" if sum(colour) > 1.4 else "white"
+            button.style.button_color, button.style.text_color = to_hex(colour), ink(colour)
 
     def _mark(self, old, new):
         self.children[old].layout.border = None
         self.children[new].layout.border = f"3px solid {PALETTE['GEAR']}"
+
+
+def ink(colour):
+    """Return the colour of writing that is legible on an RGB colour in [0, 1]."""
+    return "black" if colour.sum() > 1.4 else "white"
 
 
 def to_png(figure):

@@ -114,6 +114,7 @@ def test_a_row_of_taus_ends_with_the_hard_one(tokenizer, images):
 
 
 def test_turning_a_control_draws_what_it_says_and_leaves_no_figure_behind(tokenizer, images):
+    plt.close("all")
     panel = explore.readout(tokenizer, images, tau=0.1, position=4)
     before = pixels(panel)
     panel.controls["tau"].value = 1.0

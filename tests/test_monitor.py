@@ -76,9 +76,9 @@ def test_a_tracked_run_has_no_speed_and_is_finished(home):
 
 def test_only_a_fresh_unfinished_run_trains(home):
     half, whole = make("half", steps=4), make("whole")
-    assert monitor.trains(half) and not monitor.trains(whole)
+    assert monitor.is_training(half) and not monitor.is_training(whole)
     age(half, 2 * monitor.ALIVE)
-    assert not monitor.trains(half)
+    assert not monitor.is_training(half)
 
 
 def test_differing_fields_and_only_they(runs):
@@ -113,6 +113,7 @@ def test_curves_are_drawn_as_logged_and_smoothed(runs):
 
 
 def test_filters_list_runs_and_keep_the_choice(runs):
+    plt.close("all")
     panel = monitor.Compare("*", "val/ntp_loss")
     names, filters = panel.controls["names"], panel.filters
     assert names.options == ("a-s0", "a-s1", "b-s0", "c-s0") and panel.picture.value
@@ -227,7 +228,6 @@ def test_following_goes_over_to_the_run_that_trains(home, monkeypatch):
         await watched(panel, lambda: "finished" in panel.status.value)
         make("child", steps=1)
         await watched(panel, lambda: panel.controls["name"].value == "child")
-        panel.controls["name"].value = "child"
         panel.toggle.value = False
 
     asyncio.run(scenario())

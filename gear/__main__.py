@@ -47,7 +47,7 @@ class SampleOptions:
 @dataclass(frozen=True)
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
-    demo: bool = False  # the notebook `train` too, which needs weights
+    demo: bool = False  # the interactive notebooks too, which need weights
     parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
     # ^ KEY VALUE of the one notebook that is named; may be repeated
 

@@ -10,6 +10,7 @@ from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomica
 
 SOURCES = ("figures.py", "run.py", "analysis")  # what a figure depends on besides its notebook and its runs
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
+INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure, and the demo executes them
 
 
 def notebooks():
@@ -18,8 +19,8 @@ def notebooks():
 
 
 def figure_notebooks(demo=False):
-    """Return the notebooks to execute: those that draw a figure, and for the demo `train`, which needs weights."""
-    return [name for name in notebooks() if demo or name != "train"]
+    """Return the notebooks to execute: those that draw a figure, and for the demo, which has weights, all."""
+    return [name for name in notebooks() if demo or name not in INTERACTIVE]
 
 
 def execute(name, parameters=None):
@@ -108,7 +109,7 @@ def render(names, force=False, parameters=None):
     for name in names:
         stamp = figures_dir() / "executed" / f"{name}.json"
         inputs = _inputs(name) | {"parameters": parameters or {}}
-        drawn = (figures_dir() / f"{name}.png").exists() or name == "train"
+        drawn = (figures_dir() / f"{name}.png").exists() or name in INTERACTIVE
         if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
             print(f"{name}: up to date")
             continue
@@ -120,7 +121,7 @@ def render(names, force=False, parameters=None):
             print(f"{name}: failed")
             continue
         write_atomically(stamp, lambda path, text=json.dumps(inputs): path.write_text(text))
-        product = f"{figures_dir() / name}.png" if name != "train" else stamp.with_suffix(".ipynb")
+        product = stamp.with_suffix(".ipynb") if name in INTERACTIVE else f"{figures_dir() / name}.png"
         print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
     if failures:
         raise TrainingStopped("\n".join(failures))

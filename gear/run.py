@@ -96,9 +96,9 @@ class Run:
         with open(self.path / file, "a") as out:
             out.write(json.dumps(record) + "\n")
 
-    def metrics(self):
+    def metrics(self, file="metrics.jsonl"):
         """Return metrics.jsonl as a DataFrame indexed by row, sorted by `step`; several lines of one step are merged."""
-        table = pd.DataFrame(_read_lines(self.path / "metrics.jsonl"))
+        table = pd.DataFrame(_read_lines(self.path / file))
         return table if table.empty else table.groupby("step", as_index=False).first()
 
     def rewind(self, step):

@@ -33,7 +33,7 @@ LAYERS = [
         "training.loop",
     ],
     ["recipes", "jobs"],
-    ["figures", "render"],
+    ["figures", "widgets", "explore", "monitor", "render"],
     ["__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}

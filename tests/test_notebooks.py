@@ -1,6 +1,8 @@
 """Every notebook keeps the contract, and runs, with the runs of `tiny` in place of those it names."""
 
 import ast
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -27,6 +29,8 @@ ON_TINY = {
     "generator_alignment": GENERATORS | {"images": 40, "k": 5},
     "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
+    "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
+    "runs": {"pattern": "tiny*"},
 }
 
 
@@ -58,7 +62,7 @@ def test_contract(path):
     calls = [s for s in sources if s.endswith("\n\nrender.check_parameters(globals())")]
     assert len(calls) == 1 and calls[0] == sources[1] and "import" in calls[0], "papermill checks no parameter"
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
-    if path.stem != "train":
+    if path.stem not in render.INTERACTIVE:
         assert any(f'figures.save(fig, "{path.stem}"' in s for s in sources), "a figure carries its notebook's name"
 
 
@@ -67,7 +71,10 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
     monkeypatch.chdir(home)  # from any working directory
     executed = render.execute(name, ON_TINY[name])
     assert executed.exists()
-    if name == "train":
+    if name in render.INTERACTIVE:  # what can be turned is there as a picture too, for those who only read
+        shown = [output["data"] for cell in code_cells(executed) for output in cell["outputs"] if "data" in output]
+        pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
+        assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
         return
     figures = home / "figures"
     picture = matplotlib.image.imread(figures / f"{name}.png")
@@ -86,6 +93,11 @@ def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
         weights.rename(weights.with_name("gone"))
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
     assert {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")} == kept
+
+
+def test_interactive_notebooks_belong_to_the_demo():
+    assert set(render.figure_notebooks(demo=True)) == {path.stem for path in NOTEBOOKS}
+    assert set(render.figure_notebooks(demo=True)) - set(render.figure_notebooks()) == set(render.INTERACTIVE)
 
 
 def test_unknown_parameter_is_caught_before_anything_runs(home):
@@ -141,7 +153,7 @@ def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
 
 
 def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, capsys, monkeypatch):
-    given = [word for key in ("joint", "control") for word in ("-p", key, "tiny-joint")]
+    given = [word for key in ("joint", "control", "half") for word in ("-p", key, "tiny-joint")]
     main(["figures", "codebook_usage", *given])
     assert "tiny-joint" in (home / "figures" / "codebook_usage.csv").read_text()
     main(["figures", "codebook_usage", *given])

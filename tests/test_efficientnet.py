@@ -14,6 +14,7 @@ import torch
 from helpers import assert_same_run, scenes
 from PIL import Image
 
+from gear.__main__ import main
 from gear.config import UserError
 from gear.data import DataConfig, load, to_uint8
 from gear.recipes import TINY
@@ -129,3 +130,15 @@ def test_it_tells_photographs_apart():
 
     pooled = torch.cat([teacher(x).mean(1) for x in images.split(100)])
     assert accuracy(pooled) > 1.5 * accuracy(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "arguments", (["tiny", "--teacher", NAME, "--label", "a"], ["cifar10-smoke-gear", "tiny", "--jobs", "2"])
+)
+def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypatch, home, capsys):
+    """Alone or among several runs: the parents, which need no teacher, would train for nothing."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments.split()])
+    assert stop.value.code == 2 and 'pip install "gear[effnet]"' in capsys.readouterr().err
+    assert not (home / "runs").exists()

@@ -132,9 +132,7 @@ def test_it_tells_photographs_apart():
     assert accuracy(pooled) > 1.5 * accuracy(images.flatten(1))
 
 
-@pytest.mark.parametrize(
-    "arguments", (["tiny", "--teacher", NAME, "--label", "a"], ["cifar10-smoke-gear", "tiny", "--jobs", "2"])
-)
+@pytest.mark.parametrize("arguments", ("tiny --teacher efficientnet-lite0 --label a", "cifar10-smoke-gear tiny --jobs 2"))
 def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypatch, home, capsys):
     """Alone or among several runs: the parents, which need no teacher, would train for nothing."""
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -48,8 +48,14 @@ class SampleOptions:
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
     demo: bool = False  # the interactive notebooks too, which need weights
+    jobs: int = 1  # notebooks executed at once
     parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
     # ^ KEY VALUE of the one notebook that is named; may be repeated
+
+
+@dataclass(frozen=True)
+class ClaimOptions:
+    label: str = ""  # of the runs, where they were trained with one
 
 
 def train_command(names, arguments):
@@ -95,15 +101,19 @@ def sample_command(names, arguments):
 def figures_command(names, arguments):
     """Execute the notebooks, or those named, and write their figures; skip what is up to date."""
     options = _parse(FigureOptions(), arguments)
-    render.render(names or render.figure_notebooks(options.demo), options.force, dict(options.parameters))
+    render.render(names or render.figure_notebooks(options.demo), options.force, dict(options.parameters), options.jobs)
 
 
 def claims_command(names, arguments):
     """Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv beside the figures."""
-    preset = names[0] if names else "scenes"
-    path = figures.figures_dir() / "claims.csv"
+    preset, label = names[0] if names else "scenes", _parse(ClaimOptions(), arguments).label
+    presets = [recipe.removesuffix("-gear") for recipe in RECIPES if recipe.endswith("-gear")]
+    if preset not in presets:
+        raise UserError(f"unknown preset '{preset}'.{nearest(preset, presets)} Known: {', '.join(presets)}.")
+    name = "claims" if (preset, label) == ("scenes", "") else "-".join(filter(None, ["claims", preset, label]))
+    path = figures.figures_dir() / f"{name}.csv"
     check_writable(path.parent, "GEAR_FIGURES")
-    table = figures.rounded(claims.evaluate(preset))
+    table = figures.rounded(claims.evaluate(preset, label))
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
     for row in table.itertuples():
         print(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))

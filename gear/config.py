@@ -50,6 +50,9 @@ def from_dict(cls, values, where=""):
         elif isinstance(value, list):
             value = tuple(value)
         kwargs[key] = value
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - kwargs.keys()):
+        raise UserError(f"the configuration lacks {', '.join(where + name for name in missing)}.")
     return cls(**kwargs)
 
 

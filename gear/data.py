@@ -104,15 +104,14 @@ def stream(config, seed, batch_size, start=0, workers=0):
 
     loader = DataLoader(
         Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_leave_interrupts_to_the_parent,
     )  # fmt: skip
     return map(_raised, iter(loader))
 
 
-def _leave_signals_to_the_parent(worker):
+def _leave_interrupts_to_the_parent(worker):
     """A terminal's Ctrl-C reaches workers too, and the parent needs them to finish its step; they end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch):

@@ -5,7 +5,6 @@ import hashlib
 import os
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,19 @@ INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 DOWNLOADS = {"cifar10": (datasets.CIFAR10, 10), "cifar100": (datasets.CIFAR100, 100)}  # name: torchvision's class, classes
 
 
+def _is_image(name):
+    """Tell images by their extension, and not what a system hides among them (`._1.png`, `__MACOSX/`)."""
+    path = Path(name)
+    return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 class Directory:
     """The images of a folder: their names, relative and sorted, and a way to read one."""
 
     def __init__(self, root):
         self.root = root
-        files = (f for f in root.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
-        self.names = sorted(f.relative_to(root).as_posix() for f in files)
+        files = (f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file())
+        self.names = sorted(filter(_is_image, files))
 
     def image(self, name):
         with open(self.root / name, "rb") as file:
@@ -41,8 +46,8 @@ class Zip:
     def __init__(self, path):
         self.path, self._handles = path, {}
         try:
-            entries = sorted(n for n in self._zip().namelist() if Path(n).suffix.lower() in EXTENSIONS)
-        except zipfile.BadZipFile as error:
+            entries = sorted(filter(_is_image, self._zip().namelist()))
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise UserError(f"'{path}' is not a zip ({error}). Give --source a folder or a zip of class folders.") from None
         self._top = f"{entries[0].split('/')[0]}/" if entries else ""
         if any(not n.startswith(self._top) or "/" not in n for n in entries):
@@ -149,7 +154,7 @@ class Folder:
             return None
         try:
             return self.store.image(name)
-        except (OSError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise whatever they like
             self.unreadable[name] = "not an image" if isinstance(error, UnidentifiedImageError) else error
         if len(self.unreadable) > UNREADABLE_SHARE * len(self.names):
             listed = "; ".join(f"{Path(self.path) / n} ({e})" for n, e in list(self.unreadable.items())[:3])

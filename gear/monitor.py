@@ -59,7 +59,8 @@ def _metrics(path, size):
 
 def written(run):
     """Return when a run last wrote metrics or samples, in seconds since the epoch."""
-    return max(path.stat().st_mtime for pattern in ("*.json*", "samples/*") for path in run.path.glob(pattern))
+    files = [path for pattern in ("*.json*", "samples/*") for path in run.path.glob(pattern)]
+    return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 def progress(run):
@@ -232,7 +233,7 @@ class Follow(Panel):
     async def _watch(self):
         """Look again and again, until cancelled."""
         while True:
-            with contextlib.suppress(FileNotFoundError):  # a run has just cleared its samples: next time
+            with contextlib.suppress(FileNotFoundError, UserError):  # a run has just cleared its samples, or is gone: next time
                 self.look()
             await asyncio.sleep(SECONDS)
 

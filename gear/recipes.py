@@ -121,6 +121,8 @@ TINY = _change(SCENES, dict(
 ))  # fmt: skip
 """The scenes preset at the size of a test: every part, nothing learnt."""
 
+BRIDGE = dict(steps=100, optimizer=dict(decay_from=1.0))  # GEAR's first half: enough to collapse, equal to it step by step
+
 RECIPES = {
     **_family(
         "scenes", SCENES,
@@ -130,7 +132,7 @@ RECIPES = {
         joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
         generator=dict(steps=200, eval_every=40),
         half=dict(steps=800, tokenizer=dict(codebook_size=256)),  # longer: at the reconstruction of the others
-        naive=dict(steps=100),  # it has collapsed by then
+        **dict.fromkeys(["naive", "naive-inputs", "straight-through", "no-gan"], BRIDGE),
     ),
     **_family(
         "cifar10-smoke", CIFAR10_SMOKE,

@@ -4,11 +4,11 @@ import ast
 import hashlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from gear.config import TrainingStopped, UserError, nearest
 from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
 
-SOURCES = ("figures.py", "run.py", "analysis")  # what a figure depends on besides its notebook and its runs
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure, and the demo executes them
 
@@ -97,34 +97,40 @@ def _mistyped(notebook, key, kind, value):
     return UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
 
 
-def render(names, force=False, parameters=None):
-    """Draw the figures of the notebooks `names`, skipping those whose inputs have not changed.
+def render(names, force=False, parameters=None, jobs=1):
+    """Draw the figures of the notebooks `names`, `jobs` at a time, skipping those whose inputs have not changed.
 
     `parameters` {name: value} take the place of one notebook's defaults; UserError where several notebooks are named.
     A notebook that fails does not keep the others from running; raises TrainingStopped with all failures at the end.
     """
     if parameters and len(names) != 1:
         raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
-    failures = []
-    for name in names:
-        stamp = figures_dir() / "executed" / f"{name}.json"
-        inputs = _inputs(name) | {"parameters": parameters or {}}
-        drawn = (figures_dir() / f"{name}.png").exists() or name in INTERACTIVE
-        if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
-            print(f"{name}: up to date")
-            continue
-        start = time.perf_counter()
-        try:
-            execute(name, parameters)
-        except TrainingStopped as failure:
-            failures.append(str(failure))
-            print(f"{name}: failed")
-            continue
-        write_atomically(stamp, lambda path, text=json.dumps(inputs): path.write_text(text))
-        product = stamp.with_suffix(".ipynb") if name in INTERACTIVE else f"{figures_dir() / name}.png"
-        print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
+    if jobs < 1:
+        raise UserError(f"{jobs} notebooks at a time is none: --jobs has to be at least 1.")
+    with ThreadPoolExecutor(jobs) as pool:  # a kernel is a process of its own; the threads wait for theirs
+        failures = list(filter(None, pool.map(lambda name: _render(name, force, parameters), names)))
     if failures:
         raise TrainingStopped("\n".join(failures))
+
+
+def _render(name, force, parameters):
+    """Draw one notebook's figure if its inputs have changed; returns None, or how it failed."""
+    stamp = figures_dir() / "executed" / f"{name}.json"
+    inputs = _inputs(name) | {"parameters": parameters or {}}
+    drawn = (figures_dir() / f"{name}.png").exists() or name in INTERACTIVE
+    if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
+        print(f"{name}: up to date")
+        return None
+    start = time.perf_counter()
+    try:
+        execute(name, parameters)
+    except TrainingStopped as failure:
+        print(f"{name}: failed")
+        return str(failure)
+    write_atomically(stamp, lambda path: path.write_text(json.dumps(inputs)))
+    product = stamp.with_suffix(".ipynb") if name in INTERACTIVE else f"{figures_dir() / name}.png"
+    print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
+    return None
 
 
 def _inputs(name):
@@ -133,8 +139,8 @@ def _inputs(name):
     Not the analysis tables: they follow from the runs, and drawing writes them.
     """
     digest = hashlib.sha256()
-    sources = [p for s in SOURCES for p in [ROOT / "gear" / s] for p in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
-    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl") for p in sorted(runs_dir().glob(pattern))]
+    sources = sorted((ROOT / "gear").rglob("*.py"))
+    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/samples/*.png") for p in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
         digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
     return {"inputs": digest.hexdigest()}

@@ -9,6 +9,7 @@ runs/NAME/config.json          the complete configuration, with the library vers
           samples/*.png
 """
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -82,7 +83,10 @@ class Run:
     def config(self):
         path = self.path / "config.json"
         try:
-            return dict(json.loads(path.read_text()))
+            config = dict(json.loads(path.read_text()))
+            if not config.keys() >= {"recipe", "steps"}:
+                raise ValueError("it is not the configuration of a run")
+            return config
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}). Restore it, or remove {self.path} and train again.") from None
 
@@ -213,15 +217,19 @@ class Run:
         """Return analysis/NAME.parquet if it was made with `parameters` at this step, else `compute()` and keep it.
 
         `parameters` is a dict of JSON values; `compute` returns a DataFrame. The parameters, the step and the hash of the
-        configuration travel in the file's metadata.
+        configuration travel in the file's metadata. A table that fits the run with other parameters is not replaced.
         """
         path = self.path / "analysis" / f"{name}.parquet"
-        made_by = json.dumps({"parameters": parameters, "step": self.step, "config": self.config_hash}, sort_keys=True)
-        if path.exists():
+        made_by, found = {"parameters": parameters, "step": self.step, "config": self.config_hash}, {}
+        with contextlib.suppress(OSError, pa.ArrowInvalid):  # absent, or cut short
             table = pq.read_table(path)
-            if (table.schema.metadata or {}).get(b"gear") == made_by.encode():
-                return table.to_pandas()
+            found = json.loads((table.schema.metadata or {}).get(b"gear", "{}"))
+        if found == made_by:
+            return table.to_pandas()
         frame = compute()
+        if found == made_by | {"parameters": found.get("parameters")}:
+            return frame
+        made_by = json.dumps(made_by, sort_keys=True)
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"gear": made_by.encode()})
         write_atomically(path, lambda p: pq.write_table(table, p))

@@ -108,13 +108,18 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
     elif fault == "no folder":
         monkeypatch.setenv("GEAR_CACHE", str(path))
     else:
-        path.unlink()
-        monkeypatch.setattr(cache, "LIMIT", 8192)
+        monkeypatch.setattr(cache, "LIMIT", path.stat().st_size)
+        x = torch.cat([x, images(900)[300:]])  # more than fits
+        wanted = cached()(x)
+        capsys.readouterr()
     broken = cached()
     for chunk in (x, x[:20], x):
         assert torch.equal(broken(chunk), wanted[: len(chunk)])
     said = capsys.readouterr().err
     assert said.count("cannot be used") == 1 and "Delete it" in said and str(home / "cache") in said
+    if fault == "full":  # what it holds is still found
+        broken.compute.batches.clear()
+        assert torch.equal(broken(x[:300]), wanted[:300]) and not broken.compute.batches
 
 
 PROCESS = """

@@ -59,5 +59,66 @@ def test_the_markdown_table_says_what_the_verdicts_are(monkeypatch):
         record("llamagen-repa", seed, 3.5)
         record("gear", seed, 3.3 + 0.001 * seed)
     lines = claims.markdown(claims.evaluate()).splitlines()
-    assert lines[2] == "| lower | Fig. 3 | reproduced: -0.199 [-0.201, -0.197], 3 of 3 |  |  |  |"
-    assert lines[3] == "| so |  |  |  |  | reproduced: +3.3 [+3.3, +3.3], 3 of 3 (floor) |"
+    loss = "*next-token loss (nats a token)*"
+    assert lines[2] == f"| lower: {loss} | Fig. 3 | reproduced: -0.199 [-0.201, -0.197], 3 of 3 |  |  |  |"
+    assert lines[3] == f"| so: {loss} |  |  |  |  | reproduced: +3.3 [+3.3, +3.3], 3 of 3 (floor) |"
+
+
+def test_statistics_read_the_layer_and_the_level_they_name():
+    """The last layer above its null; how far its maps are from the teacher's; the tokenizer after quantisation; the floor."""
+    run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1})
+    run.append({"step": 1, "val/align_loss": -0.7})
+    rows = [
+        (layer, m, level, 0.1 * layer + v, 0.05, n)
+        for layer in (0, 1)
+        for m, level, v, n in (
+            ("cka", "patch", 0.5, 10),
+            ("cka", "image", 0.8, 10),
+            ("cka", "content", 0.4, 10),
+            ("cknna", "patch", 0.3, 10),
+        )
+    ]
+    rows += [
+        (layer, m, "map", value, float("nan"), 10)
+        for layer, m, value in (
+            (-1, "moran", 0.9),
+            (0, "moran", 0.1),
+            (1, "moran", 0.6),
+            (-1, "high_frequency", 0.2),
+            (1, "high_frequency", 0.5),
+        )
+    ]
+    columns = ["layer", "metric", "level", "value", "null", "n"]
+    run.table("layer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(rows, columns=columns))
+    own = [(layer, "cka", "patch", value, 0.1, 10) for layer, value in (("pre", 0.6), ("post", 0.3), ("teacher", 9.9))]
+    run.table("tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns))
+    floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.2, -0.3]})
+    run.table("alignment_floors", {"images": 4000}, lambda: floors)
+    expected = {
+        "patch CKA above null": 0.55, "image CKA above null": 0.85, "content CKA above null": 0.45,
+        "patch CKNNA above null": 0.35,
+        "Moran's I, distance to teacher": 0.3, "high-frequency ratio, distance to teacher": 0.3,
+        "tokenizer's patch CKA, before": 0.5, "tokenizer's patch CKA, after": 0.2, "alignment loss minus the floor": -0.4,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert claims.STATISTICS[name](run) == pytest.approx(value), name
+
+
+def test_only_finished_runs_are_judged_and_labels_are_told_apart():
+    for seed in (0, 10):
+        record("gear", seed, 3.0)
+        record("llamagen-repa", seed, 3.1)
+    Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
+    Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
+    assert list(claims._by_seed("scenes-gear", "")) == [0] and list(claims._by_seed("scenes-llamagen-repa", "")) == [0, 10]
+    assert claims._by_seed("scenes-gear", "mine")[0].name == "scenes-gear-s0-mine"
+
+
+def test_bridges_are_compared_at_the_same_step(monkeypatch):
+    collapse = Claim("collapse", "", "usage entropy (nats)", "joint-naive", "joint", -1, 1.0, same_step=True)
+    monkeypatch.setattr(claims, "CLAIMS", [collapse])
+    for name, steps in (("joint", 3), ("joint-naive", 2)):
+        run = Run.create(f"scenes-{name}-s0", {"recipe": f"scenes-{name}", "seed": 0, "steps": steps})
+        for step in range(1, steps + 1):
+            run.append({"step": step, "val/usage_entropy": 6.0 + step if name == "joint" else 1.0})
+    assert claims.evaluate().difference[0] == 1.0 - 8.0

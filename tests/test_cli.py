@@ -320,3 +320,9 @@ def test_classes_unlike_the_configuration(home):
 def test_python_m_gear_lists_its_commands():
     out = subprocess.run([sys.executable, "-m", "gear", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(f"gear {name}" in out for name in ("train", "sample", "figures", "runs"))
+
+
+def test_claims_of_an_unknown_preset(capsys, home):
+    assert "unknown preset 'scnes'. Did you mean 'scenes'? Known: scenes, " in mistake(capsys, "claims", "scnes")
+    main(["claims", "cifar10"])
+    assert [p.name for p in (home / "figures").iterdir()] == ["claims-cifar10.csv"]  # claims.csv is that of the scenes

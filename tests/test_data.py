@@ -366,3 +366,50 @@ def test_uint8_survives_the_round_trip_and_fills_the_range():
 def test_to_uint8_clamps_and_rounds_half_up():
     x = torch.tensor([-9.0, 9.0, 0.0, 2.49 / 127.5 - 1, 2.51 / 127.5 - 1]).view(1, 1, 1, 5)
     assert to_uint8(x).flatten().tolist() == [0, 255, 128, 2, 3]
+
+
+def test_an_image_whose_decoder_fails_in_its_own_way_is_skipped(tmp_path, capsys):
+    """A PNG whose pixels go on in a chunk of a broken name: no OSError."""
+    for i in range(200):
+        paint(tmp_path / "pics" / "ab"[i % 2] / f"{i}.png", seed=i)
+    path = tmp_path / "pics" / "a" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"IDAT")
+    assert place > content.index(b"IDAT")
+    content[place : place + 4] = b"I\x00AT"
+    path.write_bytes(content)
+    images = [data.load(DataConfig(source=str(tmp_path / "pics"), image_size=16), split)[0] for split in ("train", "val")]
+    assert sum(map(len, images)) == 200 and "0.png cannot be read" in capsys.readouterr().err
+
+
+def test_an_encrypted_zip_says_so(tmp_path):
+    path = tmp_path / "locked.zip"
+    paint(tmp_path / "one.png")
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(40):
+            archive.write(tmp_path / "one.png", f"a/{i}.png")
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag "encrypted" of every entry
+        place = content.find(signature)
+        while place >= 0:
+            content[place + offset] |= 1
+            place = content.find(signature, place + 4)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="images cannot be read, over 1%.*encrypted"):
+        data.load(DataConfig(source=str(path), image_size=16), "train")
+
+
+def test_what_a_system_hides_among_images_is_no_image(tmp_path):
+    """A zip made on a Mac: a shadow of every file, in a folder of its own or beside it."""
+    paint(tmp_path / "one.png")
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for i in range(40):
+            archive.write(tmp_path / "one.png", f"pics/{'ab'[i % 2]}/{i}.png")
+            archive.writestr(f"__MACOSX/pics/{'ab'[i % 2]}/._{i}.png", b"shadow")
+    with zipfile.ZipFile(tmp_path / "mac.zip") as archive:
+        archive.extractall(tmp_path / "folder")
+    paint(tmp_path / "folder" / "pics" / "a" / "._0.png")
+    for source in (tmp_path / "mac.zip", tmp_path / "folder" / "pics"):
+        found = [open_source(DataConfig(source=str(source), image_size=16), split) for split in ("train", "val")]
+        assert found[0].classes == ["a", "b"] and sum(map(len, found)) == 40

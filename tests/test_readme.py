@@ -84,7 +84,7 @@ def test_numbers_are_those_of_the_tracked_runs(monkeypatch):
     """The README's table equals what the tracked metrics say, to the digits it prints."""
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
     rows = re.findall(r"^\| `(scenes-[\w-]+)` \|[^|]*\|(.*)\|$", README, re.M)
-    assert len(rows) == 3
+    assert len(rows) == 4
     for name, cells in rows:
         last = pd.DataFrame([run.metrics().iloc[-1] for run in gear.open_runs(f"{name}-s[0-9]")])
         last["predictable"] = last["val/usage_entropy"] - last["val/ntp_loss"]

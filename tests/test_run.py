@@ -96,3 +96,20 @@ def test_load_runs_is_tidy():
     assert [run.name for run in open_runs("r-s*")] == ["r-s0", "r-s1"]
     with pytest.raises(UserError, match="no run 'q'"):
         load_runs("q")
+
+
+def test_a_table_cut_short_is_made_again_and_other_parameters_do_not_replace_it():
+    run = Run.create("r", {"recipe": "r", "steps": 1})
+    made = lambda value: lambda: pd.DataFrame({"a": [value]})  # noqa: E731
+    run.table("t", {"n": 1}, made(1))
+    assert run.table("t", {"n": 2}, made(2)).a.item() == 2  # and not kept: the first is still there
+    assert run.table("t", {"n": 1}, made(9)).a.item() == 1
+    path = run.path / "analysis" / "t.parquet"
+    path.write_bytes(path.read_bytes()[:50])
+    assert run.table("t", {"n": 1}, made(3)).a.item() == 3 and pd.read_parquet(path).a.item() == 3
+
+
+def test_what_is_no_configuration_is_said():
+    run = Run.create("r", {})
+    with pytest.raises(UserError, match="config.json cannot be read .it is not the configuration of a run.*Restore it"):
+        _ = run.config

@@ -17,13 +17,13 @@ class FeatureCache:
     """What `compute` makes of images, (8, 3, H, W) -> (8, L, dim), in float16 and the same bits whether computed or found.
 
     An image is looked up by its uint8 pixels, under `identity`: what else the features depend on. The file,
-    `features.sqlite` in the cache folder, is shared by processes. Where it cannot be used, that is said once and everything
-    is computed.
+    `features.sqlite` in the cache folder, is shared by processes. Where it cannot be used, that is said once and what
+    it lacks is computed.
     """
 
     def __init__(self, identity, dim, compute):
         self.identity, self.dim, self.compute = identity, dim, compute
-        self._database, self._works = None, True
+        self._database, self._failed = None, set()
 
     def __call__(self, images):
         """Return the features of images (B, 3, H, W) in [-1, 1]: (B, L, dim) float16."""
@@ -51,8 +51,8 @@ class FeatureCache:
         return torch.cat(chunks)
 
     def _attempt(self, action, argument):
-        """Call `action(database, argument)` in one transaction; on failure say so, once, and return None from then on."""
-        if not self._works:
+        """Call `action(database, argument)` in one transaction. What failed is not tried again: a full file is still read."""
+        if action in self._failed:
             return None
         path = cache_dir() / "features.sqlite"
         try:
@@ -60,8 +60,9 @@ class FeatureCache:
             with self._database:
                 return action(self._database, argument)
         except (OSError, sqlite3.Error) as error:
-            self._works = False
-            print(f"The cache {path} cannot be used ({error}): going on without it. Delete it to start anew.", file=sys.stderr)
+            if not self._failed:
+                print(f"The cache {path} cannot be used further ({error}). Delete it to start anew.", file=sys.stderr)
+            self._failed.add(action)
 
     def _find(self, database, keys):
         found = {}

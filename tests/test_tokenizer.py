@@ -12,7 +12,7 @@ from gear.config import UserError
 from gear.tokenizer.autoencoder import Decoder, Encoder, TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer, initialise_from_data
-from gear.tokenizer.quantize import VectorQuantizer, entropy_loss
+from gear.tokenizer.quantize import VectorQuantizer, entropies, entropy_loss
 from gear.tokenizer.readout import (
     hard_indices,
     hard_readout,
@@ -131,15 +131,15 @@ def test_entropy_loss_is_its_formula():
     mean = [sum(column) / len(rows) for column in zip(*rows)]
     average = -sum(p * math.log(p + 1e-5) for p in mean)
     assert 0.1 < sample < average
-    assert entropy_loss(affinity).item() == pytest.approx(sample - average, abs=1e-9)
+    assert entropy_of(affinity).item() == pytest.approx(sample - average, abs=1e-9)
 
 
 def test_entropy_loss_extremes():
     sure = torch.full((12, 6), -4.0).scatter(1, torch.arange(12)[:, None] % 6, 0.0)
-    assert entropy_loss(sure).item() == pytest.approx(-math.log(6), abs=1e-4)  # sure, and all codes used alike
-    assert entropy_loss(sure[:1].expand(12, -1)).item() == pytest.approx(0, abs=1e-4)  # sure of one and the same code
-    assert entropy_loss(torch.zeros(12, 6)).item() == pytest.approx(0, abs=1e-4)  # sure of nothing
-    assert entropy_loss(gaussian(50, 6)).item() > -math.log(6)
+    assert entropy_of(sure).item() == pytest.approx(-math.log(6), abs=1e-4)  # sure, and all codes used alike
+    assert entropy_of(sure[:1].expand(12, -1)).item() == pytest.approx(0, abs=1e-4)  # sure of one and the same code
+    assert entropy_of(torch.zeros(12, 6)).item() == pytest.approx(0, abs=1e-4)  # sure of nothing
+    assert entropy_of(gaussian(50, 6)).item() > -math.log(6)
 
 
 # -- gradient routing ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_start_from_data_has_unit_principal_components_and_a_constant(started):
 def test_start_from_data_learns_in_both_networks(started):
     """The first gradient reaches the zero layers, so both networks grow from the linear start."""
     loss = F.l1_loss(started(IMAGES).reconstruction, IMAGES)
-    for gradient in torch.autograd.grad(loss, [started.quant_conv.weight, started.decoder.out.weight]):
+    for gradient in torch.autograd.grad(loss, [started.quant_conv.weight, started.decoder.conv_out.weight]):
         assert gradient.abs().max() > 0
 
 

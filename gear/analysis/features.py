@@ -2,8 +2,6 @@
 
 import torch
 
-from gear.tokenizer.readout import hard_indices
-
 BATCH = 128
 
 
@@ -30,7 +28,7 @@ def tokenizer_features(tokenizer, images):
     parts = {"pre": [], "post": []}
     for x in images.split(BATCH):
         z = tokenizer.latents(x)  # (B, D, h, w)
-        indices = hard_indices(tokenizer.quantizer.affinity(z)).unflatten(1, z.shape[-2:])
+        indices = tokenizer.quantizer.indices(z).unflatten(1, z.shape[-2:])
         parts["pre"].append(z)
         parts["post"].append(tokenizer.quantizer.lookup(indices))
     return {name: torch.cat(maps).flatten(2).transpose(1, 2).float() for name, maps in parts.items()}

@@ -7,42 +7,70 @@ from typing import Literal
 import torch
 from torch import nn
 
-from gear.config import UserError
-from gear.generator.transformer import Block, RMSNorm, rotation_table
+from gear.config import UserError, check_range
+from gear.generator.transformer import Block, RMSNorm, rotation_table, visible
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
+    """The defaults are LlamaGen-L; see `GENERATORS` for the other public sizes."""
+
     width: int = 1024  # D
     layers: int = 24
     heads: int = 16
     num_classes: int = 1000
     tap_layer: int = 8  # 1-based: the residual stream after this block is aligned; a third of the depth
     projector_dim: int = 2048
-    class_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
+    class_dropout: float = 0.1  # share of conditions replaced by "none", for guidance
     dropout: float = 0.1  # of embeddings, attention output and feed-forward output
     embed_std: float = 0.02  # initial spread of the token embedding; the soft read-out averages it
     condition_rotation: Literal["identity", "zero"] = "identity"  # "zero" for the public checkpoints
+    text_slots: int = 0  # largest number of a caption's tokens; 0: conditioned on a class
+    text_dim: int = 2048  # width of a caption's features
+    dual_layers: int = 0  # the first layers, in which text and image have projections of their own (Appendix B)
+
+
+GENERATORS = {
+    "S": GeneratorConfig(384, 12, 12, tap_layer=4),
+    "B": GeneratorConfig(768, 12, 12, tap_layer=4),
+    "L": GeneratorConfig(1024, 24, 16, tap_layer=8),
+    "XL": GeneratorConfig(1280, 36, 20, tap_layer=12),
+    "XXL": GeneratorConfig(1536, 48, 24, tap_layer=16),
+    "XXXL": GeneratorConfig(2560, 48, 40, tap_layer=16),
+    "T2I-1B": GeneratorConfig(1440, 36, 20, tap_layer=12, text_slots=300, dual_layers=12),
+}  # fmt: skip
 
 
 class Generator(nn.Module):
-    """A Llama-style transformer over index grids, conditioned on a class.
+    """A Llama-style transformer over index grids, conditioned on a class or, with `text_slots`, on a caption.
 
-    The sequence is [class, u_1, ..., u_{L-1}]: position i predicts token i and has not seen it, so the last token is never
-    an input. Tokens are indices, (B, L) or (B, h, w) int64, or embeddings (B, L, D); L is a square.
+    The sequence is [condition, u_1, ..., u_{L-1}], the condition a class's embedding or T caption slots: its last position
+    predicts token 0, and the position that predicts token i has not seen it, so the last token is never an input. Tokens are
+    indices, (B, L) or (B, h, w) int64, or embeddings (B, L, D); L is a square. A condition is labels (B,) int64, or a
+    caption's features (B, T, F) with `mask` (B, T) bool, true where a slot is filled (default: all), padded on either side.
     """
+
+    grid = (16, 16)  # what `sample` draws unless told otherwise; a loader sets that of the run
 
     def __init__(self, config, codebook_size):
         super().__init__()
         if config.width % (4 * config.heads):
             raise UserError(f"width {config.width} over {config.heads} heads: 2-D RoPE needs a head width divisible by 4.")
         self.config, self.codebook_size = config, codebook_size
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row is "no class"
-        self.token_embedding = nn.Embedding(codebook_size, config.width)  # E of Eqs. 7 and 8
+        width = config.width
+        if config.text_slots:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, width, bias=False), nn.GELU("tanh"), nn.Linear(width, width, bias=False)
+            )
+        else:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no class"
+        self.token_embedding = nn.Embedding(codebook_size, width)  # E of Eqs. 7 and 8
         self.embed_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width)
-        self.head = nn.Linear(config.width, codebook_size, bias=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.dropout, dual=i < config.dual_layers) for i in range(config.layers)
+        )
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, codebook_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, 0, 0.02)
@@ -59,18 +87,22 @@ class Generator(nn.Module):
         """The label that stands for no class."""
         return self.config.num_classes
 
-    def forward(self, tokens, labels):
-        """Return logits (B, L, K) float32 of tokens given the class labels (B,); position i predicts token i."""
-        return self.logits(self.hidden(tokens, labels, [self.config.layers])[self.config.layers])
+    def forward(self, tokens, condition, mask=None, text_attention="causal"):
+        """Return logits (B, L, K) float32 of tokens given their condition; position i predicts token i."""
+        top = self.config.layers
+        return self.logits(self.hidden(tokens, condition, [top], mask, text_attention)[top])
 
     def logits(self, hidden):
         """Map the last residual stream (B, L, D) to logits (B, L, K) float32."""
         return self.head(self.norm(hidden)).float()
 
-    def hidden(self, tokens, labels, layers):
+    def hidden(self, tokens, condition, layers, mask=None, text_attention="causal"):
         """Return the residual stream after the blocks named in `layers`, {layer: (B, L, D)}, 0 being the embeddings.
 
-        Blocks above the highest layer asked for are not run: this is the truncated pass of Algorithm 1, line 4.
+        Position i is the one that predicts token i. Blocks above the highest layer asked for are not run: this is the
+        truncated pass of Algorithm 1, line 4. `text_attention` "prefix" lets a caption's slots see each other both ways.
+        Raises UserError for a layer that is not there, a grid that is no square, and, in evaluation mode, tokens or labels
+        out of range.
         """
         if not set(layers) <= set(range(self.config.layers + 1)):
             raise UserError(f"layers {sorted(layers)}: this generator has layers 0 to {self.config.layers}.")
@@ -78,30 +110,72 @@ class Generator(nn.Module):
             if tokens.ndim == 3 and tokens.shape[1] != tokens.shape[2]:
                 raise UserError(f"a grid of {tokens.shape[1]} x {tokens.shape[2]} tokens is not square.")
             tokens = tokens.flatten(1)
-        x = self.embed(tokens[:, :-1], labels)
-        table = self.rotation(tokens.shape[1], x.device)[: tokens.shape[1]]
-        kept = {0: x} if 0 in layers else {}
+            if not self.training:  # there a device would wait for the answer
+                check_range(tokens, self.codebook_size, "indices")
+        condition, mask = self.check_condition(condition, mask)
+        if self.training:
+            condition, mask = self.drop_condition(condition, mask)
+        given = self.embed_condition(condition)  # (B, C, D)
+        u = tokens[:, :-1] if tokens.is_floating_point() else self.token_embedding(tokens[:, :-1])
+        x, c = self.embed_dropout(torch.cat([given, u], 1)), given.shape[1]
+        table = self.rotation(tokens.shape[1], x.device, c)[: x.shape[1]]
+        sees = None if mask is None else visible(mask, u.shape[1], text_attention)
+        predicting = lambda x: x[:, c - 1 :] if c > 1 else x  # noqa: E731
+        kept = {0: predicting(x)} if 0 in layers else {}
         for i, block in enumerate(self.blocks[: max(layers)], start=1):
-            x = block(x, table)
+            x = block(x, table, mask=sees, text=c if self.config.text_slots else 0)
             if i in layers:
-                kept[i] = x
+                kept[i] = predicting(x)
         return kept
 
-    def embed(self, tokens, labels):
-        """Embed [class, tokens]: indices (B, S) or embeddings (B, S, D), labels (B,) -> (B, 1 + S, D)."""
-        if self.training and self.config.class_dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
-            labels = torch.where(dropped, self.no_class, labels)
-        u = tokens if tokens.is_floating_point() else self.token_embedding(tokens)
-        return self.embed_dropout(torch.cat([self.class_embedding(labels)[:, None], u], 1))
+    def check_condition(self, condition, mask=None):
+        """Return (condition, mask) with the mask a caption has by default; raises UserError for what this generator cannot take."""
+        slots, dim = self.config.text_slots, self.config.text_dim
+        if not slots:
+            if mask is not None or condition.ndim != 1:
+                raise UserError("this generator is conditioned on a class: give it labels (B,), and no mask.")
+            if not self.training:
+                check_range(condition, self.config.num_classes + 1, "labels")
+            return condition, None
+        if not condition.is_floating_point() or condition.ndim != 3 or condition.shape[2] != dim:
+            found = f"{tuple(condition.shape)} {condition.dtype}"
+            raise UserError(f"this generator is conditioned on captions: features (B, T, {dim}) are expected, not {found}.")
+        if condition.shape[1] > slots:
+            raise UserError(f"a caption of {condition.shape[1]} tokens is longer than the {slots} slots: cut it to {slots}.")
+        mask = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device) if mask is None else mask.bool()
+        if mask.shape != condition.shape[:2]:
+            raise UserError(f"the mask has shape {tuple(mask.shape)}, the captions have {tuple(condition.shape[:2])} slots.")
+        return condition, mask
 
-    def rotation(self, length, device):
-        """Return the rotation table for [class, `length` tokens]; raises UserError unless `length` is a square."""
+    def no_condition(self, condition, mask):
+        """Return what stands for "none" of the same shape: the label `no_class`, or a caption with every slot empty."""
+        if mask is None:
+            return torch.full_like(condition, self.no_class), None
+        return torch.zeros_like(condition), torch.zeros_like(mask)
+
+    def drop_condition(self, condition, mask):
+        """Replace a share `class_dropout` of the conditions by none."""
+        if self.config.class_dropout == 0:
+            return condition, mask
+        dropped = torch.rand(len(condition), device=condition.device) < self.config.class_dropout
+        none, empty = self.no_condition(condition, mask)
+        if mask is None:
+            return torch.where(dropped, none, condition), None
+        return torch.where(dropped[:, None, None], none, condition), torch.where(dropped[:, None], empty, mask)
+
+    def embed_condition(self, condition):
+        """Embed labels (B,) or captions (B, T, F): (B, 1, D) or (B, T, D)."""
+        if self.config.text_slots:
+            return self.text_embedding(condition.to(self.embedding.dtype))
+        return self.class_embedding(condition)[:, None]
+
+    def rotation(self, length, device, condition=1):
+        """Return the rotation table for [`condition` positions, `length` tokens]; raises UserError unless `length` is a square."""
         side = math.isqrt(length)
         if side * side != length:
             raise UserError(f"a sequence of {length} tokens is not a square grid.")
         head_dim = self.config.width // self.config.heads
-        return rotation_table(side, head_dim, condition_rotation=self.config.condition_rotation, device=device)
+        return rotation_table(side, head_dim, condition, self.config.condition_rotation, device=device)
 
 
 class Projector(nn.Module):

@@ -1,10 +1,12 @@
 """Sampling a grid of indices: guidance, temperature, top-k, top-p, with a KV cache."""
 
+import copy
+
 import torch
 
 from gear.config import UserError
 from gear.data import to_uint8
-from gear.generator.transformer import KVCache
+from gear.generator.transformer import KVCache, visible
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -24,45 +26,71 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(generator, labels, grid, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Sample index grids (B, h, w) for class labels (B,), token by token.
+def generate(
+    generator, condition, grid=None, mask=None, *, cfg_scale=1.0, cfg_interval=None, temperature=1.0, top_k=0, top_p=1.0,
+    seed=0, none=None, text_attention="causal", dtype=None,
+):  # fmt: skip
+    """Sample index grids (B, h, w) for labels (B,), or captions (B, T, F) with their `mask`, token by token.
 
     Guidance, for cfg_scale > 1, combines logits as uncond + cfg_scale * (cond - uncond) before temperature, top-k and
-    top-p. temperature 0 takes the arg-max. The result is a function of `seed` on one kind of device. The generator is left
-    in evaluation mode. Raises UserError unless h = w.
+    top-p; `cfg_interval` = (i, j) guides tokens i <= n < j only (default: all). `none` is what an unconditional caption is,
+    (features, mask), by default empty slots. temperature 0 takes the arg-max. `dtype` is that of weights and cache, by
+    default the generator's (bfloat16 halves what a step reads; norms, rotations and logits stay float32). The result is a
+    function of `seed` on one kind of device. The generator is left in evaluation mode. Raises UserError unless h = w.
     """
-    h, w = grid
+    h, w = grid or generator.grid
     if h != w:
         raise UserError(f"a grid of {h} x {w} tokens is not square.")
-    config, device, guided = generator.config, generator.embedding.device, cfg_scale > 1
     generator.eval()
-    labels = labels.to(device)
-    rows = torch.cat([labels, torch.full_like(labels, generator.no_class)]) if guided else labels
-    head_dim = config.width // config.heads
-    caches = [KVCache(len(rows), config.heads, h * w, head_dim, device, generator.embedding.dtype) for _ in generator.blocks]
-    table = generator.rotation(h * w, device)
+    if dtype not in (None, generator.embedding.dtype):
+        generator = copy.deepcopy(generator).to(dtype)
+    config, device, count, length = generator.config, generator.embedding.device, len(condition), h * w
+    first, last = cfg_interval or (0, length)
+    guided = cfg_scale > 1 and last > max(first, 0)
+    condition, mask = generator.check_condition(condition.to(device), None if mask is None else mask.to(device))
+    if guided:
+        pair = (condition, mask), generator.no_condition(condition, mask) if none is None else _expanded(none, condition)
+        condition, mask = (None if parts[0] is None else torch.cat(parts) for parts in zip(*pair))
+    x = generator.embed_condition(condition)  # (B or 2 B, C, D)
+    slots, head_dim = x.shape[1], config.width // config.heads
+    table, sees = generator.rotation(length, device, slots), None if mask is None else visible(mask, length - 1, text_attention)
+    caches = [KVCache(len(x), config.heads, slots + length - 1, head_dim, device, x.dtype) for _ in generator.blocks]
     rng = torch.Generator(device).manual_seed(seed)
-    indices = torch.zeros(len(labels), h * w, dtype=torch.long, device=device)
-    x = generator.class_embedding(rows)[:, None]
-    for i in range(h * w):
+    indices = torch.zeros(count, length, dtype=torch.long, device=device)
+    start, end = 0, slots
+    for i in range(length):
+        if guided and i >= last:  # from here on nobody asks for the unconditional half
+            guided, x, sees = False, x[:count], None if sees is None else sees[:count]
+            for cache in caches:
+                cache.keep(count)
+        rows = None if sees is None else sees[:, :, start:end, :end]
         for block, cache in zip(generator.blocks, caches):
-            x = block(x, table[i : i + 1], cache)
-        logits = generator.logits(x)[:, 0]
+            x = block(x, table[start:end], cache, rows, text=slots if config.text_slots and i == 0 else 0)
+        logits = generator.logits(x[:, -1])
         if guided:
             cond, uncond = logits.chunk(2)
-            logits = uncond + cfg_scale * (cond - uncond)
+            logits = uncond + cfg_scale * (cond - uncond) if i >= first else cond
         if temperature == 0:
             indices[:, i] = logits.argmax(-1)
         else:
             p = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
             indices[:, i] = torch.multinomial(p, 1, generator=rng)[:, 0]
-        token = indices[:, i : i + 1]
-        x = generator.token_embedding(torch.cat([token, token]) if guided else token)
+        x = generator.token_embedding(indices[:, i : i + 1].repeat(1 + guided, 1))
+        start, end = end, end + 1
     return indices.view(-1, h, w)
 
 
+def _expanded(none, condition):
+    """Give the unconditional caption (features (T, F) or (B, T, F), mask) the shape of the captions."""
+    features, mask = (part.to(condition.device) for part in none)
+    return features.expand_as(condition).to(condition.dtype), mask.bool().expand(condition.shape[:2])
+
+
 @torch.no_grad()
-def sample(generator, tokenizer, labels, grid, **sampling):
-    """Sample images of `grid` = (h, w) tokens for class labels (B,): uint8 (B, H, W, 3). `sampling` goes to `generate`."""
-    labels = torch.as_tensor(labels)
-    return to_uint8(tokenizer.decode(generate(generator, labels, grid, **sampling)))
+def sample(generator, tokenizer, condition, grid=None, **sampling):
+    """Sample images for labels (B,) or captions (B, T, F): uint8 (B, H, W, 3). `sampling` goes to `generate`, e.g. mask, seed.
+
+    `grid` = (h, w) tokens, by default that of the run the generator was loaded from, and 16 x 16 for a public file.
+    """
+    condition = torch.as_tensor(condition)
+    return to_uint8(tokenizer.decode(generate(generator, condition, grid, **sampling)))

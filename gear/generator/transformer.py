@@ -17,11 +17,12 @@ class RMSNorm(nn.Module):
         return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
-def rotation_table(side, head_dim, base=10_000.0, condition_rotation="identity", device=None):
-    """Return (cos, sin) of 2-D RoPE for [condition, side * side tokens in raster order]: (1 + side^2, head_dim / 2, 2).
+def rotation_table(side, head_dim, condition=1, condition_rotation="identity", base=10_000.0, device=None):
+    """Return (cos, sin) of 2-D RoPE for [condition, side * side tokens in raster order]: (condition + side^2, head_dim / 2, 2).
 
-    The first half of the pairs turns with the row, the second with the column. The condition has no place: "identity"
-    leaves it unturned; "zero" multiplies its query and key by nothing, as the public networks do, which silences its key.
+    The first half of the pairs turns with the row, the second with the column. The `condition` positions have no place:
+    "identity" leaves them unturned; "zero" multiplies their queries and keys by nothing, as the public networks do, which
+    silences every condition's key.
     """
     half = head_dim // 2
     frequencies = base ** (-torch.arange(0, half, 2, device=device).float() / half)  # (head_dim / 4,)
@@ -29,10 +30,10 @@ def rotation_table(side, head_dim, base=10_000.0, condition_rotation="identity",
     turn = position[:, None] * frequencies  # (side, head_dim / 4)
     angles = torch.cat([turn[:, None].expand(-1, side, -1), turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
     table = torch.stack([angles.cos(), angles.sin()], -1)  # (side^2, head_dim / 2, 2)
-    condition = torch.zeros_like(table[:1])
+    unturned = torch.zeros_like(table[:1])
     if condition_rotation == "identity":
-        condition[..., 0] = 1
-    return torch.cat([condition, table])
+        unturned[..., 0] = 1
+    return torch.cat([unturned.expand(condition, -1, -1), table])
 
 
 def rotate(x, table):
@@ -57,23 +58,55 @@ class KVCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def keep(self, batch):
+        """Forget all but the first `batch` sequences."""
+        self.keys, self.values = self.keys[:batch], self.values[:batch]
+
+
+def visible(mask, tokens, text_attention):
+    """Say which position may attend to which, in [T caption slots, `tokens` image tokens]: mask (B, T) -> (B, 1, S, S) bool.
+
+    Causal; nobody attends to an empty slot but that slot itself. "prefix" lets the slots of a caption see each other both
+    ways; text never sees the image.
+    """
+    slots = mask.shape[1]
+    order = torch.ones(slots + tokens, slots + tokens, dtype=torch.bool, device=mask.device).tril()
+    if text_attention == "prefix":
+        order[:slots, :slots] = True
+    filled = torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)  # (B, S)
+    return (order & filled[:, None] | torch.eye(len(order), dtype=torch.bool, device=mask.device))[:, None]
+
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotated queries and keys, no biases."""
+    """Causal multi-head self-attention with rotated queries and keys, no biases.
 
-    def __init__(self, width, heads, dropout):
+    In a dual-stream layer the first `text` positions have projections of their own; all positions attend jointly.
+    """
+
+    def __init__(self, width, heads, dropout, dual=False):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.qkv_text = nn.Linear(width, 3 * width, bias=False) if dual else None
+        self.out_text = nn.Linear(width, width, bias=False) if dual else None
 
-    def forward(self, x, table, cache=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, S, head_dim)
+    def forward(self, x, table, cache=None, mask=None, text=0):
+        qkv = by_stream(x, text, self.qkv_text, self.qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, S, head_dim)
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = q.shape[2] == k.shape[2]  # with a filled cache one new position sees everything before it
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[2] > 1)
-        return self.dropout(self.out(h.transpose(1, 2).flatten(2)))
+        # without a mask: causal, and with a filled cache one new position sees everything before it
+        causal = mask is None and q.shape[2] == k.shape[2] > 1
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.dropout(by_stream(h.transpose(1, 2).flatten(2), text, self.out_text, self.out))
+
+
+def by_stream(x, text, of_text, of_image):
+    """Send the first `text` positions of x (B, S, D) through one module and the rest through the other; None: one for all."""
+    if of_text is None or text == 0:
+        return of_image(x)
+    return torch.cat([of_text(x[:, :text]), of_image(x[:, text:])], 1)
 
 
 class SwiGLU(nn.Module):
@@ -91,13 +124,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer; a dual-stream one shares the feed-forward between text and image."""
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, width, heads, dropout, dual=False):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads, dropout)
+        self.attention_norm, self.attention = RMSNorm(width), Attention(width, heads, dropout, dual)
+        self.attention_norm_text = RMSNorm(width) if dual else None
         self.ffn_norm, self.ffn = RMSNorm(width), SwiGLU(width, dropout)
 
-    def forward(self, x, table, cache=None):
-        x = x + self.attention(self.attention_norm(x), table, cache)
+    def forward(self, x, table, cache=None, mask=None, text=0):
+        h = by_stream(x, text, self.attention_norm_text, self.attention_norm)
+        x = x + self.attention(h, table, cache, mask, text)
         return x + self.ffn(self.ffn_norm(x))

@@ -1,41 +1,65 @@
-"""Convolutional encoder and decoder, images <-> latents (the VQGAN family; defaults are LlamaGen's VQ-16)."""
+"""Convolutional encoder and decoder, images <-> latents: the VQGAN (LlamaGen, IBQ) and MAGVIT-2 (Open-MAGVIT2) backbones."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import nn
 
+from gear.config import UserError
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """The defaults are LlamaGen's VQ-16; see `TOKENIZERS` for the other public ones."""
+
+    quantizer: Literal["vq", "lfq", "ibq"] = "vq"
+    backbone: Literal["vqgan", "magvit2"] = "vqgan"
     codebook_size: int = 16_384  # K
     code_dim: int = 8  # width of a code
     channels: int = 128  # of the first level
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # a level each; every level but the last halves the resolution
-    latent_channels: int = 256  # between autoencoder and quantizer
-    res_blocks: int = 2  # a level in the encoder; the decoder has one more
+    latent_channels: int = 256  # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
+    res_blocks: int = 2  # a level in the encoder; VQGAN's decoder has one more
     linear_skip: bool = False  # add one linear map from patch to latent and one back, past both networks
-    init_from_data: bool = False  # PCA encoder, k-means codebook, least-squares decoder on the linear skip
+    init_from_data: bool = False  # PCA encoder, codebook of the patches, least-squares decoder on the linear skip
+
+    def __post_init__(self):
+        if self.quantizer == "lfq" and self.codebook_size != 2**self.code_dim:
+            raise UserError(f"LFQ has a code for every sign of {self.code_dim} bits: {2**self.code_dim}, not {self.codebook_size}.")
 
     @property
     def downsampling(self):
         """Pixels a token covers along each side."""
         return 2 ** (len(self.channel_mult) - 1)
 
+    @property
+    def autoencoder_channels(self):
+        """Channels in which the encoder ends and the decoder begins."""
+        return self.latent_channels if self.backbone == "vqgan" else self.code_dim
 
-def group_norm(channels):
+
+TOKENIZERS = {
+    "VQ-16": TokenizerConfig(),
+    "VQ-8": TokenizerConfig(channel_mult=(1, 2, 2, 4)),
+    "LFQ-16": TokenizerConfig("lfq", "magvit2", code_dim=14, res_blocks=4),
+    "IBQ-16": TokenizerConfig("ibq", code_dim=256, res_blocks=4),
+}
+
+
+def group_norm(channels, affine=True):
     """GroupNorm with the public networks' 32 groups; narrow networks keep at least four channels a group."""
-    return nn.GroupNorm(min(32, max(1, channels // 4)), channels, eps=1e-6)
+    return nn.GroupNorm(min(32, max(1, channels // 4)), channels, eps=1e-6, affine=affine)
 
 
 class ResBlock(nn.Module):
     """Residual block: (norm, swish, 3x3 conv) twice, 1x1 conv on the shortcut where the width changes."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, bias=True):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -59,68 +83,101 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels):
+    """Halve the resolution by a 3x3 convolution; VQGAN pads right and bottom only, MAGVIT-2 all round."""
+
+    def __init__(self, channels, backbone):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2), (0, 1, 0, 1) if backbone == "vqgan" else (1, 1, 1, 1)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the public networks pad right and bottom only
+        return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
-    def __init__(self, channels):
+    """Double the resolution: VQGAN repeats pixels and convolves, MAGVIT-2 convolves to 4 C and deals the channels out."""
+
+    def __init__(self, channels, backbone):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.deals = backbone == "magvit2"
+        self.conv = nn.Conv2d(channels, 4 * channels if self.deals else channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if not self.deals:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        b, c, h, w = x.shape
+        blocks = self.conv(x).view(b, 2, 2, c, h, w)  # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
+        return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, c, 2 * h, 2 * w)
 
 
-def _level(c_in, c_out, blocks, attention):
-    """`blocks` residual blocks, each followed by attention on the coarsest level."""
+class AdaptiveNorm(nn.Module):
+    """GroupNorm whose scale and bias are linear in the spread and the mean of the quantised latent's channels (MAGVIT-2)."""
+
+    def __init__(self, channels, code_dim):
+        super().__init__()
+        self.norm = group_norm(channels, affine=False)
+        self.scale, self.bias = nn.Linear(code_dim, channels), nn.Linear(code_dim, channels)
+
+    def forward(self, x, latents):
+        rows = latents.flatten(2)  # (B, D, L)
+        scale, bias = self.scale((rows.var(-1) + 1e-6).sqrt()), self.bias(rows.mean(-1))
+        return scale[..., None, None] * self.norm(x) + bias[..., None, None]
+
+
+def _level(config, c_in, c_out, blocks, attention):
+    """`blocks` residual blocks, each followed by attention where that is asked for: on VQGAN's coarsest level."""
     layers = []
     for i in range(blocks):
-        layers.append(ResBlock(c_in if i == 0 else c_out, c_out))
+        layers.append(ResBlock(c_in if i == 0 else c_out, c_out, bias=config.backbone == "vqgan"))
         if attention:
             layers.append(SpatialAttention(c_out))
     return layers
 
 
-def _middle(channels):
-    return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
+def _middle(config, channels):
+    if config.backbone == "magvit2":
+        return nn.Sequential(*_level(config, channels, channels, config.res_blocks, attention=False))
+    return nn.Sequential(ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels))
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> latents (B, latent_channels, H/f, W/f)."""
+    """Images (B, 3, H, W) -> latents (B, autoencoder_channels, H/f, W/f)."""
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.channels * m for m in config.channel_mult]
-        layers = [nn.Conv2d(3, config.channels, 3, padding=1)]
+        widths, vqgan = [config.channels * m for m in config.channel_mult], config.backbone == "vqgan"
+        self.conv_in, self.levels = nn.Conv2d(3, config.channels, 3, padding=1, bias=vqgan), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.channels, *widths], widths)):
             last = i == len(widths) - 1
-            layers += _level(c_in, c_out, config.res_blocks, attention=last)
-            layers += [] if last else [Downsample(c_out)]
-        layers += _middle(widths[-1])
-        self.layers = nn.Sequential(*layers)
-        self.norm, self.out = group_norm(widths[-1]), nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+            layers = _level(config, c_in, c_out, config.res_blocks, attention=last and vqgan)
+            self.levels.append(nn.Sequential(*layers, *([] if last else [Downsample(c_out, config.backbone)])))
+        self.middle, self.norm_out = _middle(config, widths[-1]), group_norm(widths[-1])
+        kernel = 3 if vqgan else 1
+        self.conv_out = nn.Conv2d(widths[-1], config.autoencoder_channels, kernel, padding=kernel // 2)
 
     def forward(self, images):
-        return self.out(F.silu(self.norm(self.layers(images))))
+        x = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) -> images (B, 3, f h, f w)."""
+    """Latents (B, autoencoder_channels, h, w) -> images (B, 3, f h, f w)."""
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.channels * m for m in reversed(config.channel_mult)]  # coarsest first
-        layers = [nn.Conv2d(config.latent_channels, widths[0], 3, padding=1), *_middle(widths[0])]
+        widths, vqgan = [config.channels * m for m in reversed(config.channel_mult)], config.backbone == "vqgan"  # coarsest first
+        self.conv_in = nn.Conv2d(config.autoencoder_channels, widths[0], 3, padding=1)
+        self.middle, self.levels = _middle(config, widths[0]), nn.ModuleList()
+        self.adaptive = nn.ModuleList()  # a norm before each level, MAGVIT-2's only
         for i, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths)):
-            layers += _level(c_in, c_out, config.res_blocks + 1, attention=i == 0)
-            layers += [] if i == len(widths) - 1 else [Upsample(c_out)]
-        self.layers = nn.Sequential(*layers)
-        self.norm, self.out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+            layers = _level(config, c_in, c_out, config.res_blocks + vqgan, attention=i == 0 and vqgan)
+            self.levels.append(nn.Sequential(*layers, *([] if i == len(widths) - 1 else [Upsample(c_out, config.backbone)])))
+            self.adaptive.extend([] if vqgan else [AdaptiveNorm(c_in, config.code_dim)])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents):
-        return self.out(F.silu(self.norm(self.layers(latents))))
+        x = self.middle(self.conv_in(latents))
+        for i, level in enumerate(self.levels):
+            x = level(self.adaptive[i](x, latents) if self.adaptive else x)
+        return self.conv_out(F.silu(self.norm_out(x)))

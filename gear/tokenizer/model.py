@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from gear.config import UserError
+from gear.config import UserError, check_range
 from gear.tokenizer.autoencoder import Decoder, Encoder
-from gear.tokenizer.quantize import Quantized, VectorQuantizer
-from gear.tokenizer.readout import hard_indices
+from gear.tokenizer.quantize import QUANTIZERS, Quantized
 
 
 @dataclass
@@ -22,17 +20,18 @@ class Tokenized:
 
 
 class Tokenizer(nn.Module):
-    """A VQ tokenizer. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
+    """A tokenizer of any family. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), VectorQuantizer(config)
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
-        f = config.downsampling
-        self.skip_in = nn.Conv2d(3, config.code_dim, f, f) if config.linear_skip else None
-        self.skip_out = nn.ConvTranspose2d(config.code_dim, 3, f, f) if config.linear_skip else None
+        self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), QUANTIZERS[config.quantizer](config)
+        c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
+        has_convs = config.backbone == "vqgan"
+        self.quant_conv = nn.Conv2d(c, d, 1) if has_convs else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(d, c, 1) if has_convs else nn.Identity()
+        self.skip_in = nn.Conv2d(3, d, f, f) if config.linear_skip else None
+        self.skip_out = nn.ConvTranspose2d(d, 3, f, f) if config.linear_skip else None
 
     def latents(self, images):
         """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError where the size does not divide."""
@@ -47,10 +46,13 @@ class Tokenizer(nn.Module):
     def encode(self, images):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
         z = self.latents(images)
-        return hard_indices(self.quantizer.affinity(z)).unflatten(1, z.shape[-2:])
+        return self.quantizer.indices(z).unflatten(1, z.shape[-2:])
 
     def decode(self, indices):
-        """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]."""
+        """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]. Raises UserError for an index out of range."""
+        if indices.ndim != 3:
+            raise UserError(f"indices have shape {tuple(indices.shape)}: a grid (B, h, w) can be decoded.")
+        check_range(indices, self.config.codebook_size, "indices")
         return self.decode_latents(self.quantizer.lookup(indices))
 
     def decode_latents(self, latents):
@@ -74,12 +76,12 @@ def check_divides(size, downsampling):
 
 @torch.no_grad()
 def initialise_from_data(tokenizer, images, seed=0):
-    """Start a tokenizer with `linear_skip` at the best linear one: PCA encoder, k-means codebook, least-squares decoder.
+    """Start a tokenizer with `linear_skip` at the best linear one: PCA encoder, codebook of the patches, least-squares decoder.
 
-    A patch's first code_dim - 1 principal components p and a constant 1, normalised, are its latent: on the unit sphere the
-    angle then grows with |p|, so brightness and contrast survive the normalisation. Both networks start at zero.
+    A latent is a patch's first principal components p and, where codes are compared by distance, a constant 1: on VQ's unit
+    sphere the angle then grows with |p|, so brightness and contrast survive the normalisation. Both networks start at zero.
     """
-    config = tokenizer.config
+    config, quantizer = tokenizer.config, tokenizer.quantizer
     f, d = config.downsampling, config.code_dim
     if not config.linear_skip:
         raise UserError("init_from_data starts the linear skip: set linear_skip too.")
@@ -88,24 +90,21 @@ def initialise_from_data(tokenizer, images, seed=0):
         raise UserError(
             f"{len(patches)} patches cannot start {config.codebook_size} codes: use more images or a smaller codebook."
         )
-    mean = patches.mean(0)
+    mean, constants = patches.mean(0), quantizer.constants
     spread = torch.cov((patches - mean).T.double())  # float64: the start must not depend on how memory was aligned
-    basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - 1].float()  # (D - 1, 3 f f)
+    basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - constants].float()  # (D - 1 or D, 3 f f)
     basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
-    weight = torch.cat([basis, torch.zeros(1, basis.shape[1])])
-    bias = torch.cat([-basis @ mean, torch.ones(1)])
+    weight = torch.cat([basis, torch.zeros(constants, basis.shape[1])])
+    bias = torch.cat([-basis @ mean, torch.ones(constants)])
     tokenizer.skip_in.weight.copy_(weight.view(d, 3, f, f))
     tokenizer.skip_in.bias.copy_(bias)
-    z = F.normalize(patches @ weight.T + bias, dim=-1)  # (N, D)
-    kmeans = MiniBatchKMeans(config.codebook_size, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(z.numpy())
-    tokenizer.quantizer.codebook.copy_(F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1))
-    codes = tokenizer.quantizer.codes().cpu()
-    code = codes[(z @ codes.T).argmax(-1)].double()
+    code = quantizer.start(patches @ weight.T + bias, seed).double()  # (N, D)
     colour = mean.view(3, f * f).mean(1)  # (3,)
     residual = (patches - colour.repeat_interleave(f * f)).double()
     solution = torch.linalg.solve(code.T @ code + 1e-9 * len(code) * torch.eye(d), code.T @ residual)  # (D, 3 f f)
     tokenizer.skip_out.weight.copy_(solution.view(d, 3, f, f))
     tokenizer.skip_out.bias.copy_(colour)
-    for last in (tokenizer.quant_conv, tokenizer.decoder.out):
+    last_of_encoder = tokenizer.quant_conv if config.backbone == "vqgan" else tokenizer.encoder.conv_out
+    for last in (last_of_encoder, tokenizer.decoder.conv_out):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

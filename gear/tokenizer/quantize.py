@@ -1,9 +1,16 @@
-"""Quantizers behind one interface: an affinity A to every code, the hard index, a quantised latent with its gradient rule."""
+"""Quantizers behind one interface: an affinity A to every code, the hard index, a quantised latent with its gradient rule.
 
+Latents are (B, D, h, w); in rows, (B, L, D) with L = h w in raster order. Whatever the autocast dtype, a quantizer computes
+in float32, so that the index in training equals the one at inference.
+"""
+
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from gear.tokenizer.readout import hard_indices
@@ -13,12 +20,28 @@ ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature 
 
 @dataclass
 class Quantized:
-    """What quantising latents gives: `affinity` (B, L, K) float32, `indices` (B, L), `latents` (B, D, h, w), `losses`."""
+    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A when it is asked for."""
 
-    affinity: torch.Tensor
     indices: torch.Tensor
     latents: torch.Tensor
-    losses: dict
+    losses: dict  # means over elements (rows, for the entropy), unweighted
+    assign: Callable[[], torch.Tensor]
+
+    @functools.cached_property
+    def affinity(self):
+        """A (Eq. 6), (B, L, K) float32."""
+        return self.assign()
+
+
+def full_precision(method):
+    """Run a quantizer's method on latents in float32, autocast or not."""
+
+    @functools.wraps(method)
+    def run(self, latents):
+        with torch.autocast(latents.device.type, enabled=False):
+            return method(self, latents.float())
+
+    return run
 
 
 class VectorQuantizer(nn.Module):
@@ -28,50 +51,199 @@ class VectorQuantizer(nn.Module):
     gradient passes straight through to the normalised latent and never to the codebook.
     """
 
+    constants = 1  # channels in which a latent starts as 1 (see initialise_from_data)
+
     def __init__(self, config):
         super().__init__()
         k = config.codebook_size
         self.codebook = nn.Parameter(F.normalize(torch.empty(k, config.code_dim).uniform_(-1 / k, 1 / k), dim=-1))
 
+    @full_precision
     def affinity(self, latents):
-        """Return A (Eq. 6) for latents (B, D, h, w): (B, L, K), float32 whatever the autocast dtype."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return 2 * self._rows(latents) @ self.codes().T - 2
+        """Return A (Eq. 6): (B, D, h, w) -> (B, L, K) float32."""
+        return 2 * self.rows(latents) @ self.codes().T - 2
+
+    def indices(self, latents):
+        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
+        return hard_indices(self.affinity(latents))
 
     def codes(self):
-        """Return the codebook C that distances are taken to: (K, D), unit rows."""
+        """Return the codebook C that latents are compared with: (K, D), unit rows."""
         return F.normalize(self.codebook.float(), dim=-1)
 
     def lookup(self, indices):
         """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
         return self.codes()[indices].permute(0, 3, 1, 2)
 
+    @full_precision
     def forward(self, latents):
-        """Quantise latents (B, D, h, w); the loss terms are means over elements (rows, for the entropy), unweighted."""
-        b, d, h, w = latents.shape
+        """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
         indices = hard_indices(affinity)
-        z, code = self._rows(latents), self.codes()[indices]  # (B, L, D)
+        z, code = self.rows(latents), self.codes()[indices]  # (B, L, D)
         losses = {
             "codebook_loss": F.mse_loss(code, z.detach()),
             "commit_loss": F.mse_loss(z, code.detach()),
-            "entropy_loss": entropy_loss(affinity),
+            "entropy_loss": entropy_loss(*entropies(affinity)),
         }
-        quantised = z + (code - z).detach()
-        return Quantized(affinity, indices, quantised.transpose(1, 2).reshape(b, d, h, w), losses)
+        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, lambda: affinity)
 
     @staticmethod
-    def _rows(latents):
+    def rows(latents):
         """(B, D, h, w) -> unit rows (B, L, D)."""
-        return F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
+        return F.normalize(as_rows(latents), dim=-1)
+
+    def start(self, rows, seed):
+        """Start the codebook from latents (N, D): k-means on the unit sphere. Returns the code of each, (N, D)."""
+        z = F.normalize(rows, dim=-1)
+        self.codebook.copy_(F.normalize(_kmeans(z, len(self.codebook), seed), dim=-1))
+        codes = self.codes().cpu()
+        return codes[(z @ codes.T).argmax(-1)]
 
 
-def entropy_loss(affinity):
-    """Mean entropy of a row's distribution minus the entropy of their mean, P = softmax(A / 0.01), in nats (L_ent of Eq. 2).
+class IndexBackpropagationQuantizer(VectorQuantizer):
+    """IBQ: A_ik = z_i e_k, a plain dot product. The decoder's gradient reaches every code and the latent through softmax(A).
 
-    Minimal, -ln K, when every row is sure of its code and all codes are used alike.
+    The decoder receives (onehot + p - sg(p)) C with p = softmax(A): the code in value. All of IBQ's distance terms stand
+    in `codebook_loss`: mean (q - z)^2 of that q, + (sg(c) - z)^2, + .25 (c - sg(z))^2 of the code c itself.
     """
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
+
+    @full_precision
+    def affinity(self, latents):
+        return self.rows(latents) @ self.codes().T
+
+    def codes(self):
+        return self.codebook.float()
+
+    @full_precision
+    def forward(self, latents):
+        affinity = self.affinity(latents)  # (B, L, K)
+        indices, codes = hard_indices(affinity), self.codes()
+        z, code = self.rows(latents), codes[indices]  # (B, L, D)
+        mean = affinity.softmax(-1) @ codes.detach()  # p C: the codes' own gradient comes from the one-hot part
+        quantised = code + (mean - mean.detach())
+        losses = {
+            "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
+            "entropy_loss": entropy_loss(*entropies(affinity)),
+        }
+        return Quantized(indices, as_maps(quantised, latents), losses, lambda: affinity)
+
+    @staticmethod
+    def rows(latents):
+        """(B, D, h, w) -> rows (B, L, D)."""
+        return as_rows(latents)
+
+    def start(self, rows, seed):
+        """Start the codebook from latents (N, D) that end in a constant 1: k-means c, and 1 + (E|c|^2 - |c|^2) / 2 in the last place.
+
+        The largest dot product is then with the nearest c, and latents and codes are near each other.
+        """
+        c = _kmeans(rows[:, :-1], len(self.codebook), seed)
+        length = c.square().sum(-1, keepdim=True)
+        self.codebook.copy_(torch.cat([c, 1 + (length.mean() - length) / 2], -1))
+        codes = self.codes().cpu()
+        return codes[(rows @ codes.T).argmax(-1)]
+
+
+class LookupFreeQuantizer(nn.Module):
+    """LFQ: the code is the signs of z, A_ik = 2 z_i c_k over all c_k in {-1, 1}^D (Open-MAGVIT2). It has no weights.
+
+    Bit j of an index is set where z_j > 0, bit 0 being channel 0. softmax(A / T) is a product of D independent bits with
+    p(+1) = sigmoid(4 z_j / T), so indices and entropies need no (N, K) matrix; `affinity` forms it for those who ask.
+    """
+
+    constants = 0
+
+    def __init__(self, config):
+        super().__init__()
+        self.code_dim = config.code_dim
+
+    @full_precision
+    def affinity(self, latents):
+        z = as_rows(latents)
+        return 2 * z @ self.codes(z.device).T
+
+    def indices(self, latents):
+        return _pack(as_rows(latents) > 0)
+
+    def codes(self, device=None):
+        """Return the codebook, every pattern of signs: (K, D)."""
+        return _signs(torch.arange(2**self.code_dim, device=device), self.code_dim)
+
+    def lookup(self, indices):
+        return _signs(indices, self.code_dim).permute(0, 3, 1, 2)
+
+    @full_precision
+    def forward(self, latents):
+        z = as_rows(latents)  # (B, L, D)
+        code = torch.where(z > 0, 1.0, -1.0)
+        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}
+        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, lambda: self.affinity(latents))
+
+    def start(self, rows, seed):
+        """Return the code of each of the latents (N, D); there is no codebook to start."""
+        return torch.where(rows > 0, 1.0, -1.0)
+
+
+QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer, "ibq": IndexBackpropagationQuantizer}
+
+
+def entropies(affinity):
+    """Return the mean entropy of a row of P = softmax(A / 0.01), and that of the mean row: nats. affinity: (..., K)."""
     logp = F.log_softmax(affinity.flatten(0, -2) / ENTROPY_TEMPERATURE, -1)  # (N, K)
     p = logp.exp()
-    mean = p.mean(0)
-    return -(p * logp).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
+    return -(p * logp).sum(-1).mean(), _entropy_of_mean(p.mean(0))
+
+
+def bit_entropies(z):
+    """Return `entropies` of LFQ's affinity to latents z (..., D), exactly, from its D independent bits."""
+    logits = 4 * z.flatten(0, -2) / ENTROPY_TEMPERATURE  # (N, D), of +1 against -1
+    p = logits.sigmoid()
+    sample = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()  # the bits' entropies add up
+    low, high = (_joint(half) for half in p.split([z.shape[-1] // 2, z.shape[-1] - z.shape[-1] // 2], -1))
+    return sample, _entropy_of_mean((high.T @ low).flatten() / len(p))  # index = high bits * 2^(D/2) + low bits
+
+
+def entropy_loss(sample, of_mean):
+    """L_ent of Eq. 2: minimal, -ln K, when every row is sure of its code and all codes are used alike."""
+    return sample - of_mean
+
+
+def _entropy_of_mean(mean):
+    return -(mean * (mean + 1e-5).log()).sum()
+
+
+def _joint(p):
+    """Probabilities (N, D) of +1 in independent bits -> those of their 2^D patterns, bit 0 turning fastest: (N, 2^D)."""
+    joint = torch.ones_like(p[:, :1])
+    for bit in p.T[:, :, None]:  # (N, 1)
+        joint = torch.cat([joint * (1 - bit), joint * bit], -1)
+    return joint
+
+
+def _pack(bits):
+    return (bits * 2 ** torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+def _signs(indices, code_dim):
+    """Unpack indices (...) into their signs (..., D), float32."""
+    return (indices[..., None] >> torch.arange(code_dim, device=indices.device) & 1).float() * 2 - 1
+
+
+def _kmeans(rows, count, seed):
+    fitted = MiniBatchKMeans(count, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(rows.numpy())
+    return torch.from_numpy(fitted.cluster_centers_).float()
+
+
+def as_rows(latents):
+    """(B, D, h, w) -> (B, L, D)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def as_maps(rows, like):
+    """Rows (B, L, D) -> (B, D, h, w), the grid of the latents `like`."""
+    return rows.transpose(1, 2).reshape(like.shape)

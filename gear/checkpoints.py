@@ -1,10 +1,73 @@
-"""Weights in and out. Loading is strict: an error lists what is missing, unexpected or of another shape."""
+"""Weights into networks, by a run's name or a file's path. Loading is strict: an error lists every name that does not fit."""
+
+from pathlib import Path
+
+import torch
 
 from gear.config import UserError, from_dict
+from gear.containers import Checkpoint, Part, grouped, read_public, read_safetensors
 from gear.generator.model import Generator, GeneratorConfig
-from gear.run import Run
+from gear.layouts import listed, mismatches, public_layout
+from gear.run import Run, run_names
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
+
+SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+
+
+def load_tokenizer(source, ema=True):
+    """Load a tokenizer from a run's name or a file of any known layout: evaluation mode, frozen, float32.
+
+    Averaged weights are taken where there are any, unless `ema` is false; `tokenizer.source` says what was taken. Raises
+    UserError for what is no checkpoint, of an unknown layout, incomplete, or holds no tokenizer.
+    """
+    checkpoint = open_checkpoint(source)
+    name, part = checkpoint.part("tokenizer", ema)
+    return _built(Tokenizer, (part.size,), checkpoint, name)
+
+
+def load_generator(source, ema=True):
+    """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's images, 16 x 16 for a file."""
+    checkpoint = open_checkpoint(source)
+    name, part = checkpoint.part("generator", ema)
+    generator = _built(Generator, part.size, checkpoint, name)
+    generator.grid = checkpoint.grid or Generator.grid
+    return generator
+
+
+def load_discriminator(source):
+    """Load the PatchGAN of a public file, whose BatchNorm uses the batch's own statistics: training mode, frozen."""
+    checkpoint = open_checkpoint(source)
+    name, part = checkpoint.part("discriminator")
+    if part.layout is None:
+        raise UserError(f"the discriminator of '{source}' is a run's own: it comes back with the run, gear train {source}.")
+    return _built(part.layout.build, (part.size,), checkpoint, name).train()
+
+
+def _built(build, arguments, checkpoint, name):
+    part = checkpoint.parts[name]
+    with torch.device("meta"):
+        module = build(*arguments)
+    # BatchNorm's counters, which no output depends on, may be absent
+    counters = {n: torch.tensor(0) for n in module.state_dict() if n.endswith("num_batches_tracked")}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in part.tensors.items()}
+    load_module(module, counters | tensors, checkpoint.source, assign=True)
+    step = "" if checkpoint.step is None else f", step {checkpoint.step}"
+    module.source = f"{name} of {checkpoint.source} ({part.layout.name if part.layout else 'gear'}{step})"
+    return module.eval().requires_grad_(False)
+
+
+def open_checkpoint(source):
+    """Read a file, or a run by its name: a Checkpoint. Raises UserError where there is neither."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_public(path)
+    if str(source) not in run_names() and (path.suffix in SUFFIXES or len(path.parts) > 1):
+        raise UserError(f"no checkpoint {path}: {'that is a folder' if path.is_dir() else 'there is no such file'}.")
+    return _of_run(Run.open(str(source)))
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
 
 
 def token_grid(config):
@@ -15,11 +78,18 @@ def token_grid(config):
 
 def load_networks(run, file="networks", step=None):
     """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...}, "tokenizer_ema": {...}, ...}."""
-    groups = {}
-    for name, tensor in run.load_checkpoint(file, step).items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
-    return groups
+    return grouped(run.load_checkpoint(file, step))
+
+
+def _of_run(run):
+    tokenizer = from_dict(TokenizerConfig, run.config["tokenizer"])
+    generator = from_dict(GeneratorConfig, run.config["generator"]), tokenizer.codebook_size
+    sizes = {"tokenizer": tokenizer, "generator": generator}
+    parts = {}
+    for name, tensors in load_networks(run).items():
+        kind = name.removesuffix("_ema")
+        parts[name] = Part(tensors, sizes.get(kind), public_layout(kind, sizes.get(kind)))
+    return Checkpoint(run.name, "run", parts, run.step, grid=token_grid(run.config))
 
 
 def network(groups, name, source):
@@ -31,38 +101,12 @@ def network(groups, name, source):
 
 def check_fit(expected, tensors, source, what):
     """Raise UserError listing what is missing, unexpected or of another shape; `expected` is {name: shape}."""
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    faults = [f"missing {n} {expected[n]}" for n in expected if n not in found]
-    faults += [f"unexpected {n} {found[n]}" for n in found if n not in expected]
-    faults += [f"{n} has shape {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s]
-    if faults:
-        listed = "\n  ".join(faults[:12]) + (f"\n  and {len(faults) - 12} more" if len(faults) > 12 else "")
-        raise UserError(f"the weights of '{source}' do not fit this {what}:\n  {listed}")
+    if faults := mismatches(expected, {name: tuple(t.shape) for name, t in tensors.items()}):
+        raise UserError(listed(f"the weights of '{source}' do not fit this {what}", faults))
 
 
-def load_module(module, tensors, source):
+def load_module(module, tensors, source, assign=False):
     """Load `tensors` into `module`, strictly; raises UserError listing the names that do not fit. Returns the module."""
     check_fit({n: tuple(t.shape) for n, t in module.state_dict().items()}, tensors, source, type(module).__name__)
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
     return module
-
-
-def load_tokenizer(name):
-    """Load the tokenizer of the run `name`, averaged weights, in evaluation mode and frozen."""
-    run = Run.open(name)
-    tokenizer = Tokenizer(from_dict(TokenizerConfig, run.config["tokenizer"]))
-    weights = load_networks(run)
-    return load_module(tokenizer, _averaged(weights, "tokenizer", name), name).eval().requires_grad_(False)
-
-
-def load_generator(name):
-    """Load the generator of the run `name`, averaged weights, in evaluation mode and frozen."""
-    run = Run.open(name)
-    config = from_dict(GeneratorConfig, run.config["generator"])
-    generator = Generator(config, run.config["tokenizer"]["codebook_size"])
-    return load_module(generator, _averaged(load_networks(run), "generator", name), name).eval().requires_grad_(False)
-
-
-def _averaged(weights, name, source):
-    """Pick a network's average, or the network where it was not trained and has none."""
-    return weights.get(f"{name}_ema") or network(weights, name, source)

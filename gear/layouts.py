@@ -4,6 +4,7 @@ Three tokenizers (LlamaGen's VQ, Open-MAGVIT2's LFQ, IBQ), one generator (LlamaG
 projectors and the discriminator. A layout is recognised by its names; loading is strict in shape and name.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,24 +40,23 @@ class Layout:
         return names, {names[n]: tuple(t.shape) for n, t in module.state_dict().items()}
 
     def fit(self, shapes, source):
-        """Return (size, {our name: public name}) for {public name: shape}; raises UserError listing every name that does not fit."""
-        found, best = {n: s for n, s in shapes.items() if not re.search(self.optional, n)}, None
-        for size in self._candidates(found):
-            names, expected = self.names(size)
-            expected = {n: s for n, s in expected.items() if n in shapes or not re.search(self.optional, n)}
-            faults = mismatches(expected, found | {n: shapes[n] for n in expected if n in shapes})
+        """Return (size, {our name: public name}) for {public name: shape}; raises UserError listing what does not fit."""
+        needed, best = {n: s for n, s in shapes.items() if not re.search(self.optional, n)}, None
+        for size, names, expected in self._candidates(needed):
+            expected = {n: s for n, s in expected.items() if not re.search(self.optional, n)}
+            faults = mismatches(expected, needed)
             if not faults:
                 return size, names
-            best = min(best or (faults, size), (faults, size), key=lambda pair: len(pair[0]))
-        raise UserError(listed(f"'{source}' has the layout {self.name}, but does not fit it", best[0]))
+            best = min(best or faults, faults, key=len)
+        raise UserError(listed(f"'{source}' has the layout {self.name}, but does not fit it", best or ["it has no tensor"]))
 
     def _candidates(self, shapes):
         """The size the shapes speak of, then the released ones: one wrong tensor is then named, not its neighbours."""
-        try:
-            yield self.read(shapes)
-        except (KeyError, IndexError, ValueError):  # a tensor that tells a size is missing or senseless
-            pass
-        yield from self.sizes
+        with contextlib.suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # missing, or senseless
+            size = self.read(shapes)
+            yield size, *self.names(size)
+        for size in self.sizes:
+            yield size, *self.names(size)
 
 
 def mismatches(expected, found):
@@ -88,11 +88,15 @@ class TokenizerNames:
     finest_first: bool
 
 
-VQ_NAMES = TokenizerNames("conv_blocks", "conv_blocks", "res", ("mid.0", "mid.1", "mid.2"), "downsample.conv", "upsample.conv", False)
+VQ_NAMES = TokenizerNames(
+    "conv_blocks", "conv_blocks", "res", ("mid.0", "mid.1", "mid.2"), "downsample.conv", "upsample.conv", False
+)
 IBQ_NAMES = TokenizerNames(
     "down", "up", "block", ("mid.block_1", "mid.attn_1", "mid.block_2"), "downsample.conv", "upsample.conv", True
 )
-LFQ_NAMES = TokenizerNames("down", "up", "block", tuple(f"mid_block.{i}" for i in range(9)), "downsample", "upsample.conv1", True)
+LFQ_NAMES = TokenizerNames(
+    "down", "up", "block", tuple(f"mid_block.{i}" for i in range(9)), "downsample", "upsample.conv1", True
+)
 
 
 def _tokenizer_public(names):
@@ -127,7 +131,10 @@ def _tokenizer_prefixes(tokenizer, names):
                 elif hasattr(layer, "norm1"):
                     last, blocks = f"{names.res}.{blocks}", blocks + 1
                 else:  # the convolution of a Downsample or an Upsample
-                    yield f"{side}.levels.{i}.{j}.conv", f"{side}.{levels}.{number}.{names.down if side == 'encoder' else names.up}"
+                    yield (
+                        f"{side}.levels.{i}.{j}.conv",
+                        f"{side}.{levels}.{number}.{names.down if side == 'encoder' else names.up}",
+                    )
                     continue
                 yield f"{side}.levels.{i}.{j}", f"{side}.{levels}.{number}.{last}"
     for i in range(len(tokenizer.decoder.adaptive)):
@@ -147,7 +154,9 @@ def _tokenizer_size(names, quantizer, backbone):
         channels, latent = shapes["encoder.conv_in.weight"][0], shapes["encoder.conv_out.bias"][0]
         codes = (2**latent, latent) if quantizer == "lfq" else shapes["quantize.embedding.weight"]
         mult = tuple(widths[i] // channels for i in range(len(widths)))
-        return TokenizerConfig(quantizer, backbone, *codes, channels, mult, latent if quantizer != "lfq" else 256, max(blocks) + 1)
+        return TokenizerConfig(
+            quantizer, backbone, *codes, channels, mult, latent if quantizer != "lfq" else 256, max(blocks) + 1
+        )
 
     return read
 
@@ -229,11 +238,38 @@ LAYOUTS = (
         lambda bank: {name: f"projs.{name.replace('.layers.', '.')}" for name in bank.state_dict()},
     ),
     Layout(
-        "PatchGAN", "discriminator", r"^main\.\d+\.", _discriminator_size, ((64, 3),), lambda size: Discriminator(*size, norm="batch"),
+        "PatchGAN", "discriminator", r"^main\.\d+\.", _discriminator_size, ((64, 3),),
+        lambda size: Discriminator(*size, norm="batch"),
         lambda network: {name: name.replace("layers.", "main.") for name in network.state_dict()}, r"\.num_batches_tracked$",
     ),
 )  # fmt: skip
 UNSUPPORTED = {r"^cls_embedding\.uncond_embedding$": "LlamaGen's own text-to-image model, another network than GEAR's hybrid"}
+
+
+ARCHITECTURE = {  # the fields that a public file tells by its shapes or its layout; the others concern training
+    "tokenizer": (
+        "quantizer",
+        "backbone",
+        "codebook_size",
+        "code_dim",
+        "channels",
+        "channel_mult",
+        "res_blocks",
+        "linear_skip",
+    ),
+    "generator": ("width", "layers", "heads", "num_classes", "condition_rotation", "dual_layers"),
+}
+
+
+def public_layout(kind, size):
+    """Return the Layout from which a network of our own would be read back as it is, or None: no linear skip, say."""
+    for layout in LAYOUTS if kind in ARCHITECTURE else ():
+        if layout.kind == kind:
+            names, shapes = layout.names(size)
+            ours, read = (s[0] if isinstance(s, tuple) else s for s in (size, layout.read(shapes)))
+            if all(getattr(ours, f) == getattr(read, f) for f in ARCHITECTURE[kind]):
+                return layout
+    return None
 
 
 def recognise(names, source):

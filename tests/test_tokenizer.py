@@ -24,6 +24,10 @@ from gear.tokenizer.readout import (
 IMAGES = scenes(6)[0]
 
 
+def entropy_of(affinity):
+    return entropy_loss(*entropies(affinity))
+
+
 def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -129,7 +129,7 @@ class Generator(nn.Module):
         return kept
 
     def check_condition(self, condition, mask=None):
-        """Return (condition, mask) with the mask a caption has by default; raises UserError for what this generator cannot take."""
+        """Return (condition, mask), a caption's mask filled in; raises UserError for what this generator cannot take."""
         slots, dim = self.config.text_slots, self.config.text_dim
         if not slots:
             if mask is not None or condition.ndim != 1:
@@ -170,7 +170,7 @@ class Generator(nn.Module):
         return self.class_embedding(condition)[:, None]
 
     def rotation(self, length, device, condition=1):
-        """Return the rotation table for [`condition` positions, `length` tokens]; raises UserError unless `length` is a square."""
+        """Return the rotation table for [`condition` positions, `length` tokens]; raises UserError if that is no square."""
         side = math.isqrt(length)
         if side * side != length:
             raise UserError(f"a sequence of {length} tokens is not a square grid.")

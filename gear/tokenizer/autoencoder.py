@@ -26,7 +26,9 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.quantizer == "lfq" and self.codebook_size != 2**self.code_dim:
-            raise UserError(f"LFQ has a code for every sign of {self.code_dim} bits: {2**self.code_dim}, not {self.codebook_size}.")
+            raise UserError(
+                f"LFQ has a code for every sign of {self.code_dim} bits: {2**self.code_dim}, not {self.codebook_size}."
+            )
 
     @property
     def downsampling(self):
@@ -87,7 +89,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, backbone):
         super().__init__()
-        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2), (0, 1, 0, 1) if backbone == "vqgan" else (1, 1, 1, 1)
+        self.conv, self.padding = (
+            nn.Conv2d(channels, channels, 3, stride=2),
+            (0, 1, 0, 1) if backbone == "vqgan" else (1, 1, 1, 1),
+        )
 
     def forward(self, x):
         return self.conv(F.pad(x, self.padding))
@@ -166,7 +171,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, vqgan = [config.channels * m for m in reversed(config.channel_mult)], config.backbone == "vqgan"  # coarsest first
+        widths, vqgan = (
+            [config.channels * m for m in reversed(config.channel_mult)],
+            config.backbone == "vqgan",
+        )  # coarsest first
         self.conv_in = nn.Conv2d(config.autoencoder_channels, widths[0], 3, padding=1)
         self.middle, self.levels = _middle(config, widths[0]), nn.ModuleList()
         self.adaptive = nn.ModuleList()  # a norm before each level, MAGVIT-2's only

@@ -20,7 +20,7 @@ class Tokenized:
 
 
 class Tokenizer(nn.Module):
-    """A tokenizer of any family. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
+    """VQ, LFQ or IBQ. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
 
     def __init__(self, config):
         super().__init__()

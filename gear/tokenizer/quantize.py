@@ -138,7 +138,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         return as_rows(latents)
 
     def start(self, rows, seed):
-        """Start the codebook from latents (N, D) that end in a constant 1: k-means c, and 1 + (E|c|^2 - |c|^2) / 2 in the last place.
+        """Start the codebook from latents (N, D) that end in a constant 1: k-means c, last place 1 + (E|c|^2 - |c|^2) / 2.
 
         The largest dot product is then with the nearest c, and latents and codes are near each other.
         """

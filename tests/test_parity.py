@@ -1,0 +1,192 @@
+"""Our networks compute what the public ones do: files written in the public layouts, loaded, against recorded outputs.
+
+tests/parity holds names and shapes of the public layouts (keys), inputs and outputs of the public code (cases), and the rule
+that fills weights from their names (weights.py).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gear
+from gear.analysis import codes
+from gear.checkpoints import load_discriminator, open_checkpoint
+from gear.containers import export
+from gear.generator.model import GENERATORS, Generator
+from gear.layouts import LAYOUTS
+from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.tokenizer.model import Tokenizer
+from gear.tokenizer.quantize import bit_entropies, entropies
+from gear.tokenizer.readout import soft_readout
+
+PARITY = Path(__file__).parent / "parity"
+sys.path.insert(0, str(PARITY))
+from weights import parity_normal, parity_weights  # noqa: E402
+
+SLOW = pytest.mark.slow
+
+
+def shapes(name):
+    return {n: tuple(s) for n, s in json.loads((PARITY / "keys" / f"{name}.json").read_text()).items()}
+
+
+def state_dict(name, salt=""):
+    return {n: torch.from_numpy(np.asarray(w)) for n, w in parity_weights(shapes(name), salt).items()}
+
+
+def case(name):
+    with np.load(PARITY / "cases" / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def assert_close(got, want):
+    """Relative error under 1e-4."""
+    got, want = got.detach().double(), want.double()
+    assert got.shape == want.shape
+    assert float((got - want).norm() / want.norm()) < 1e-4
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+WRAPPED = {  # one wrapping each, of those that the files come in
+    "vq16": lambda sd: {"vq": sd, "steps": 400_000, "args": {"lr": 1e-4}},
+    "lfq16": lambda sd: {"state_dict": {f"model_ema.{n.replace('.', '')}": t for n, t in sd.items()}, "global_step": 7},
+    "ibq16": lambda sd: sd,
+}
+
+
+@pytest.mark.parametrize("name", ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", marks=SLOW)])
+def test_tokenizer(name, home):
+    """Indices equal; reconstruction, A, soft read-out with its gradient to the image, and every loss term within 1e-4."""
+    torch.save(WRAPPED[name](state_dict(name)), home / f"{name}.pt")
+    tokenizer, want = gear.load_tokenizer(home / f"{name}.pt"), case(name)
+    (home / f"{name}.pt").unlink()
+    x = want["x"].requires_grad_()
+    indices = tokenizer.encode(x)
+    assert torch.equal(indices.flatten(1), want["indices"])
+    assert_close(tokenizer.quantizer.lookup(indices), want["zq"])
+    assert_close(tokenizer.decode(indices), want["recon"])
+    affinity = tokenizer.affinity(x)
+    assert_close(affinity.flatten(0, 1)[:, :256], want["assignment"])
+    read = soft_readout(affinity, torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1).flatten(0, 1)
+    assert_close(read, want["soft_readout"])
+    assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
+
+    x = want["x"].detach()
+    with torch.no_grad():
+        out, z = tokenizer(x), tokenizer.latents(x)
+        sample, of_mean = bit_entropies(z.flatten(2).mT) if name == "lfq16" else entropies(affinity)
+    assert_close(out.reconstruction, want["recon"])
+    losses = {"codebook_loss": torch.tensor(0.0), "commit_loss": torch.tensor(0.0)} | out.quantized.losses
+    for key, got in {
+        "vq_loss": losses["codebook_loss"],
+        "commit_loss_scaled": 0.25 * losses["commit_loss"],
+        "entropy_scaled": 0.05 * losses["entropy_loss"],
+        "sample_entropy": sample,
+        "mean_entropy": of_mean,
+    }.items():
+        assert float(got) == pytest.approx(float(want[key]), rel=1e-4), key
+    natural = codes.assignment(affinity.detach().flatten(0, 1), 1.0)
+    assert natural.entropy == pytest.approx(float(want["natural_entropy"]), rel=1e-4)
+    assert natural.top_mass[1] == pytest.approx(float(want["natural_top1"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llamagen_s", pytest.param("llamagen_b", marks=SLOW)])
+def test_class_conditional_generator(name, home):
+    torch.save({"model": state_dict(name)}, home / "c2i.pt")
+    generator, want = gear.load_generator(home / "c2i.pt"), case(name)
+    tokens, classes, tap = want["tokens"], want["classes"], int(want["tap"])
+    with torch.no_grad():
+        hidden = generator.hidden(tokens, classes, layers=[tap, generator.config.layers])
+        logits = generator.logits(hidden[generator.config.layers])
+    assert_close(hidden[tap][:, ::16, ::8], want["hidden"])
+    assert_close(logits[:, ::16, ::97], want["logits"])
+    assert_close(logits.logsumexp(-1), want["logsumexp"])
+    assert F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() == pytest.approx(float(want["ntp"]), rel=1e-4)
+    drawn = gear.generator.sampling.generate(generator, classes, cfg_scale=float(want["cfg"]), temperature=0)
+    assert torch.equal(drawn.flatten(1).int(), want["greedy"])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_text_to_image_hybrid(side, home):
+    torch.save({"ar": state_dict("t2i_small", "live"), "ema": state_dict("t2i_small"), "steps": 3}, home / "t2i.pt")
+    generator, want = gear.load_generator(home / "t2i.pt"), case("t2i_small")
+    assert generator.source == "generator_ema of t2i.pt (LlamaGen, step 3)"
+    tokens, mask, tap = want["tokens"], want[f"{side}_mask"], int(want["tap"])
+    with torch.no_grad():
+        hidden = generator.hidden(tokens, want["text"], [tap], mask=mask)[tap]
+        logits = generator(tokens, want["text"], mask=mask, text_attention="causal")
+    assert_close(hidden[:, ::4, ::8], want[f"{side}_hidden"])
+    assert_close(logits[:, ::4, ::97], want[f"{side}_logits"])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+    assert loss == pytest.approx(float(want[f"{side}_ntp"]), rel=1e-4)
+
+
+def test_discriminator(home):
+    torch.save({"discriminator": state_dict("discriminator"), "vq": {}}, home / "stage0.pt")
+    network, want = load_discriminator(home / "stage0.pt"), case("discriminator")
+    assert_close(network(want["x"]), want["logits"])
+
+
+# -- names and sizes -------------------------------------------------------------------------------------------------
+
+NAMES = sorted(path.stem for path in (PARITY / "keys").glob("*.json") if path.stem != "orig_llamagen_t2i_XL_256")
+LARGE = {"llamagen_l", "llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_L_256", "orig_llamagen_c2i_XL_256"}
+BY_NAME_ONLY = {"llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_XL_256"}  # 3 and 4 GB each
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_and_shape_is_ours(name):
+    """In both directions: each public name of the layout is one of our tensors, and the reverse, but for extra buffers."""
+    public = shapes(name)
+    layout = gear.layouts.recognise(public, name)
+    size, names = layout.fit(public, name)
+    _, expected = layout.names(size)
+    extra = public.keys() - expected.keys()
+    assert extra <= {"quantize.codebook_used"} and len(set(names.values())) == len(names)
+    assert {n: s for n, s in public.items() if n not in extra} == expected
+
+
+@pytest.mark.parametrize(
+    "name", [n if "llamagen_s" in n or "pro" in n or "disc" in n or "t2i" in n else pytest.param(n, marks=SLOW)
+             for n in NAMES if n not in BY_NAME_ONLY]
+)  # fmt: skip
+def test_round_trip_is_bit_identical(name, home):
+    """Public -> ours -> public, in the wrapping that LlamaGen's files have; optional buffers come back where they were."""
+    wanted = state_dict(name)
+    if name == "discriminator":
+        wanted["main.3.num_batches_tracked"] = torch.tensor(7)  # one is there, two are not
+    wrap = {"discriminator": "discriminator", "projector": "projectors"}.get(name.split("_")[0], "model")
+    torch.save({wrap: wanted}, home / "public.pt")
+    export(open_checkpoint(home / "public.pt"), home / "ours.safetensors")
+    export(open_checkpoint(home / "ours.safetensors"), home / "again.pt")
+    again = torch.load(home / "again.pt", weights_only=True)
+    assert again.keys() == {wrap} and again[wrap].keys() == wanted.keys()
+    assert all(torch.equal(again[wrap][n], t) and again[wrap][n].dtype == t.dtype for n, t in wanted.items())
+    for file in home.glob("*.*"):  # up to 1.4 GB each
+        file.unlink()
+
+
+TOKENIZER_PARAMETERS = {"VQ-16": 71_883_403, "VQ-8": 70_109_835, "LFQ-16": 115_094_033, "IBQ-16": 110_982_019}
+GENERATOR_PARAMETERS = {
+    "S": 34_210_560, "B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "XXXL": 3_893_027_840,
+    "T2I-1B": 1_047_659_040,
+}  # fmt: skip
+
+
+def test_parameters():
+    assert TOKENIZER_PARAMETERS.keys() == TOKENIZERS.keys() and GENERATOR_PARAMETERS.keys() == GENERATORS.keys()
+    with torch.device("meta"):
+        networks = {n: Tokenizer(c) for n, c in TOKENIZERS.items()} | {n: Generator(c, 16_384) for n, c in GENERATORS.items()}
+    for name, count in (TOKENIZER_PARAMETERS | GENERATOR_PARAMETERS).items():
+        assert sum(p.numel() for p in networks[name].parameters()) == count, name
+
+
+def test_every_layout_has_a_key_list():
+    found = {gear.layouts.recognise(shapes(name), name).name for name in NAMES}
+    assert found == {layout.name for layout in LAYOUTS}

@@ -31,9 +31,9 @@ class DataConfig:
 
 
 def open_source(config, split):
-    """Open the "train" or "val" split of a DataConfig; no image is in both."""
+    """Open the "train" or "val" split of a DataConfig, no image being in both, or "all": a folder's two splits together."""
     if config.source == "scenes":  # disjoint ranges of scene numbers
-        first, length = {"train": (0, config.train_images), "val": (1 << 40, config.val_images)}[split]
+        first, length = (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
         return Scenes(first, length, config.image_size)
     if config.labels == "factors":
         raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")

@@ -28,10 +28,13 @@ def _is_image(name):
 
 
 class Directory:
-    """The images of a folder: their names, relative and sorted, and a way to read one."""
+    """The images of a folder, or one image file: their names, relative and sorted, and a way to read one."""
 
     def __init__(self, root):
-        self.root = root
+        self.root = root if root.is_dir() else root.parent
+        if not root.is_dir():
+            self.names = [root.name]
+            return
         files = (f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file())
         self.names = sorted(filter(_is_image, files))
 
@@ -95,14 +98,14 @@ def _store(source):
             f"no folder or zip of images at '{source}'. Give --source a folder or a zip of class folders, 'scenes' or "
             f"one of {', '.join(DOWNLOADS)}.{nearest(source, ['scenes', *DOWNLOADS])}"
         )
-    return Directory(root) if root.is_dir() else Zip(root)
+    return Directory(root) if root.is_dir() or _is_image(root.name) else Zip(root)
 
 
 class Folder:
     """Images of a folder, a zip or a download, one sub-folder a class; a flat one is one class.
 
     A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
-    (of a folder so small that no hash falls into it, the lowest is taken). An image that cannot be read is named once, and
+    (of a folder so small that no hash falls into it, the lowest is taken); the split "all" holds both. An image that cannot be read is named once, and
     the next of its class stands in for it. Raises UserError when there is no such folder or zip, or no download, when it
     holds no images, and when more than a hundredth of them cannot be read.
     """
@@ -122,7 +125,7 @@ class Folder:
         rank = {n: _hash(n) for n in names}
         names = sorted(names, key=rank.get)  # the first N are then a sample of all classes
         held_out = {n for n in names if rank[n] < VALIDATION_SHARE} or {names[0]}
-        self.names = [n for n in names if (n in held_out) == (split == "val")]
+        self.names = names if split == "all" else [n for n in names if (n in held_out) == (split == "val")]
         if not self.names:
             raise UserError(f"'{path}' holds too few images ({len(names)}): none is left for the split '{split}'.")
         number = {name: i for i, name in enumerate(self.classes)}

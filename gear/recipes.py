@@ -87,6 +87,12 @@ gear train scenes-gear-s0     about 5 CPU-minutes with its parents. Expect, agai
 next-token loss and a better alignment of the fresh generator at about the same PSNR.
 """
 
+SCENES_IBQ = _change(SCENES, dict(tokenizer=dict(quantizer="ibq")))
+"""The scenes preset with an IBQ tokenizer: `gear train scenes-ibq-gear-s0`."""
+
+SCENES_LFQ = _change(SCENES, dict(tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=9)))
+"""The scenes preset with an LFQ tokenizer, nine bits, on Open-MAGVIT2's backbone: `gear train scenes-lfq-gear-s0`."""
+
 CIFAR10_SMOKE = _change(SCENES, dict(
     teacher="efficientnet-lite0", eval_every=50, data=dict(source="cifar10"), generator=dict(num_classes=10),
     objective=dict(gan_weight=0.0, entropy_weight=0.0),  # a fixed GAN weight prints a 4-pixel grid; entropy costs .5 dB
@@ -123,16 +129,22 @@ TINY = _change(SCENES, dict(
 
 BRIDGE = dict(steps=100, optimizer=dict(decay_from=1.0))  # GEAR's first half: enough to collapse, equal to it step by step
 
+SCENES_STAGES = dict(
+    tokenizer=dict(
+        steps=600, eval_every=100, objective=dict(gan_start=0.6), optimizer=dict(tokenizer_lr=2e-3, decay_from=0.6)
+    ),
+    joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
+    generator=dict(steps=200, eval_every=40),
+    half=dict(steps=800, tokenizer=dict(codebook_size=256)),  # longer: at the reconstruction of the others
+    **dict.fromkeys(["naive", "naive-inputs", "straight-through", "no-gan"], BRIDGE),
+)  # fmt: skip
+
 RECIPES = {
+    **_family("scenes", SCENES, **SCENES_STAGES),
+    **_family("scenes-ibq", SCENES_IBQ, **SCENES_STAGES),
     **_family(
-        "scenes", SCENES,
-        tokenizer=dict(
-            steps=600, eval_every=100, objective=dict(gan_start=0.6), optimizer=dict(tokenizer_lr=2e-3, decay_from=0.6)
-        ),
-        joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
-        generator=dict(steps=200, eval_every=40),
-        half=dict(steps=800, tokenizer=dict(codebook_size=256)),  # longer: at the reconstruction of the others
-        **dict.fromkeys(["naive", "naive-inputs", "straight-through", "no-gan"], BRIDGE),
+        "scenes-lfq", SCENES_LFQ,
+        **SCENES_STAGES | dict(half=dict(steps=800, tokenizer=dict(codebook_size=256, code_dim=8))),
     ),
     **_family(
         "cifar10-smoke", CIFAR10_SMOKE,

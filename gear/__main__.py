@@ -1,9 +1,10 @@
-"""The command line: gear train | sample | figures | claims | runs | teacher."""
+"""The command line: gear train | sample | reconstruct | inspect | export | figures | claims | runs | teacher."""
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -12,14 +13,20 @@ from torchvision.utils import make_grid
 
 from gear import data, figures, render
 from gear.analysis import claims
-from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, network, token_grid
+from gear.analysis.codes import usage
+from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
 from gear.config import Interrupted, TrainingStopped, UserError, from_dict, nearest
+from gear.containers import CONTAINERS, export
+from gear.evaluation.reconstruction import l1, psnr, reconstruct
+from gear.generator.model import GeneratorConfig
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
-from gear.recipes import RECIPES, recipe, train_with_parents
+from gear.recipes import RECIPES, known, recipe, train_with_parents
 from gear.run import Run, run_names
 from gear.teachers.scenes import ScenesTeacher, package
+from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.model import check_divides
 from gear.training.loop import Runtime
 from gear.training.state import Config
 
@@ -35,6 +42,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
+    tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
     labels: tuple[int, ...] = ()  # a class for each image; none given: sixteen, from the first class on
     cfg_scale: float = 1.0  # guidance; 1 is none
     temperature: float = 1.0
@@ -42,6 +50,16 @@ class SampleOptions:
     top_p: float = 1.0  # 1 keeps all
     seed: int = 0
     out: Path = Path("samples.png")
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    images: str = ""  # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
+    image_size: int = 0  # pixels; 0: the run's, and 256 for a file
+    interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side, before the centre crop
+    count: int = 16
+    ema: bool = True  # averaged weights, where there are any
+    out: Path = Path("reconstruct.png")  # and its metrics beside it, .json
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class ClaimOptions:
 def train_command(names, arguments):
     """Train runs by recipe name; parents that are missing come first. The same command resumes."""
     if not names:
-        raise UserError(f"name a recipe: gear train NAME. Known: {', '.join(RECIPES)}.")
+        raise UserError(f"name a recipe: gear train NAME. Known: {known()}.")
     base = recipe(names[0])
     options = _parse(TrainOptions(base), arguments)
     if options.config.seed != base.seed:  # the seed is part of the name
@@ -79,23 +97,101 @@ def train_command(names, arguments):
 
 
 def sample_command(names, arguments):
-    """Draw samples of a generator run into a PNG."""
+    """Draw samples of a generator, a run's or a file's, into a PNG."""
     if len(names) != 1:
-        raise UserError("name one generator run: gear sample RUN.")
+        raise UserError("name one generator, a run or a file: gear sample RUN.")
     options = _parse(SampleOptions(), arguments)
-    generator, tokenizer = load_generator(names[0]), load_tokenizer(names[0])
+    generator, tokenizer = load_generator(names[0]), load_tokenizer(options.tokenizer or names[0])
+    if generator.config.text_slots:
+        raise UserError("this generator is conditioned on captions' features: give them to gear.sample, in Python.")
+    if generator.codebook_size != tokenizer.config.codebook_size:
+        raise UserError(
+            f"the generator knows {generator.codebook_size} codes, the tokenizer has {tokenizer.config.codebook_size}."
+        )
     classes = generator.config.num_classes
     labels = options.labels or tuple(i % classes for i in range(16))
     if wrong := [label for label in labels if not 0 <= label < classes]:
         raise UserError(f"labels {wrong}: this run has classes 0 to {classes - 1}.")
     images = sample(
-        generator, tokenizer, torch.tensor(labels), token_grid(Run.open(names[0]).config), cfg_scale=options.cfg_scale,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        generator, tokenizer, torch.tensor(labels), cfg_scale=options.cfg_scale, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed,
     )  # fmt: skip
     grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
     sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
     write_atomically(options.out, lambda path: sheet.save(path, "PNG"))
     print(f"{len(images)} samples of {names[0]}: {options.out.resolve()}")
+
+
+def reconstruct_command(names, arguments):
+    """Write a sheet of images above their reconstructions, and what was lost, of a run or a checkpoint file."""
+    if len(names) != 1:
+        raise UserError("name one run or file: gear reconstruct FILE --images PATH.")
+    options = _parse(ReconstructOptions(), arguments)
+    tokenizer = load_tokenizer(names[0], options.ema)
+    config = None if Path(names[0]).is_file() else from_dict(data.DataConfig, Run.open(names[0]).config["data"])
+    if config is None and not options.images:
+        raise UserError("a file has no images of its own: give --images a folder, a zip or an image.")
+    source, split = (options.images, "all") if options.images else (config.source, "val")
+    size = options.image_size or (config.image_size if config else 256)
+    check_divides((size, size), tokenizer.config.downsampling)
+    images, _ = data.load(data.DataConfig(source, size, interpolation=options.interpolation), split, options.count)
+    decoded, indices = reconstruct(tokenizer, images)
+    used = usage(indices, tokenizer.config.codebook_size)
+    metrics = {
+        "psnr": float(psnr(decoded, images).mean()), "l1": float(l1(decoded, images).mean()), "usage_entropy": used.entropy,
+        "codes_used": tokenizer.config.codebook_size - used.dead, "images": len(images), "tokens": used.n,
+        "protocol": {
+            "weights": tokenizer.source, "source": source, "split": split, "image_size": size, "crop": "centre",
+            "interpolation": options.interpolation, "psnr": "dB, mean over images, clamped, not rounded", "l1": "[0, 1] units",
+        },
+    }  # fmt: skip
+    rows = [x for pair in zip(images.split(8), decoded.split(8)) for x in pair]
+    rows = [torch.cat([x, x.new_ones(8 - len(x), *x.shape[1:])]) for x in rows] if len(images) > 8 else rows
+    grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=min(8, len(images)), padding=2, pad_value=1.0)
+    sheet, path = Image.fromarray(data.to_uint8(grid[None])[0].numpy()), options.out.with_suffix(".json")
+    write_atomically(options.out, lambda temporary: sheet.save(temporary, "PNG"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
+    print(
+        f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {used.entropy:.2f} nats, "
+        f"{len(images)} images of {size} px: {options.out.resolve()}, {path.name}"
+    )
+
+
+def inspect_command(names, arguments):
+    """Say what a checkpoint file or a run holds: layout, sizes, parameters of each part, training step."""
+    if len(names) != 1 or arguments:
+        raise UserError("name one run or file: gear inspect FILE.")
+    checkpoint = open_checkpoint(names[0])
+    step = "not recorded" if checkpoint.step is None else checkpoint.step
+    print(f"{checkpoint.source}: {CONTAINERS[checkpoint.container]}, training step {step}")
+    for name, part in checkpoint.parts.items():
+        layout = part.layout.name if part.layout else "gear's own"
+        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim}))
+        print(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_sizes(part.size)}")
+        if part.extras:
+            print(f"  {'':16} kept beside them: {', '.join(part.extras)}")
+    if checkpoint.ignored:
+        print(f"  not read: {', '.join(checkpoint.ignored)}")
+
+
+def _sizes(size):
+    config, codes = size if isinstance(size, tuple) and isinstance(size[0], GeneratorConfig) else (size, None)
+    if isinstance(config, TokenizerConfig):
+        return f"; {config.codebook_size} codes of {config.code_dim}, downsampling {config.downsampling}"
+    if not isinstance(config, GeneratorConfig):
+        return ""
+    condition = f"captions of up to {config.text_slots}" if config.text_slots else f"{config.num_classes} classes"
+    return f"; {config.layers} layers of {config.width}, {config.heads} heads, {codes} codes, {condition}"
+
+
+def export_command(names, arguments):
+    """Write a run's or a file's networks to OUT: .safetensors with a card, or .pt in the public layout they have."""
+    if len(names) != 2 or arguments:
+        raise UserError("name what to export and where to: gear export FILE OUT.safetensors, or OUT.pt.")
+    if Path(names[1]).suffix not in (".safetensors", ".pt"):
+        raise UserError(f"'{names[1]}' ends in neither .safetensors nor .pt: which of the two is asked for?")
+    left_out = export(open_checkpoint(names[0]), names[1])
+    print(Path(names[1]).resolve(), f"without {', '.join(left_out)}: no public layout has names for them" if left_out else "")
 
 
 def figures_command(names, arguments):
@@ -152,6 +248,9 @@ def teacher_command(names, arguments):
 COMMANDS = {
     "train": train_command,
     "sample": sample_command,
+    "reconstruct": reconstruct_command,
+    "inspect": inspect_command,
+    "export": export_command,
     "figures": figures_command,
     "claims": claims_command,
     "runs": runs_command,

@@ -63,7 +63,8 @@ def open_checkpoint(source):
     if path.is_file():
         return read_safetensors(path) if path.suffix == ".safetensors" else read_public(path)
     if str(source) not in run_names() and (path.suffix in SUFFIXES or len(path.parts) > 1):
-        raise UserError(f"no checkpoint {path}: {'that is a folder' if path.is_dir() else 'there is no such file'}.")
+        what = "that is a folder; a run is opened by its name" if path.is_dir() else "there is no such file"
+        raise UserError(f"no checkpoint {path}: {what}.")
     return _of_run(Run.open(str(source)))
 
 

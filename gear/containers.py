@@ -24,6 +24,10 @@ GEAR_PARTS = {  # the public GEAR's entries, stages 0 to 2, and what each is her
     "vq": "tokenizer", "vq_ema": "tokenizer_ema", "ar": "generator", "ema": "generator_ema", "projectors": "projector",
     "discriminator": "discriminator",
 }  # fmt: skip
+CONTAINERS = {
+    "run": "a run", "gear": "a GEAR checkpoint", "model": "wrapped as 'model'", "module": "wrapped as 'module'",
+    "state_dict": "wrapped as 'state_dict'", "lightning": "a Lightning file", "bare": "a bare state dict",
+}  # fmt: skip
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Checkpoint:
     """What a file or a run holds: parts "tokenizer", "tokenizer_ema", "generator", ...; `container` is how it was wrapped."""
 
     source: str
-    container: str  # "run", "gear", "model", "module", "state_dict", "lightning" or "bare"
+    container: str  # of CONTAINERS: how it is wrapped
     parts: dict
     step: int | None = None
     ignored: tuple = ()  # entries that are no network we know
@@ -87,16 +91,15 @@ def _load(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error).upper():
-            what = str(error).split("GLOBAL ")[-1].split(" ")[0]
-            raise UserError(f"'{path.name}' holds Python code ({what}), which is not run: save its tensors alone.") from None
-        raise UserError(f"'{path.name}' is not a checkpoint: {str(error).splitlines()[0]}") from None
     except OSError:
         raise
-    except Exception as error:  # torch has no type of its own for this
+    except Exception as error:  # torch has no one type for this
+        why = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            what = str(error).split("GLOBAL ")[-1].split(" ")[0]
+            raise UserError(f"'{path.name}' holds Python code ({what}), which is not run: save its tensors alone.") from None
         what = "is cut short" if _is_zip(path) else "is not a checkpoint"
-        raise UserError(f"'{path.name}' {what} ({str(error).splitlines()[0][:120]}). Fetch it again.") from None
+        raise UserError(f"'{path.name}' {what} ({why}). Fetch it again.") from None
 
 
 def _is_zip(path):
@@ -192,7 +195,8 @@ def _write_safetensors(checkpoint, path):
     tensors |= {f"extras.{name}.{n}": t for name, part in checkpoint.parts.items() for n, t in part.extras.items()}
     parts = {n: {"layout": p.layout and p.layout.name, "size": _size_to_json(p.size)} for n, p in checkpoint.parts.items()}
     card = {
-        "version": __version__, "source": checkpoint.source, "container": checkpoint.container, "step": checkpoint.step,
+        "version": __version__, "source": checkpoint.source, "step": checkpoint.step,
+        "container": "gear" if checkpoint.container == "run" else checkpoint.container,
         "grid": checkpoint.grid, "parts": parts,
     }  # fmt: skip
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"gear": json.dumps(card)})
@@ -228,4 +232,4 @@ def _size_from_json(kind, size):
         return from_dict(TokenizerConfig, size)
     if kind == "generator":
         return from_dict(GeneratorConfig, size[0]), size[1]
-    return tuple(tuple(item) if isinstance(item, list) else item for item in size or ())
+    return size and tuple(tuple(item) if isinstance(item, list) else item for item in size)

@@ -105,9 +105,9 @@ class Folder:
     """Images of a folder, a zip or a download, one sub-folder a class; a flat one is one class.
 
     A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
-    (of a folder so small that no hash falls into it, the lowest is taken); the split "all" holds both. An image that cannot be read is named once, and
-    the next of its class stands in for it. Raises UserError when there is no such folder or zip, or no download, when it
-    holds no images, and when more than a hundredth of them cannot be read.
+    (of a folder so small that no hash falls into it, the lowest is taken); the split "all" holds both. An image that cannot
+    be read is named once, and the next of its class stands in for it. Raises UserError when there is no such folder or zip,
+    or no download, when it holds no images, and when more than a hundredth of them cannot be read.
     """
 
     def __init__(self, path, split, config):

@@ -90,8 +90,11 @@ next-token loss and a better alignment of the fresh generator at about the same 
 SCENES_IBQ = _change(SCENES, dict(tokenizer=dict(quantizer="ibq")))
 """The scenes preset with an IBQ tokenizer: `gear train scenes-ibq-gear-s0`."""
 
-SCENES_LFQ = _change(SCENES, dict(tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=9)))
-"""The scenes preset with an LFQ tokenizer, nine bits, on Open-MAGVIT2's backbone: `gear train scenes-lfq-gear-s0`."""
+SCENES_LFQ = _change(SCENES, dict(tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=9), objective=dict(tau=0.25)))
+"""The scenes preset with an LFQ tokenizer, nine bits, on Open-MAGVIT2's backbone: `gear train scenes-lfq-gear-s0`.
+
+Each tokenizer's A has its own scale: tau is where the warm-up's soft assignment has about half a nat, as in `SCENES`.
+"""
 
 CIFAR10_SMOKE = _change(SCENES, dict(
     teacher="efficientnet-lite0", eval_every=50, data=dict(source="cifar10"), generator=dict(num_classes=10),
@@ -173,11 +176,19 @@ RECIPES = {
 }  # fmt: skip
 
 
+def known():
+    """Say which recipes there are: every preset has every method."""
+    presets = [name.removesuffix("-gear") for name in RECIPES if name.endswith("-gear")]
+    methods = [name.removeprefix("scenes-") for name in _family("scenes", SCENES, **SCENES_STAGES)]
+    others = RECIPES.keys() - {f"{preset}-{method}" for preset in presets for method in methods}
+    return f"PRESET-METHOD, presets {', '.join(presets)}, methods {', '.join(methods)}; and {', '.join(sorted(others))}"
+
+
 def recipe(name):
     """Return the Config of the run `name`: a recipe's name, with `-sN` for seed N; its parents carry the same seed."""
     stem, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", name).groups()
     if stem not in RECIPES:
-        raise UserError(f"unknown recipe '{stem}'.{nearest(stem, RECIPES)} Known: {', '.join(sorted(RECIPES))}.")
+        raise UserError(f"unknown recipe '{stem}'.{nearest(stem, RECIPES)} Known: {known()}.")
     config = RECIPES[stem]
     if seed is None:
         return config

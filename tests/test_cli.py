@@ -265,8 +265,10 @@ def test_a_parent_that_trains_no_tokenizer(capsys, tiny):
 def test_a_path_is_no_run(name, tiny, home, monkeypatch):
     monkeypatch.chdir(home)
     torch.save({"a": Trap(home / "executed")}, home / "weights.pt")
-    for load in (gear.load_tokenizer, gear.load_generator, gear.Run.open):
-        with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
+    with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
+        gear.Run.open(name)
+    for load in (gear.load_tokenizer, gear.load_generator):
+        with pytest.raises(gear.UserError, match="holds Python code|that is a folder; a run is opened by its name"):
             load(name)
     assert not (home / "executed").exists()
 

@@ -17,5 +17,12 @@ def psnr(reconstruction, images):
     return -10 * torch.log10(mse.clamp_min(1e-12))
 
 
+@torch.no_grad()
+def reconstruct(tokenizer, images, batch=8):
+    """Encode and decode images (N, 3, H, W), `batch` at a time: reconstructions (N, 3, H, W) and indices (N, h, w)."""
+    indices = [tokenizer.encode(x) for x in images.split(batch)]
+    return torch.cat([tokenizer.decode(grid) for grid in indices]), torch.cat(indices)
+
+
 def _difference(reconstruction, images):
     return (reconstruction.float().clamp(-1, 1) - images.float()) / 2

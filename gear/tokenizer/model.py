@@ -94,8 +94,8 @@ def initialise_from_data(tokenizer, images, seed=0):
     spread = torch.cov((patches - mean).T.double())  # float64: the start must not depend on how memory was aligned
     basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - constants].float()  # (D - 1 or D, 3 f f)
     basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
-    weight = torch.cat([basis, torch.zeros(constants, basis.shape[1])])
-    bias = torch.cat([-basis @ mean, torch.ones(constants)])
+    weight = quantizer.scale * torch.cat([basis, torch.zeros(constants, basis.shape[1])])
+    bias = quantizer.scale * torch.cat([-basis @ mean, torch.ones(constants)])
     tokenizer.skip_in.weight.copy_(weight.view(d, 3, f, f))
     tokenizer.skip_in.bias.copy_(bias)
     code = quantizer.start(patches @ weight.T + bias, seed).double()  # (N, D)

@@ -51,7 +51,7 @@ class VectorQuantizer(nn.Module):
     gradient passes straight through to the normalised latent and never to the codebook.
     """
 
-    constants = 1  # channels in which a latent starts as 1 (see initialise_from_data)
+    constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
 
     def __init__(self, config):
         super().__init__()
@@ -108,6 +108,8 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     in `codebook_loss`: mean (q - z)^2 of that q, + (sg(c) - z)^2, + .25 (c - sg(z))^2 of the code c itself.
     """
 
+    scale = 3.0  # softmax(A) has no temperature: where all codes are short it is sure of none, and its gradient says little
+
     def __init__(self, config):
         nn.Module.__init__(self)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
@@ -138,13 +140,13 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         return as_rows(latents)
 
     def start(self, rows, seed):
-        """Start the codebook from latents (N, D) that end in a constant 1: k-means c, last place 1 + (E|c|^2 - |c|^2) / 2.
+        """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
 
         The largest dot product is then with the nearest c, and latents and codes are near each other.
         """
-        c = _kmeans(rows[:, :-1], len(self.codebook), seed)
+        c = _kmeans(rows[:, :-1] / self.scale, len(self.codebook), seed)
         length = c.square().sum(-1, keepdim=True)
-        self.codebook.copy_(torch.cat([c, 1 + (length.mean() - length) / 2], -1))
+        self.codebook.copy_(self.scale * torch.cat([c, 1 + (length.mean() - length) / 2], -1))
         codes = self.codes().cpu()
         return codes[(rows @ codes.T).argmax(-1)]
 
@@ -156,7 +158,7 @@ class LookupFreeQuantizer(nn.Module):
     p(+1) = sigmoid(4 z_j / T), so indices and entropies need no (N, K) matrix; `affinity` forms it for those who ask.
     """
 
-    constants = 0
+    constants, scale = 0, 1.0
 
     def __init__(self, config):
         super().__init__()

@@ -1,0 +1,343 @@
+"""Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said of that."""
+
+import argparse
+import json
+import pickle
+
+import pytest
+import torch
+from helpers import TOKENIZER, tiny_generator
+
+import gear
+from gear import UserError
+from gear.__main__ import main
+from gear.checkpoints import load_discriminator, open_checkpoint
+from gear.containers import export
+from gear.generator.model import Generator, GeneratorConfig
+from gear.layouts import LAYOUTS
+from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.model import Tokenizer
+
+CONFIGS = {  # a small network of each family that a public layout can name
+    "vq": TOKENIZER,
+    "lfq": TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1),
+    "ibq": TokenizerConfig("ibq", "vqgan", 32, 6, 8, (1, 2, 2), latent_channels=6, res_blocks=2),
+}
+LAYOUT = {"vq": "LlamaGen VQ", "lfq": "Open-MAGVIT2 LFQ", "ibq": "IBQ"}
+GENERATOR = GeneratorConfig(64, 2, 1, num_classes=5, tap_layer=1, condition_rotation="zero")
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
+
+
+def layout(name):
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+def public(module, name):
+    """A network's tensors under their public names."""
+    names = layout(name).public(module)
+    return {names[n]: t.detach().clone() for n, t in module.state_dict().items()}
+
+
+def tokenizer(family="vq", seed=0):
+    torch.manual_seed(seed)
+    return Tokenizer(CONFIGS[family]).eval()
+
+
+def generator(seed=0):
+    torch.manual_seed(seed)
+    return Generator(GENERATOR, 32).eval()
+
+
+def same_outputs(one, other):
+    return torch.equal(one.encode(IMAGES), other.encode(IMAGES)) and torch.equal(
+        one(IMAGES).reconstruction, other(IMAGES).reconstruction
+    )
+
+
+@pytest.fixture
+def file(home):
+    """Write `content` to a file in the test's folder; returns its path."""
+
+    def write(content, name="file.pt"):
+        torch.save(content, home / name)
+        return home / name
+
+    return write
+
+
+# -- what files are wrapped in -----------------------------------------------------------------------------------------
+
+
+def dotless(tensors):
+    return {f"model_ema.{n.replace('.', '')}": t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
+    """Live weights and their average differ; the average is taken unless told otherwise, and what was taken is said."""
+    live, averaged = tokenizer(family), tokenizer(family, seed=1)
+    a, b, name = public(live, LAYOUT[family]), public(averaged, LAYOUT[family]), LAYOUT[family]
+    assert not same_outputs(live, averaged)
+    both = {
+        "gear.pt": ({"vq": a, "vq_ema": b, "steps": 9, "args": {"lr": 1.0}, "opt_vq": {"state": {}}}, f"{name}, step 9"),
+        "llamagen.pt": ({"model": a, "ema": b, "steps": 9, "args": argparse.Namespace(lr=1.0)}, f"{name}, step 9"),
+        "pl.ckpt": ({"state_dict": a | dotless(b) | {"loss.d": torch.zeros(1), "model_ema.decay": torch.zeros(1)}}, name),
+    }
+    for path, (content, said) in both.items():
+        path = file(content, path)
+        for ema, module in ((True, averaged), (False, live)):
+            loaded = gear.load_tokenizer(path, ema)
+            assert same_outputs(loaded, module), path
+            assert loaded.source == f"tokenizer{'_ema' if ema else ''} of {path.name} ({said})"
+            assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    alone = {
+        "bare.pt": a,
+        "model.pt": {"model": a},
+        "fsdp.pt": {"state_dict": a},
+        "deepspeed.pt": {"module": a},
+        "compiled.pt": {"vq": {f"_orig_mod.{n}": t for n, t in a.items()}},
+        "ddp.pt": {"model": {f"module.{n}": t for n, t in a.items()}},
+        "half.pt": {n: t.bfloat16() for n, t in a.items()},
+    }
+    for path, content in alone.items():
+        loaded = gear.load_tokenizer(file(content, path))
+        assert loaded.encoder.conv_in.weight.dtype == torch.float32
+        assert path == "half.pt" or same_outputs(loaded, live), path
+
+
+def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monkeypatch):
+    """Names without dots cannot be told apart by themselves: they are looked up in the released sizes."""
+    averaged = tokenizer("ibq")
+    ibq = layout("IBQ")
+    monkeypatch.setattr("gear.containers.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
+    loaded = gear.load_tokenizer(file({"state_dict": dotless(public(averaged, "IBQ"))}))
+    assert same_outputs(loaded, averaged)
+
+
+def test_a_joint_file_gives_each_of_its_parts(file):
+    discriminator = layout("PatchGAN").build((16, 2))
+    projector = layout("projectors").build(((64, 8, 12), (64, 8, 20)))  # two teachers
+    path = file({
+        "vq": public(tokenizer(), "LlamaGen VQ"), "ar": public(generator(), "LlamaGen"),
+        "projectors": public(projector, "projectors"), "discriminator": public(discriminator, "PatchGAN"), "steps": 5,
+    })  # fmt: skip
+    assert same_outputs(gear.load_tokenizer(path), tokenizer())
+    loaded, tokens, labels = gear.load_generator(path), torch.arange(16).view(1, 4, 4), torch.tensor([2])
+    assert torch.equal(loaded(tokens, labels), generator()(tokens, labels)) and loaded.grid == (16, 16)
+    assert loaded.config.condition_rotation == "zero"
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.parts["projector"].size == ((64, 8, 12), (64, 8, 20))
+    assert torch.equal(load_discriminator(path)(IMAGES), discriminator(IMAGES))
+    with pytest.raises(UserError, match="holds no generator: it holds tokenizer"):
+        gear.load_generator(file(public(tokenizer(), "LlamaGen VQ"), "vq.pt"))
+
+
+def test_what_may_be_absent_and_what_may_be_there_beside(file):
+    """BatchNorm's counters may be missing; LlamaGen's count of used codes may be there. Both come back as they came."""
+    tensors = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.arange(7.0)}
+    counters = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
+    del counters["main.3.num_batches_tracked"]
+    path = file({"vq": tensors, "discriminator": counters})
+    export(open_checkpoint(path), path.with_name("ours.safetensors"))
+    export(open_checkpoint(path.with_name("ours.safetensors")), path.with_name("back.pt"))
+    back = torch.load(path.with_name("back.pt"), weights_only=True)
+    assert back["vq"].keys() == tensors.keys() and back["discriminator"].keys() == counters.keys()
+    assert all(torch.equal(back["vq"][n], t) for n, t in tensors.items())
+    assert same_outputs(gear.load_tokenizer(path.with_name("ours.safetensors")), tokenizer())
+    load_discriminator(path)(IMAGES)
+
+
+@pytest.mark.parametrize("container", ["bare", "model", "module", "state_dict", "lightning", "gear"])
+def test_a_file_comes_back_in_its_own_wrapping(container, file):
+    a, b = public(tokenizer(), "LlamaGen VQ"), public(tokenizer(seed=1), "LlamaGen VQ")
+    content = {
+        "bare": a, "model": {"model": a, "ema": b, "steps": 3}, "module": {"module": a}, "state_dict": {"state_dict": a},
+        "lightning": {"state_dict": a | dotless(b), "global_step": 3}, "gear": {"vq": a, "vq_ema": b, "steps": 3},
+    }[container]  # fmt: skip
+    path = file(content)
+    export(open_checkpoint(path), path.with_name("ours.safetensors"))
+    export(open_checkpoint(path.with_name("ours.safetensors")), path.with_name("back.pt"))
+    flat = lambda c: (
+        {k: v for k, v in c.items() if not isinstance(v, dict)}
+        | {  # noqa: E731
+            f"{k}/{n}": t for k, v in c.items() if isinstance(v, dict) for n, t in v.items()
+        }
+    )
+    back, wanted = flat(torch.load(path.with_name("back.pt"), weights_only=True)), flat(content)
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(torch.as_tensor(back[k]), torch.as_tensor(v)) for k, v in wanted.items())
+
+
+def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
+    main(["export", "tiny", str(home / "tiny.safetensors")])
+    for load in (gear.load_tokenizer, gear.load_generator):
+        one, other = load("tiny").state_dict(), load(home / "tiny.safetensors").state_dict()
+        assert one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+    assert gear.load_generator(home / "tiny.safetensors").grid == (8, 8)
+    with pytest.raises(
+        UserError, match="no public layout has a name for what 'tiny' holds"
+    ):  # a linear skip, turned conditions
+        export(open_checkpoint("tiny"), home / "tiny.pt")
+    assert not (home / "tiny.pt").exists()
+
+
+def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
+    """The public networks silence a condition's key: read back by them, ours would be another network."""
+    assert gear.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
+    turned = GeneratorConfig(**GENERATOR.__dict__ | {"condition_rotation": "identity"})
+    assert gear.layouts.public_layout("generator", (turned, 32)) is None
+    assert gear.layouts.public_layout("generator", (tiny_generator().config, 11)) is None  # heads that no table tells
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused(path, *said):
+    """Every way in says the same thing, in one message without a traceback."""
+    for load in (gear.load_tokenizer, open_checkpoint):
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert all(words in str(error.value) for words in said), str(error.value)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ("weights.pt", "weights.ckpt"))
+def test_code_in_a_file_is_not_run(name, file, home):
+    refused(
+        file({"vq": public(tokenizer(), "LlamaGen VQ"), "hook": Trap(home / "executed")}, name),
+        name,
+        "holds Python code",
+        "open",
+    )
+    (home / "old.pt").write_bytes(pickle.dumps({"a": Trap(home / "executed")}))
+    refused(home / "old.pt", "'old.pt' ")
+    assert not (home / "executed").exists()
+
+
+def test_what_is_no_checkpoint(file, home):
+    for name, content in {"photo.pt": b"\xff\xd8\xff\xe0 not weights", "empty.pt": b"", "text.ckpt": b"hello"}.items():
+        (home / name).write_bytes(content)
+        refused(home / name, f"'{name}' is not a checkpoint")
+    refused(file(torch.zeros(3)), "'file.pt' is not a checkpoint: it holds one Tensor")
+    refused(file({"epoch": 3}), "'file.pt' has an unknown layout", "Known: LlamaGen VQ")
+    refused(file({"resnet.conv.weight": torch.zeros(3)}), "unknown layout (it begins with resnet.conv.weight)")
+    refused(file({"cls_embedding.uncond_embedding": torch.zeros(1)}), "LlamaGen's own text-to-image model")
+    (home / "x.safetensors").write_bytes(b"\x00" * 20)
+    refused(home / "x.safetensors", "'x.safetensors' cannot be read")
+
+
+def test_what_is_cut_short(file, home):
+    path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(path, "'file.pt' is cut short", "Fetch it again")
+    export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")}, "whole.pt")), home / "ours.safetensors")
+    ours = (home / "ours.safetensors").read_bytes()
+    (home / "ours.safetensors").write_bytes(ours[:-100])
+    refused(home / "ours.safetensors", "cut short")
+
+
+def test_a_file_of_ours_without_its_card(home):
+    gear.run.save_file({"a": torch.zeros(1)}, home / "other.safetensors")
+    refused(home / "other.safetensors", "no card of gear")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_one_tensor_missing_extra_or_of_another_shape_is_named(family, file, monkeypatch):
+    """Whichever tensor it is, also one that the sizes are read from: the released sizes tell it from its neighbours."""
+    whole, name = public(tokenizer(family), LAYOUT[family]), LAYOUT[family]
+    known = [
+        layout.__class__(**layout.__dict__ | {"sizes": (CONFIGS[family],)}) if layout.name == name else layout
+        for layout in LAYOUTS
+    ]
+    monkeypatch.setattr("gear.layouts.LAYOUTS", known)
+    for tensor in ("encoder.conv_in.weight", "decoder.conv_out.bias", *list(whole)[3:-1:9]):
+        refused(file({k: v for k, v in whole.items() if k != tensor}), f"layout {name}", f"\n  missing {tensor} (")
+        wrong = torch.zeros(*whole[tensor].shape, 2)
+        refused(
+            file(whole | {tensor: wrong}), f"\n  {tensor} has shape {tuple(wrong.shape)}, expected {tuple(whole[tensor].shape)}"
+        )
+    refused(file(whole | {"encoder.extra.weight": torch.zeros(2)}), "\n  unexpected encoder.extra.weight (2,)")
+
+
+def test_a_path_or_a_run_that_is_not_there(home, tiny):
+    refused(home / "gone.pt", "no checkpoint", "there is no such file")
+    refused(str(home / "runs"), "that is a folder")
+    refused("tinny", "no run 'tinny'", "Did you mean 'tiny'?")
+
+
+def test_inputs_out_of_range(file):
+    vq, ar = tokenizer(), generator()
+    with pytest.raises(UserError, match=r"indices run from 0 to 32: they have to lie in \[0, 32\)"):
+        vq.decode(torch.tensor([[[0, 32], [1, 2]]]))
+    with pytest.raises(UserError, match="a grid .B, h, w. can be decoded"):
+        vq.decode(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(UserError, match="indices are torch.float32: integers are expected"):
+        vq.decode(torch.zeros(1, 2, 2))
+    for tokens, labels, said in (([[-1] * 4], [0], "indices run from -1 to -1"), ([[0] * 4], [6], "labels run from 6 to 6")):
+        with pytest.raises(UserError, match=said):
+            ar(torch.tensor(tokens), torch.tensor(labels))
+    with pytest.raises(UserError, match="labels run from 7 to 7"):
+        gear.sample(ar, vq, [7], (2, 2))
+    with pytest.raises(UserError, match="conditioned on a class"):
+        ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_is_there(file, capsys):
+    vq = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.zeros(3)}
+    foreign = {"foreign.weight": torch.zeros(2)}
+    path = file({"vq": vq, "ema": public(generator(), "LlamaGen"), "discriminator": foreign, "steps": 1234})
+    main(["inspect", str(path)])
+    said = capsys.readouterr().out
+    assert "file.pt: a GEAR checkpoint, training step 1234" in said
+    count = sum(p.numel() for p in tokenizer().parameters())
+    assert f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
+    assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in said
+    assert "kept beside them: quantize.codebook_used" in said and "not read: discriminator" in said
+
+
+def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
+    path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
+    picture = home / "photo.png"
+    gear.__main__.Image.new("RGB", (40, 30), (200, 30, 90)).save(picture)
+    main(["reconstruct", str(path), "--images", str(picture), "--image-size", "16", "--out", str(home / "sheet.png")])
+    metrics = json.loads((home / "sheet.json").read_text())
+    assert metrics["images"] == 1 and metrics["tokens"] == 16 and metrics["protocol"]["image_size"] == 16
+    assert gear.__main__.Image.open(home / "sheet.png").size == (20, 38)
+    main(["reconstruct", "tiny", "--count", "10", "--out", str(home / "run.png")])
+    again = json.loads((home / "run.json").read_text())
+    assert again["images"] == 10 and again["protocol"]["source"] == "scenes" and 10 < again["psnr"] < 40
+    assert "tokenizer of tiny" in capsys.readouterr().out
+    for arguments, said in (
+        ([str(path)], "a file has no images of its own"),
+        ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
+        ([str(path), "--images", "nowhere"], "no folder or zip of images at 'nowhere'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["reconstruct", *arguments, "--out", str(home / "no.png")])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not (home / "no.png").exists()
+
+
+def test_a_generator_and_a_tokenizer_of_two_files_sample_together(file, home, capsys):
+    ar, vq = (
+        file({"model": public(generator(), "LlamaGen")}, "ar.pt"),
+        file({"vq": public(tokenizer(), "LlamaGen VQ")}, "vq.pt"),
+    )
+    main(["sample", str(ar), "--tokenizer", str(vq), "--labels", "3", "--out", str(home / "drawn.png")])
+    assert gear.__main__.Image.open(home / "drawn.png").size == (64, 64)
+    lfq = file(
+        public(Tokenizer(TokenizerConfig("lfq", "magvit2", 16, 4, 8, (1, 2), res_blocks=1)), "Open-MAGVIT2 LFQ"), "lfq.pt"
+    )
+    with pytest.raises(SystemExit):
+        main(["sample", str(ar), "--tokenizer", str(lfq), "--out", str(home / "no.png")])
+    assert "the generator knows 32 codes, the tokenizer has 16" in capsys.readouterr().err

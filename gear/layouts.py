@@ -263,10 +263,9 @@ ARCHITECTURE = {  # the fields that a public file tells by its shapes or its lay
 
 def public_layout(kind, size):
     """Return the Layout from which a network of our own would be read back as it is, or None: no linear skip, say."""
-    for layout in LAYOUTS if kind in ARCHITECTURE else ():
-        if layout.kind == kind:
-            names, shapes = layout.names(size)
-            ours, read = (s[0] if isinstance(s, tuple) else s for s in (size, layout.read(shapes)))
+    for layout in (layout for layout in LAYOUTS if layout.kind == kind and kind in ARCHITECTURE):
+        with contextlib.suppress(LookupError):  # another family's names cannot be read by this one
+            ours, read = (s[0] if isinstance(s, tuple) else s for s in (size, layout.read(layout.names(size)[1])))
             if all(getattr(ours, f) == getattr(read, f) for f in ARCHITECTURE[kind]):
                 return layout
     return None

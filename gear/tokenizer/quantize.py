@@ -221,7 +221,7 @@ def _entropy_of_mean(mean):
 
 def _joint(p):
     """Probabilities (N, D) of +1 in independent bits -> those of their 2^D patterns, bit 0 turning fastest: (N, 2^D)."""
-    joint = torch.ones_like(p[:, :1])
+    joint = p.new_ones(len(p), 1)
     for bit in p.T[:, :, None]:  # (N, 1)
         joint = torch.cat([joint * (1 - bit), joint * bit], -1)
     return joint

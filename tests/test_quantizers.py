@@ -1,0 +1,277 @@
+"""What LFQ and IBQ compute, against dense and literal forms, and that every stage trains with any quantizer."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import scenes
+
+import gear
+from gear import render
+from gear.checkpoints import open_checkpoint
+from gear.config import UserError
+from gear.home import ROOT
+from gear.layouts import public_layout
+from gear.recipes import RECIPES, SCENES, TINY
+from gear.tokenizer.autoencoder import AdaptiveNorm, TokenizerConfig, Upsample
+from gear.tokenizer.model import Tokenizer, initialise_from_data
+from gear.tokenizer.quantize import (
+    IndexBackpropagationQuantizer,
+    LookupFreeQuantizer,
+    bit_entropies,
+    entropies,
+)
+from gear.tokenizer.readout import soft_assignment
+from gear.training.loop import Runtime, train
+
+LFQ = TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1)
+IBQ = TokenizerConfig("ibq", "vqgan", 32, 6, 8, (1, 2, 2), latent_channels=6, res_blocks=1)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- LFQ -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", (1, 4, 7, 14))
+def test_lfq_bits_are_the_dense_codebook(dim):
+    """Index, assignment and both entropies from D bits equal those of the (N, K) matrix, in value and in gradient."""
+    lfq = LookupFreeQuantizer(replace(LFQ, codebook_size=2**dim, code_dim=dim))
+    z = (0.02 * gaussian(2, dim, 3, 2).double()).requires_grad_()
+    rows = z.flatten(2).mT
+    affinity = 2 * rows @ lfq.codes().double().T
+    assert torch.equal(lfq.indices(z), affinity.argmax(-1))
+    torch.testing.assert_close(lfq.affinity(z).double(), affinity, rtol=1e-5, atol=1e-6)
+    for fast, dense in zip(bit_entropies(rows), entropies(affinity)):
+        torch.testing.assert_close(fast, dense, rtol=1e-9, atol=1e-11)
+        gradients = [torch.autograd.grad(h, z, retain_graph=True)[0] for h in (fast, dense)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_lfq_index_has_bit_j_of_channel_j_and_zero_counts_as_minus():
+    lfq = LookupFreeQuantizer(LFQ)
+    z = torch.tensor([0.3, -1.0, 2.0, 0.0, -0.1]).view(1, 5, 1, 1)
+    assert lfq.indices(z).item() == 1 + 4
+    assert lfq.lookup(torch.tensor([[[5]]])).flatten().tolist() == [1, -1, 1, -1, -1]
+    assert torch.equal(lfq.codes()[5], lfq.lookup(torch.tensor([[[5]]])).flatten())
+    grid = torch.arange(32).view(1, 4, 8)
+    assert torch.equal(lfq.indices(lfq.lookup(grid)).view(1, 4, 8), grid)
+
+
+def test_lfq_never_forms_the_dense_matrix_unless_asked(monkeypatch):
+    """Encoding and a training forward with its losses do without the codebook; only `affinity` needs it."""
+    tokenizer = Tokenizer(LFQ)
+    monkeypatch.setattr(LookupFreeQuantizer, "codes", lambda *_: pytest.fail("the dense codebook was formed"))
+    images = scenes(2)[0]
+    out = tokenizer(images)
+    sum(out.quantized.losses.values()).backward()
+    assert torch.equal(tokenizer.encode(images).flatten(1), out.quantized.indices)
+    tokenizer.decode(tokenizer.encode(images))
+    with pytest.raises(pytest.fail.Exception, match="dense codebook"):
+        out.quantized.affinity  # noqa: B018
+
+
+def test_lfq_soft_assignment_is_a_product_of_bits():
+    """pi_k = prod_j sigmoid(4 s_kj z_j / tau)."""
+    lfq, z, tau = LookupFreeQuantizer(LFQ), gaussian(1, 5, 1, 1), 0.7
+    bits = (4 * lfq.codes() * z.flatten() / tau).sigmoid().prod(-1)
+    torch.testing.assert_close(soft_assignment(lfq.affinity(z), tau)[0, 0], bits)
+
+
+def test_lfq_passes_the_decoders_gradient_straight_and_commits():
+    lfq, z, cotangent = LookupFreeQuantizer(LFQ), gaussian(2, 5, 3, 3).requires_grad_(), gaussian(2, 5, 3, 3, seed=1)
+    out = lfq(z)
+    torch.testing.assert_close(out.latents, z.detach().sign())
+    torch.testing.assert_close(torch.autograd.grad((out.latents * cotangent).sum(), z)[0], cotangent)
+    torch.testing.assert_close(out.losses["commit_loss"], (z - z.sign().detach()).square().mean())
+    assert "codebook_loss" not in out.losses and not list(lfq.parameters())
+
+
+def test_lfq_has_as_many_codes_as_signs():
+    with pytest.raises(UserError, match="a code for every sign of 5 bits: 32, not 100"):
+        replace(LFQ, codebook_size=100)
+
+
+def test_depth_to_space_deals_the_block_index_out_first():
+    """Channel (2 a + b) C + c of the convolution's output goes to row 2 i + a, column 2 j + b of channel c."""
+    up = Upsample(3, "magvit2")
+    x = gaussian(2, 3, 4, 5)
+    dealt, got = up.conv(x), up(x)
+    for a, b, c in ((0, 0, 0), (0, 1, 2), (1, 0, 1), (1, 1, 2)):
+        torch.testing.assert_close(got[:, c, a::2, b::2], dealt[:, (2 * a + b) * 3 + c])
+
+
+def test_adaptive_norm_follows_the_latents_spread_and_mean():
+    norm, x = AdaptiveNorm(8, 5), 3 * gaussian(2, 8, 4, 4) + 1
+    latents = gaussian(2, 5, 4, 4, seed=1)
+    got = norm(x, latents)
+    plain = F.group_norm(x, 2, eps=1e-6)
+    scale = norm.scale(latents.flatten(2).std(-1)) + 0
+    want = scale[..., None, None] * plain + norm.bias(latents.mean((2, 3)))[..., None, None]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# -- IBQ -------------------------------------------------------------------------------------------------------------
+
+
+def test_ibq_is_its_formula():
+    """(onehot + p - sg(p)) C written out, with its three distances: outputs and every gradient."""
+    torch.manual_seed(0)
+    ibq, z = IndexBackpropagationQuantizer(IBQ).double(), gaussian(2, 6, 3, 3).double()
+    ibq.forward = IndexBackpropagationQuantizer.forward.__wrapped__.__get__(ibq)  # without the cast to float32
+    ibq.affinity = IndexBackpropagationQuantizer.affinity.__wrapped__.__get__(ibq)
+    ibq.codes = lambda: ibq.codebook
+    cotangent = gaussian(2, 6, 3, 3, seed=1).double()
+
+    def literal(z):
+        rows = z.flatten(2).mT
+        a = rows @ ibq.codebook.T
+        p = a.softmax(-1)
+        hard = F.one_hot(a.argmax(-1), 32).double()
+        q, code = (hard + p - p.detach()) @ ibq.codebook, hard @ ibq.codebook
+        losses = (
+            (q - rows).square().mean() + (code.detach() - rows).square().mean() + 0.25 * (code - rows.detach()).square().mean()
+        )
+        return q.mT.reshape(z.shape), losses
+
+    got, want = [], []
+    for target, run in ((got, lambda z: (lambda o: (o.latents, o.losses["codebook_loss"]))(ibq(z))), (want, literal)):
+        leaf = z.clone().requires_grad_()
+        q, loss = run(leaf)
+        target += [q, loss, *torch.autograd.grad((q * cotangent).sum() + 3 * loss, [leaf, ibq.codebook])]
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert (got[3].abs().amax(1) > 0).all()  # every code hears of the decoder
+
+
+def test_ibq_affinity_is_a_dot_product():
+    ibq, z = IndexBackpropagationQuantizer(IBQ), gaussian(2, 6, 2, 2)
+    torch.testing.assert_close(ibq.affinity(z), z.flatten(2).mT @ ibq.codebook.detach().T)
+
+
+# -- gradient routing (reference: which loss moves which part) -----------------------------------------------------------
+
+ROUTES = {
+    "lfq": {"recon": {"encoder", "decoder"}, "commit_loss": {"encoder"}, "entropy_loss": {"encoder"}, "soft": {"encoder"}},
+    "ibq": {
+        "recon": {"encoder", "codebook", "decoder"}, "codebook_loss": {"encoder", "codebook"},
+        "entropy_loss": {"encoder", "codebook"}, "soft": {"encoder", "codebook"},
+    },
+}  # fmt: skip
+OWNER = {
+    "encoder": "encoder",
+    "quant_conv": "encoder",
+    "quantizer": "codebook",
+    "decoder": "decoder",
+    "post_quant_conv": "decoder",
+}
+
+
+@pytest.mark.parametrize("family, term", [(f, t) for f, terms in ROUTES.items() for t in terms])
+def test_gradient_routing(family, term):
+    torch.manual_seed(0)
+    tokenizer, images = Tokenizer({"lfq": LFQ, "ibq": IBQ}[family]), scenes(4)[0]
+    out = tokenizer(images)
+    losses = out.quantized.losses | {
+        "recon": F.l1_loss(out.reconstruction, images),
+        "soft": (soft_assignment(out.quantized.affinity, 0.1) @ gaussian(32, 5)).square().sum(),
+    }
+    names, parameters = zip(*tokenizer.named_parameters())
+    gradients = torch.autograd.grad(losses[term], parameters, allow_unused=True)
+    moved = {OWNER[n.split(".")[0]] for n, g in zip(names, gradients) if g is not None and g.abs().max() > 0}
+    assert moved == ROUTES[family][term]
+
+
+@pytest.mark.parametrize("family", ("lfq", "ibq"))
+def test_indices_agree_under_bf16_autocast(family):
+    tokenizer, images = Tokenizer({"lfq": LFQ, "ibq": IBQ}[family]), scenes(4)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out, affinity = tokenizer(images), tokenizer.affinity(images)
+        assert affinity.dtype == torch.float32
+        assert torch.equal(out.quantized.indices, affinity.argmax(-1))
+        assert torch.equal(tokenizer.encode(images).flatten(1), affinity.argmax(-1))
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "lfq": replace(TINY.tokenizer, quantizer="lfq", backbone="magvit2", code_dim=6),
+    "ibq": replace(TINY.tokenizer, quantizer="ibq"),
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_start_from_data_beats_a_random_start(family):
+    config, images, unseen = SMALL[family], scenes(300)[0], scenes(60, first=1000)[0]
+    torch.manual_seed(0)
+    started, random = Tokenizer(config), Tokenizer(config)
+    initialise_from_data(started, images)
+    with torch.no_grad():
+        one, other = (F.l1_loss(t(unseen).reconstruction, unseen) for t in (started, random))
+    assert one < 0.5 * other and len(started.encode(unseen).unique()) > 32
+
+
+def test_recipes_differ_in_the_tokenizer_alone():
+    """A family of tokenizers is the scenes preset with another tokenizer, and a tau in units of its A."""
+    for family in ("lfq", "ibq"):
+        ours = RECIPES[f"scenes-{family}-gear"]
+        assert ours.tokenizer.quantizer == family
+        base = replace(RECIPES["scenes-gear"], recipe=ours.recipe, tokenizer_run=ours.tokenizer_run, tokenizer=ours.tokenizer)
+        assert replace(base, objective=replace(base.objective, tau=ours.objective.tau)) == ours
+        assert ours.tokenizer.codebook_size == SCENES.tokenizer.codebook_size
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def trained(request, tmp_path_factory):
+    """The runs tokenizer, joint and generator of one quantizer; returns their folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEAR_RUNS", str(folder))
+        for stage, parent in (("tokenizer", ""), ("joint", "tokenizer"), ("generator", "joint")):
+            config = replace(TINY, recipe="tiny", stage=stage, tokenizer=SMALL[request.param], tokenizer_run=parent)
+            train(config, stage, Runtime(device="cpu", quiet=True))
+    return folder
+
+
+def test_a_run_of_another_family_is_not_taken_for_a_public_layout(trained, monkeypatch):
+    """It has a linear skip; without one each family has its own layout and no other's."""
+    monkeypatch.setenv("GEAR_RUNS", str(trained))
+    assert {part.layout for part in open_checkpoint("joint").parts.values()} == {None}
+    for config, name in ((LFQ, "Open-MAGVIT2 LFQ"), (IBQ, "IBQ")):
+        assert public_layout("tokenizer", config).name == name
+        assert public_layout("tokenizer", replace(config, linear_skip=True)) is None
+
+
+def test_every_stage_trains(trained, monkeypatch):
+    monkeypatch.setenv("GEAR_RUNS", str(trained))
+    for stage, term in (("tokenizer", "disc_loss"), ("joint", "soft_align_loss"), ("generator", "ntp_loss")):
+        table = gear.Run.open(stage).metrics()
+        assert table.step.max() == TINY.steps and table[term].dropna().iloc[-1] < table[term].dropna().iloc[0]
+        assert table["val/psnr"].iloc[-1] > 15 and table["val/usage_size"].iloc[-1] > 20
+    pictures = gear.sample(gear.load_generator("generator"), gear.load_tokenizer("generator"), [0, 1])
+    assert pictures.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training_dynamics", "codebook_usage", "tokenizer_alignment", "generator_alignment"])
+def test_notebooks_draw_them(name, trained, monkeypatch, home):
+    monkeypatch.setenv("GEAR_RUNS", str(trained))
+    run = {"codebook_usage": "joint", "tokenizer_alignment": "joint"}.get(name, "generator")
+    keys = {"codebook_usage": ["joint", "control", "half"]}.get(name, ["warm_up", "control", "half", "method"])
+    sample = {"images": 40, "k": 5} if "alignment" in name else {}
+    render.execute(name, dict.fromkeys(keys, run) | sample)
+    assert (home / "figures" / f"{name}.png").stat().st_size > 20_000
+
+
+def test_training_does_not_ask_which_quantizer():
+    sources = "\n".join(path.read_text() for path in (ROOT / "gear" / "training").glob("*.py"))
+    assert not re.search(r"\.quantizer\b|LookupFree|IndexBackprop|VectorQuantizer|\"(vq|lfq|ibq)\"", sources)
+
+
+def test_the_three_families_stay_small():
+    """One set of blocks behind them: under 700 lines together."""
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "gear" / "tokenizer").glob("*.py")) < 700

@@ -1,0 +1,249 @@
+"""The text-to-image hybrid: who sees what, silent and speaking keys, empty slots, cached sampling; and what sampling offers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import GENERATOR, K, stirred, tiny_generator, tiny_tokenizer
+
+import gear
+from gear.config import UserError
+from gear.generator.model import Generator
+from gear.generator.sampling import generate
+from gear.generator.transformer import visible
+
+CONFIG = replace(GENERATOR, text_slots=6, text_dim=5, dual_layers=1)
+SEED = torch.Generator().manual_seed(0)
+TOKENS = torch.randint(0, K, (3, 16), generator=SEED)
+TEXT = torch.randn(3, 6, 5, generator=SEED)
+RIGHT = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()  # padded on the right
+MASKS = {"right": RIGHT, "left": RIGHT.flip(1)}
+
+
+def hybrid(**changes):
+    torch.manual_seed(0)
+    return stirred(Generator(replace(CONFIG, **changes), K)).eval()
+
+
+# -- who sees what -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text_attention", ("causal", "prefix"))
+@pytest.mark.parametrize("side", MASKS)
+def test_visible_is_its_rules(side, text_attention):
+    """Written out position by position."""
+    mask, slots, tokens = MASKS[side], 6, 4
+    got = visible(mask, tokens, text_attention)
+    assert got.shape == (3, 1, 10, 10)
+    for b in range(3):
+        for i in range(10):
+            for j in range(10):
+                filled = j >= slots or bool(mask[b, j])
+                before = j <= i or (text_attention == "prefix" and max(i, j) < slots)
+                assert bool(got[b, 0, i, j]) == (i == j or (filled and before)), (b, i, j)
+
+
+@pytest.mark.parametrize("text_attention", ("causal", "prefix"))
+@torch.no_grad()
+def test_position_i_has_not_seen_token_i_and_text_sees_no_image(text_attention):
+    generator, mask = hybrid(), MASKS["right"]
+    before = generator.hidden(TOKENS, TEXT, [3], mask, text_attention)[3]
+    for j in (0, 7, 15):
+        other = TOKENS.clone()
+        other[:, j] = (other[:, j] + 1) % K
+        change = (generator.hidden(other, TEXT, [3], mask, text_attention)[3] - before).abs().amax((0, 2))
+        assert change[: j + 1].max() < 1e-5 and (change[j + 1 :] > 1e-4).all()
+
+
+@pytest.mark.parametrize("side", MASKS)
+@torch.no_grad()
+def test_what_stands_in_an_empty_slot_matters_to_nobody_else(side):
+    """Only the last slot, which predicts token 0 whether filled or not, hears of itself."""
+    generator, mask = hybrid(), MASKS[side]
+    other = torch.where(mask[..., None], TEXT, TEXT + 3)
+    other[:, -1] = TEXT[:, -1]
+    torch.testing.assert_close(generator(TOKENS, other, mask), generator(TOKENS, TEXT, mask))
+    filled = torch.where(mask[..., None], TEXT + 3, TEXT)
+    assert (generator(TOKENS, filled, mask) - generator(TOKENS, TEXT, mask)).abs().amax(-1).min() > 1e-4
+
+
+@torch.no_grad()
+def test_prefix_attention_lets_a_caption_look_ahead():
+    generator, mask = hybrid(), MASKS["right"]
+    causal, prefix = (generator(TOKENS, TEXT, mask, a) for a in ("causal", "prefix"))
+    assert (causal - prefix)[2].abs().max() > 1e-3
+    torch.testing.assert_close(causal[1], prefix[1])  # one filled slot: there is nothing ahead
+
+
+# -- condition_rotation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rotation, speaks", (("identity", True), ("zero", False)))
+def test_text_keys_receive_gradient_unless_silenced(rotation, speaks):
+    """With the public networks' zero rotation, the query and key rows of a text stream never learn."""
+    generator = hybrid(condition_rotation=rotation)
+    generator(TOKENS, TEXT, MASKS["right"]).square().sum().backward()
+    query, key, value = generator.blocks[0].attention.qkv_text.weight.grad.chunk(3)
+    assert (query.abs().max() > 0) == speaks and (key.abs().max() > 0) == speaks and value.abs().max() > 0
+
+
+@torch.no_grad()
+def test_silenced_text_weighs_every_slot_alike():
+    """Zero keys give each filled slot the same weight: their order does not matter to what the first layer's image tokens read."""
+    generator = hybrid(condition_rotation="zero", layers=1, tap_layer=1)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    swapped = TEXT[:, [1, 0, 3, 2, 4, 5]]
+    one, other = (generator(TOKENS, t, mask) for t in (TEXT, swapped))
+    torch.testing.assert_close(one[:, 1:], other[:, 1:])
+    speaking = hybrid(layers=1, tap_layer=1)
+    assert torch.isfinite(speaking(TOKENS, TEXT, mask)).all()
+
+
+# -- the streams -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_dual_stream_layer_with_equal_streams_is_a_single_one():
+    dual, single = hybrid(), hybrid(dual_layers=0)
+    single.load_state_dict({n: t for n, t in dual.state_dict().items() if "_text" not in n or n.startswith("text_")})
+    attention = dual.blocks[0].attention
+    assert (dual(TOKENS, TEXT) - single(TOKENS, TEXT)).abs().max() > 1e-3
+    attention.qkv_text.weight.copy_(attention.qkv.weight)
+    attention.out_text.weight.copy_(attention.out.weight)
+    dual.blocks[0].attention_norm_text.weight.copy_(dual.blocks[0].attention_norm.weight)
+    torch.testing.assert_close(dual(TOKENS, TEXT), single(TOKENS, TEXT))
+
+
+@torch.no_grad()
+def test_hidden_is_a_hooks_output_from_the_last_slot_on():
+    generator, outputs = hybrid(), {}
+    for i, block in enumerate(generator.blocks, start=1):
+        block.register_forward_hook(lambda module, inputs, output, i=i: outputs.update({i: output}))
+    hidden = generator.hidden(TOKENS, TEXT, [0, 1, 3], MASKS["left"])
+    assert sorted(hidden) == [0, 1, 3] and all(h.shape == (3, 16, 16) for h in hidden.values())
+    assert torch.equal(hidden[1], outputs[1][:, 5:]) and torch.equal(hidden[3], outputs[3][:, 5:])
+    assert torch.equal(hidden[0][:, 1:], generator.embedding[TOKENS[:, :-1]])
+
+
+@torch.no_grad()
+def test_soft_embeddings_are_taken_where_indices_are():
+    generator = hybrid()
+    onehot = torch.nn.functional.one_hot(TOKENS, K).float() @ generator.embedding
+    torch.testing.assert_close(generator(onehot, TEXT, RIGHT), generator(TOKENS, TEXT, RIGHT))
+
+
+def test_captions_drop_in_training_only():
+    generator = hybrid(class_dropout=1.0)
+    with torch.no_grad():
+        none = generator(TOKENS, *generator.no_condition(TEXT, RIGHT))
+        torch.testing.assert_close(generator.train()(TOKENS, TEXT, RIGHT), none)
+        assert (generator.eval()(TOKENS, TEXT, RIGHT) - none).abs().max() > 1e-3
+
+
+def test_the_share_of_dropped_captions_is_class_dropout():
+    generator = hybrid(class_dropout=0.3)
+    text, mask = torch.ones(4000, 2, 5), torch.ones(4000, 2, dtype=torch.bool)
+    left, filled = generator.drop_condition(text, mask)
+    assert torch.equal(filled[:, 0], left[:, 0, 0] > 0) and (~filled[:, 0]).float().mean().item() == pytest.approx(
+        0.3, abs=0.03
+    )
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
+    indices = torch.zeros(len(text), 16, dtype=torch.long)
+    for i in range(16):
+        logits = generator(indices, text, mask, text_attention)[:, i]
+        if cfg_scale > 1 and interval[0] <= i < interval[1]:
+            uncond = generator(indices, *none, text_attention)[:, i]
+            logits = uncond + cfg_scale * (logits - uncond)
+        indices[:, i] = logits.argmax(-1)
+    return indices.view(-1, 4, 4)
+
+
+@pytest.mark.parametrize("rotation", ("identity", "zero"))
+@pytest.mark.parametrize("side, text_attention, cfg_scale, interval", (
+    ("right", "causal", 1.0, (0, 16)),
+    ("left", "causal", 3.0, (0, 16)),
+    ("right", "prefix", 3.0, (4, 9)),
+    ("left", "prefix", 3.0, (0, 5)),
+))  # fmt: skip
+@torch.no_grad()
+def test_cached_generation_is_the_uncached_arg_max_loop(side, text_attention, cfg_scale, interval, rotation):
+    generator, mask = hybrid(condition_rotation=rotation), MASKS[side]
+    want = uncached(generator, TEXT, mask, text_attention, cfg_scale, interval, generator.no_condition(TEXT, mask))
+    got = generate(
+        generator, TEXT, (4, 4), mask, cfg_scale=cfg_scale, cfg_interval=interval, temperature=0, text_attention=text_attention
+    )
+    assert torch.equal(got, want) and len(got.unique()) > 3
+
+
+@torch.no_grad()
+def test_an_unconditional_caption_of_ones_own():
+    """As the public networks have: the features of an empty text, whatever their mask."""
+    generator, features, mask = hybrid(), torch.randn(6, 5), torch.tensor([1, 1, 0, 0, 0, 0])
+    none = features.expand(3, -1, -1), mask.bool().expand(3, -1)
+    want = uncached(generator, TEXT, RIGHT, "causal", 3.0, (0, 16), none)
+    got = generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=3.0, temperature=0, none=(features, mask))
+    assert torch.equal(got, want)
+    assert not torch.equal(got, generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=3.0, temperature=0))
+
+
+@pytest.mark.parametrize("interval", ((0, 16), (3, 16), (0, 7), (5, 5), (9, 99)))
+@torch.no_grad()
+def test_guidance_interval_for_classes(interval):
+    generator, labels = tiny_generator(), torch.tensor([0, 3, 4])
+    indices = torch.zeros(3, 16, dtype=torch.long)
+    for i in range(16):
+        logits = generator(indices, labels)[:, i]
+        if interval[0] <= i < interval[1]:
+            none = generator(indices, torch.full_like(labels, generator.no_class))[:, i]
+            logits = none + 3 * (logits - none)
+        indices[:, i] = logits.argmax(-1)
+    got = generate(generator, labels, (4, 4), cfg_scale=3.0, cfg_interval=interval, temperature=0)
+    assert torch.equal(got.flatten(1), indices)
+
+
+def test_bfloat16_weights_and_cache_leave_the_generator_as_it_was():
+    generator, labels = tiny_generator(), torch.tensor([0, 3])
+    drawn = generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16)
+    assert generator.embedding.dtype == torch.float32 and drawn.shape == (2, 4, 4)
+    assert torch.equal(drawn, generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16))
+    with torch.no_grad():  # close to float32's distribution: the first token's logits differ in the third digit
+        exact = generator(torch.zeros(2, 16, dtype=torch.long), labels)
+        rounded = generator.to(torch.bfloat16)(torch.zeros(2, 16, dtype=torch.long), labels)
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_sample_takes_captions_and_the_grid_a_generator_brings():
+    generator, tokenizer = hybrid(), tiny_tokenizer(codebook_size=K)
+    generator.grid = (4, 4)
+    pictures = gear.sample(generator, tokenizer, TEXT, mask=RIGHT, cfg_scale=2.0, seed=3)
+    assert pictures.shape == (3, 16, 16, 3) and pictures.dtype == torch.uint8
+    assert torch.equal(pictures, gear.sample(generator, tokenizer, TEXT, (4, 4), mask=RIGHT, cfg_scale=2.0, seed=3))
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, mask, said",
+    [
+        (torch.zeros(3, 7, 5), None, "a caption of 7 tokens is longer than the 6 slots: cut it to 6"),
+        (torch.zeros(3, 6, 4), None, r"features \(B, T, 5\) are expected, not \(3, 6, 4\)"),
+        (torch.zeros(3, dtype=torch.long), None, "conditioned on captions"),
+        (TEXT, RIGHT[:, :4], r"the mask has shape \(3, 4\), the captions have \(3, 6\) slots"),
+    ],
+)
+def test_captions_that_do_not_fit(text, mask, said):
+    for call in (lambda g: g(TOKENS, text, mask), lambda g: generate(g, text, (4, 4), mask)):
+        with pytest.raises(UserError, match=said):
+            call(hybrid())
+
+
+def test_labels_with_a_mask_or_features_for_a_class():
+    for condition, mask in ((torch.tensor([0, 1, 2]), RIGHT), (TEXT, None)):
+        with pytest.raises(UserError, match="conditioned on a class: give it labels"):
+            tiny_generator()(TOKENS, condition, mask)

@@ -3,16 +3,22 @@
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import gear
 from gear.__main__ import main
 from gear.analysis import claims
+from gear.generator.model import GENERATORS, Generator, GeneratorConfig
 from gear.home import ROOT
+from gear.layouts import public_layout
+from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
+from gear.tokenizer.model import Tokenizer
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -33,6 +39,26 @@ def on_tiny(command, home):
     return command.replace("samples.png", str(home / "samples.png"))
 
 
+@pytest.fixture
+def files(home, monkeypatch):
+    """What the README calls the user's own, small, in the working directory: photos, and files in public layouts."""
+    monkeypatch.chdir(home)
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        for path in (home / "images" / "ab"[i % 2] / f"{i}.png", *([home / "photos" / f"{i}.png"] if i < 4 else [])):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(path)
+    tokenizer = TokenizerConfig(codebook_size=32, channels=4, channel_mult=(1, 1, 1, 1, 2), latent_channels=4, res_blocks=1)
+    generator = GeneratorConfig(64, 3, 1, tap_layer=1, condition_rotation="zero")
+    hybrid = replace(generator, text_slots=300, dual_layers=1)
+    made = {"gear-vq": (tokenizer, "vq"), "c2i_L_256": ((generator, 32), "model"), "t2i_1b": ((hybrid, 32), "ar")}
+    for name, (size, entry) in made.items():
+        layout = public_layout("tokenizer" if entry == "vq" else "generator", size)
+        module = layout.build(size)
+        names = layout.public(module)
+        torch.save({entry: {names[n]: t for n, t in module.state_dict().items()}}, home / f"{name}.pt")
+
+
 def test_make_targets_exist():
     targets = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
     assert {"demo", "test", "lab"} <= set(targets)
@@ -40,12 +66,7 @@ def test_make_targets_exist():
 
 
 @pytest.mark.parametrize("command", GEAR_COMMANDS)
-def test_commands_run(command, tiny, home, monkeypatch):
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        path = home / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(path)
+def test_commands_run(command, tiny, home, files, monkeypatch):
     arguments = shlex.split(on_tiny(command, home))[1:]
     if arguments[0] == "train":
         shutil.rmtree(tiny / "tiny")
@@ -58,14 +79,28 @@ def test_commands_run(command, tiny, home, monkeypatch):
         assert Image.open(home / "samples.png").size[0] > 32
 
 
-def test_python_example_runs(tiny):
-    (block,) = blocks("python")
+def test_python_examples_run(tiny, files):
+    runs, checkpoints = blocks("python")
     names = {}
-    source = block.replace("scenes-gear-s0", "tiny").replace("scenes-*", "tiny*").replace("[0, 2, 4]", "[0, 1, 3]")
+    source = runs.replace("scenes-gear-s0", "tiny").replace("scenes-*", "tiny*").replace("[0, 2, 4]", "[0, 1, 3]")
     exec(compile(source, "README.md", "exec"), names)
     assert names["indices"].shape == (8, 8, 8) and names["logits"].shape == (8, 64, 64)
     assert names["pictures"].shape == (8, 32, 32, 3) and set(names["hidden"]) == {0, 1, 3}
     assert not names["table"].empty and names["run"].name == "tiny"
+    names = {}
+    exec(compile(checkpoints.replace("[0, 8, 24]", "[0, 1, 3]"), "README.md", "exec"), names)
+    assert names["indices"].shape == (4, 16, 16) and names["A"].shape == (4, 256, 32) and names["logits"].shape == (4, 256, 32)
+    assert names["pictures"].shape == (4, 256, 256, 3) and names["hidden"][3].shape == (4, 256, 64)
+
+
+def test_parameters_are_those_of_the_networks():
+    """The README's table of networks, counted."""
+    with torch.device("meta"):
+        networks = [Tokenizer(c) for c in TOKENIZERS.values()] + [Generator(c, 16_384) for c in GENERATORS.values()]
+    table = README[README.index("| network | layout |") :].split("\n\n")[0]
+    assert sorted(int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{8,}", table)) == sorted(
+        sum(p.numel() for p in network.parameters()) for network in networks
+    )
 
 
 def test_links_and_figures_exist():

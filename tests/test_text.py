@@ -89,7 +89,7 @@ def test_text_keys_receive_gradient_unless_silenced(rotation, speaks):
 
 @torch.no_grad()
 def test_silenced_text_weighs_every_slot_alike():
-    """Zero keys give each filled slot the same weight: their order does not matter to what the first layer's image tokens read."""
+    """Zero keys give each filled slot the same weight: to what an image token reads in the first layer, order is nothing."""
     generator = hybrid(condition_rotation="zero", layers=1, tap_layer=1)
     mask = torch.ones(3, 6, dtype=torch.bool)
     swapped = TEXT[:, [1, 0, 3, 2, 4, 5]]

@@ -33,8 +33,9 @@ def code_colours(tokenizer, indices):
     """Return the colour of each index, (h, w) -> (h, w, 3) in [0, 1]: the middle of what a field of that code decodes to."""
     found, inverse = indices.unique(return_inverse=True)
     f = tokenizer.config.downsampling
-    fields = tokenizer.decode(found[:, None, None].expand(-1, 3, 3))  # (n, 3, 3 f, 3 f)
-    return (fields[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) / 2 + 0.5).clamp(0, 1)[inverse]
+    fields = found[:, None, None].expand(-1, 3, 3).split(32)  # a few at a time: a large grid may hold a code a token
+    middles = [tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields]  # (n, 3)
+    return (torch.cat(middles) / 2 + 0.5).clamp(0, 1)[inverse]
 
 
 @torch.no_grad()

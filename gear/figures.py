@@ -1,6 +1,7 @@
 """How figures look, and how they are kept: PDF, PNG and the CSV of what is drawn, byte for byte the same each time."""
 
 import json
+import textwrap
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -113,28 +114,39 @@ def show_panels(axis, rows, steps, count=3):
 
     A block of `count` images for each of `steps`; blank where a run has no panel of that step.
     """
-    lines = []
-    for run, row in rows.values():
+    lines = {}
+    for label, (run, row) in rows.items():
         held = {int(path.stem): panel_rows(run, int(path.stem))[row][:count] for path in run.panels()}
         blank = np.ones_like(next(iter(held.values())))
-        tiles = np.concatenate([held.get(step, blank) for step in steps])
-        tiles = np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
-        lines.append(np.concatenate(tiles, axis=1))
-    axis.imshow(np.concatenate(lines), interpolation="nearest")
-    height, width = lines[0].shape[0], lines[0].shape[1] / len(steps)
-    axis.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
+        lines[label] = np.concatenate([held.get(step, blank) for step in steps])
+    width = show_rows(axis, lines) / len(steps)
     axis.set_xticks([(i + 0.5) * width for i in range(len(steps))], [f"step {step}" for step in steps])
+
+
+def show_rows(axis, rows):
+    """Draw {label: (n, h, w, 3) in [0, 1]}, a line of n square tiles each, small ones enlarged; returns the width in pixels."""
+    side, lines = max(tiles.shape[1] for tiles in rows.values()), []
+    for tiles in rows.values():
+        tiles = np.repeat(np.repeat(tiles, side // tiles.shape[1], 1), side // tiles.shape[2], 2)
+        gap = (max(1, side // 32),) * 2
+        lines.append(np.concatenate(np.pad(tiles, ((0, 0), gap, gap, (0, 0)), constant_values=1), axis=1))
+    axis.imshow(np.concatenate(lines), interpolation="nearest")
+    labels = ["\n".join(textwrap.fill(line, 22) for line in label.split("\n")) for label in rows]  # a file's name may be long
+    axis.set_yticks([(i + 0.5) * len(lines[0]) for i in range(len(rows))], labels)
+    axis.set_xticks([])
     axis.tick_params(length=0, labelsize=7.5)
     axis.grid(False)
     sns.despine(ax=axis, left=True, bottom=True)
+    return lines[0].shape[1]
 
 
-def save(fig, name, runs, data):
+def save(fig, name, runs, data, face=None):
     """Write figures_dir()/NAME.png, .pdf and .csv with provenance (runs, steps, configuration hashes; no date).
 
-    `runs` are the Runs drawn, `data` the table of plotted numbers, `rounded`. The scale is written on the figure's face.
+    `runs` are the Runs drawn, or what else has a name, a step and a config_hash; `data` the table of plotted numbers,
+    `rounded`. The scale is written on the figure's face, or `face` in its place.
     """
-    fig.supxlabel(scale(runs), fontsize=8, color="#666666", x=0.01, ha="left")
+    fig.supxlabel(face or scale(runs), fontsize=8, color="#666666", x=0.01, ha="left")
     provenance = json.dumps(
         {"figure": name, "runs": {r.name: {"step": r.step, "config": r.config_hash} for r in runs}}, sort_keys=True
     )

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,8 @@ from gear.config import TrainingStopped, UserError, nearest
 from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
-INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure, and the demo executes them
+INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # the demo executes them: tracked runs come without
 
 
 def notebooks():
@@ -20,7 +22,7 @@ def notebooks():
 
 def figure_notebooks(demo=False):
     """Return the notebooks to execute: those that draw a figure, and for the demo, which has weights, all."""
-    return [name for name in notebooks() if demo or name not in INTERACTIVE]
+    return [name for name in notebooks() if demo or name not in NEEDS_WEIGHTS]
 
 
 def execute(name, parameters=None):
@@ -116,7 +118,7 @@ def render(names, force=False, parameters=None, jobs=1):
 def _render(name, force, parameters):
     """Draw one notebook's figure if its inputs have changed; returns None, or how it failed."""
     stamp = figures_dir() / "executed" / f"{name}.json"
-    inputs = _inputs(name) | {"parameters": parameters or {}}
+    inputs = _inputs(name, parameters or {})
     drawn = (figures_dir() / f"{name}.png").exists() or name in INTERACTIVE
     if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
         print(f"{name}: up to date")
@@ -133,14 +135,19 @@ def _render(name, force, parameters):
     return None
 
 
-def _inputs(name):
-    """Identify everything a notebook's figure is made of: the notebook, the code that draws, the runs.
+def _inputs(name, parameters):
+    """Identify everything a notebook's figure is made of: the notebook, its parameters, the code that draws, the runs.
 
-    Not the analysis tables: they follow from the runs, and drawing writes them.
+    Of a file that a parameter names, size and time stand for its content, and a folder's own time for what it holds. Not the
+    analysis tables: they follow from the runs, and drawing writes them.
     """
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
     runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/samples/*.png") for p in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
         digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
-    return {"inputs": digest.hexdigest()}
+    for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):
+        if os.path.exists(path):
+            there = os.stat(path)
+            digest.update(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}".encode())
+    return {"inputs": digest.hexdigest(), "parameters": parameters}

@@ -21,6 +21,7 @@ LAYERS = [
         "analysis.spatial",
         "analysis.dynamics",
         "analysis.tables",
+        "analysis.probe",
         "analysis.claims",
     ],
     [

@@ -31,6 +31,7 @@ ON_TINY = {
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
+    "probe": {"checkpoint": "tiny-joint", "other": "tiny-tokenizer", "generator": "tiny", "count": 40, "k": 5},
 }
 
 
@@ -95,9 +96,11 @@ def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
     assert {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")} == kept
 
 
-def test_interactive_notebooks_belong_to_the_demo():
+def test_notebooks_that_need_weights_belong_to_the_demo():
+    """Those to sit before, and the probe, which saves a figure all the same."""
     assert set(render.figure_notebooks(demo=True)) == {path.stem for path in NOTEBOOKS}
-    assert set(render.figure_notebooks(demo=True)) - set(render.figure_notebooks()) == set(render.INTERACTIVE)
+    assert set(render.figure_notebooks(demo=True)) - set(render.figure_notebooks()) == set(render.NEEDS_WEIGHTS)
+    assert set(render.NEEDS_WEIGHTS) - set(render.INTERACTIVE) == {"probe"}
 
 
 def test_unknown_parameter_is_caught_before_anything_runs(home):
@@ -161,6 +164,24 @@ def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, c
     monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn again", parameters))
     main(["figures", "codebook_usage", *given[:3]])
     assert "drawn again {'joint': 'tiny-joint'}" in capsys.readouterr().out
+
+
+def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
+    """Its content may change under one name; a parameter that names nothing on the disk is a value like any other."""
+    monkeypatch.chdir(home)
+    (home / "figures").mkdir()
+    (home / "figures" / "probe.png").touch()
+    monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn"))
+    for change, said in (
+        (lambda: (home / "x.pt").write_text("one"), "drawn"),
+        (lambda: None, "up to date"),
+        (lambda: (home / "x.pt").write_text("other"), "drawn"),
+        (lambda: None, "up to date"),
+        (lambda: (home / "new.pt").touch(), "up to date"),  # the folder one stands in is no parameter
+    ):
+        change()
+        main(["figures", "probe", "-p", "checkpoint", "x.pt", "-p", "other", ""])
+        assert said in capsys.readouterr().out
 
 
 def test_parameters_are_those_of_one_notebook(home, capsys):

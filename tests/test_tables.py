@@ -15,7 +15,7 @@ N, L, K = 40, 16, 5
 
 
 def profile(rows, target):
-    return tables._profile({0: rows}, target, K).set_index(["level", "metric"])
+    return tables.profile({0: rows}, target, K).set_index(["level", "metric"])
 
 
 @pytest.fixture(scope="module")

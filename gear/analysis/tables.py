@@ -58,15 +58,19 @@ def _layer_profile(run, images, k):
     tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
     layers = list(range(generator.config.layers + 1))
     hidden = generator_features(generator, tokenizer, pictures, labels, layers)
-    return _profile({-1: None, **hidden}, target, k)
+    return profile({-1: None, **hidden}, target, k)
 
 
 def _tokenizer_profile(run, images, k):
     pictures, _, target = _observed(run, "val", images)
-    features = tokenizer_features(load_tokenizer(run.name), pictures)
+    return tokenizer_table(tokenizer_features(load_tokenizer(run.name), pictures), target, k)
+
+
+def tokenizer_table(features, target, k):
+    """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as `tokenizer_profile` does."""
     ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"])])
     row = ("post", "ties", "patch", *_mean_std(ties), float("nan"), float("nan"), len(ties))
-    table = _profile({"teacher": None, **features}, target, k)
+    table = profile(features if target is None else {"teacher": None, **features}, target, k)
     return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
 
 
@@ -92,12 +96,15 @@ def _observed(run, split, count):
     return images, labels, teacher_features(load_teacher(config["teacher"], source, stride), images)
 
 
-def _profile(features, target, k):
-    """Compare {layer: rows (N, L, D)} with the teacher's rows; None stands for the teacher itself, whose maps are described."""
+def profile(features, target, k):
+    """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see `layer_profile`.
+
+    Rows of None stand for the teacher itself, whose maps are described; with a target of None all are described alone.
+    """
     table = []
     for layer, rows in features.items():
-        if rows is None:
-            table += [(layer, *row) for row in _maps(target)]
+        if rows is None or target is None:
+            table += [(layer, *row) for row in _maps(target if rows is None else rows)]
             continue
         sides, centred = (rows, target), tuple(z.double() - z.double().mean(0) for z in (rows, target))
         found = [

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,18 +14,16 @@ from torchvision.utils import make_grid
 from gear import data, figures, render
 from gear.analysis import claims
 from gear.analysis.codes import usage
-from gear.checkpoints import load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
+from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
 from gear.config import Interrupted, TrainingStopped, UserError, from_dict, nearest
-from gear.containers import CONTAINERS, export
+from gear.containers import export
 from gear.evaluation.reconstruction import l1, psnr, reconstruct
-from gear.generator.model import GeneratorConfig
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
 from gear.recipes import RECIPES, known, recipe, train_with_parents
 from gear.run import Run, run_names
 from gear.teachers.scenes import ScenesTeacher, package
-from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import check_divides
 from gear.training.loop import Runtime
 from gear.training.state import Config
@@ -43,6 +41,7 @@ class TrainOptions:
 @dataclass(frozen=True)
 class SampleOptions:
     tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
+    grid: int = 0  # tokens a side; 0: those of the run's images, and 16 for a file
     labels: tuple[int, ...] = ()  # a class for each image; none given: sixteen, from the first class on
     cfg_scale: float = 1.0  # guidance; 1 is none
     temperature: float = 1.0
@@ -56,7 +55,9 @@ class SampleOptions:
 class ReconstructOptions:
     images: str = ""  # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
     image_size: int = 0  # pixels; 0: the run's, and 256 for a file
-    interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side, before the centre crop
+    interpolation: Literal["", "bicubic", "bilinear", "box"] = (
+        ""  # of the resize of the short side; "": the run's, else bicubic
+    )
     count: int = 16
     ema: bool = True  # averaged weights, where there are any
     out: Path = Path("reconstruct.png")  # and its metrics beside it, .json
@@ -101,20 +102,22 @@ def sample_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one generator, a run or a file: gear sample RUN.")
     options = _parse(SampleOptions(), arguments)
-    generator, tokenizer = load_generator(names[0]), load_tokenizer(options.tokenizer or names[0])
+    _check_png(options.out)
+    generator = load_generator(names[0])
     if generator.config.text_slots:
         raise UserError("this generator is conditioned on captions' features: give them to gear.sample, in Python.")
+    tokenizer = load_tokenizer(options.tokenizer or names[0])
     if generator.codebook_size != tokenizer.config.codebook_size:
-        raise UserError(
-            f"the generator knows {generator.codebook_size} codes, the tokenizer has {tokenizer.config.codebook_size}."
-        )
+        known, there = generator.codebook_size, tokenizer.config.codebook_size
+        raise UserError(f"the generator knows {known} codes, the tokenizer has {there}: give the one it was trained on.")
     classes = generator.config.num_classes
     labels = options.labels or tuple(i % classes for i in range(16))
     if wrong := [label for label in labels if not 0 <= label < classes]:
-        raise UserError(f"labels {wrong}: this run has classes 0 to {classes - 1}.")
+        raise UserError(f"labels {wrong}: this generator has classes 0 to {classes - 1}.")
     images = sample(
-        generator, tokenizer, torch.tensor(labels), cfg_scale=options.cfg_scale, temperature=options.temperature,
-        top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        generator, tokenizer, torch.tensor(labels), (options.grid,) * 2 if options.grid else None,
+        cfg_scale=options.cfg_scale, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        seed=options.seed,
     )  # fmt: skip
     grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
     sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
@@ -127,22 +130,30 @@ def reconstruct_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one run or file: gear reconstruct FILE --images PATH.")
     options = _parse(ReconstructOptions(), arguments)
-    tokenizer = load_tokenizer(names[0], options.ema)
-    config = None if Path(names[0]).is_file() else from_dict(data.DataConfig, Run.open(names[0]).config["data"])
-    if config is None and not options.images:
+    if options.count < 1 or options.image_size < 0:
+        raise UserError(f"count is {options.count}, image_size {options.image_size}: at least one image, of a positive size.")
+    _check_png(options.out)
+    checkpoint = open_checkpoint(names[0])
+    own = data.DataConfig(source="", image_size=256)  # a file has no images of its own
+    if checkpoint.container == "run":
+        own = from_dict(data.DataConfig, Run.open(names[0]).config["data"])
+    if not (options.images or own.source):
         raise UserError("a file has no images of its own: give --images a folder, a zip or an image.")
-    source, split = (options.images, "all") if options.images else (config.source, "val")
-    size = options.image_size or (config.image_size if config else 256)
+    split, size = "all" if options.images else "val", options.image_size or own.image_size
+    changes = {"source": options.images or own.source, "interpolation": options.interpolation or own.interpolation}
+    images_of = replace(own, image_size=size, **changes)
+    tokenizer = load_tokenizer(names[0], options.ema)
     check_divides((size, size), tokenizer.config.downsampling)
-    images, _ = data.load(data.DataConfig(source, size, interpolation=options.interpolation), split, options.count)
+    images, _ = data.load(images_of, split, options.count)
     decoded, indices = reconstruct(tokenizer, images)
     used = usage(indices, tokenizer.config.codebook_size)
     metrics = {
         "psnr": float(psnr(decoded, images).mean()), "l1": float(l1(decoded, images).mean()), "usage_entropy": used.entropy,
         "codes_used": tokenizer.config.codebook_size - used.dead, "images": len(images), "tokens": used.n,
         "protocol": {
-            "weights": tokenizer.source, "source": source, "split": split, "image_size": size, "crop": "centre",
-            "interpolation": options.interpolation, "psnr": "dB, mean over images, clamped, not rounded", "l1": "[0, 1] units",
+            "weights": tokenizer.source, "source": images_of.source, "split": split, "image_size": size, "crop": "centre",
+            "interpolation": images_of.interpolation, "l1": "[0, 1] units",
+            "psnr": "dB, mean over images, clamped, not rounded",
         },
     }  # fmt: skip
     rows = [x for pair in zip(images.split(8), decoded.split(8)) for x in pair]
@@ -157,31 +168,18 @@ def reconstruct_command(names, arguments):
     )
 
 
+def _check_png(path):
+    """Raise UserError unless a picture can be written to `path`: before anything is computed."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"--out {path} {'is a folder' if path.is_dir() else 'does not end in .png'}: name a PNG to write.")
+    check_writable(path.absolute().parent, None)
+
+
 def inspect_command(names, arguments):
     """Say what a checkpoint file or a run holds: layout, sizes, parameters of each part, training step."""
     if len(names) != 1 or arguments:
         raise UserError("name one run or file: gear inspect FILE.")
-    checkpoint = open_checkpoint(names[0])
-    step = "not recorded" if checkpoint.step is None else checkpoint.step
-    print(f"{checkpoint.source}: {CONTAINERS[checkpoint.container]}, training step {step}")
-    for name, part in checkpoint.parts.items():
-        layout = part.layout.name if part.layout else "gear's own"
-        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim}))
-        print(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_sizes(part.size)}")
-        if part.extras:
-            print(f"  {'':16} kept beside them: {', '.join(part.extras)}")
-    if checkpoint.ignored:
-        print(f"  not read: {', '.join(checkpoint.ignored)}")
-
-
-def _sizes(size):
-    config, codes = size if isinstance(size, tuple) and isinstance(size[0], GeneratorConfig) else (size, None)
-    if isinstance(config, TokenizerConfig):
-        return f"; {config.codebook_size} codes of {config.code_dim}, downsampling {config.downsampling}"
-    if not isinstance(config, GeneratorConfig):
-        return ""
-    condition = f"captions of up to {config.text_slots}" if config.text_slots else f"{config.num_classes} classes"
-    return f"; {config.layers} layers of {config.width}, {config.heads} heads, {codes} codes, {condition}"
+    print(describe(open_checkpoint(names[0])))
 
 
 def export_command(names, arguments):

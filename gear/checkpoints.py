@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from gear.config import UserError, from_dict
-from gear.containers import Checkpoint, Part, grouped, read_public, read_safetensors
+from gear.containers import CONTAINERS, Checkpoint, Part, grouped, read_public, read_safetensors
 from gear.generator.model import Generator, GeneratorConfig
-from gear.layouts import listed, mismatches, public_layout
+from gear.layouts import public_layout
+from gear.layouts.base import listed, mismatches
 from gear.run import Run, run_names
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
@@ -50,7 +51,8 @@ def _built(build, arguments, checkpoint, name):
         module = build(*arguments)
     # BatchNorm's counters, which no output depends on, may be absent
     counters = {n: torch.tensor(0) for n in module.state_dict() if n.endswith("num_batches_tracked")}
-    tensors = {n: t.float() if t.is_floating_point() else t for n, t in part.tensors.items()}
+    # copies, for the file may be mapped into memory, and be written again while the network is in use
+    tensors = {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in part.tensors.items()}
     load_module(module, counters | tensors, checkpoint.source, assign=True)
     step = "" if checkpoint.step is None else f", step {checkpoint.step}"
     module.source = f"{name} of {checkpoint.source} ({part.layout.name if part.layout else 'gear'}{step})"
@@ -66,6 +68,32 @@ def open_checkpoint(source):
         what = "that is a folder; a run is opened by its name" if path.is_dir() else "there is no such file"
         raise UserError(f"no checkpoint {path}: {what}.")
     return _of_run(Run.open(str(source)))
+
+
+def describe(checkpoint):
+    """Say what a Checkpoint holds, in lines: layout, sizes, parameters of each part, training step."""
+    step = "not recorded" if checkpoint.step is None else checkpoint.step
+    lines = [f"{checkpoint.source}: {CONTAINERS[checkpoint.container]}, training step {step}"]
+    for name, part in checkpoint.parts.items():
+        if part.fault:
+            lines.append(f"  {name:16} cannot be taken: {part.fault}")
+            continue
+        layout = part.layout.name if part.layout else "gear's own"
+        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim}))
+        lines.append(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_described(part.size)}")
+        if part.extras:
+            lines.append(f"  {'':16} kept beside them: {', '.join(part.extras)}")
+    return "\n".join([*lines, *([f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else [])])
+
+
+def _described(size):
+    if isinstance(size, TokenizerConfig):
+        return f"; {size.codebook_size} codes of {size.code_dim}, downsampling {size.downsampling}"
+    config, codes = size if size and isinstance(size[0], GeneratorConfig) else (None, None)
+    if config is None:
+        return ""
+    condition = f"captions of up to {config.text_slots}" if config.text_slots else f"{config.num_classes} classes"
+    return f"; {config.layers} layers of {config.width}, {config.heads} heads, {codes} codes, {condition}"
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def code_colours(tokenizer, indices):
 @torch.no_grad()
 def decode_mixture(tokenizer, affinity, tau):
     """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W); tau = 0 reads it hard."""
-    codes, side = tokenizer.quantizer.codes(), math.isqrt(len(affinity))
+    codes, side = tokenizer.quantizer.codes().to(affinity.device), math.isqrt(len(affinity))
     rows = soft_assignment(affinity, tau) @ codes if tau else codes[hard_indices(affinity)]  # (L, D)
     return tokenizer.decode_latents(rows.T.reshape(1, -1, side, side))[0]
 

@@ -160,16 +160,20 @@ class Folder:
         except Exception as error:  # decoders raise whatever they like
             self.unreadable[name] = "not an image" if isinstance(error, UnidentifiedImageError) else error
         if len(self.unreadable) > UNREADABLE_SHARE * len(self.names):
-            listed = "; ".join(f"{Path(self.path) / n} ({e})" for n, e in list(self.unreadable.items())[:3])
+            listed = "; ".join(f"{self._place(n)} ({e})" for n, e in list(self.unreadable.items())[:3])
             raise UserError(
                 f"{len(self.unreadable)} of {len(self.names)} images cannot be read, over {UNREADABLE_SHARE:.0%}: {listed}. "
                 f"Remove or replace them."
             )
         print(
-            f"{Path(self.path) / name} cannot be read ({self.unreadable[name]}): skipped, {len(self.unreadable)} so far",
+            f"{self._place(name)} cannot be read ({self.unreadable[name]}): skipped, {len(self.unreadable)} so far",
             file=sys.stderr,
         )
         return None
+
+    def _place(self, name):
+        """Say where an image lies: a source may be the image itself."""
+        return Path(self.path) if Path(self.path).name == name else Path(self.path) / name
 
     def _stand_in(self, position):
         """Return the next image of the same class that can be read."""

@@ -30,11 +30,12 @@ def cache_dir():
 
 
 def check_writable(folder, variable):
-    """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves it."""
+    """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves it, if any."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "cannot be written to" if there.is_dir() else "is a file, not a folder"
-        raise UserError(f"nothing can be kept in {folder}: {there} {why}. Set ${variable} to a folder of your own.")
+        remedy = f"Set ${variable} to a folder of your own" if variable else "Name another place"
+        raise UserError(f"nothing can be kept in {folder}: {there} {why}. {remedy}.")
 
 
 def write_atomically(path, write):

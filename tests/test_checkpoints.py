@@ -3,6 +3,8 @@
 import argparse
 import json
 import pickle
+import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from gear.__main__ import main
 from gear.checkpoints import load_discriminator, open_checkpoint
 from gear.containers import export
 from gear.generator.model import Generator, GeneratorConfig
+from gear.home import ROOT
 from gear.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
@@ -81,6 +84,13 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
     both = {
         "gear.pt": ({"vq": a, "vq_ema": b, "steps": 9, "args": {"lr": 1.0}, "opt_vq": {"state": {}}}, f"{name}, step 9"),
         "llamagen.pt": ({"model": a, "ema": b, "steps": 9, "args": argparse.Namespace(lr=1.0)}, f"{name}, step 9"),
+        "compiled.ckpt": (
+            {
+                "state_dict": {n.replace("encoder.", "encoder._orig_mod."): t for n, t in a.items()}
+                | {n.replace("encoder", "encoder_orig_mod"): t for n, t in dotless(b).items()}
+            },
+            name,
+        ),
         "pl.ckpt": ({"state_dict": a | dotless(b) | {"loss.d": torch.zeros(1), "model_ema.decay": torch.zeros(1)}}, name),
     }
     for path, (content, said) in both.items():
@@ -97,6 +107,8 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
         "deepspeed.pt": {"module": a},
         "compiled.pt": {"vq": {f"_orig_mod.{n}": t for n, t in a.items()}},
         "ddp.pt": {"model": {f"module.{n}": t for n, t in a.items()}},
+        "inner.pt": {"vq": {n.replace("encoder.", "encoder.module._orig_mod."): t for n, t in a.items()}},
+        "beside.pt": a | {"step": 5},
         "half.pt": {n: t.bfloat16() for n, t in a.items()},
     }
     for path, content in alone.items():
@@ -213,20 +225,28 @@ def test_code_in_a_file_is_not_run(name, file, home):
     refused(
         file({"vq": public(tokenizer(), "LlamaGen VQ"), "hook": Trap(home / "executed")}, name),
         name,
-        "holds Python code",
-        "open",
+        "holds Python objects (io.open), and nothing of that is run",
     )
-    (home / "old.pt").write_bytes(pickle.dumps({"a": Trap(home / "executed")}))
-    refused(home / "old.pt", "'old.pt' ")
+    for protocol in range(6):  # a bare pickle, as files were before torch 1.6
+        (home / "old.pt").write_bytes(pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol))
+        refused(home / "old.pt", "'old.pt' holds ", "nothing of that is run")
+    torch.save({"a": Trap(home / "executed")}, home / "four.pt", pickle_protocol=4)
+    refused(home / "four.pt", "'four.pt' holds ", "nothing of that is run")
     assert not (home / "executed").exists()
 
 
 def test_what_is_no_checkpoint(file, home):
-    for name, content in {"photo.pt": b"\xff\xd8\xff\xe0 not weights", "empty.pt": b"", "text.ckpt": b"hello"}.items():
+    for name, content in {"photo.pt": b"\xff\xd8\xff\xe0 not weights", "text.ckpt": b"hello"}.items():
         (home / name).write_bytes(content)
-        refused(home / name, f"'{name}' is not a checkpoint")
+        refused(home / name, f"'{name}' ")
+    (home / "empty.pt").write_bytes(b"")
+    with zipfile.ZipFile(home / "photos.pt", "w") as photos:
+        photos.writestr("a.png", b"no")
+    for name in ("empty.pt", "photos.pt"):
+        refused(home / name, f"'{name}' is not a checkpoint.")
     refused(file(torch.zeros(3)), "'file.pt' is not a checkpoint: it holds one Tensor")
-    refused(file({"epoch": 3}), "'file.pt' has an unknown layout", "Known: LlamaGen VQ")
+    refused(file({"epoch": 3}), "'file.pt' has an unknown layout (it begins with epoch)", "Known: LlamaGen VQ")
+    refused(file({3: torch.zeros(1)}), "unknown layout")
     refused(file({"resnet.conv.weight": torch.zeros(3)}), "unknown layout (it begins with resnet.conv.weight)")
     refused(file({"cls_embedding.uncond_embedding": torch.zeros(1)}), "LlamaGen's own text-to-image model")
     (home / "x.safetensors").write_bytes(b"\x00" * 20)
@@ -236,7 +256,7 @@ def test_what_is_no_checkpoint(file, home):
 def test_what_is_cut_short(file, home):
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(path, "'file.pt' is cut short", "Fetch it again")
+    refused(path, "'file.pt' is cut short: fetch it again")
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")}, "whole.pt")), home / "ours.safetensors")
     ours = (home / "ours.safetensors").read_bytes()
     (home / "ours.safetensors").write_bytes(ours[:-100])
@@ -248,22 +268,132 @@ def test_a_file_of_ours_without_its_card(home):
     refused(home / "other.safetensors", "no card of gear")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_one_tensor_missing_extra_or_of_another_shape_is_named(family, file, monkeypatch):
-    """Whichever tensor it is, also one that the sizes are read from: the released sizes tell it from its neighbours."""
-    whole, name = public(tokenizer(family), LAYOUT[family]), LAYOUT[family]
-    known = [
-        layout.__class__(**layout.__dict__ | {"sizes": (CONFIGS[family],)}) if layout.name == name else layout
-        for layout in LAYOUTS
-    ]
-    monkeypatch.setattr("gear.layouts.LAYOUTS", known)
-    for tensor in ("encoder.conv_in.weight", "decoder.conv_out.bias", *list(whole)[3:-1:9]):
-        refused(file({k: v for k, v in whole.items() if k != tensor}), f"layout {name}", f"\n  missing {tensor} (")
-        wrong = torch.zeros(*whole[tensor].shape, 2)
+SMALL = {  # every network of every layout, small: none of a released size
+    **{LAYOUT[family]: lambda family=family: tokenizer(family) for family in CONFIGS},
+    "LlamaGen": generator,
+    "LlamaGen, hybrid": lambda: Generator(replace(GENERATOR, text_slots=300, text_dim=6, dual_layers=1), 32),
+    "projectors": lambda: layout("projectors").build(((64, 8, 12), (64, 8, 20))),
+    "PatchGAN": lambda: layout("PatchGAN").build((16, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
+    """Whichever tensor it is, also one that a size is read from, and without a wall of its neighbours."""
+    of, shapes = layout(name.split(",")[0]), {}
+    names = of.public(SMALL[name]())
+    shapes = {names[n]: tuple(t.shape) for n, t in SMALL[name]().state_dict().items()}
+    wrong = 0
+    for tensor, shape in shapes.items():
+        if tensor.endswith("num_batches_tracked"):
+            continue
+        for fault, changed in (
+            (f"missing {tensor}", {k: v for k, v in shapes.items() if k != tensor}),
+            (f"{tensor} has shape {(*shape, 2)}, expected {shape}", shapes | {tensor: (*shape, 2)}),
+        ):
+            with pytest.raises(UserError) as error:
+                of.fit(changed, "'x.pt'")
+            said = str(error.value).splitlines()
+            assert said[0] == f"'x.pt' has the layout {of.name}, but does not fit it:"
+            if not (len(said) == 2 and said[1].strip().startswith(fault)):
+                wrong += 1
+                assert fault in str(error.value) or len(said) <= 14, (tensor, said)
+    assert wrong <= 2, name  # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of others
+    with pytest.raises(UserError, match=r"\n  unexpected \w+\.extra\.weight \(2,\)"):
+        of.fit(shapes | {f"{next(iter(shapes)).split('.')[0]}.extra.weight": (2,)}, "'x.pt'")
+
+
+def test_a_tensor_of_a_released_file_is_named_whichever_it_is():
+    """LlamaGen-S, B and the projectors of GEAR-L: what alone tells a size is known there from the released sizes."""
+    for name, tensor in (
+        ("llamagen_s", "cls_embedding.embedding_table.weight"),
+        ("llamagen_s", "norm.weight"),
+        ("vq16", "encoder.conv_in.weight"),
+    ):
+        shapes = {n: tuple(s) for n, s in json.loads((ROOT / "tests" / "parity" / "keys" / f"{name}.json").read_text()).items()}
+        of = gear.layouts.recognise(shapes, name)
+        with pytest.raises(UserError) as error:
+            of.fit({n: s for n, s in shapes.items() if n != tensor}, name)
+        assert str(error.value).splitlines()[1:] == [f"  missing {tensor} {shapes[tensor]}"]
+
+
+def test_what_is_wrong_with_one_part_is_said_when_that_part_is_taken(file, capsys):
+    broken = public(tokenizer(seed=1), "LlamaGen VQ")
+    del broken["encoder.conv_out.bias"]
+    path = file(
+        {
+            "vq": public(tokenizer(), "LlamaGen VQ"),
+            "vq_ema": broken,
+            "discriminator": {"main.0.weight": torch.zeros(2, 3, 4, 4)},
+        }
+    )
+    assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
+    with pytest.raises(
+        UserError, match="'file.pt', entry 'vq_ema', has the layout LlamaGen VQ, but.*\n  missing encoder.conv_out.bias"
+    ):
+        gear.load_tokenizer(path)
+    with pytest.raises(UserError, match="entry 'vq_ema'"):
+        export(open_checkpoint(path), path.with_name("out.safetensors"))
+    main(["inspect", str(path)])
+    assert capsys.readouterr().out.count("cannot be taken: 'file.pt', entry") == 2
+
+
+def test_weights_that_are_no_numbers(file):
+    tensors = {n: t.to(torch.int8) for n, t in public(tokenizer(), "LlamaGen VQ").items()}
+    refused(file({"vq": tensors}), "holds weights that are no floating-point numbers", "encoder.conv_in.weight is torch.int8")
+
+
+def test_a_card_that_does_not_fit(file, home):
+    """Cards and tensors of our own files are held against each other when they are read."""
+    path = home / "ours.safetensors"
+    export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
+    with gear.containers.safe_open(path, "pt") as whole:
+        tensors, card = {n: whole.get_tensor(n) for n in whole.keys()}, json.loads(whole.metadata()["gear"])
+    name = next(iter(tensors))
+
+    def written(tensors, card):
+        gear.run.save_file(tensors, path, {"gear": card if isinstance(card, str) else json.dumps(card)})
+        return path
+
+    assert same_outputs(gear.load_tokenizer(written(tensors, card)), tokenizer())
+    refused(
+        written({n: t for n, t in tensors.items() if n != name}, card),
+        "does not fit its tensors",
+        f"missing {name.split('.', 1)[1]}",
+    )
+    refused(written(tensors | {"tokenizer.extra": torch.zeros(2)}, card), "unexpected extra")
+    refused(written(tensors | {"teacher.extra": torch.zeros(2)}, card), "it does not speak of teacher")
+    refused(written(tensors, card | {"container": "barrel"}), "it does not speak of barrel")
+    for field, value in (("quantizer", "fsq"), ("channels", "abc"), ("channels", -3), ("colour", 1)):
+        size = card["parts"]["tokenizer"]["size"] | {field: value}
         refused(
-            file(whole | {tensor: wrong}), f"\n  {tensor} has shape {tuple(wrong.shape)}, expected {tuple(whole[tensor].shape)}"
+            written(tensors, card | {"parts": {"tokenizer": card["parts"]["tokenizer"] | {"size": size}}}),
+            "the card of 'ours.safetensors'",
         )
-    refused(file(whole | {"encoder.extra.weight": torch.zeros(2)}), "\n  unexpected encoder.extra.weight (2,)")
+    for bad in ("{", "[]", json.dumps(card | {"parts": []})):
+        refused(written(tensors, bad), "the card of 'ours.safetensors' does not fit")
+
+
+def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
+    """A training job rewrites its checkpoint: what was loaded from it before must not be mapped into it."""
+    path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
+    loaded = gear.load_tokenizer(path)
+    path.write_bytes(b"short")
+    assert same_outputs(loaded, tokenizer())
+
+
+def test_heads_are_told_by_a_table_or_a_width_of_64():
+    """LlamaGen's 3B has 32 heads of 100; a width that neither tells is refused, not guessed."""
+    of = layout("LlamaGen")
+
+    def shapes(layers, width):
+        ends = {"tok_embeddings.weight": (32, width), "cls_embedding.embedding_table.weight": (6, width)}
+        return ends | {f"layers.{layers - 1}.ffn_norm.weight": (width,)}
+
+    heads = {(24, 3200): 32, (36, 1440): 20, (12, 384): 12, (24, 1024): 16, (48, 2560): 40, (3, 128): 2}
+    assert {key: of.read(shapes(*key))[0].heads for key in heads} == heads
+    with pytest.raises(UserError, match="2 layers of 96: no table tells how many heads"):
+        of.read(shapes(2, 96))
 
 
 def test_a_path_or_a_run_that_is_not_there(home, tiny):
@@ -285,6 +415,26 @@ def test_inputs_out_of_range(file):
             ar(torch.tensor(tokens), torch.tensor(labels))
     with pytest.raises(UserError, match="labels run from 7 to 7"):
         gear.sample(ar, vq, [7], (2, 2))
+    shapes = {"not square": torch.zeros(1, 2, 8).long(), "have shape .4,.": torch.zeros(4).long()}
+    shapes |= {"have shape .1, 4, 9.": torch.zeros(1, 4, 9), "have shape .1, 0.": torch.zeros(1, 0).long()}
+    for said, tokens in shapes.items():
+        with pytest.raises(UserError, match=said):
+            ar(tokens, torch.tensor([0]))
+    with pytest.raises(UserError, match="there are 1 token grids and 2 conditions"):
+        ar(torch.zeros(1, 4).long(), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="nothing to sample"):
+        gear.sample(ar, vq, [], (2, 2))
+    for bad in (dict(top_p=-1.0), dict(temperature=-1.0), dict(top_k=-3)):
+        with pytest.raises(UserError, match="have to be 0 or more"):
+            gear.sample(ar, vq, [0], (2, 2), **bad)
+    for images in (torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)):
+        with pytest.raises(UserError, match="images are .B, 3, H, W. floats"):
+            vq.encode(images)
+    with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
+        grid = torch.arange(4).view(1, 2, 2)
+        want = ar(grid, torch.tensor([0]))
+        torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), want)
+        assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), want)
     with pytest.raises(UserError, match="conditioned on a class"):
         ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
 
@@ -302,7 +452,7 @@ def test_inspect_says_what_is_there(file, capsys):
     count = sum(p.numel() for p in tokenizer().parameters())
     assert f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
     assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in said
-    assert "kept beside them: quantize.codebook_used" in said and "not read: discriminator" in said
+    assert "kept beside them: quantize.codebook_used" in said and "not read: 'discriminator', 'steps'" in said
 
 
 def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
@@ -321,11 +471,38 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
         ([str(path), "--images", "nowhere"], "no folder or zip of images at 'nowhere'"),
+        ([str(path), "--images", str(picture), "--count", "0"], "at least one image"),
+        ([str(path), "--images", str(picture), "--image-size", "-16"], "of a positive size"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["reconstruct", *arguments, "--out", str(home / "no.png")])
         assert stop.value.code == 2 and said in capsys.readouterr().err
     assert not (home / "no.png").exists()
+    for out, said in (
+        ("sheet.json", "does not end in .png"),
+        (home, "is a folder"),
+        (picture / "x.png", "is a file, not a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["reconstruct", str(path), "--images", str(picture), "--image-size", "16", "--out", str(out)])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_run_is_reconstructed_as_it_was_trained(tiny, home):
+    """Its own images, size and interpolation, unless told otherwise."""
+    path = tiny / "tiny" / "config.json"
+    path.write_text(path.read_text().replace('"bicubic"', '"box"'))
+    main(["reconstruct", "tiny", "--count", "2", "--out", str(home / "a.png")])
+    assert json.loads((home / "a.json").read_text())["protocol"]["interpolation"] == "box"
+    main(["reconstruct", "tiny", "--count", "2", "--interpolation", "bilinear", "--out", str(home / "a.png")])
+    assert json.loads((home / "a.json").read_text())["protocol"]["interpolation"] == "bilinear"
+
+
+def test_one_token_has_no_spread(file):
+    lfq = tokenizer("lfq")
+    for call in (lambda: lfq(IMAGES[:, :, :4, :4]), lambda: lfq.decode(torch.zeros(1, 1, 1, dtype=torch.long))):
+        with pytest.raises(UserError, match="one token has no spread"):
+            call()
 
 
 def test_a_generator_and_a_tokenizer_of_two_files_sample_together(file, home, capsys):

@@ -268,7 +268,7 @@ def test_a_path_is_no_run(name, tiny, home, monkeypatch):
     with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
         gear.Run.open(name)
     for load in (gear.load_tokenizer, gear.load_generator):
-        with pytest.raises(gear.UserError, match="holds Python code|that is a folder; a run is opened by its name"):
+        with pytest.raises(gear.UserError, match="holds Python objects|that is a folder; a run is opened by its name"):
             load(name)
     assert not (home / "executed").exists()
 

@@ -51,6 +51,7 @@ class Generator(nn.Module):
     """
 
     grid = (16, 16)  # what `sample` draws unless told otherwise; a loader sets that of the run
+    no_caption = None  # (features (T, F), mask (T,)) of the empty text, which stands for no caption: its user sets it
 
     def __init__(self, config, codebook_size):
         super().__init__()
@@ -104,15 +105,12 @@ class Generator(nn.Module):
         Raises UserError for a layer that is not there, a grid that is no square, and, in evaluation mode, tokens or labels
         out of range.
         """
-        if not set(layers) <= set(range(self.config.layers + 1)):
+        if not layers or not set(layers) <= set(range(self.config.layers + 1)):
             raise UserError(f"layers {sorted(layers)}: this generator has layers 0 to {self.config.layers}.")
-        if not tokens.is_floating_point():
-            if tokens.ndim == 3 and tokens.shape[1] != tokens.shape[2]:
-                raise UserError(f"a grid of {tokens.shape[1]} x {tokens.shape[2]} tokens is not square.")
-            tokens = tokens.flatten(1)
-            if not self.training:  # there a device would wait for the answer
-                check_range(tokens, self.codebook_size, "indices")
+        tokens = self.check_tokens(tokens)
         condition, mask = self.check_condition(condition, mask)
+        if len(condition) != len(tokens):
+            raise UserError(f"there are {len(tokens)} token grids and {len(condition)} conditions: one each is expected.")
         if self.training:
             condition, mask = self.drop_condition(condition, mask)
         given = self.embed_condition(condition)  # (B, C, D)
@@ -128,30 +126,55 @@ class Generator(nn.Module):
                 kept[i] = predicting(x)
         return kept
 
+    def check_tokens(self, tokens):
+        """Return tokens as sequences, indices (B, L) int64 or embeddings (B, L, D); raises UserError for what is neither."""
+        soft = tokens.is_floating_point()
+        if tokens.ndim == 3 + soft and tokens.shape[1] != tokens.shape[2]:
+            raise UserError(f"a grid of {tokens.shape[1]} x {tokens.shape[2]} tokens is not square.")
+        if tokens.ndim not in (2 + soft, 3 + soft) or tokens.numel() == 0 or (soft and tokens.shape[-1] != self.config.width):
+            what = f"indices (B, L) or (B, h, w), or embeddings with {self.config.width} channels more"
+            raise UserError(f"tokens have shape {tuple(tokens.shape)}: {what} are expected.")
+        tokens = tokens.flatten(1, tokens.ndim - 1 - soft)
+        if not soft and not self.training:  # in training a device would wait for the answer
+            check_range(tokens, self.codebook_size, "indices")
+        return tokens if soft else tokens.long()
+
     def check_condition(self, condition, mask=None):
         """Return (condition, mask), a caption's mask filled in; raises UserError for what this generator cannot take."""
         slots, dim = self.config.text_slots, self.config.text_dim
         if not slots:
-            if mask is not None or condition.ndim != 1:
+            if mask is not None or condition.ndim != 1 or condition.numel() == 0:
                 raise UserError("this generator is conditioned on a class: give it labels (B,), and no mask.")
             if not self.training:
                 check_range(condition, self.config.num_classes + 1, "labels")
-            return condition, None
-        if not condition.is_floating_point() or condition.ndim != 3 or condition.shape[2] != dim:
+            return condition.long(), None
+        if not condition.is_floating_point() or condition.ndim != 3 or condition.shape[2] != dim or condition.numel() == 0:
             found = f"{tuple(condition.shape)} {condition.dtype}"
             raise UserError(f"this generator is conditioned on captions: features (B, T, {dim}) are expected, not {found}.")
         if condition.shape[1] > slots:
             raise UserError(f"a caption of {condition.shape[1]} tokens is longer than the {slots} slots: cut it to {slots}.")
-        mask = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device) if mask is None else mask.bool()
-        if mask.shape != condition.shape[:2]:
-            raise UserError(f"the mask has shape {tuple(mask.shape)}, the captions have {tuple(condition.shape[:2])} slots.")
-        return condition, mask
+        if mask is None:
+            mask = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
+        if mask.shape != condition.shape[:2] or mask.is_floating_point():
+            found = f"{tuple(mask.shape)} {mask.dtype}"
+            raise UserError(f"the mask is {found}, the captions have {tuple(condition.shape[:2])} slots: true is filled.")
+        return condition, mask.bool()
 
     def no_condition(self, condition, mask):
-        """Return what stands for "none" of the same shape: the label `no_class`, or a caption with every slot empty."""
+        """Return what stands for none, in the shape of a condition: the label `no_class`, or `no_caption`.
+
+        Raises UserError where `no_caption` is not set: the public networks take the text encoder's features of "", and zeros
+        would be no substitute (a network without biases is blind to its weights there).
+        """
         if mask is None:
             return torch.full_like(condition, self.no_class), None
-        return torch.zeros_like(condition), torch.zeros_like(mask)
+        if self.no_caption is None:
+            raise UserError("what is no caption? Set generator.no_caption = (features, mask), the text encoder's of ''.")
+        features, filled = (part.to(condition.device) for part in self.no_caption)
+        if features.shape != condition.shape[1:] or filled.shape != mask.shape[1:]:
+            found = f"{tuple(features.shape)}, {tuple(filled.shape)}"
+            raise UserError(f"no_caption has the shapes {found}, a caption has {tuple(condition.shape[1:])}: as many slots.")
+        return features.to(condition.dtype).expand_as(condition), filled.bool().expand_as(mask)
 
     def drop_condition(self, condition, mask):
         """Replace a share `class_dropout` of the conditions by none."""

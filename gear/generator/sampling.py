@@ -28,19 +28,21 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 @torch.no_grad()
 def generate(
     generator, condition, grid=None, mask=None, *, cfg_scale=1.0, cfg_interval=None, temperature=1.0, top_k=0, top_p=1.0,
-    seed=0, none=None, text_attention="causal", dtype=None,
+    seed=0, text_attention="causal", dtype=None,
 ):  # fmt: skip
     """Sample index grids (B, h, w) for labels (B,), or captions (B, T, F) with their `mask`, token by token.
 
     Guidance, for cfg_scale > 1, combines logits as uncond + cfg_scale * (cond - uncond) before temperature, top-k and
-    top-p; `cfg_interval` = (i, j) guides tokens i <= n < j only (default: all). `none` is what an unconditional caption is,
-    (features, mask), by default empty slots. temperature 0 takes the arg-max. `dtype` is that of weights and cache, by
-    default the generator's (bfloat16 halves what a step reads; norms, rotations and logits stay float32). The result is a
-    function of `seed` on one kind of device. The generator is left in evaluation mode. Raises UserError unless h = w.
+    top-p; `cfg_interval` = (i, j) guides tokens i <= n < j only (default: all). temperature 0 takes the arg-max. `dtype` is
+    that of weights, cache and logits, by default the generator's (bfloat16 halves what a step reads; norms and rotations
+    stay float32 inside). The result is a function of `seed` on one kind of device. The generator is left in evaluation mode.
+    Raises UserError unless h = w, for settings out of range, and for guidance where captions have no `no_caption`.
     """
     h, w = grid or generator.grid
-    if h != w:
+    if h != w or h < 1:
         raise UserError(f"a grid of {h} x {w} tokens is not square.")
+    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+        raise UserError(f"temperature {temperature} and top_k {top_k} have to be 0 or more, top_p {top_p} in [0, 1].")
     generator.eval()
     if dtype not in (None, generator.embedding.dtype):
         generator = copy.deepcopy(generator).to(dtype)
@@ -49,7 +51,7 @@ def generate(
     guided = cfg_scale > 1 and last > max(first, 0)
     condition, mask = generator.check_condition(condition.to(device), None if mask is None else mask.to(device))
     if guided:
-        pair = (condition, mask), generator.no_condition(condition, mask) if none is None else _expanded(none, condition)
+        pair = (condition, mask), generator.no_condition(condition, mask)
         condition, mask = (None if parts[0] is None else torch.cat(parts) for parts in zip(*pair))
     x = generator.embed_condition(condition)  # (B or 2 B, C, D)
     slots, head_dim = x.shape[1], config.width // config.heads
@@ -80,12 +82,6 @@ def generate(
     return indices.view(-1, h, w)
 
 
-def _expanded(none, condition):
-    """Give the unconditional caption (features (T, F) or (B, T, F), mask) the shape of the captions."""
-    features, mask = (part.to(condition.device) for part in none)
-    return features.expand_as(condition).to(condition.dtype), mask.bool().expand(condition.shape[:2])
-
-
 @torch.no_grad()
 def sample(generator, tokenizer, condition, grid=None, **sampling):
     """Sample images for labels (B,) or captions (B, T, F): uint8 (B, H, W, 3). `sampling` goes to `generate`, e.g. mask, seed.
@@ -93,4 +89,6 @@ def sample(generator, tokenizer, condition, grid=None, **sampling):
     `grid` = (h, w) tokens, by default that of the run the generator was loaded from, and 16 x 16 for a public file.
     """
     condition = torch.as_tensor(condition)
+    if condition.numel() == 0:
+        raise UserError("nothing to sample: give a label or a caption for each image.")
     return to_uint8(tokenizer.decode(generate(generator, condition, grid, **sampling)))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gear.config import UserError
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32."""
@@ -67,8 +69,10 @@ def visible(mask, tokens, text_attention):
     """Say which position may attend to which, in [T caption slots, `tokens` image tokens]: mask (B, T) -> (B, 1, S, S) bool.
 
     Causal; nobody attends to an empty slot but that slot itself. "prefix" lets the slots of a caption see each other both
-    ways; text never sees the image.
+    ways; text never sees the image. Raises UserError for another word.
     """
+    if text_attention not in ("causal", "prefix"):
+        raise UserError(f"text_attention is '{text_attention}': 'causal' or 'prefix' is expected.")
     slots = mask.shape[1]
     order = torch.ones(slots + tokens, slots + tokens, dtype=torch.bool, device=mask.device).tril()
     if text_attention == "prefix":

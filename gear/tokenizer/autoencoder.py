@@ -124,6 +124,8 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x, latents):
         rows = latents.flatten(2)  # (B, D, L)
+        if rows.shape[-1] < 2:
+            raise UserError("one token has no spread, which this decoder follows: use a larger image, of two tokens at least.")
         scale, bias = self.scale((rows.var(-1) + 1e-6).sqrt()), self.bias(rows.mean(-1))
         return scale[..., None, None] * self.norm(x) + bias[..., None, None]
 

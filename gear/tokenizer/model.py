@@ -34,7 +34,10 @@ class Tokenizer(nn.Module):
         self.skip_out = nn.ConvTranspose2d(d, 3, f, f) if config.linear_skip else None
 
     def latents(self, images):
-        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError where the size does not divide."""
+        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError for a shape that it cannot take."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
+            found = f"{tuple(images.shape)} {images.dtype}"
+            raise UserError(f"images are (B, 3, H, W) floats in [-1, 1], not {found}: uint8 / 127.5 - 1, as gear.data does.")
         check_divides(images.shape[-2:], self.config.downsampling)
         z = self.quant_conv(self.encoder(images))
         return z if self.skip_in is None else z + self.skip_in(images)

@@ -44,14 +44,41 @@ def full_precision(method):
     return run
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What every quantizer answers: `affinity`, `indices`, `codes`, `lookup`, `forward`, and `start` for its codebook.
+
+    A quantizer with weights keeps them in `codebook`, (K, D).
+    """
+
+    constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
+
+    def affinity(self, latents):
+        """Return A (Eq. 6): (B, D, h, w) -> (B, L, K) float32."""
+        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
+
+    def indices(self, latents):
+        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
+        return hard_indices(self.affinity(latents))
+
+    def codes(self):
+        """Return the codebook C that latents are compared with: (K, D) float32."""
+        return self.codebook.float()
+
+    def lookup(self, indices):
+        """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
+        return self.codes()[indices].permute(0, 3, 1, 2)
+
+    def start(self, rows, seed):
+        """Start the codebook from latents (N, D). Returns the code of each, (N, D)."""
+        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
+
+
+class VectorQuantizer(Quantizer):
     """VQ with L2-normalised latents and codes (LlamaGen's VQ-16).
 
     A_ik = -||z_i - c_k||^2 = 2 z_i c_k - 2 on unit vectors (Eq. 6), in [-4, 0]. The decoder receives the unit code; its
     gradient passes straight through to the normalised latent and never to the codebook.
     """
-
-    constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
 
     def __init__(self, config):
         super().__init__()
@@ -60,27 +87,19 @@ class VectorQuantizer(nn.Module):
 
     @full_precision
     def affinity(self, latents):
-        """Return A (Eq. 6): (B, D, h, w) -> (B, L, K) float32."""
-        return 2 * self.rows(latents) @ self.codes().T - 2
-
-    def indices(self, latents):
-        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
-        return hard_indices(self.affinity(latents))
+        """Return minus the squared distance of unit vectors: (B, D, h, w) -> (B, L, K) float32."""
+        return 2 * self._rows(latents) @ self.codes().T - 2
 
     def codes(self):
-        """Return the codebook C that latents are compared with: (K, D), unit rows."""
+        """Return the unit rows of the codebook, (K, D) float32."""
         return F.normalize(self.codebook.float(), dim=-1)
-
-    def lookup(self, indices):
-        """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
-        return self.codes()[indices].permute(0, 3, 1, 2)
 
     @full_precision
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
         indices = hard_indices(affinity)
-        z, code = self.rows(latents), self.codes()[indices]  # (B, L, D)
+        z, code = self._rows(latents), self.codes()[indices]  # (B, L, D)
         losses = {
             "codebook_loss": F.mse_loss(code, z.detach()),
             "commit_loss": F.mse_loss(z, code.detach()),
@@ -89,19 +108,18 @@ class VectorQuantizer(nn.Module):
         return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, lambda: affinity)
 
     @staticmethod
-    def rows(latents):
-        """(B, D, h, w) -> unit rows (B, L, D)."""
+    def _rows(latents):
         return F.normalize(as_rows(latents), dim=-1)
 
     def start(self, rows, seed):
-        """Start the codebook from latents (N, D): k-means on the unit sphere. Returns the code of each, (N, D)."""
+        """Start the codebook from latents (N, D) by k-means on the unit sphere. Returns the code of each, (N, D)."""
         z = F.normalize(rows, dim=-1)
         self.codebook.copy_(F.normalize(_kmeans(z, len(self.codebook), seed), dim=-1))
         codes = self.codes().cpu()
         return codes[(z @ codes.T).argmax(-1)]
 
 
-class IndexBackpropagationQuantizer(VectorQuantizer):
+class IndexBackpropagationQuantizer(Quantizer):
     """IBQ: A_ik = z_i e_k, a plain dot product. The decoder's gradient reaches every code and the latent through softmax(A).
 
     The decoder receives (onehot + p - sg(p)) C with p = softmax(A): the code in value. All of IBQ's distance terms stand
@@ -111,21 +129,20 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
     scale = 3.0  # softmax(A) has no temperature: where all codes are short it is sure of none, and its gradient says little
 
     def __init__(self, config):
-        nn.Module.__init__(self)
+        super().__init__()
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
     @full_precision
     def affinity(self, latents):
-        return self.rows(latents) @ self.codes().T
-
-    def codes(self):
-        return self.codebook.float()
+        """Return the dot product with every code: (B, D, h, w) -> (B, L, K) float32."""
+        return as_rows(latents) @ self.codes().T
 
     @full_precision
     def forward(self, latents):
+        """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
         indices, codes = hard_indices(affinity), self.codes()
-        z, code = self.rows(latents), codes[indices]  # (B, L, D)
+        z, code = as_rows(latents), codes[indices]  # (B, L, D)
         mean = affinity.softmax(-1) @ codes.detach()  # p C: the codes' own gradient comes from the one-hot part
         quantised = code + (mean - mean.detach())
         losses = {
@@ -134,15 +151,10 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         }
         return Quantized(indices, as_maps(quantised, latents), losses, lambda: affinity)
 
-    @staticmethod
-    def rows(latents):
-        """(B, D, h, w) -> rows (B, L, D)."""
-        return as_rows(latents)
-
     def start(self, rows, seed):
         """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
 
-        The largest dot product is then with the nearest c, and latents and codes are near each other.
+        The largest dot product is then with the nearest c, and latents and codes are near each other. Returns codes (N, D).
         """
         c = _kmeans(rows[:, :-1] / self.scale, len(self.codebook), seed)
         length = c.square().sum(-1, keepdim=True)
@@ -151,14 +163,14 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         return codes[(rows @ codes.T).argmax(-1)]
 
 
-class LookupFreeQuantizer(nn.Module):
+class LookupFreeQuantizer(Quantizer):
     """LFQ: the code is the signs of z, A_ik = 2 z_i c_k over all c_k in {-1, 1}^D (Open-MAGVIT2). It has no weights.
 
     Bit j of an index is set where z_j > 0, bit 0 being channel 0. softmax(A / T) is a product of D independent bits with
     p(+1) = sigmoid(4 z_j / T), so indices and entropies need no (N, K) matrix; `affinity` forms it for those who ask.
     """
 
-    constants, scale = 0, 1.0
+    constants = 0
 
     def __init__(self, config):
         super().__init__()
@@ -166,21 +178,25 @@ class LookupFreeQuantizer(nn.Module):
 
     @full_precision
     def affinity(self, latents):
+        """Return twice the dot product with every pattern of signs: (B, D, h, w) -> (B, L, K) float32."""
         z = as_rows(latents)
-        return 2 * z @ self.codes(z.device).T
+        return 2 * z @ self.codes().to(z.device).T
 
     def indices(self, latents):
+        """Return the index of each position from its signs: (B, D, h, w) -> (B, L) int64."""
         return _pack(as_rows(latents) > 0)
 
-    def codes(self, device=None):
-        """Return the codebook, every pattern of signs: (K, D)."""
-        return _signs(torch.arange(2**self.code_dim, device=device), self.code_dim)
+    def codes(self):
+        """Return every pattern of signs, on the CPU: (K, D) float32."""
+        return _signs(torch.arange(2**self.code_dim), self.code_dim)
 
     def lookup(self, indices):
+        """Return the signs of each index: (B, h, w) -> (B, D, h, w)."""
         return _signs(indices, self.code_dim).permute(0, 3, 1, 2)
 
     @full_precision
     def forward(self, latents):
+        """Quantise latents (B, D, h, w) with gradients and loss terms, A only on demand; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
         losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}

@@ -12,7 +12,7 @@ LAYERS = [
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
     ["teachers.cache", "teachers.efficientnet", "teachers.scenes", "teachers"],
-    ["layouts", "containers", "checkpoints"],
+    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
     ["evaluation.reconstruction"],
     [
         "analysis.features",

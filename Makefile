@@ -6,7 +6,7 @@ REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)))
 DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo figures reference test test-slow lab lint strip teacher
+.PHONY: setup demo figures reference test test-slow bench lab lint strip teacher
 .DEFAULT_GOAL := setup
 
 setup: .venv/.installed
@@ -14,7 +14,7 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "gear needs Python 3.11 or 3.12 on the PATH (or: make setup PYTHON=/path/to/python)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,effnet]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,effnet,teachers]"
 	@touch $@
 
 demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, and draws figures/demo
@@ -35,6 +35,9 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+bench: setup  ## times the metrics beside torch-fidelity's; writes benchmarks/*.csv
+	$(BIN)/python benchmarks/evaluation.py
 
 lab: setup  ## JupyterLab on the notebooks, with the runs of the demo
 	GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo $(BIN)/jupyter lab notebooks

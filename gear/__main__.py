@@ -1,4 +1,4 @@
-"""The command line: gear train | sample | reconstruct | inspect | export | figures | claims | runs | teacher."""
+"""The command line: gear train | sample | reconstruct | inspect | export | evaluate | figures | claims | runs | teacher."""
 
 import json
 import sys
@@ -17,12 +17,13 @@ from gear.analysis.codes import usage
 from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
 from gear.config import Interrupted, TrainingStopped, UserError, from_dict, nearest
 from gear.containers import export
+from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
 from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
 from gear.recipes import RECIPES, known, recipe, train_with_parents
-from gear.run import Run, run_names
+from gear.run import Run, open_runs, run_names
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.tokenizer.model import check_divides
 from gear.training.loop import Runtime
@@ -198,6 +199,16 @@ def figures_command(names, arguments):
     render.render(names or render.figure_notebooks(options.demo), options.force, dict(options.parameters), options.jobs)
 
 
+def evaluate_command(names, arguments):
+    """Score runs: sample, compare with a reference, reconstruct; metrics.json keeps every number with its protocol."""
+    if not names:
+        raise UserError("name a run, or several: gear evaluate RUN.")
+    options, runs = _parse(EvaluateOptions(), arguments), [run for name in names for run in open_runs(name)]
+    for run in runs:
+        evaluate(run.name, options)
+    report(runs)
+
+
 def claims_command(names, arguments):
     """Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv beside the figures."""
     preset, label = names[0] if names else "scenes", _parse(ClaimOptions(), arguments).label
@@ -209,14 +220,7 @@ def claims_command(names, arguments):
     check_writable(path.parent, "GEAR_FIGURES")
     table = figures.rounded(claims.evaluate(preset, label))
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
-    for row in table.itertuples():
-        print(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))
-        if row.seeds:
-            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
-            print(
-                f"{'':24} {row.statistic}: {row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g}{interval}", end=""
-            )
-            print(f", {row.agree} of {row.seeds} seeds agree")
+    print(claims.told(table))
     print(f"{table.verdict.value_counts().to_dict()}, runs of {preset}, small scale; {path}")
 
 
@@ -249,6 +253,7 @@ COMMANDS = {
     "reconstruct": reconstruct_command,
     "inspect": inspect_command,
     "export": export_command,
+    "evaluate": evaluate_command,
     "figures": figures_command,
     "claims": claims_command,
     "runs": runs_command,

@@ -250,5 +250,6 @@ def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime
 
 def check_teachers(configs):
     """Raise UserError if a teacher that one of `configs` needs is missing: before its parents train, not after."""
-    for name in {c.teacher for c in configs if c.stage in ("joint", "generator") and c.objective.align_weight > 0}:
-        check_installed(name)
+    aligned = [c for c in configs if c.stage in ("joint", "generator") and c.objective.align_weight > 0]
+    for names, images, stride in {(c.teacher, c.data, c.tokenizer.downsampling) for c in aligned}:
+        check_installed(names, images, stride)

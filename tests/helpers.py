@@ -45,7 +45,7 @@ def tiny_generator(**changes):
     return stirred(Generator(replace(GENERATOR, **changes), K)).eval()
 
 
-def tiny_state(stage="joint", steps=24, stir=True, generator=(), **objective):
+def tiny_state(stage="joint", steps=24, stir=True, generator=(), teacher="scenes", **objective):
     """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while it trains."""
     torch.manual_seed(0)
     config = replace(
@@ -54,6 +54,7 @@ def tiny_state(stage="joint", steps=24, stir=True, generator=(), **objective):
         stage=stage,
         steps=steps,
         tokenizer_run="",
+        teacher=teacher,
         generator=replace(TINY.generator, dropout=0.5, class_dropout=0.5, **dict(generator)),
         objective=replace(TINY.objective, **{"gan_start": 0.0, **objective}),
     )

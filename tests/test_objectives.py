@@ -491,3 +491,23 @@ def test_l1_and_psnr_limits():
     assert l1(images, images).tolist() == [0, 0] and psnr(images, images).tolist() == pytest.approx([120, 120])
     assert psnr(images + 0.2, images).tolist() == pytest.approx([20, 20], abs=1e-4)  # 0.1 in [0, 1]: 1 / MSE = 100
     assert l1(images + 9, images + 1).tolist() == [0, 0]  # the reconstruction is clamped
+
+
+# -- several teachers ------------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_are_averaged_each_with_its_projector():
+    """Features stand side by side; the loss is the mean of what each teacher alone would give."""
+    state = tiny_state("joint")
+    several = tiny_state("joint", teacher="scenes,scenes")
+    dim = state.widths[0]
+    assert several.widths == [dim, dim] and len(several.networks["projector"]) == 2
+    batch = several.observe(IMAGES, LABELS)
+    assert batch.target.shape[-1] == 2 * dim and torch.equal(batch.target[..., :dim], state.teacher_features(IMAGES))
+    hidden = torch.randn(len(IMAGES), 64, several.config.generator.width)
+    both = losses.alignment_loss(several.projector(hidden), batch.target, several.widths)
+    alone = [losses.alignment_loss(p(hidden), batch.target[..., :dim]) for p in several.projector]
+    assert float(both) == pytest.approx(float(sum(alone)) / 2, abs=1e-6) and float(alone[0]) != float(alone[1])
+    for update in STAGES["joint"]:
+        found = update(several, batch)
+    assert torch.isfinite(found["align_loss"])

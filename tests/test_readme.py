@@ -35,6 +35,7 @@ GEAR_COMMANDS = [c for c in COMMANDS if c.startswith("gear ")]
 def on_tiny(command, home):
     """Substitute tiny for the scenes recipes, the test's folder for the user's, the CPU for the GPU."""
     command = re.sub(r"scenes-gear(-s0)?|cifar10-(smoke-)?gear-s0", "tiny", command)
+    command = command.replace("--count 500", "--count 70 --reference-count 100")
     command = command.replace("~/images", str(home / "images")).replace("--device cuda", "--device cpu")
     return command.replace("samples.png", str(home / "samples.png"))
 

@@ -198,3 +198,15 @@ def _by_seed(recipe, label):
     named = re.compile(rf"{re.escape(recipe)}-s\d+{re.escape(f'-{label}' if label else '')}")
     runs = [Run.open(name) for name in run_names() if named.fullmatch(name)]
     return {run.config["seed"]: run for run in runs if run.logged_step >= run.config["steps"]}
+
+
+def told(table):
+    """Phrase the table of `evaluate` in lines for a terminal."""
+    lines = []
+    for row in table.itertuples():
+        lines.append(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))
+        if row.seeds:
+            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
+            difference = f"{row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g}{interval}"
+            lines.append(f"{'':24} {row.statistic}: {difference}, {row.agree} of {row.seeds} seeds agree")
+    return "\n".join(lines)

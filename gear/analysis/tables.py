@@ -11,7 +11,7 @@ from gear.analysis.features import generator_features, teacher_features, to_grid
 from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import from_dict
-from gear.teachers import load_teacher
+from gear.teachers import load_teachers
 from gear.tokenizer.autoencoder import TokenizerConfig
 
 FOLDS = 5
@@ -89,11 +89,11 @@ def _alignment_floors(run, images):
 
 
 def _observed(run, split, count):
-    """Return the first images of a split, their labels and the teacher's features of them."""
+    """Return the first images of a split, their labels and the features of the run's teacher, the first of several."""
     config = run.config
     source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
-    return images, labels, teacher_features(load_teacher(config["teacher"], source, stride), images)
+    return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
 
 
 def profile(features, target, k):

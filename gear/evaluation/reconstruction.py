@@ -1,6 +1,11 @@
-"""Reconstruction quality of a tokenizer: L1 and PSNR (Tables 5 to 9 and 18)."""
+"""Reconstruction quality of a tokenizer: L1, PSNR and SSIM (Tables 5 to 9 and 18)."""
 
 import torch
+import torch.nn.functional as F
+
+from gear.config import UserError
+
+WINDOW = 7  # pixels of SSIM's uniform window
 
 
 def l1(reconstruction, images):
@@ -17,6 +22,23 @@ def psnr(reconstruction, images):
     return -10 * torch.log10(mse.clamp_min(1e-12))
 
 
+def ssim(reconstruction, images):
+    """Return the structural similarity of each image: (N, 3, H, W) in [-1, 1] -> (N,), at most 1.
+
+    A 7 x 7 uniform window, sample covariances, no padding, mean over channels, data range 1 (scikit-image's definition; a data
+    range of 2 on [0, 1] images inflates it). Raises UserError for images smaller than the window.
+    """
+    _check(images)
+    if min(images.shape[-2:]) < WINDOW:
+        raise UserError(f"SSIM has a window of {WINDOW} px: images of {tuple(images.shape[-2:])} px are too small.")
+    x, y = ((z.double().clamp(-1, 1) + 1) / 2 for z in (reconstruction, images))
+    mean, unbiased = lambda z: F.avg_pool2d(z, WINDOW, 1), WINDOW**2 / (WINDOW**2 - 1)
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = unbiased * (mean(x * x) - mx**2), unbiased * (mean(y * y) - my**2), unbiased * (mean(x * y) - mx * my)
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
+
+
 @torch.no_grad()
 def reconstruct(tokenizer, images, batch=8):
     """Encode and decode images (N, 3, H, W), `batch` at a time: reconstructions (N, 3, H, W) and indices (N, h, w)."""
@@ -24,5 +46,12 @@ def reconstruct(tokenizer, images, batch=8):
     return torch.cat([tokenizer.decode(grid) for grid in indices]), torch.cat(indices)
 
 
+def _check(images):
+    """Raise UserError unless images are floats in [-1, 1]."""
+    if not images.is_floating_point() or images.numel() and images.abs().max() > 1 + 1e-3:
+        raise UserError(f"images are {images.dtype} and reach {float(images.abs().max()):.3g}: floats in [-1, 1] are expected.")
+
+
 def _difference(reconstruction, images):
+    _check(images)
     return (reconstruction.float().clamp(-1, 1) - images.float()) / 2

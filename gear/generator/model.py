@@ -213,3 +213,10 @@ class Projector(nn.Module):
 
     def forward(self, hidden):
         return self.layers(hidden)
+
+
+class Projectors(nn.ModuleList):
+    """A Projector for each of several teachers: hidden states (B, L, D) -> their spaces side by side (B, L, sum of dims)."""
+
+    def forward(self, hidden):
+        return torch.cat([projector(hidden) for projector in self], -1)

@@ -2,10 +2,8 @@
 
 import re
 
-from torch import nn
-
 from gear.config import UserError
-from gear.generator.model import GENERATORS, Generator, GeneratorConfig, Projector
+from gear.generator.model import GENERATORS, Generator, GeneratorConfig, Projector, Projectors
 from gear.layouts.base import Layout, told
 from gear.tokenizer.discriminator import Discriminator
 
@@ -62,7 +60,7 @@ def _projector_size(shapes):
 
 
 def _projectors(size):
-    return nn.ModuleList(Projector(GeneratorConfig(width=width, projector_dim=hidden), out) for width, hidden, out in size)
+    return Projectors(Projector(GeneratorConfig(width=width, projector_dim=hidden), out) for width, hidden, out in size)
 
 
 def _discriminator_size(shapes):

@@ -1,32 +1,78 @@
 """Frozen vision encoders. One face: `teacher(images)` -> patch features (B, L, dim) on a grid of `teacher.grid(size)`."""
 
-from gear.config import UserError, nearest
-from gear.teachers import efficientnet, scenes
+import torch
+from torch import nn
 
-TEACHERS = {  # name: (load the network, load the teacher for the images of a DataConfig and a stride)
+from gear.config import UserError, nearest
+from gear.teachers import efficientnet, scenes, vit
+
+PACKAGED = {  # name: (load the network, load the teacher for the images of a DataConfig and a stride)
     "scenes": (scenes.load_scenes_teacher, lambda data, stride: scenes.load_scenes_teacher()),
     efficientnet.NAME: (efficientnet.load_network, efficientnet.load_efficientnet_teacher),
 }
+TEACHERS = (*PACKAGED, *vit.VITS)
 
 
-def load_teacher(name, data, stride):
-    """Load a teacher by name for the images of a DataConfig and patches `stride` pixels wide: frozen, in eval mode.
+def load_teacher(name, data, stride, offline=False):
+    """Load a teacher for the images of a DataConfig and patches `stride` pixels wide: frozen, in eval mode.
 
-    The scenes teacher is one for its own images and stride, whatever is asked for. Raises UserError for an unknown name and
-    for weights that are not on this machine.
+    `name` is one of TEACHERS; a public vision transformer takes a layer and a weight file, NAME[@LAYER][=PATH]. The scenes
+    teacher is one for its own images and stride, whatever is asked for. With `offline` or $HF_HUB_OFFLINE nothing is fetched.
+    Raises UserError for an unknown name, a grid that cannot match, and weights that are missing or do not fit.
     """
-    return _known(name)[1](data, stride)
+    if _known(name) in PACKAGED:
+        return PACKAGED[name][1](data, stride)
+    return vit.load_vit_teacher(name, data, stride, offline)
 
 
-def check_installed(name):
-    """Raise UserError unless the teacher `name` exists and its weights are on this machine."""
-    _known(name)[0]()
+def load_teachers(names, data, stride, offline=False):
+    """Load several teachers, named with commas between: a list, in that order. See `load_teacher`."""
+    return [load_teacher(name, data, stride, offline) for name in split(names)]
+
+
+class SideBySide(nn.Module):
+    """Several teachers as one: images (B, 3, H, W) -> their features side by side, (B, L, sum of dims)."""
+
+    def __init__(self, teachers):
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, images):
+        return torch.cat([teacher(images) for teacher in self.teachers], -1)
+
+
+def side_by_side(teachers):
+    """Return one teacher as it is, several as one."""
+    return teachers[0] if len(teachers) == 1 else SideBySide(teachers)
+
+
+def check_installed(names, data=None, stride=None, offline=False):
+    """Raise UserError unless the teachers `names` exist and their weights are on this machine, or could be fetched, and fit.
+
+    With a DataConfig and a stride, also unless the grids can match.
+    """
+    for name in split(names):
+        if _known(name) in PACKAGED:
+            PACKAGED[name][0]()
+        else:
+            vit.check(name, data, stride, offline)
+
+
+def split(names):
+    """Part "a,b" into its names."""
+    return [name.strip() for name in names.split(",")]
 
 
 def _known(name):
-    if name not in TEACHERS:
-        raise UserError(f"unknown teacher '{name}'. Known: {', '.join(TEACHERS)}.{nearest(name, TEACHERS)}")
-    return TEACHERS[name]
+    """Return the name without layer and path; raises UserError for an unknown one, or one that takes neither."""
+    bare = vit.parse(name)[0]
+    if "," in name:
+        raise UserError(f"'{name}' names several teachers where one is expected.")
+    if bare in PACKAGED and bare != name:
+        raise UserError(f"the teacher {bare} comes with its weights and has one layer: say {bare}, not {name}.")
+    if bare not in TEACHERS:
+        raise UserError(f"unknown teacher '{bare}'. Known: {', '.join(TEACHERS)}.{nearest(bare, TEACHERS)}")
+    return bare
 
 
 def check_grid(teacher, image_size, downsampling):

@@ -170,7 +170,8 @@ class Validation:
         metrics = dict(self.of_tokenizer)
         if "generator" in averages:
             projector = state.networks.get("projector")
-            metrics |= generator_metrics(averages["generator"], projector, tokenizer, self.images, self.labels, self.target)
+            seen = self.images, self.labels, self.target, state.widths
+            metrics |= generator_metrics(averages["generator"], projector, tokenizer, *seen)
         return metrics
 
     def panel(self):

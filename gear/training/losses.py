@@ -36,9 +36,15 @@ def expected_next_token_loss(logits, assignment):
     return -(assignment * F.log_softmax(logits, -1)).sum(-1).mean()
 
 
-def alignment_loss(projected, target):
-    """L_align (Eq. 5): minus the mean cosine between (B, L, C) projections and the teacher's features, in [-1, 1]."""
-    return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+def alignment_loss(projected, target, widths=None):
+    """L_align (Eq. 5): minus the mean cosine between (B, L, C) projections and the teacher's features, in [-1, 1].
+
+    Of several teachers, features stand side by side in C, `widths` of them each: the mean over teachers.
+    """
+    if widths is None or len(widths) == 1:
+        return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+    pairs = zip(projected.split(widths, -1), target.split(widths, -1))
+    return sum(alignment_loss(*pair) for pair in pairs) / len(widths)
 
 
 def load_lpips(device):

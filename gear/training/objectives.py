@@ -55,7 +55,7 @@ def _guidance(state, batch, readout):
     with frozen(state.generator, state.projector):
         u = readout(batch.tokenized.quantized.affinity, state.generator.embedding, objective.tau)
         hidden = state.generator.hidden(u, batch.labels, [tap])[tap]
-        return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target)}
+        return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target, state.widths)}
 
 
 def naive_bridge(state, batch):
@@ -112,7 +112,8 @@ def generator_update(state, batch):
     hidden = generator.hidden(batch.indices, batch.labels, [tap, top])  # Alg. 1, line 4: S^h to layer L
     losses = {"ntp_loss": next_token_loss(generator.logits(hidden[top]), batch.indices)}  # line 5: L_NTP
     if config.objective.align_weight > 0:
-        losses["align_loss"] = alignment_loss(state.projector(hidden[tap]), batch.target)  # line 5: L_align^h
+        aligned = alignment_loss(state.projector(hidden[tap]), batch.target, state.widths)
+        losses["align_loss"] = aligned  # line 5: L_align^h
     return state.descend("generator", losses, {"align_loss": config.objective.align_weight})
 
 

@@ -9,9 +9,9 @@ import torch
 from gear.checkpoints import load_module, load_networks, network
 from gear.config import UserError
 from gear.data import DataConfig, load
-from gear.generator.model import Generator, GeneratorConfig, Projector
+from gear.generator.model import Generator, GeneratorConfig, Projector, Projectors
 from gear.run import Run
-from gear.teachers import check_grid, load_teacher
+from gear.teachers import check_grid, load_teachers, side_by_side
 from gear.teachers.scenes import ScenesTeacher
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
@@ -50,7 +50,7 @@ class Config:
     seed: int = 0
     batch_size: int = 256
     tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
-    teacher: str = "scenes"
+    teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
     log_every: int = 100  # steps; a logged loss is the mean since the last line
     eval_every: int = 5000
     save_every: int = 5000
@@ -84,7 +84,7 @@ class State:
     def __init__(self, config, device):
         self.config, self.device, self.step = config, device, 0
         self.networks, self.averages, self.optimizers = {}, {}, {}
-        self.teacher_features = None
+        self.teacher_features, self.widths = None, None  # of several teachers, side by side
         self.lpips = None
         BUILDERS[config.stage](self)
 
@@ -137,9 +137,12 @@ class State:
         trained = ["generator"]
         if config.objective.align_weight > 0:
             stride = config.tokenizer.downsampling
-            self.teacher_features = load_teacher(config.teacher, config.data, stride).to(self.device)
-            check_grid(self.teacher_features, config.data.image_size, stride)
-            self._add("projector", Projector(config.generator, self.teacher_features.dim))
+            teachers = load_teachers(config.teacher, config.data, stride)
+            for teacher in teachers:
+                check_grid(teacher, config.data.image_size, stride)
+            self.teacher_features, self.widths = side_by_side(teachers).to(self.device), [t.dim for t in teachers]
+            projectors = [Projector(config.generator, width) for width in self.widths]
+            self._add("projector", projectors[0] if len(teachers) == 1 else Projectors(projectors))
             trained.append("projector")
         self._optimize("generator", trained, config.optimizer.generator_lr)
 

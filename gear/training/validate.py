@@ -45,10 +45,11 @@ def tokenizer_metrics(tokenizer, images, tau):
 
 
 @torch.no_grad()
-def generator_metrics(generator, projector, tokenizer, images, labels, target):
+def generator_metrics(generator, projector, tokenizer, images, labels, target, widths=None):
     """Measure a generator on images with their labels: next-token loss, and alignment where there is a projector.
 
-    `target` are the teacher's features (N, L, C), or None. Returns {name: float}, nats a token and minus a cosine.
+    `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them each. Returns {name: float},
+    nats a token and minus a cosine.
     """
     ntp, align, tap, top = 0.0, 0.0, generator.config.tap_layer, generator.config.layers
     for start in range(0, len(images), BATCH):
@@ -58,5 +59,5 @@ def generator_metrics(generator, projector, tokenizer, images, labels, target):
         hidden = generator.hidden(indices, labels[rows], [tap, top])
         ntp += share * float(next_token_loss(generator.logits(hidden[top]), indices))
         if projector is not None:
-            align += share * float(alignment_loss(projector(hidden[tap]), target[rows]))
+            align += share * float(alignment_loss(projector(hidden[tap]), target[rows], widths))
     return {"val/ntp_loss": ntp} | ({"val/align_loss": align} if projector is not None else {})

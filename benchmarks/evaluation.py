@@ -1,0 +1,283 @@
+"""How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours beside others'.
+
+`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048]` gives every library the same random
+features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts. It prints a table
+and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs take 8 N^2 bytes each,
+so that 50,000 samples need more memory than most machines have: what does not fit is listed as not measured.
+"""
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import os
+import resource
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+
+# isort: split
+
+import pandas as pd
+import torch
+
+LIMIT = 600  # seconds a measurement may take
+OUT = Path(__file__).with_suffix(".csv")
+
+
+@functools.cache
+def features(count, dim):
+    """Two seeded sets with a spectrum like a network's: a few strong directions, many weak ones, nothing negative."""
+    rng = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, dim, generator=rng) / 8
+    draw = lambda shift: torch.randn(count, 64, generator=rng) @ mix + 0.3 * torch.randn(count, dim, generator=rng) + shift
+    return draw(0.5).relu_(), draw(0.45).relu_()
+
+
+# -- what is measured: {statistic: {library: function of (fake, real)}}; every function imports what it needs ---------------
+
+
+def our_moments(fake, real):
+    from gear.evaluation.statistics import Moments
+
+    return [_stream(Moments(rows.shape[1]), rows) for rows in (fake, real)]
+
+
+def _stream(moments, rows):
+    for part in rows.split(64):
+        moments.update(part)
+    return moments.mean, moments.covariance
+
+
+def our_fd(fake, real):
+    from gear.evaluation.statistics import frechet_distance
+
+    return frechet_distance(*our_moments(fake, real))
+
+
+def fidelity_fd(fake, real):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    statistics = [fid_features_to_statistics(rows) for rows in (fake, real)]
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+
+def our_kid(fake, real):
+    from gear.evaluation.neighbours import polynomial_mmd
+
+    return polynomial_mmd(real, fake, 100, min(1_000, len(fake)), seed=2020)[0]
+
+
+def fidelity_kid(fake, real, exact=False):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    sets = [rows.double() if exact else rows for rows in (fake, real)]
+    size = min(1_000, len(fake))
+    found = kid_features_to_metric(*sets, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False)
+    return found["kernel_inception_distance_mean"]
+
+
+def our_precision_recall(fake, real, half=False):
+    from gear.evaluation.neighbours import precision_recall
+
+    return precision_recall(real, fake, 3, half)[0]
+
+
+def fidelity_precision_recall(fake, real):
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    keywords = dict(prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False)
+    return prc_features_to_metric(fake, real, **keywords)["precision"]
+
+
+def our_prdc(fake, real):
+    from gear.evaluation.neighbours import prdc
+
+    return prdc(real, fake, 5)["density"]
+
+
+def prdc_prdc(fake, real):
+    from prdc import compute_prdc
+
+    with contextlib.redirect_stdout(None):
+        return compute_prdc(real.numpy(), fake.numpy(), 5)["density"]  # on as many cores as there are, up to 8
+
+
+def our_score(fake, real):
+    from gear.evaluation.statistics import InceptionScore
+
+    return InceptionScore(len(fake) // 10).update(fake[:, :1008]).value()
+
+
+def fidelity_score(fake, real):
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    return isc_features_to_metric(fake[:, :1008], 10, shuffle=False)["inception_score_mean"]
+
+
+STATISTICS = {
+    "moments, streamed in 64s": {"gear": lambda *sets: our_moments(*sets)[0][0].mean().item()},
+    "Frechet distance": {"gear": our_fd, "torch-fidelity": fidelity_fd},
+    "Inception Score": {"gear": our_score, "torch-fidelity": fidelity_score},
+    "KID, 100 x 1,000, float64": {"gear": our_kid, "torch-fidelity": functools.partial(fidelity_kid, exact=True)},
+    "KID, 100 x 1,000, float32": {"torch-fidelity": fidelity_kid},
+    "precision, recall, float32": {"gear": our_precision_recall, "torch-fidelity": fidelity_precision_recall},
+    "precision, recall, float16": {"gear": functools.partial(our_precision_recall, half=True)},
+    "prdc, float64": {"gear": our_prdc, "prdc": prdc_prdc},
+}
+
+
+# -- how it is measured ----------------------------------------------------------------------------------------------------
+
+
+def _inside(pipe, function, count, dim):
+    """Run in a process of its own: seconds, the value, and by how much the peak memory rose above the features' own."""
+    torch.set_num_threads(1)
+    try:
+        sets = features(count, dim)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        value = function(*sets)
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, float(value), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    except ImportError as error:
+        pipe.send(f"not measured: {error.name} is not installed")
+    except MemoryError:
+        pipe.send("not measured: out of memory")
+
+
+def measure(function, count, dim):
+    """Return (seconds, value, MiB) or why there is none."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, function, count, dim))
+    process.start()
+    there.close()
+    found = f"not measured: above {LIMIT} s"
+    try:
+        if here.poll(LIMIT):
+            found = here.recv()
+    except EOFError:
+        found = "not measured: the process was killed (memory)"
+    process.kill()
+    process.join()
+    return found
+
+
+def needs(statistic, library, count, dim):
+    """Return the bytes a measurement is known to need, all pairs being held at once by some."""
+    if library == "prdc":
+        return 3 * 8 * count**2  # real-real, fake-fake with a copy that is partitioned
+    if library == "torch-fidelity" and statistic.startswith("precision"):
+        return 3 * 4 * min(count, 10_000) * count
+    return 8 * 4 * count * dim if "KID" in statistic else 0
+
+
+def free_memory():
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def statistics(counts, dims, repeats, only):
+    rows = []
+    for count in counts:
+        for dim in dims:
+            features(count, dim)  # once: the processes inherit it
+            for statistic, libraries in STATISTICS.items():
+                if only and not any(word in statistic for word in only):
+                    continue
+                runs = {library: [] for library in libraries}
+                for _ in range(repeats):
+                    for library, function in libraries.items():  # in turn
+                        if needs(statistic, library, count, dim) > 0.8 * free_memory():
+                            found = f"not measured: needs {needs(statistic, library, count, dim) / 2**30:.0f} GiB"
+                        else:
+                            found = measure(function, count, dim)
+                        runs[library].append(found)
+                rows += _rows(statistic, count, dim, runs)
+                for row in rows[-len(runs) :]:
+                    print(_line(row), flush=True)
+            features.cache_clear()
+    return rows
+
+
+def _rows(statistic, count, dim, runs):
+    rows = []
+    for library, found in runs.items():
+        row = dict(what=statistic, library=library, count=count, dim=dim)
+        good = [f for f in found if isinstance(f, tuple)]
+        if good:
+            row |= dict(seconds=min(f[0] for f in good), value=good[0][1], peak_mib=max(f[2] for f in good), note="")
+        else:
+            row |= dict(note=found[0])
+        rows.append(row)
+    ours = next((r["seconds"] for r in rows if r["library"] == "gear" and "seconds" in r), None)
+    for row in rows:
+        if ours and "seconds" in row and row["library"] != "gear":
+            row["times_ours"] = row["seconds"] / ours
+    return rows
+
+
+def _line(row):
+    if "seconds" not in row and "images_s" not in row:
+        return f"{row['what']:28} {row['library']:15} {row.get('count', 0):7,} x {row.get('dim', 0):5} {row['note']}"
+    if "images_s" in row:
+        return f"{row['what']:28} {row['library']:15} {row['images_s']:8.1f} images/s"
+    ratio = f"{row['times_ours']:6.2f} x ours" if "times_ours" in row else " " * 13
+    return (
+        f"{row['what']:28} {row['library']:15} {row['count']:7,} x {row['dim']:5} {row['seconds']:9.2f} s {ratio} "
+        f"+{row['peak_mib']:8.0f} MiB  {row['value']:.8g}"
+    )
+
+
+def extraction(images, side):
+    """Return images/s of each feature network whose weights are on this machine: batches of 64, one core."""
+    from gear.config import UserError
+    from gear.evaluation.networks import NETWORKS, load_network_by_name
+
+    torch.set_num_threads(1)
+    rows, batch = [], torch.randint(0, 256, (min(64, images), side, side, 3), dtype=torch.uint8)
+    for name in NETWORKS:
+        row = dict(what=f"features of {side} px images", library=name)
+        try:
+            network = load_network_by_name(name, offline=True)
+            network(batch[:2])
+            start, seen = time.perf_counter(), 0
+            while seen < images:
+                network(batch)
+                seen += len(batch)
+            row |= dict(count=seen, images_s=seen / (time.perf_counter() - start), note="")
+        except (UserError, ImportError) as error:
+            row |= dict(note=f"not measured: {str(error)[:70]}...")
+        rows.append(row)
+        print(_line(row), flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sets: under 30 s, to see that it runs")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 50_000])
+    parser.add_argument("--dims", type=int, nargs="+", default=[1280, 2048])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], help="words of the statistics wanted")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if options.quick:
+        options.counts, options.dims, options.repeats = [1_000], [256], 1
+    import torch_fidelity  # noqa: F401  imported once, so that no process is charged for it
+    import torch_fidelity.metric_fid  # noqa: E401, F401, I001
+
+    rows = extraction(64 if options.quick else 256, 32) if not options.only else []
+    rows += statistics(options.counts, options.dims, options.repeats, options.only)
+    table = pd.DataFrame(rows)
+    table.insert(0, "cores", [os.cpu_count() if library == "prdc" else 1 for library in table["library"]])  # prdc: 8 threads
+    table.to_csv(options.out, index=False, float_format="%.6g")
+    missing = int((table["note"] != "").sum())
+    print(f"\n{options.out}: {len(table)} rows, {missing} not measured; one core but for prdc, load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()

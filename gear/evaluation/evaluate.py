@@ -1,0 +1,194 @@
+"""Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from gear.analysis.codes import usage
+from gear.checkpoints import load_generator, load_tokenizer
+from gear.config import UserError, from_dict, nearest
+from gear.data import DataConfig, load
+from gear.evaluation.networks import load_network_by_name
+from gear.evaluation.reconstruction import l1, psnr, reconstruct, ssim
+from gear.evaluation.scores import compare, extract, protocol_id, record
+from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
+from gear.home import write_atomically
+from gear.run import Run
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn: part of every generation metric's protocol."""
+
+    count: int = 1_000
+    cfg_scale: float = 1.0  # guidance; 1 is none
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    sampling: Sampling = Sampling()
+    network: str = ""  # feature network: inception, dinov2-l, efficientnet-lite0, scenes; "": the run's teacher's
+    weights: str = ""  # the network's weight file, if not in a cache
+    offline: bool = False  # make no network call
+    metrics: tuple[str, ...] = ()  # none named: all that can be had
+    reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
+    reference_count: int = 2_000  # of images taken from a folder, a zip or the run
+    samples: str = ""  # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
+    export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
+    sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
+    reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
+    device: str = "cpu"
+    quiet: bool = False
+
+
+def evaluate(name, options=EvaluateOptions()):
+    """Evaluate the run `name`; returns the records of this call and keeps them in runs/NAME/metrics.json.
+
+    Killed at any moment, the same call goes on from the samples that are there; twice with one seed it writes the same bytes.
+    """
+    run, settings = Run.open(name), _swept(options)
+    if options.export and len(settings) > 1:
+        raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
+    config = from_dict(DataConfig, run.config["data"])
+    teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
+    space = options.network or teacher
+    resize = {"resize": "torch"} if options.reconstruction and space == "inception" else {}  # rFID's: of floats, not of uint8
+    network = load_network_by_name(space, options.weights, options.offline, **resize).to(options.device)
+    if options.reconstruction:
+        records = _reconstruction(run, config, network, options)
+    else:
+        split = "all" if options.reference else "train"
+        real = reference(
+            options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
+            config.interpolation,
+        )  # fmt: skip
+        records = [r for sampling in settings for r in _generation(run, config, network, real, options, sampling)]
+        records += _likelihood(run, config) if not options.samples else []
+    _keep(run, records)
+    return records
+
+
+def _swept(options):
+    """Return the Samplings that a sweep asks for, or the one."""
+    if not options.sweep:
+        return [options.sampling]
+    key, _, values = options.sweep.partition("=")
+    known = {f.name: f.type for f in fields(Sampling)}
+    if key not in known or not values:
+        raise UserError(f"--sweep {options.sweep}: one of {', '.join(known)}, as in cfg_scale=1,1.25,1.5.{nearest(key, known)}")
+    kind = type(getattr(options.sampling, key))
+    try:
+        return [replace(options.sampling, **{key: kind(value)}) for value in values.split(",")]
+    except ValueError:
+        raise UserError(f"--sweep {options.sweep}: '{values}' are no numbers of {key}.") from None
+
+
+def _generation(run, config, network, real, options, sampling):
+    """Draw samples (or take someone else's) and compare them with the reference."""
+    if options.samples:
+        drawn = {"samples": Path(options.samples).name}
+        batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
+    else:
+        if sampling.count < 2:
+            raise UserError(f"{sampling.count} samples: two at least have statistics.")
+        generator, tokenizer = (load(run.name).to(options.device) for load in (load_generator, load_tokenizer))
+        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": run.step}
+        labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
+        how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
+        folder = samples_folder(run, drawn)
+        batches = lambda: draw_samples(  # noqa: E731
+            folder, generator, tokenizer, labels, sampling.seed, options.device, options.quiet, grid=generator.grid, **how
+        )
+    fake = extract(options.samples or run.name, batches(), network, options.device)
+    if options.export:
+        write_atomically(Path(options.export), lambda temporary: write_npz(temporary, batches(), fake.count))
+    protocol = {
+        **network.protocol, **drawn, "rounding": "uint8", "samples_count": fake.count, "samples_hash": fake.pixels,
+        "reference": Path(real.name).name, "reference_count": real.count, "reference_hash": real.pixels,
+        "image_size": config.image_size, "resize": config.interpolation,
+    }  # fmt: skip
+    found = compare(fake, real, network, options.metrics or None)
+    return [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
+
+
+@torch.no_grad()
+def _likelihood(run, config):
+    """Next-token loss on validation images, the entropy of their codes, and what of it is predicted (H - NTP)."""
+    generator, tokenizer = load_generator(run.name), load_tokenizer(run.name)
+    images, labels = load(config, "val", run.config["eval_images"])
+    indices = torch.cat([tokenizer.encode(x) for x in images.split(32)]).flatten(1)
+    losses = [
+        F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none")
+        for i, c in zip(indices.split(32), labels.split(32))
+    ]
+    ntp, entropy = float(torch.cat(losses).double().mean()), usage(indices, tokenizer.config.codebook_size).entropy
+    protocol = {"weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "unit": "nats a token"}
+    values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - ntp}
+    return [record(metric, value, protocol) for metric, value in values.items()]
+
+
+def _reconstruction(run, config, network, options):
+    """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to the same images."""
+    tokenizer = load_tokenizer(run.name)
+    images, _ = load(config, "val", options.reference_count)
+    decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
+    protocol = {
+        "weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "image_size": config.image_size,
+        "resize": config.interpolation, "rounding": "none",
+    }  # fmt: skip
+    each = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    records = [record(name, float(f(decoded, images).double().mean()), protocol) for name, f in each.items()]
+    sets = [extract(run.name, x.split(64), network, options.device, keep_rows=False) for x in (decoded, images)]
+    distance = compare(*sets, network, ["gfid" if network.name == "inception" else f"fd_{network.name}"])
+    name = "rfid" if network.name == "inception" else f"rfd_{network.name}"
+    return records + [record(name, value, protocol | network.protocol) for value, _ in distance.values()]
+
+
+def _keep(run, records):
+    """Merge records into metrics.json: one of a metric and a protocol replaces the one before it."""
+    path = run.path / "metrics.json"
+    kept = {(r["metric"], json.dumps(r["protocol"], sort_keys=True)): r for r in [*read_metrics(run), *records]}
+    ordered = [kept[key] for key in sorted(kept)]
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n"))
+
+
+def read_metrics(run):
+    """Return the records in a run's metrics.json, none if there is none; raises UserError for one that cannot be read."""
+    path = run.path / "metrics.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or remove it and evaluate again.") from None
+
+
+def metrics_table(runs):
+    """Return the metrics of runs as a table, a row each and a column for every metric and protocol: (table, {id: protocol}).
+
+    Two numbers share a column only if their protocols are equal but for the run's own name, step and samples.
+    """
+    rows, protocols = {}, {}
+    for run in runs:
+        for entry in sorted(read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)):  # the newest stays
+            key = protocol_id(entry["protocol"])
+            protocols.setdefault(
+                key, {k: v for k, v in entry["protocol"].items() if k not in ("weights_of", "step", "samples_hash")}
+            )
+            rows.setdefault(run.name, {})[f"{entry['metric']} [{key}]"] = entry["value"]
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table[sorted(table.columns)], protocols
+
+
+def report(runs):
+    """Print `metrics_table`, a metric a line, and each protocol under its id."""
+    table, protocols = metrics_table(runs)
+    print(table.T.to_string(float_format=lambda value: f"{value:.5g}", na_rep=""))
+    for key, protocol in protocols.items():
+        print(f"[{key}] " + ", ".join(f"{name} {value}" for name, value in sorted(protocol.items())))

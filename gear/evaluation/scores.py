@@ -1,0 +1,141 @@
+"""From images to numbers: features of two sets, the metrics their features allow, and the protocol that travels with each.
+
+Outside Inception nothing is called FID, KID or IS: those are `fd_NETWORK`, `mmd_NETWORK` and `score_NETWORK`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from gear.config import UserError
+from gear.evaluation.neighbours import polynomial_mmd, prdc, precision_recall
+from gear.evaluation.statistics import IS_SPLIT, InceptionScore, Moments, frechet_distance
+
+BATCH = 64
+OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")  # what two numbers of one protocol may differ in
+SPATIAL_SAMPLES = 2_024  # sFID's 2,023 features need more samples than that for a covariance of full rank
+
+
+@dataclass
+class FeatureSet:
+    """What is kept of a set of images: rows for neighbours, moments for Fréchet distances, the score of its logits."""
+
+    name: str
+    pixels: str  # SHA-256 of what was looked at, in order: 12 hex digits
+    count: int
+    moments: dict = field(default_factory=dict)  # {"pool": (mean, covariance), "spatial": ...}
+    rows: torch.Tensor | None = None  # (N, D) float32
+    inception_score: float | None = None
+    given: tuple = ()  # kinds of moments that a file brought, of as many samples as its author had
+
+
+def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT):
+    """Run a feature network over batches of images (uint8 (B, H, W, 3), or float (B, 3, H, W)): a FeatureSet.
+
+    Moments and the score are streamed; rows are kept for the metrics from neighbours unless `keep_rows` is false. Raises
+    UserError for no images, images of mixed size, and features that are not finite.
+    """
+    moments, rows, score, digest, count, size = {}, [], InceptionScore(split), hashlib.sha256(), 0, None
+    for images in batches:
+        if size not in (None, images.shape[1:]):
+            raise UserError(f"'{name}' holds images of mixed size: {tuple(size)} and {tuple(images.shape[1:])}.")
+        size, count = images.shape[1:], count + len(images)
+        digest.update(np.ascontiguousarray(images.cpu().numpy()).tobytes())
+        for part in images.split(BATCH):
+            features = network(part.to(device))
+            for kind in ("pool", "spatial"):
+                if kind in features:
+                    moments.setdefault(kind, Moments(features[kind].shape[1])).update(features[kind])
+            if "logits" in features:
+                score.update(features["logits"])
+            if keep_rows:
+                rows.append(features["pool"].float().cpu())
+    if not count:
+        raise UserError(f"'{name}' holds no images.")
+    moments = {kind: (m.mean, m.covariance) for kind, m in moments.items()} if count > 1 else {}
+    kept = torch.cat(rows) if rows else None
+    return FeatureSet(name, digest.hexdigest()[:12], count, moments, kept, score.value() if score.seen else None)
+
+
+def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0):
+    """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a reference.
+
+    `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that cannot be had raises
+    UserError saying why, and one that was not is left out.
+    """
+    inception = network.name == "inception"
+    fid, kernel = ("gfid", "kid") if inception else (f"fd_{network.name}", f"mmd_{network.name}")
+    possible = {
+        fid: lambda: (frechet_distance(_moments(fake, "pool"), _moments(real, "pool")), {}),
+        "precision_recall": lambda: _pairs(precision_recall, ("precision", "recall"), fake, real, k or 3),
+        "prdc": lambda: _pairs(prdc, None, fake, real, k or 5),
+        kernel: lambda: _mmd(fake, real, subsets, subset_size, seed),
+    }
+    if inception:
+        possible["sfid"] = lambda: (frechet_distance(_moments(fake, "spatial"), _moments(real, "spatial")), {})
+    possible["inception_score" if inception else f"score_{network.name}"] = lambda: (_score(fake), {"is_split": IS_SPLIT})
+    if unknown := set(wanted or ()) - possible.keys():
+        raise UserError(f"unknown metrics {', '.join(sorted(unknown))} in this feature space. Known: {', '.join(possible)}.")
+    found = {}
+    for name in wanted or possible:
+        try:
+            value, details = possible[name]()
+        except UserError:
+            if wanted:
+                raise
+            continue
+        found |= {key: (v, details) for key, v in value.items()} if isinstance(value, dict) else {name: (value, details)}
+    return found
+
+
+def _moments(features, kind):
+    least = SPATIAL_SAMPLES if kind == "spatial" else 2
+    if kind not in features.given and features.count and features.count < least:
+        raise UserError(f"'{features.name}' has {features.count} samples: {least} at least are needed for {kind} statistics.")
+    if kind not in features.moments:
+        raise UserError(f"'{features.name}' brings no {kind} statistics of this feature network.")
+    return features.moments[kind]
+
+
+def _score(features):
+    if features.inception_score is None:
+        raise UserError("this feature network has no logits: an Inception Score needs some.")
+    return features.inception_score
+
+
+def _rows(features):
+    if features.rows is None:
+        raise UserError(f"'{features.name}' brings statistics, but no images or features: neighbours need those.")
+    return features.rows
+
+
+def _pairs(function, names, fake, real, k):
+    values = function(_rows(real), _rows(fake), k)
+    if names is None:
+        return {f"prdc_{name}": value for name, value in values.items()}, {"k": k, "distance": "float64, d < r"}
+    return dict(zip(names, values)), {"k": k, "distance": "squared, float16, d <= r"}
+
+
+def _mmd(fake, real, subsets, size, seed):
+    size = min(size, fake.count, real.count)
+    mean, std = polynomial_mmd(_rows(real), _rows(fake), subsets, size, seed)
+    return mean, {"subsets": subsets, "subset_size": size, "subset_seed": seed, "spread": std}
+
+
+# -- what travels with a number ------------------------------------------------------------------------------------------
+
+
+def record(metric, value, protocol):
+    """Return one entry of metrics.json: the value and everything it depends on."""
+    if not np.isfinite(value):
+        raise UserError(f"{metric} is {value}: nothing is written that is no number.")
+    return {"metric": metric, "value": float(f"{value:.10g}"), "protocol": protocol}
+
+
+def protocol_id(protocol):
+    """Return eight hex digits that tell protocols apart: two numbers share a column only if theirs are equal."""
+    kept = {key: value for key, value in protocol.items() if key not in OF_ONE_RUN}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,140 @@
+"""Where the images of an evaluation come from: a run's samples, someone else's, a reference. All uint8 (N, H, W, 3)."""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gear.config import UserError
+from gear.data import DataConfig, open_source
+from gear.evaluation.scores import BATCH, FeatureSet, extract
+from gear.generator.sampling import generate
+from gear.home import write_atomically
+
+CHUNK = 64  # samples drawn at once, always: what is drawn must not depend on where a kill fell
+STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
+    "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
+    "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
+}
+
+
+def balanced_labels(count, classes, seed):
+    """Return `count` labels, each class as often as another (but for the remainder), in a seeded order: (N,) int64."""
+    return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(count) % classes))
+
+
+def draw_samples(folder, generator, tokenizer, labels, seed, device="cpu", quiet=False, **sampling):
+    """Yield uint8 chunks (CHUNK, H, W, 3) of samples for labels (N,), each kept in `folder` as it is drawn.
+
+    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was, to the same samples.
+    """
+    chunks = labels.split(CHUNK)
+    for i, part in enumerate(tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)):
+        path = folder / f"{i:05d}.npy"
+        if not path.exists():
+            indices = generate(generator, part.to(device), seed=seed * 1_000_003 + i, **sampling)
+            images = torch.cat([_rounded(tokenizer.decode(grid)) for grid in indices.split(8)])
+            write_atomically(path, lambda temporary, images=images: _save(temporary, images))
+        yield torch.from_numpy(np.load(path))
+
+
+def _rounded(images):
+    return (images.detach().float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def _save(path, images):
+    with open(path, "wb") as file:
+        np.save(file, images.numpy())
+
+
+def samples_folder(run, protocol):
+    """Return the folder in which a run's samples of a protocol are kept: its name is the protocol's hash."""
+    return run.path / "evaluation" / hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_images(source, image_size, count=None, split="all", interpolation="bicubic"):
+    """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and centre-cropped."""
+    images = open_source(DataConfig(str(source), image_size, interpolation=interpolation), split)
+    total = len(images) if count is None else min(count, len(images))
+    for start in range(0, total, BATCH):
+        yield torch.from_numpy(images.images(np.arange(start, min(start + BATCH, total))))
+
+
+def read_npz(path):
+    """Return the arrays of a .npz as {name: array}; raises UserError for what is none, or cut short. No pickle is read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}.") from None
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # TypeError: a .npy
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{path}' cannot be read as .npz ({why}): it is cut short, or another file.") from None
+
+
+def npz_images(path, arrays=None):
+    """Yield uint8 batches of `arr_0` (N, H, W, 3) in a .npz, ADM's format; raises UserError for another kind."""
+    arrays = read_npz(path) if arrays is None else arrays
+    if "arr_0" not in arrays:
+        raise UserError(f"'{path}' has no arr_0, which holds the images: it has {', '.join(arrays) or 'nothing'}.")
+    images = arrays["arr_0"]
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise UserError(f"arr_0 of '{path}' is {images.shape} {images.dtype}: uint8 (N, H, W, 3) in [0, 255] is expected.")
+    for start in range(0, len(images), BATCH):
+        yield torch.from_numpy(images[start : start + BATCH])
+
+
+def write_npz(path, batches, count):
+    """Write `count` uint8 images, batch by batch, as `arr_0` (N, H, W, 3) of a .npz that the ADM evaluator reads."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        for i, images in enumerate(batches):
+            if i == 0:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(images.contiguous().numpy().tobytes())
+
+
+def open_images(source, image_size, count=None, split="all", interpolation="bicubic"):
+    """Yield uint8 batches of a .npz or of what `read_images` takes, `count` images at most."""
+    if Path(source).suffix != ".npz":
+        yield from read_images(source, image_size, count, split, interpolation)
+        return
+    left = count
+    for images in npz_images(source):
+        yield images if left is None else images[:left]
+        left = left if left is None else left - len(images)
+        if left is not None and left <= 0:
+            return
+
+
+def reference(source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"):
+    """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or images.
+
+    Statistics in a file stand as they are (ADM's are of the whole training set); its images serve the metrics from neighbours.
+    Raises UserError for a file that has neither.
+    """
+    if Path(source).suffix != ".npz":
+        batches = read_images(source, image_size, count, split, interpolation)
+        return extract(str(source), batches, network, device)
+    arrays = read_npz(source)
+    names = STATISTICS.get(network.name, {})
+    found = {kind: tuple(arrays[n] for n in pair) for kind, pair in names.items() if set(pair) <= arrays.keys()}
+    if "arr_0" in arrays:
+        features = extract(Path(source).name, npz_images(source, arrays), network, device)
+    elif found:
+        features = FeatureSet(Path(source).name, "", 0, {})
+    else:
+        wanted = ", ".join(n for pair in names.values() for n in pair) or "statistics of this feature network"
+        raise UserError(f"'{source}' has neither images (arr_0) nor {wanted}: it has {', '.join(arrays) or 'nothing'}.")
+    features.moments |= found
+    features.given = tuple(found)
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    features.pixels = digest.hexdigest()[:12]
+    return features

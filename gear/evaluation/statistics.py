@@ -1,0 +1,108 @@
+"""Statistics of features, streamed: Fréchet distance and Inception Score (Tables 1, 5 to 14). Float64 throughout."""
+
+import torch
+
+from gear.config import UserError
+
+IS_SPLIT = 5_000  # samples a split of the Inception Score, in the order of the file (ADM)
+
+
+class Moments:
+    """Mean and covariance of feature rows, from sums alone: memory does not grow with what has been seen."""
+
+    def __init__(self, dim, device="cpu"):
+        self.count = 0
+        self.shift = None  # the first rows' mean: sums of squares about it do not cancel
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features):
+        """Take in features (N, D). Raises UserError for a value that is not finite."""
+        x = features.to(self.sum.device, torch.float64)
+        if not torch.isfinite(x).all():
+            raise UserError("the features hold values that are not finite: look at the images, or at the feature network.")
+        if self.shift is None:
+            self.shift = x.mean(0)
+        x = x - self.shift
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer += x.T @ x
+        return self
+
+    @property
+    def mean(self):
+        """(D,) float64."""
+        return self.sum / self.count + self.shift
+
+    @property
+    def covariance(self):
+        """(D, D) float64, over N - 1. Raises UserError for fewer than two samples."""
+        if self.count < 2:
+            raise UserError(f"{self.count} samples have no covariance: give more.")
+        return (self.outer - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+
+
+def frechet_distance(one, other):
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D, D)): a float >= 0.
+
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which are real. Raises UserError
+    for statistics of another width, and for a covariance with an eigenvalue clearly below zero.
+    """
+    (m1, s1), (m2, s2) = ((torch.as_tensor(t, dtype=torch.float64) for t in pair) for pair in (one, other))
+    if s1.shape != s2.shape or m1.shape != m2.shape or s1.shape != (len(m1), len(m1)):
+        shapes = f"{tuple(m1.shape)}, {tuple(s1.shape)} and {tuple(m2.shape)}, {tuple(s2.shape)}"
+        raise UserError(f"statistics of shapes {shapes} cannot be compared: both have to come from one feature network.")
+    if not all(torch.isfinite(t).all() for t in (m1, s1, m2, s2)):
+        raise UserError("a mean or covariance holds values that are not finite: look at what it was computed from.")
+    values, vectors = torch.linalg.eigh(s1)
+    root = (vectors * _non_negative(values).sqrt()) @ vectors.T
+    values = _non_negative(torch.linalg.eigvalsh(root @ s2 @ root))
+    distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * values.sqrt().sum()
+    return max(float(distance), 0.0)
+
+
+def _non_negative(values):
+    """Clip eigenvalues that rounding made negative; raises UserError for one that is negative by more."""
+    if values.min() < -1e-6 * values.abs().max():
+        raise UserError(f"a covariance has the eigenvalue {float(values.min()):.3g}: it is not that of any features.")
+    return values.clamp_min(0)
+
+
+class InceptionScore:
+    """exp(mean KL of a sample's class probabilities from their mean) of each split of `split` samples in order, averaged.
+
+    Order matters: class-sorted samples give each split fewer classes. Probabilities are streamed; only sums are kept.
+    """
+
+    def __init__(self, split=IS_SPLIT):
+        self.split, self.scores, self.seen = split, [], 0
+        self._begin()
+
+    def _begin(self):
+        self.count, self.negentropy, self.mean = 0, 0.0, 0.0
+
+    def update(self, logits):
+        """Take in logits (N, classes)."""
+        logp = logits.double().log_softmax(-1)
+        self.seen += len(logp)
+        while len(logp):
+            rows, logp = logp[: self.split - self.count], logp[self.split - self.count :]
+            p = rows.exp()
+            self.negentropy = self.negentropy + (p * rows).sum()
+            self.mean, self.count = self.mean + p.sum(0), self.count + len(rows)
+            if self.count == self.split:
+                self._close()
+        return self
+
+    def _close(self):
+        mean = self.mean / self.count
+        self.scores.append(float((self.negentropy / self.count + torch.special.entr(mean).sum()).exp()))
+        self._begin()
+
+    def value(self):
+        """Return the mean over splits, the last one however short; raises UserError where there was no sample."""
+        if self.count:
+            self._close()
+        if not self.scores:
+            raise UserError("the Inception Score of no samples: give at least one.")
+        return sum(self.scores) / len(self.scores)

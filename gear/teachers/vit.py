@@ -1,0 +1,134 @@
+"""Public vision transformers as teachers: DINOv2, DINOv3, SigLIP 2, V-JEPA 2, CLIP, each fed exactly as it is meant to be.
+
+A teacher is named NAME[@LAYER][=PATH]: "dinov2-b", "dinov2-b@8", "siglip2-b=/weights/siglip2.safetensors".
+"""
+
+import re
+from importlib.metadata import version
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gear.checkpoints import check_fit
+from gear.config import UserError
+from gear.teachers.cache import FeatureCache
+from gear.teachers.networks import VITS, blocks, build, input_side, renamed
+from gear.teachers.weights import file_hash, find_weights, read_tensors
+
+ALPHA = 0.6  # of the mean, which spatial normalisation takes away
+
+
+class ViTTeacher(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, dim) float32, a patch `stride` pixels wide, L in raster order.
+
+    `side` is the network's input in pixels, `layer` a block counted from 1, or -1: the last, after the norm where `vit` says
+    so. `identity` tells all that the features depend on, the weights by their `sha256`. On a CPU a FeatureCache keeps them.
+    """
+
+    def __init__(self, name, network, sha256, image_size, stride, layer=-1):
+        super().__init__()
+        self.vit, self.network, self.sha256 = VITS[name], network, sha256
+        self.image_size, self.stride, self.dim = image_size, stride, self.vit.dim
+        self.side = input_side(name, image_size, stride)
+        self.layer = len(blocks(network)) if layer == -1 and not self.vit.last_norm else layer
+        self.identity = (
+            f"{name} {sha256}, {self.vit.library} {version(self.vit.library)}, layer {self.layer}, "
+            f"normalisation {f'z-score {ALPHA}' if self.vit.spatial else 'none'}, input {self.side} px"
+        )
+        self.cached = FeatureCache(self.identity, self.dim, self.features)
+        for statistic, values in zip(("mean", "std"), self.vit.norm):
+            self.register_buffer(statistic, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def grid(self, image_size):
+        """Return the side of the feature grid at an image size in pixels; CLIP's is always 16."""
+        return self.side // self.vit.patch if self.vit.sides == (self.side,) else image_size // self.stride
+
+    def preprocess(self, images):
+        """Return the network's input, (B, 3, side, side)."""
+        pixels = (images + 1) / 2
+        for step in self.vit.steps:
+            if step == "normalise":
+                pixels = (pixels - self.mean) / self.std
+            else:
+                pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=False)
+        return pixels
+
+    def raw(self, images):
+        """Return the network's own features, (B, L, dim), special tokens left out."""
+        network, pixels = self.network, self.preprocess(images)
+        if self.vit.library == "transformers":
+            hidden = network.embeddings(pixels[:, None])  # a video of one frame, which is doubled there
+            for block in network.layer[: None if self.layer == -1 else self.layer]:
+                hidden = block(hidden)[0]
+            return network.layernorm(hidden) if self.layer == -1 else hidden
+        if self.layer == -1:
+            return network.forward_features(pixels)[:, network.num_prefix_tokens :]
+        options = dict(output_fmt="NLC", intermediates_only=True, stop_early=True)
+        return network.forward_intermediates(pixels, indices=[self.layer - 1], **options)[0]
+
+    def features(self, images):
+        """Return what `forward` does, without the cache."""
+        raw = self.raw(images).float()
+        return spatially_normalised(raw) if self.vit.spatial else raw
+
+    def forward(self, images):
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(f"a teacher of {self.image_size} px images got {images.shape[-2]} x {images.shape[-1]} px.")
+        return self.cached(images).float() if images.device.type == "cpu" else self.features(images)
+
+
+def spatially_normalised(features):
+    """(z - 0.6 mean) / (std + 1e-6) of (B, L, C): statistics over L, of each image and channel; std is the unbiased one."""
+    return (features - ALPHA * features.mean(1, keepdim=True)) / (features.std(1, keepdim=True) + 1e-6)
+
+
+def parse(spec):
+    """Part NAME[@LAYER][=PATH] into (name, layer, path); raises UserError for a layer that is no number."""
+    head, _, path = spec.partition("=")
+    name, at, layer = head.partition("@")
+    if at and not re.fullmatch(r"-1|\d+", layer):
+        raise UserError(f"the layer of the teacher '{spec}' is '{layer}': a number is expected, as in {name}@8.")
+    return name, int(layer) if at else -1, path
+
+
+def load_vit_teacher(spec, data, stride, offline=False):
+    """Load a teacher NAME[@LAYER][=PATH] for the images of a DataConfig, patches `stride` pixels wide: eval mode, frozen.
+
+    Raises UserError where its grid cannot match, a library or the weights are missing, or these do not fit.
+    """
+    name, layer, _ = parse(spec)
+    side = input_side(name, data.image_size, stride)
+    path, tensors = fitting_weights(spec, side, offline)
+    with torch.random.fork_rng(devices=[]):  # what is initialised next does not depend on the library's own random weights
+        network = build(name, side)
+    network.load_state_dict(tensors)
+    return ViTTeacher(name, network, file_hash(path), data.image_size, stride, layer).eval().requires_grad_(False)
+
+
+def check(spec, data=None, stride=None, offline=False):
+    """Raise UserError unless a teacher's weights are there and fit; with a DataConfig and a stride, also its grid."""
+    name, _, path = parse(spec)
+    sides = VITS[name].sides or (16 * VITS[name].patch,)
+    if data is not None or len(sides) == 1:
+        fitting_weights(spec, sides[0] if data is None else input_side(name, data.image_size, stride), offline)
+    else:  # which weights are needed, the images would say
+        with torch.device("meta"):
+            build(name, sides[0])
+        if path:
+            find_weights(name, "", "", path)
+
+
+def fitting_weights(spec, side, offline=False, flag=""):
+    """Return (path, {library's name: tensor}) of a teacher's weights, or raise UserError listing what does not fit."""
+    name, layer, path = parse(spec)
+    vit = VITS[name]
+    with torch.device("meta"):
+        network = build(name, side)
+    if layer != -1 and not 1 <= layer <= len(blocks(network)):
+        raise UserError(f"the teacher {name} has no layer {layer}: it has 1 to {len(blocks(network))}, and -1, the last.")
+    about = f"about {vit.megabytes} MB, from {vit.source.format(side=side)}"
+    path = find_weights(name, vit.repo.format(side=side), about, path, offline, flag)
+    tensors = renamed(read_tensors(path), vit.names)
+    check_fit({n: tuple(t.shape) for n, t in network.state_dict().items()}, tensors, path, f"teacher {name}")
+    return path, tensors

@@ -1,0 +1,773 @@
+"""Every number of an evaluation: golden values and identities, streaming, sources, protocols, and `gear evaluate` itself."""
+
+import io
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_generator, tiny_tokenizer
+
+from gear.__main__ import main
+from gear.config import UserError
+from gear.evaluation import evaluate as evaluation
+from gear.evaluation import neighbours, networks, scores, sources
+from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, metrics_table, read_metrics
+from gear.evaluation.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
+from gear.evaluation.reconstruction import l1, psnr, ssim
+from gear.evaluation.scores import compare, extract, protocol_id, record
+from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
+from gear.evaluation.statistics import InceptionScore, Moments, frechet_distance
+from gear.run import Run
+
+GOLDEN = Path(__file__).parent / "golden"
+ARRAYS = np.load(GOLDEN / "dist.npz")
+REAL, FAKE, LOGITS = (torch.from_numpy(ARRAYS[key]) for key in ("real", "fake", "logits_sorted_by_class"))
+RECON = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
+ATOL = 1e-6  # of the block `dist`
+
+# -- golden values (the block `dist`: torch-fidelity 0.4.0, prdc, gpic_eval_dino, dgm-eval, the ADM evaluator) ------------
+
+
+def moments(rows):
+    streamed = Moments(rows.shape[1]).update(rows)
+    return streamed.mean, streamed.covariance
+
+
+def inception_score(logits, split):
+    return InceptionScore(split).update(logits).value()
+
+
+def test_frechet_distance_golden():
+    ours = frechet_distance(moments(FAKE), moments(REAL))
+    for theirs in (7.363881517426165, 7.363881517426169, 7.363881517426176, 7.363881517426158):
+        assert ours == pytest.approx(theirs, abs=1e-10)
+    assert (moments(FAKE)[0] - moments(REAL)[0]).square().sum().item() == pytest.approx(3.5459399254556665, abs=1e-10)
+    biased = [(m, s * (n - 1) / n) for (m, s), n in ((moments(FAKE), 120), (moments(REAL), 160))]
+    assert abs(frechet_distance(*biased) - ours) > 1e-3  # a covariance over N is another number
+
+
+def test_inception_score_golden():
+    """In the order of the file, as ADM has it; torch-fidelity's shuffle and one split are other numbers."""
+    by_class = inception_score(LOGITS, 40)
+    assert by_class == pytest.approx(2.261720717554128, abs=ATOL)
+    permuted = LOGITS[torch.from_numpy(np.random.default_rng(0).permutation(400))]
+    assert inception_score(permuted, 40) == pytest.approx(3.137038097077166, abs=ATOL)
+    shuffled = LOGITS[torch.from_numpy(np.random.RandomState(2020).permutation(400))]
+    assert inception_score(shuffled, 40) == pytest.approx(3.120989781095575, abs=ATOL)
+    whole = inception_score(LOGITS, scores.IS_SPLIT)
+    assert whole == pytest.approx(3.2978786435207414, abs=ATOL)
+    assert min(abs(whole - other) for other in (by_class, 3.120989781095575)) > 0.1
+
+
+def test_precision_and_recall_golden():
+    """ADM's are in float16, and differ from the exact ones on so few samples."""
+    assert precision_recall(REAL, FAKE) == pytest.approx((0.9583333333333334, 0.725), abs=ATOL)
+    assert radii(REAL, 3, half=True)[:3].tolist() == [18.125, 19.375, 28.8125]
+    exact = precision_recall(REAL, FAKE, half=False)
+    assert exact == pytest.approx((0.95, 0.73125), abs=ATOL)
+    assert precision_recall(FAKE, REAL, half=False) == pytest.approx(exact[::-1], abs=ATOL)  # torch-fidelity before 0.4.0
+    assert exact != pytest.approx(exact[::-1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "k, want",
+    (
+        (3, dict(precision=0.95, recall=0.73125, density=1.238888888888889, coverage=0.8125)),
+        (5, dict(precision=1.0, recall=0.8125, density=1.2283333333333335, coverage=0.91875)),
+    ),
+)
+def test_prdc_golden(k, want, monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 120 * 7)  # uneven blocks: they must not matter
+    assert prdc(REAL, FAKE, k) == pytest.approx(want, abs=ATOL)
+    assert prdc(FAKE, REAL, k) != pytest.approx(want, abs=1e-3)
+
+
+def test_kernel_distance_golden():
+    mean, std = polynomial_mmd(REAL, FAKE, 20, 60, seed=2020)
+    assert mean == pytest.approx(51.04527512160649, abs=ATOL) and std == pytest.approx(16.158529743015066, abs=ATOL)
+    whole = mmd(FAKE.double(), REAL[:120].double())
+    assert whole == pytest.approx(60.52682796443327, abs=ATOL)
+    m, cross = 120, (FAKE.double() @ REAL[:120].double().T / 16 + 1) ** 3
+    u_statistic = whole + 2 * cross.mean() - 2 * (cross.sum() - cross.trace()) / (m * (m - 1))
+    assert abs(u_statistic - whole) > 1e-2  # the cross term keeps its diagonal
+
+
+def recon():
+    arrays = np.load(GOLDEN / "recon.npz")
+    return [torch.from_numpy(arrays[key]) * 2 - 1 for key in ("rec", "ref")]
+
+
+def test_reconstruction_golden():
+    rec, ref = recon()
+    assert l1(rec, ref).mean().item() == pytest.approx(RECON["gear_l1"], abs=2e-5)
+    each = psnr(rec, ref)
+    assert each.tolist() == pytest.approx(RECON["skimage_psnr_per_image"], abs=2e-5)
+    assert each.mean().item() == pytest.approx(RECON["gear_psnr_mean_over_images"], abs=2e-5)
+    assert each.mean().item() == pytest.approx(RECON["torchmetrics_psnr_per_image_mean"], abs=2e-5)
+    assert abs(each.mean().item() - RECON["psnr_of_pooled_mse_WRONG"]) > 1
+    assert ssim(rec, ref).tolist() == pytest.approx(RECON["skimage_ssim_dr1_uniform7_PRIMARY"], abs=2e-5)
+
+
+@pytest.mark.parametrize("key", [key for key in RECON if "ssim" in key and "PRIMARY" not in key])
+def test_another_ssim_is_another_number(key):
+    """Inflated by a data range of 2, with a gaussian window, with another border: none of these is ours."""
+    ours = ssim(*recon()).tolist()
+    assert all(abs(a - b) > 1e-3 for a, b in zip(ours, RECON[key]))
+
+
+def test_rounded_reconstructions_are_another_number():
+    rec, ref = recon()
+    rounded = ((rec * 127.5 + 127.5).round() / 127.5 - 1).clamp(-1, 1)
+    assert psnr(rounded, ref).tolist() == pytest.approx(RECON["uint8_rounded_rec_psnr_per_image"], abs=2e-5)
+    assert (psnr(rec, ref) - psnr(rounded, ref)).abs().min() > 1e-3
+
+
+# -- identities ----------------------------------------------------------------------------------------------------------
+
+
+def gaussian(seed, n=400, d=12, mean=0.0, scale=1.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + mean
+
+
+def test_frechet_distance_identities():
+    x, y = gaussian(0), gaussian(1, mean=0.5, scale=2.0)
+    fd = lambda a, b: frechet_distance(moments(a), moments(b))
+    shift, base = gaussian(2, 1)[0], fd(x, y)
+    turn = torch.linalg.qr(gaussian(3, 12))[0]
+    assert fd(x, x) == pytest.approx(0, abs=1e-10)
+    assert fd(y, x) == pytest.approx(base, rel=1e-10)
+    assert fd(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-10)
+    assert fd(3 * x, 3 * y) == pytest.approx(9 * base, rel=1e-10)
+    assert fd(x @ turn, y @ turn) == pytest.approx(base, rel=1e-10)
+    one = torch.eye(12, dtype=torch.float64)
+    spheres = (torch.zeros(12), 1.5**2 * one), (torch.full((12,), 0.25), 0.5**2 * one)
+    assert frechet_distance(*spheres) == pytest.approx(12 * (1.5 - 0.5) ** 2 + 12 * 0.25**2, rel=1e-12)
+    few = gaussian(4, 5)  # a covariance of rank 4
+    assert fd(few, few) == pytest.approx(0, abs=1e-6)
+
+
+def test_neighbour_identities():
+    x, far = gaussian(0, 90), gaussian(1, 70, mean=1e3)
+    assert prdc(x, x.clone(), 5) == dict(precision=1, recall=1, density=1, coverage=1)
+    assert prdc(x, far, 5) == dict(precision=0, recall=0, density=0, coverage=0)
+    assert precision_recall(x, x.clone()) == (1, 1) and precision_recall(x, far, half=False) == (0, 0)
+    y = gaussian(2, 70, scale=0.7)
+    there, back = prdc(x, y, 5), prdc(y, x, 5)
+    assert (there["precision"], there["recall"]) == (back["recall"], back["precision"])
+    assert precision_recall(x, y) == precision_recall(y, x)[::-1]
+    assert 0 < there["recall"] < 1
+    inner = prdc(x, x.clone() * 0.1, 5)
+    assert inner["density"] > 1  # more than a share
+
+
+def test_float16_gives_way_where_it_overflows():
+    x, y = gaussian(0, 50).float(), gaussian(1, 40, scale=0.9).float()
+    assert precision_recall(1e4 * x, 1e4 * y) == precision_recall(x, y, half=False)
+
+
+def test_neighbours_of_few_are_searched_by_brute_force():
+    x, y, k = gaussian(0, 30, 3), gaussian(1, 20, 3), 4
+    d = lambda a, b: (a[:, None] - b).square().sum(-1)
+    torch.testing.assert_close(radii(x, k), d(x, x).sort(dim=1).values[:, k])
+    inside = d(x, y) < d(x, x).sort(dim=1).values[:, k, None]
+    assert prdc(x, y, k)["density"] == pytest.approx(inside.double().sum().item() / (k * 20))
+    assert prdc(x, y, k)["coverage"] == pytest.approx(inside.any(1).double().mean().item())
+
+
+def test_kernel_distance_of_a_set_from_itself_vanishes_from_below():
+    values = [mmd(gaussian(0, m), gaussian(0, m)) for m in (100, 400, 1_600)]
+    assert max(values) < 0
+    assert values[0] / values[1] == pytest.approx(4, rel=0.25) and values[1] / values[2] == pytest.approx(4, rel=0.25)
+    assert mmd(gaussian(0), gaussian(1)) == pytest.approx(mmd(gaussian(1), gaussian(0)), rel=1e-9)
+    assert abs(mmd(gaussian(0), gaussian(1))) < 1 < mmd(gaussian(0), gaussian(1, mean=2.0))
+
+
+def test_inception_score_is_between_one_and_the_classes():
+    assert 1 <= inception_score(LOGITS, 40) <= 20
+    assert inception_score(gaussian(0, 1, 20).expand(100, 20), 50) == pytest.approx(1, abs=1e-12)
+    assert inception_score(1e4 * torch.eye(20).repeat(5, 1), 100) == pytest.approx(20, rel=1e-12)
+
+
+def test_reconstruction_identities():
+    rec, ref = recon()
+    assert psnr(ref, ref).tolist() == pytest.approx([120, 120]) and l1(ref, ref).sum() == 0
+    assert ssim(ref, ref).tolist() == pytest.approx([1, 1], abs=1e-12)
+    torch.testing.assert_close(ssim(rec, ref), ssim(ref, rec.clamp(-1, 1)))
+    grey = torch.zeros(1, 3, 16, 16)
+    for delta in (0.5, 0.1, 0.01):  # of [0, 1]
+        assert psnr(grey + 2 * delta, grey).item() == pytest.approx(-20 * math.log10(delta), abs=1e-3)
+        assert l1(grey + 2 * delta, grey).item() == pytest.approx(delta, rel=1e-5)
+
+
+# -- streaming -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", (1, 7, 64, 400))
+def test_any_split_into_batches_gives_the_same_statistics(batch):
+    x, mean, covariance = gaussian(0, mean=3.0), *moments(gaussian(0, mean=3.0))
+    streamed, score = Moments(12), InceptionScore(150)
+    for rows, logits in zip(x.split(batch), LOGITS.split(batch)):
+        streamed.update(rows)
+        score.update(logits)
+    torch.testing.assert_close(streamed.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(streamed.covariance, covariance, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(streamed.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-12, atol=1e-12)
+    assert score.value() == pytest.approx(inception_score(LOGITS, 150), rel=1e-12)
+
+
+def test_moments_do_not_grow():
+    streamed, size = Moments(12), lambda m: sum(t.numel() for t in vars(m).values() if isinstance(t, torch.Tensor))
+    first = size(streamed.update(gaussian(0, 10)))
+    for seed in range(20):
+        streamed.update(gaussian(seed))
+    assert size(streamed) == first == 12 + 12 + 144
+    assert all(isinstance(value, torch.Tensor | int) for value in vars(streamed).values())
+
+
+def test_a_large_offset_does_not_spoil_the_covariance():
+    x = gaussian(0, mean=1e6)
+    streamed = Moments(12)
+    for rows in x.split(33):
+        streamed.update(rows)
+    np.testing.assert_allclose(streamed.covariance, np.cov((x - 1e6).numpy(), rowvar=False), rtol=0, atol=1e-9)
+
+
+# -- sources -------------------------------------------------------------------------------------------------------------
+
+
+def pixels(count, side=32, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+
+
+def test_balanced_labels():
+    labels = balanced_labels(103, 5, 0)
+    counts = torch.bincount(labels, minlength=5)
+    assert len(labels) == 103 and counts.max() - counts.min() == 1 and not torch.equal(labels, labels.sort().values)
+    assert torch.equal(labels, balanced_labels(103, 5, 0)) and not torch.equal(labels, balanced_labels(103, 5, 1))
+
+
+def drawn(folder, seed=3):
+    parts = (tiny_generator(), tiny_tokenizer(codebook_size=11), balanced_labels(19, 5, 0), seed)
+    return draw_samples(folder, *parts, quiet=True, grid=(3, 3), temperature=0.8)
+
+
+@pytest.mark.parametrize("there", ((), (0,), (1,), (0, 2), (0, 1, 2)))
+def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 8)
+    whole = list(drawn(home / "one"))
+    assert [len(chunk) for chunk in whole] == [8, 8, 3] and whole[0].dtype == torch.uint8
+    assert whole[0].unique().numel() > 8 and not torch.equal(whole[0], whole[1])
+    (home / "two").mkdir()
+    for i in there:
+        shutil.copy(home / "one" / f"{i:05d}.npy", home / "two")
+    list(drawn(home / "two"))
+    files = [sorted((home / folder).iterdir()) for folder in ("one", "two")]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]] == ["00000.npy", "00001.npy", "00002.npy"]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+
+
+def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 8)
+    stopped = drawn(home / "one")
+    first = next(stopped)
+    stopped.close()
+    kept = home / "one" / "00000.npy"
+    assert [kept] == list((home / "one").iterdir())
+    before = kept.stat().st_mtime_ns
+    assert torch.equal(next(drawn(home / "one")), first) and kept.stat().st_mtime_ns == before
+    assert not torch.equal(next(drawn(home / "other", seed=4)), first)
+
+
+def test_npz_round_trip(home):
+    images = pixels(150)
+    write_npz(home / "samples.npz", images.split(64), 150)
+    with np.load(home / "samples.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], images)
+    assert torch.equal(torch.cat(list(npz_images(home / "samples.npz"))), images)
+    for count in (1, 64, 100, 150, 999):
+        assert torch.equal(torch.cat(list(open_images(home / "samples.npz", 32, count))), images[:count])
+
+
+class Stub:
+    """Features that are averages of pixels: nothing to load."""
+
+    protocol = {"network": "stub"}
+
+    def __init__(self, name="inception", value=None):
+        self.name, self.value = name, value
+
+    def __call__(self, images):
+        pool = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 2).flatten(1) / 255
+        pool = pool if self.value is None else torch.full_like(pool, self.value)
+        if self.name != "inception":
+            return {"pool": pool}
+        return {"pool": pool, "spatial": pool[:, :4], "logits": pool[:, :5] * 9}
+
+
+STATISTICS = {
+    "mu": np.full(12, 0.25), "sigma": 2 * np.eye(12), "mu_s": np.full(4, 0.75), "sigma_s": 3 * np.eye(4),
+}  # fmt: skip
+
+
+def test_a_reference_with_statistics_and_images(home):
+    """ADM's statistics stand as they are; its images serve the metrics from neighbours."""
+    images = pixels(40)
+    np.savez(home / "ref.npz", arr_0=images.numpy(), **STATISTICS)
+    found = reference(home / "ref.npz", Stub(), 32)
+    assert found.name == "ref.npz" and found.count == 40 and found.rows.shape == (40, 12) and len(found.pixels) == 12
+    np.testing.assert_array_equal(found.moments["pool"][1], STATISTICS["sigma"])
+    np.testing.assert_array_equal(found.moments["spatial"][0], STATISTICS["mu_s"])
+    torch.testing.assert_close(found.rows, Stub()(images)["pool"])
+    fake = extract("fake", pixels(2_030, seed=1).split(64), Stub())
+    values = compare(fake, found, Stub(), subsets=2, subset_size=20)
+    want = frechet_distance(fake.moments["spatial"], (STATISTICS["mu_s"], STATISTICS["sigma_s"]))
+    assert values["sfid"][0] == want and values["gfid"][0] == frechet_distance(
+        fake.moments["pool"], (STATISTICS["mu"], STATISTICS["sigma"])
+    )
+    assert values.keys() == {
+        "gfid", "precision", "recall", "prdc_precision", "prdc_recall", "prdc_density", "prdc_coverage", "kid", "sfid",
+        "inception_score",
+    }  # fmt: skip
+    np.savez(home / "other.npz", arr_0=images.numpy(), **STATISTICS | {"mu": np.zeros(12)})
+    assert reference(home / "other.npz", Stub(), 32).pixels != found.pixels
+
+
+def test_a_reference_with_statistics_only(home):
+    np.savez(home / "ref.npz", **STATISTICS)
+    found, fake = reference(home / "ref.npz", Stub(), 32), extract("fake", pixels(2_030, seed=1).split(64), Stub())
+    assert found.count == 0 and found.rows is None
+    assert compare(fake, found, Stub()).keys() == {"gfid", "sfid", "inception_score"}  # not asked for: left out
+    for metric in ("precision_recall", "prdc", "kid"):
+        with pytest.raises(UserError, match="neighbours"):
+            compare(fake, found, Stub(), [metric])
+    np.savez(home / "pool.npz", mu=STATISTICS["mu"], sigma=STATISTICS["sigma"])
+    with pytest.raises(UserError, match="no spatial statistics"):
+        compare(fake, reference(home / "pool.npz", Stub(), 32), Stub(), ["sfid"])
+
+
+def test_a_reference_with_neither(home):
+    np.savez(home / "ref.npz", images=np.zeros(3), dino_mu=np.zeros(4), dino_sigma=np.eye(4))
+    with pytest.raises(UserError, match="neither images .* mu, sigma.*it has images, dino_mu, dino_sigma"):
+        reference(home / "ref.npz", Stub(), 32)
+    assert reference(home / "ref.npz", Stub("dinov2-l"), 32).moments.keys() == {"pool"}
+    with pytest.raises(UserError, match="neither images .arr_0. nor statistics of this feature network"):
+        reference(home / "ref.npz", Stub("scenes"), 32)
+
+
+# -- what travels with a number -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in networks.NETWORKS if name != "inception"])
+def test_outside_inception_nothing_is_called_fid(name):
+    sets = [extract("set", [pixels(20, seed=seed)], Stub(name)) for seed in (0, 1)]
+    found = compare(*sets, Stub(name), k=2, subsets=2, subset_size=10)
+    assert {f"fd_{name}", f"mmd_{name}"} < found.keys()
+    assert not any(word in metric for metric in found for word in ("fid", "kid", "inception"))
+    for metric in ("gfid", "kid", "sfid", "inception_score"):
+        with pytest.raises(UserError, match=f"unknown metrics {metric} .*Known: fd_{name}"):
+            compare(*sets, Stub(name), [metric])
+
+
+def test_protocols_are_told_apart():
+    base = {"network": "inception", "samples_count": 50_000, "resize": "bicubic"}
+    assert protocol_id(base) == protocol_id(base | {"weights_of": "run", "step": 3, "samples_hash": "ab", "spread": 0.1})
+    ids = {protocol_id(base | {"seed": seed}) for seed in range(2_000)}
+    assert len(ids) == 2_000  # no two of them share a column
+
+
+def table_of(home, *entries):
+    path = home / "runs" / "one"
+    path.mkdir(parents=True)
+    (path / "metrics.json").write_text(json.dumps(list(entries)))
+    return metrics_table([Run(path)])
+
+
+def test_two_protocols_never_share_a_column(home):
+    table, protocols = table_of(home, *(record("gfid", seed, {"seed": seed}) for seed in range(300)))
+    assert table.shape == (1, 300) and len(protocols) == 300
+    assert sorted(table.loc["one"]) == list(range(300))
+
+
+def test_the_table_shows_the_newest_step(home):
+    entries = [record("gfid", step, {"step": step, "seed": 0}) for step in (10, 100, 20, 5)]
+    table, _ = table_of(home, *entries)
+    assert table.shape == (1, 1) and table.iloc[0, 0] == 100
+
+
+# -- gear evaluate --------------------------------------------------------------------------------------------------------
+
+FEW = EvaluateOptions(sampling=Sampling(count=70), network="scenes", reference_count=90, quiet=True)
+
+
+def few(sampling=(), **changes):
+    return EvaluateOptions(**{**vars(FEW), **changes, "sampling": Sampling(**{"count": 70, **dict(sampling)})})
+
+
+def by_metric(records):
+    return {r["metric"]: r for r in records}
+
+
+def test_evaluate_writes_each_number_with_its_protocol(tiny):
+    records = evaluate("tiny", FEW)
+    found, run = by_metric(records), Run.open("tiny")
+    assert found.keys() == {
+        "fd_scenes", "mmd_scenes", "precision", "recall", "prdc_precision", "prdc_recall", "prdc_density", "prdc_coverage",
+        "ntp_loss", "usage_entropy", "predictable",
+    }  # fmt: skip
+    protocol = found["fd_scenes"]["protocol"]
+    assert protocol.items() >= {
+        "network": "scenes", "count": 70, "samples_count": 70, "cfg_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "seed": 0, "rounding": "uint8", "resize": "bicubic", "reference": "scenes", "reference_count": 90, "image_size": 32,
+        "weights_of": "tiny", "step": run.step,
+    }.items()  # fmt: skip
+    assert {"labels", "weights", "interpolation", "reference_hash", "samples_hash"} <= protocol.keys()
+    assert found["precision"]["protocol"]["k"] == 3 and "float16" in found["precision"]["protocol"]["distance"]
+    values = {name: r["value"] for name, r in found.items()}
+    assert values["predictable"] == pytest.approx(values["usage_entropy"] - values["ntp_loss"], abs=1e-9)
+    assert values["fd_scenes"] > 0 and 0 <= values["recall"] <= 1
+    assert sorted(read_metrics(run), key=str) == sorted(records, key=str)
+    written = (run.path / "metrics.json").read_bytes()
+
+    evaluate("tiny", FEW)  # from the samples that are there
+    assert (run.path / "metrics.json").read_bytes() == written
+    chunks = sorted((run.path / "evaluation").rglob("*.npy"))
+    assert len(chunks) == 2
+    chunks[0].unlink()  # killed, and started again
+    (run.path / "metrics.json").unlink()
+    evaluate("tiny", FEW)
+    assert (run.path / "metrics.json").read_bytes() == written
+
+    other = by_metric(evaluate("tiny", few({"seed": 1})))  # both are kept, apart
+    assert protocol_id(other["fd_scenes"]["protocol"]) != protocol_id(protocol)
+    assert other["fd_scenes"]["value"] != values["fd_scenes"] and other["ntp_loss"] == found["ntp_loss"]
+    table, protocols = metrics_table([run])
+    assert len([c for c in table.columns if c.startswith("fd_scenes")]) == 2
+    assert all(c.split("[")[1][:-1] in protocols for c in table.columns)
+
+
+def test_sweep_reuses_what_is_there(tiny):
+    one = by_metric(evaluate("tiny", few(metrics=("fd_scenes",))))
+    before = {path: path.stat().st_mtime_ns for path in (tiny / "tiny" / "evaluation").rglob("*.npy")}
+    records = evaluate("tiny", few(metrics=("fd_scenes",), sweep="cfg_scale=1,1.5,2"))
+    swept = [r for r in records if r["metric"] == "fd_scenes"]
+    assert [r["protocol"]["cfg_scale"] for r in swept] == [1, 1.5, 2] and len({r["value"] for r in swept}) == 3
+    assert swept[0] == one["fd_scenes"] and len({protocol_id(r["protocol"]) for r in swept}) == 3
+    assert len({r["protocol"]["reference_hash"] for r in swept}) == 1
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert [r["metric"] for r in records].count("ntp_loss") == 1
+
+
+def test_export_and_samples_of_a_file(tiny, home):
+    own = by_metric(evaluate("tiny", few(export=str(home / "out" / "samples.npz"))))
+    images = read_npz(home / "out" / "samples.npz")["arr_0"]
+    assert images.shape == (70, 32, 32, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images, np.concatenate([np.load(p) for p in sorted((tiny / "tiny").rglob("*.npy"))]))
+    file = by_metric(evaluate("tiny", few(samples=str(home / "out" / "samples.npz"))))
+    assert file["fd_scenes"]["value"] == own["fd_scenes"]["value"] and "ntp_loss" not in file
+    assert file["fd_scenes"]["protocol"]["samples_hash"] == own["fd_scenes"]["protocol"]["samples_hash"]
+    assert file["fd_scenes"]["protocol"]["samples"] == "samples.npz" and "cfg_scale" not in file["fd_scenes"]["protocol"]
+    assert protocol_id(file["fd_scenes"]["protocol"]) != protocol_id(own["fd_scenes"]["protocol"])
+    same = by_metric(evaluate("tiny", few(reference=str(home / "out" / "samples.npz"))))
+    assert same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6) and same["prdc_coverage"]["value"] == 1
+
+
+def test_reconstruction_of_a_run(tiny):
+    found = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
+    assert found.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
+    assert found["psnr"]["protocol"].items() >= {"images": 40, "rounding": "none", "split": "val"}.items()
+    assert found["rfd_scenes"]["protocol"]["network"] == "scenes" and not (tiny / "tiny" / "evaluation").exists()
+    again = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
+    assert again == found
+
+
+def test_runs_of_one_protocol_share_a_column(tiny):
+    shutil.copytree(tiny / "tiny", tiny / "twin")
+    for name in ("tiny", "twin"):
+        evaluate(name, few(metrics=("fd_scenes",)))
+    table, _ = metrics_table([Run.open(name) for name in ("tiny", "twin")])
+    assert list(table.index) == ["tiny", "twin"] and table.notna().all().all()
+    assert (table.loc["tiny"] == table.loc["twin"]).all()
+
+
+def test_the_command(tiny, capsys):
+    main(["evaluate", "tiny", *COMMAND])
+    said = capsys.readouterr().out
+    assert "fd_scenes" in said and "ntp_loss" in said and "network scenes" in said
+    assert {r["metric"] for r in read_metrics(Run.open("tiny"))} == {"fd_scenes", "ntp_loss", "usage_entropy", "predictable"}
+
+
+COMMAND = "--network scenes --count 20 --reference-count 30 --metrics fd_scenes --quiet".split()
+
+
+def test_the_command_says_a_mistake(tiny, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "tiny", *COMMAND, "--sweep", "cfg_scal=1,2"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "Did you mean 'cfg_scale'?" in said.err and "Traceback" not in said.err
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        (dict(network="inceptoin"), "unknown feature network 'inceptoin'. Known: inception"),
+        (dict(metrics=("gfid",)), "unknown metrics gfid in this feature space. Known: fd_scenes"),
+        (dict(sweep="cfg_scale=1,high"), "are no numbers of cfg_scale"),
+        (dict(sweep="cfg_scale"), "as in cfg_scale=1,1.25,1.5"),
+        (dict(sweep="weights=1,2"), "one of count, cfg_scale"),
+        (dict(sampling={"count": 1}), "two at least"),
+        (dict(sampling={"count": 4}, metrics=("prdc",)), "k = 5 neighbours of 4 samples"),
+        (dict(sampling={"temperature": -1.0}), "temperature"),
+        (dict(samples="nowhere.npz"), "there is no file nowhere.npz"),
+        (dict(reference="nowhere"), "no folder or zip of images at 'nowhere'"),
+    ),
+)
+def test_evaluate_refuses(changes, message, tiny):
+    with pytest.raises(UserError) as said:
+        evaluate("tiny", few(**changes))
+    assert message in str(said.value)
+    assert not (tiny / "tiny" / "metrics.json").exists()
+
+
+def refused(message, function, *arguments, **keywords):
+    with pytest.raises(UserError, match=message):
+        function(*arguments, **keywords)
+
+
+def test_spatial_statistics_need_more_samples_than_features():
+    sets = {count: extract("few", pixels(count, 8).split(64), Stub()) for count in (2_023, 2_024)}
+    assert compare(sets[2_024], sets[2_024], Stub(), ["sfid"])["sfid"][0] == pytest.approx(0, abs=1e-9)
+    refused("'few' has 2023 samples: 2024 at least", compare, sets[2_023], sets[2_024], Stub(), ["sfid"])
+    refused("'few' has 2023 samples: 2024 at least", compare, sets[2_024], sets[2_023], Stub(), ["sfid"])
+    assert "sfid" not in compare(sets[2_023], sets[2_024], Stub(), k=1, subsets=1, subset_size=50)
+
+
+@pytest.mark.parametrize("k", (0, 3, 7))
+def test_more_neighbours_than_samples(k):
+    for metric in (prdc, precision_recall):
+        for sets in ((gaussian(0), gaussian(1, 3)), (gaussian(1, 3), gaussian(0))):
+            refused(f"k = {k} neighbours of [0-9]+ samples: k has to lie in", metric, *sets, k)
+
+
+def test_more_in_a_subset_than_samples():
+    refused("subsets of 50 need as many samples", polynomial_mmd, gaussian(0), gaussian(1, 49), 2, 50)
+
+
+def test_images_of_mixed_size():
+    refused("mixed size", extract, "set", [pixels(3), pixels(3, 16)], Stub())
+
+
+def test_no_images():
+    refused("holds no images", extract, "set", [], Stub())
+    refused("holds no images", extract, "set", [pixels(0)], Stub())
+    refused("no samples", InceptionScore().value)
+    refused("no covariance", lambda: Moments(3).update(torch.zeros(1, 3)).covariance)
+
+
+@pytest.mark.parametrize("name", ("scenes", "efficientnet-lite0"))
+def test_floats_out_of_range(name):
+    network = networks.load_network_by_name(name)
+    images = torch.rand(2, 3, 32, 32)
+    assert network(images)["pool"].shape[0] == 2
+    for wrong in (images * 255, images - 2):
+        refused("are expected", network, wrong)
+
+
+def test_reconstruction_refuses_another_range():
+    images = torch.rand(2, 3, 16, 16)
+    for metric in (l1, psnr, ssim):
+        refused("are expected", metric, images, images * 255)
+        refused("are expected", metric, images, (images * 255).to(torch.uint8))
+    refused("too small", ssim, images[..., :5, :5], images[..., :5, :5])
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_features_that_are_no_numbers(value):
+    refused("not finite", extract, "set", [pixels(3)], Stub(value=value))
+    refused("not finite", Moments(3).update, torch.full((2, 3), value))
+
+
+def test_a_number_that_is_none_is_not_written():
+    refused("gfid is nan", record, "gfid", math.nan, {})
+
+
+@pytest.mark.parametrize("value", (-0.5, math.nan, math.inf))
+def test_a_covariance_that_is_none(value):
+    good, bad = torch.eye(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 1.0, value], dtype=torch.float64))
+    for one, other in ((good, bad), (bad, good)):
+        refused("covariance", frechet_distance, (torch.zeros(3), one), (torch.zeros(3), other))
+    spiked = good.clone()
+    spiked[0, 1] = spiked[1, 0] = 5.0  # of no vectors: a correlation of 5
+    refused("eigenvalue", frechet_distance, (torch.zeros(3), good), (torch.zeros(3), spiked))
+
+
+def test_a_mean_that_is_none():
+    good = torch.eye(3)
+    refused("not finite|no mean", frechet_distance, (torch.full((3,), math.nan), good), (torch.zeros(3), good))
+
+
+def test_statistics_of_two_networks():
+    refused("cannot be compared", frechet_distance, moments(gaussian(0)), moments(gaussian(0, d=5)))
+
+
+def test_npz_files_that_are_none(home):
+    path, buffer = home / "samples.npz", io.BytesIO()
+    np.savez(buffer, arr_0=pixels(20).numpy())
+    whole = buffer.getvalue()
+    packed = io.BytesIO()
+    np.savez_compressed(packed, arr_0=np.zeros((20, 32, 32, 3), np.uint8))
+    damaged = bytearray(packed.getvalue())
+    damaged[60:90] = bytes(range(30))
+    array = io.BytesIO()
+    np.save(array, pixels(2).numpy())
+    for content in (whole[:-100], whole[: len(whole) // 2], b"", b"no archive", bytes(damaged), array.getvalue()):
+        path.write_bytes(content)
+        refused("cannot be read as .npz", read_npz, path)
+        refused("cannot be read as .npz", reference, path, Stub(), 32)
+    np.savez(path, images=pixels(2).numpy())
+    refused("has no arr_0.*it has images", lambda: list(npz_images(path)))
+    for wrong in (pixels(2).numpy().astype(np.float32) / 255, pixels(2).numpy()[0], pixels(2).numpy().transpose(0, 3, 1, 2)):
+        np.savez(path, arr_0=wrong)
+        refused("uint8 .N, H, W, 3.* is expected", lambda: list(npz_images(path)))
+    np.savez(path, arr_0=np.array([{"a": 1}], dtype=object))
+    refused("cannot be read as .npz", read_npz, path)
+
+
+def test_metrics_that_cannot_be_read(tiny):
+    (tiny / "tiny" / "metrics.json").write_text("[{")
+    refused("metrics.json cannot be read", read_metrics, Run.open("tiny"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, home):
+    """Every socket that is asked for is counted, and refused."""
+    asked = []
+
+    def refuse(*arguments, **keywords):
+        asked.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return asked
+
+
+def test_missing_weights_are_named(no_network, home, monkeypatch):
+    about = r"weights-inception-2015-12-05-6726825d\.pth, 91 MB, of github\.com/toshas/torch-fidelity .*--weights PATH"
+    refused(about, networks.Inception, offline=True)
+    refused(f"is not there: {home}/none.pth.*{about}", networks.Inception, str(home / "none.pth"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(about, networks.Inception)
+    assert not no_network
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    refused(f"could not be downloaded .no network in this test|{about}", networks.Inception)
+    assert no_network
+    assert not list((home / "cache").rglob("*.p*"))  # nothing half-done is left
+
+
+def test_damaged_weights_are_refused(no_network, home):
+    file = home / "cache" / networks.INCEPTION
+    file.parent.mkdir()
+    file.write_bytes(b"half a download")
+    refused("is damaged", networks.Inception, offline=True)
+    refused("cannot be read", networks.Inception, str(file))
+    torch.save({"fc.weight": torch.zeros(2, 2)}, home / "other.pth")
+    refused("do not fit|not Inception", networks.Inception, str(home / "other.pth"))
+
+
+def test_a_weight_file_runs_no_code(home):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (home / "ran",)
+
+    torch.save({"fc.weight": torch.zeros(2), "payload": Payload()}, home / "bad.pth")
+    refused("cannot be read", networks.Inception, str(home / "bad.pth"))
+    assert not (home / "ran").exists()
+
+
+# -- Inception ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file of seeded tensors, named and shaped as torch-fidelity's are."""
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Blank(library.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    state = Blank("inception", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth")).state_dict()
+    rng = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if tensor.dim() > 1:
+            tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=rng)
+        elif "var" in name or "bn.weight" in name:
+            tensor.uniform_(0.5, 1.5, generator=rng)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.1, generator=rng)
+    torch.save(state, folder / "inception.pth")
+    return str(folder / "inception.pth")
+
+
+def test_inception_is_the_librarys(inception_weights, no_network):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    images = pixels(2)
+    ours = networks.Inception(inception_weights)
+    found = ours(images)
+    names = ["2048", "logits_unbiased"]
+    theirs = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=inception_weights)
+    kept = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    pool, logits = theirs(images.permute(0, 3, 1, 2))
+    assert {name: tuple(f.shape[1:]) for name, f in found.items()} == {"pool": (2048,), "spatial": (2023,), "logits": (1008,)}
+    torch.testing.assert_close(found["pool"], pool, rtol=0, atol=0)
+    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0)
+    torch.testing.assert_close(found["spatial"], kept[0][:, :7].flatten(1), rtol=0, atol=0)
+    assert found["pool"].std() > 1e-3 and not torch.equal(found["pool"][0], found["pool"][1])
+    again = ours(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # floats are rounded, as the graph takes uint8
+    torch.testing.assert_close(again["pool"], pool, rtol=0, atol=0)
+    refused("are expected", ours, torch.rand(1, 3, 32, 32) * 255)
+    assert ours.protocol["interpolation"] == "bilinear, tf1" and not no_network
+
+    other = networks.Inception(inception_weights, resize="torch")
+    assert other.protocol != ours.protocol
+    assert (other(images)["pool"] - pool).abs().max() > 1e-3 * pool.abs().max()
+
+
+def test_rfid_is_of_floats_that_no_rounding_has_touched(inception_weights, tiny, monkeypatch):
+    """Reconstructions go through pytorch-fid's resize of floats, not through the graph's of uint8; the protocol says so."""
+    monkeypatch.setattr(scores, "frechet_distance", lambda *sets: 1.0)  # of 2,048 features: seconds
+    found = by_metric(
+        evaluate("tiny", few(network="inception", weights=inception_weights, reconstruction=True, reference_count=4))
+    )
+    assert found.keys() == {"psnr", "ssim", "l1", "rfid"}
+    assert found["rfid"]["protocol"].items() >= {"interpolation": "bilinear, torch", "rounding": "none"}.items()
+
+
+def test_the_runs_teacher_is_the_default_space(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "load_network_by_name", lambda name, *rest, **more: asked.append(name) or Later())
+    with pytest.raises(ZeroDivisionError):
+        evaluate("tiny", few(network=""))
+    assert asked == ["scenes"]
+
+
+class Later:
+    def to(self, device):
+        raise ZeroDivisionError

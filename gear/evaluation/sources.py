@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from gear.config import UserError
-from gear.data import DataConfig, open_source
+from gear.data import DataConfig, open_source, to_uint8
 from gear.evaluation.scores import BATCH, FeatureSet, extract
 from gear.generator.sampling import generate
 from gear.home import write_atomically
@@ -38,13 +38,9 @@ def draw_samples(folder, generator, tokenizer, labels, seed, device="cpu", quiet
         path = folder / f"{i:05d}.npy"
         if not path.exists():
             indices = generate(generator, part.to(device), seed=seed * 1_000_003 + i, **sampling)
-            images = torch.cat([_rounded(tokenizer.decode(grid)) for grid in indices.split(8)])
+            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in indices.split(8)])
             write_atomically(path, lambda temporary, images=images: _save(temporary, images))
         yield torch.from_numpy(np.load(path))
-
-
-def _rounded(images):
-    return (images.detach().float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def _save(path, images):

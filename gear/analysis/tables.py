@@ -1,5 +1,7 @@
 """Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the weights where not."""
 
+import contextlib
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from gear.analysis.dynamics import speedup
 from gear.analysis.features import generator_features, teacher_features, to_grid, tokenizer_features
 from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import from_dict
+from gear.config import UserError, from_dict
+from gear.home import ROOT
 from gear.teachers import load_teachers
 from gear.tokenizer.autoencoder import TokenizerConfig
 
@@ -173,3 +176,21 @@ def speedups(curves, baseline, method, metrics):
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "target"]).astype(
         {c: float for c in ("value", "low", "high")}
     )
+
+
+def published(table=None):
+    """Return what the paper prints in Tables 1 to 19, a line per cell: table, row, column, value, unit, citation.
+
+    `table` (1 to 19) keeps that one, whose values are floats where every one is a number; all others are text as printed,
+    lists separated by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens, text.
+    UserError if the paper has no such table, FileNotFoundError if the package stands without its notebooks.
+    """
+    lines = pd.read_csv(ROOT / "notebooks" / "published.csv", dtype=str, keep_default_na=False).astype({"table": int})
+    if table is None:
+        return lines
+    lines = lines[lines.table == table].reset_index(drop=True)
+    if lines.empty:
+        raise UserError(f"the paper has no Table {table}: it has Tables 1 to 19.")
+    with contextlib.suppress(ValueError):  # a table of configurations stays text
+        lines["value"] = lines.value.astype(float)
+    return lines

@@ -22,7 +22,7 @@ from gear.evaluation.neighbours import mmd, polynomial_mmd, prdc, precision_reca
 from gear.evaluation.reconstruction import l1, psnr, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
-from gear.evaluation.statistics import InceptionScore, Moments, frechet_distance
+from gear.evaluation.statistics import ROWS, InceptionScore, Moments, frechet_distance
 from gear.run import Run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -222,12 +222,29 @@ def test_any_split_into_batches_gives_the_same_statistics(batch):
 
 
 def test_moments_do_not_grow():
-    streamed, size = Moments(12), lambda m: sum(t.numel() for t in vars(m).values() if isinstance(t, torch.Tensor))
-    first = size(streamed.update(gaussian(0, 10)))
-    for seed in range(20):
+    streamed, sizes = Moments(12), []
+    for seed in range(40):
         streamed.update(gaussian(seed))
-    assert size(streamed) == first == 12 + 12 + 144
-    assert all(isinstance(value, torch.Tensor | int) for value in vars(streamed).values())
+        tensors = [t for value in vars(streamed).values() for t in (value if isinstance(value, list) else [value])]
+        sizes.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)))
+    assert streamed.count > ROWS and max(sizes) < 12 + 12 + 144 + 12 * ROWS  # what it has summed, and a few rows that wait
+
+
+def test_moments_of_several_processes():
+    """What each has seen, brought together, is what one would have seen: any share, none, and far from the origin."""
+    x = gaussian(0, 300, mean=1e3)
+    covariance = torch.from_numpy(np.cov(x.numpy(), rowvar=False))
+    for cuts in ([150, 150], [1, 299], [0, 300], [100, 100, 100]):
+        parts = [Moments(12) for _ in cuts]
+        for part, rows in zip(parts, x.split(cuts)):
+            for batch in rows.split(7):
+                part.update(batch)
+        merged = Moments(12)
+        for part in parts:
+            merged.merge(part)
+        assert merged.count == 300
+        torch.testing.assert_close(merged.mean, x.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(merged.covariance, covariance, rtol=0, atol=1e-9)
 
 
 def test_a_large_offset_does_not_spoil_the_covariance():
@@ -432,7 +449,10 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
     values = {name: r["value"] for name, r in found.items()}
     assert values["predictable"] == pytest.approx(values["usage_entropy"] - values["ntp_loss"], abs=1e-9)
     assert values["fd_scenes"] > 0 and 0 <= values["recall"] <= 1
-    assert sorted(read_metrics(run), key=str) == sorted(records, key=str)
+    told = lambda entry: json.dumps(entry, sort_keys=True)  # noqa: E731
+    assert sorted(read_metrics(run), key=told) == sorted(records, key=told)
+    low, high = found["ntp_loss"]["interval"]
+    assert low < values["ntp_loss"] < high and "interval" not in found["fd_scenes"]
     written = (run.path / "metrics.json").read_bytes()
 
     evaluate("tiny", FEW)  # from the samples that are there

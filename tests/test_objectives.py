@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import same, scenes, tiny_state, weights
 
 from gear.config import UserError
-from gear.evaluation.reconstruction import l1, psnr
+from gear.evaluation.reconstruction import l1, load_lpips, psnr
 from gear.tokenizer.readout import straight_through_assignment
 from gear.training import losses
 from gear.training.objectives import (
@@ -382,7 +382,7 @@ def test_alignment_loss_is_minus_the_mean_cosine():
 
 def test_lpips_without_its_weights_is_none_and_never_downloads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert losses.load_lpips("cpu") is None
+    assert load_lpips("cpu") is None
 
 
 # -- schedule, optimizer, average ----------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def test_a_name_carries_layer_and_path():
         ("dino2-b", "unknown teacher 'dino2-b'.*Did you mean 'dinov2-b'"),
         ("scenes=/w.pth", "the teacher scenes comes with its weights and has one layer: say scenes, not scenes=/w.pth"),
         ("efficientnet-lite0@3", "say efficientnet-lite0, not efficientnet-lite0@3"),
-        ("dinov2-b=/no/such/file.pth", "the teacher dinov2-b is given weights that are not there: /no/such/file.pth"),
+        ("dinov2-b=/no/such/file.pth", "the network dinov2-b is given a file that is not there: /no/such/file.pth"),
     ),
 )
 def test_a_name_that_says_nothing_is_an_error(name, message, no_network):

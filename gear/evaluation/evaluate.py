@@ -1,6 +1,7 @@
 """Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from gear.analysis.codes import usage
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import UserError, from_dict, nearest
 from gear.data import DataConfig, load
+from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.networks import load_network_by_name
-from gear.evaluation.reconstruction import l1, psnr, reconstruct, ssim
+from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, psnr, reconstruct, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
 from gear.home import write_atomically
 from gear.run import Run
+from gear.teachers.weights import file_hash
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class EvaluateOptions:
     reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
     reference_count: int = 2_000  # of images taken from a folder, a zip or the run
     samples: str = ""  # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
+    captions: str = ""  # a text file, a caption a line in the samples' order: adds the CLIP score
+    clip: str = ""  # the folder of CLIP's files, if not in the hub's cache
     export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
     sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
     reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
@@ -116,7 +121,20 @@ def _generation(run, config, network, real, options, sampling):
         "image_size": config.image_size, "resize": config.interpolation,
     }  # fmt: skip
     found = compare(fake, real, network, options.metrics or None)
-    return [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
+    records = [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
+    return records + _clip_score(batches(), protocol, options) if options.captions else records
+
+
+def _clip_score(batches, protocol, options):
+    """100 times the mean cosine of the samples and their captions."""
+    captions = read_captions(options.captions, protocol["samples_count"])
+    network, cosines = CLIP(options.clip, options.offline).to(options.device), []
+    for images in batches:
+        cosines.append(network(images, captions[: len(images)]).cpu())
+        captions = captions[len(images) :]
+    told = {key: value for key, value in protocol.items() if not key.startswith("reference")} | network.protocol
+    digest = file_hash(Path(options.captions).expanduser())
+    return [record("clip_score", 100 * torch.cat(cosines), told | {"captions": digest[:12]})]
 
 
 @torch.no_grad()
@@ -129,9 +147,9 @@ def _likelihood(run, config):
         F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none")
         for i, c in zip(indices.split(32), labels.split(32))
     ]
-    ntp, entropy = float(torch.cat(losses).double().mean()), usage(indices, tokenizer.config.codebook_size).entropy
+    ntp, entropy = torch.cat(losses).double().mean(1), usage(indices, tokenizer.config.codebook_size).entropy
     protocol = {"weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "unit": "nats a token"}
-    values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - ntp}
+    values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - float(ntp.mean())}
     return [record(metric, value, protocol) for metric, value in values.items()]
 
 
@@ -145,7 +163,13 @@ def _reconstruction(run, config, network, options):
         "resize": config.interpolation, "rounding": "none",
     }  # fmt: skip
     each = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    records = [record(name, float(f(decoded, images).double().mean()), protocol) for name, f in each.items()]
+    records = [record(name, f(decoded, images), protocol) for name, f in each.items()]
+    if lpips := load_lpips(options.device):
+        pairs = zip(decoded.to(options.device).split(16), images.to(options.device).split(16))
+        values = torch.cat([lpips(*pair).cpu() for pair in pairs])
+        records.append(record("lpips", values, protocol | {"network": "lpips, vgg16", "weights": LPIPS_BACKBONE}))
+    elif not options.quiet:
+        print(f"without LPIPS: VGG16's weights ({lpips_backbone()}) are not on this machine.", file=sys.stderr)
     sets = [extract(run.name, x.split(64), network, options.device, keep_rows=False) for x in (decoded, images)]
     distance = compare(*sets, network, ["gfid" if network.name == "inception" else f"fd_{network.name}"])
     name = "rfid" if network.name == "inception" else f"rfd_{network.name}"

@@ -3,12 +3,15 @@
 Two sets (N, D) and (M, D) are compared in blocks of rows: memory grows with N + M, never with N M.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from gear.config import UserError
+from gear.evaluation.statistics import gram
 
-BLOCK = 2**24  # distances held at once
+BLOCK = 2**22  # distances held at once: what a cache holds
 
 
 def squared_distances(x, y, half=False):
@@ -24,7 +27,7 @@ def squared_distances(x, y, half=False):
         block = ((norms[0][:, None] - 2 * product).half().float() + norms[1]).half().float().clamp_min(0)
         if torch.isfinite(block).all():
             return block
-    return (x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)).clamp_min(0)
+    return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1)[:, None]).clamp_min_(0)
 
 
 def _blocks(x, y, half):
@@ -37,7 +40,21 @@ def radii(x, k, half=False):
     """Return each row's squared distance to its k-th neighbour, itself not counted: (N, D) -> (N,). UserError unless k < N."""
     if not 1 <= k < len(x):
         raise UserError(f"k = {k} neighbours of {len(x)} samples: k has to lie in [1, {len(x) - 1}].")
-    return torch.cat([block.kthvalue(k + 1, dim=1).values for _, block in _blocks(x, x, half)])
+    nearest = x.new_full((len(x), k + 1), torch.inf)
+    parts = torch.arange(len(x), device=x.device).split(max(1, math.isqrt(BLOCK)))
+    for i, rows in enumerate(parts):
+        for columns in parts[i:]:  # a distance is that of both its ends: half of all pairs will do
+            block = squared_distances(x[rows], x[columns], half)
+            nearest[rows] = _least(nearest[rows], block)
+            if columns is not rows:
+                nearest[columns] = _least(nearest[columns], block.T)
+    return nearest[:, -1]
+
+
+def _least(nearest, distances):
+    """Keep as many columns as `nearest` has of both, the least, in order."""
+    least = distances.topk(min(nearest.shape[1], distances.shape[1]), dim=1, largest=False).values
+    return torch.cat([nearest, least.to(nearest)], 1).topk(nearest.shape[1], dim=1, largest=False).values
 
 
 def precision_recall(real, fake, k=3, half=True):
@@ -95,6 +112,6 @@ def polynomial_mmd(real, fake, subsets=100, size=1_000, seed=0):
 
 def mmd(x, y):
     """Return the unbiased MMD^2 of two sets of equal size m, (m, D) each; the cross term keeps its diagonal."""
-    m, kernel = len(x), lambda a, b: (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)  # noqa: E731  in place: fewer copies
-    within = sum((k.sum() - k.trace()) / (m * (m - 1)) for k in (kernel(x, x), kernel(y, y)))
-    return float(within - 2 * kernel(x, y).mean())
+    m, kernel = len(x), lambda products: products.div_(x.shape[1]).add_(1).pow_(3)  # noqa: E731  in place: fewer copies
+    within = sum((k.sum() - k.trace()) / (m * (m - 1)) for k in (kernel(gram(x)), kernel(gram(y))))
+    return float(within - 2 * kernel(x @ y.T).mean())

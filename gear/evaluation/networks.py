@@ -114,7 +114,7 @@ class DINOv2:
 
     def __init__(self, path="", offline=False):
         spec = f"{self.name}={path}" if path else self.name
-        path, tensors = fitting_weights(spec, 224, offline)
+        path, tensors = fitting_weights(spec, 224, offline, "--weights ")
         self.network = build(self.name, 224)
         self.network.load_state_dict(tensors)
         self.network.eval().requires_grad_(False)
@@ -195,6 +195,8 @@ def load_network_by_name(name, path="", offline=False, **settings):
     """Load a feature network, with `settings` of its own; raises UserError for an unknown name and for missing weights."""
     if name not in NETWORKS:
         raise UserError(f"unknown feature network '{name}'. Known: {', '.join(NETWORKS)}.")
+    if path and NETWORKS[name] in (EfficientNet, ScenesFeatures):
+        raise UserError(f"{name} comes with its weights: --weights {path} is for inception and dinov2-l.")
     return NETWORKS[name](path, offline, **settings)
 
 

@@ -1,11 +1,15 @@
-"""Reconstruction quality of a tokenizer: L1, PSNR and SSIM (Tables 5 to 9 and 18)."""
+"""Reconstruction quality of a tokenizer: L1, PSNR, SSIM and LPIPS (Tables 5 to 9 and 18)."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from gear.config import UserError
+from gear.teachers.weights import file_hash
 
 WINDOW = 7  # pixels of SSIM's uniform window
+LPIPS_BACKBONE = "vgg16-397923af.pth"  # torchvision's file name
 
 
 def l1(reconstruction, images):
@@ -37,6 +41,26 @@ def ssim(reconstruction, images):
     vx, vy, cov = unbiased * (mean(x * x) - mx**2), unbiased * (mean(y * y) - my**2), unbiased * (mean(x * y) - mx * my)
     c1, c2 = 0.01**2, 0.03**2
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
+
+
+def load_lpips(device="cpu"):
+    """Return LPIPS-VGG16 as a function of two (N, 3, H, W) in [-1, 1] -> (N,), or None without its backbone on this machine.
+
+    The package would download the backbone at construction; a random one would run and mean nothing.
+    """
+    if not lpips_backbone().exists():
+        return None
+    if not file_hash(lpips_backbone()).startswith("397923af"):
+        raise UserError(f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and fetch it again.")
+    import lpips  # optional: only those who have the backbone need it
+
+    network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+    return lambda x, y: network(x, y).flatten()
+
+
+def lpips_backbone():
+    """Return where torch keeps VGG16's weights, there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
 
 
 @torch.no_grad()

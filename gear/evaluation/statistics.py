@@ -4,39 +4,75 @@ import torch
 
 from gear.config import UserError
 
+ROWS = 1_024  # features that wait for their product
 IS_SPLIT = 5_000  # samples a split of the Inception Score, in the order of the file (ADM)
 
 
+def gram(rows):
+    """Return all products of rows, X X^T: (N, D) -> (N, N). On a CPU by NumPy, which does half of a symmetric product."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    array = rows.numpy()
+    return torch.from_numpy(array @ array.T)
+
+
 class Moments:
-    """Mean and covariance of feature rows, from sums alone: memory does not grow with what has been seen."""
+    """Mean and covariance of feature rows, from sums alone: memory does not grow with what has been seen.
+
+    Of sets seen by several processes, or at several times, `merge` gives those of the whole.
+    """
 
     def __init__(self, dim, device="cpu"):
         self.count = 0
-        self.shift = None  # the first rows' mean: sums of squares about it do not cancel
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.shift = torch.zeros(dim, dtype=torch.float64, device=device)  # becomes the first rows' mean
+        self.sum = torch.zeros_like(self.shift)  # of x - shift: squares about it do not cancel
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._waiting = []
 
     def update(self, features):
         """Take in features (N, D). Raises UserError for a value that is not finite."""
-        x = features.to(self.sum.device, torch.float64)
-        if not torch.isfinite(x).all():
+        if not torch.isfinite(features).all():
             raise UserError("the features hold values that are not finite: look at the images, or at the feature network.")
-        if self.shift is None:
+        self._waiting.append(features.detach().to(self.sum.device, torch.float64))
+        if sum(map(len, self._waiting)) >= ROWS:  # the product of many rows costs little more than that of few
+            self._fold()
+        return self
+
+    def merge(self, other):
+        """Take in the rows that another Moments has seen."""
+        self._fold(), other._fold()
+        if not self.count:
+            self.shift = other.shift.to(self.shift)
+        d = other.shift.to(self.shift) - self.shift
+        cross = torch.outer(other.sum.to(d), d)
+        self.outer += other.outer.to(d) + cross + cross.T + other.count * torch.outer(d, d)
+        self.sum += other.sum.to(d) + other.count * d
+        self.count += other.count
+        return self
+
+    def _fold(self):
+        if not any(map(len, self._waiting)):
+            return
+        x, self._waiting = torch.cat(self._waiting), []
+        if not self.count:
             self.shift = x.mean(0)
-        x = x - self.shift
+        x -= self.shift
         self.count += len(x)
         self.sum += x.sum(0)
-        self.outer += x.T @ x
-        return self
+        self.outer += gram(x.T)
 
     @property
     def mean(self):
-        """(D,) float64."""
+        """(D,) float64. Raises UserError for no samples."""
+        self._fold()
+        if not self.count:
+            raise UserError("no samples have no mean: give some.")
         return self.sum / self.count + self.shift
 
     @property
     def covariance(self):
         """(D, D) float64, over N - 1. Raises UserError for fewer than two samples."""
+        self._fold()
         if self.count < 2:
             raise UserError(f"{self.count} samples have no covariance: give more.")
         return (self.outer - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
@@ -45,7 +81,7 @@ class Moments:
 def frechet_distance(one, other):
     """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D, D)): a float >= 0.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which are real. Raises UserError
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which are real. Raises UserError
     for statistics of another width, and for a covariance with an eigenvalue clearly below zero.
     """
     (m1, s1), (m2, s2) = ((torch.as_tensor(t, dtype=torch.float64) for t in pair) for pair in (one, other))
@@ -54,11 +90,19 @@ def frechet_distance(one, other):
         raise UserError(f"statistics of shapes {shapes} cannot be compared: both have to come from one feature network.")
     if not all(torch.isfinite(t).all() for t in (m1, s1, m2, s2)):
         raise UserError("a mean or covariance holds values that are not finite: look at what it was computed from.")
-    values, vectors = torch.linalg.eigh(s1)
-    root = (vectors * _non_negative(values).sqrt()) @ vectors.T
-    values = _non_negative(torch.linalg.eigvalsh(root @ s2 @ root))
+    root = _root(s1)
+    values = _non_negative(torch.linalg.eigvalsh(root.T @ s2 @ root))
     distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * values.sqrt().sum()
     return max(float(distance), 0.0)
+
+
+def _root(covariance):
+    """Return R with R R^T = S: Cholesky's, which costs a tenth, or where S is singular the one of its eigenvectors."""
+    factor, singular = torch.linalg.cholesky_ex(covariance)
+    if not singular:
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * _non_negative(values).sqrt()
 
 
 def _non_negative(values):

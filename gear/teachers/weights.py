@@ -20,33 +20,33 @@ def is_offline(asked=False):
     return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def find_weights(teacher, repo, about, path="", offline=False, flag=""):
-    """Return the weight file of a teacher: `path` (or FILE in that folder), else of `repo` in the hub's cache, else downloaded.
+def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FILE):
+    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in the hub's cache, else downloaded.
 
     `about` says what the file is, `flag` what takes a path, if not --teacher. Raises UserError naming both where there is no
     file; with `offline` or $HF_HUB_OFFLINE no network call is made.
     """
     if path:
         found = Path(path).expanduser()
-        found = found / FILE if found.is_dir() else found
+        found = found / file if found.is_dir() else found
         if not found.is_file():
-            raise UserError(f"the teacher {teacher} is given weights that are not there: {found}.")
+            raise UserError(f"the network {teacher} is given a file that is not there: {found}.")
         return found
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"the teacher {teacher} is looked up by huggingface_hub: pip install huggingface_hub") from None
-    if isinstance(found := huggingface_hub.try_to_load_from_cache(repo, FILE), str):
+        raise UserError(f"the network {teacher} is looked up by huggingface_hub: pip install huggingface_hub") from None
+    if isinstance(found := huggingface_hub.try_to_load_from_cache(repo, file), str):
         return Path(found)
     why = "None was fetched: offline."
     if not is_offline(offline):
         try:
-            return Path(huggingface_hub.hf_hub_download(repo, FILE))
+            return Path(huggingface_hub.hf_hub_download(repo, file))
         except Exception as error:  # no network, no such file, terms not agreed to, a full disk: many types
             why = f"They could not be fetched: {type(error).__name__}, {_first_line(error)}."
     raise UserError(
-        f"the weights of the teacher {teacher} are not on this machine: {FILE} of huggingface.co/{repo}, {about}. {why} "
-        f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{FILE}"
+        f"the weights of {teacher} are not on this machine: {file} of huggingface.co/{repo}, {about}. {why} "
+        f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
     )
 
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,11 +11,11 @@ from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 
 from gear import data
 from gear.config import Interrupted, UserError, __version__, from_dict, to_dict
+from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.run import PANEL_GAP, PANEL_WIDTH, Run, run_path
 from gear.training.guard import check_metrics, guarded
-from gear.training.losses import LPIPS_BACKBONE
 from gear.training.objectives import STAGES
 from gear.training.state import Config, State
 from gear.training.validate import BATCH, generator_metrics, tokenizer_metrics
@@ -264,7 +263,7 @@ def _lpips_in_force(state):
         return {}
     if wanted > 0 and state.lpips is None:
         print(
-            f"LPIPS has no VGG16 weights on this machine ({Path(torch.hub.get_dir()) / 'checkpoints' / LPIPS_BACKBONE}): "
+            f"LPIPS has no VGG16 weights on this machine ({lpips_backbone()}): "
             f"lpips_weight is 0 in this run instead of {wanted}.",
             file=sys.stderr,
         )

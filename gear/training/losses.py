@@ -1,11 +1,6 @@
 """The loss terms, as pure functions; the quantizer's own three stand in gear/tokenizer/quantize.py."""
 
-from pathlib import Path
-
-import torch
 import torch.nn.functional as F
-
-LPIPS_BACKBONE = "vgg16-397923af.pth"  # torchvision's file name
 
 
 def reconstruction_loss(reconstruction, images):
@@ -45,16 +40,3 @@ def alignment_loss(projected, target, widths=None):
         return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
     pairs = zip(projected.split(widths, -1), target.split(widths, -1))
     return sum(alignment_loss(*pair) for pair in pairs) / len(widths)
-
-
-def load_lpips(device):
-    """Return LPIPS-VGG16 on `device` as a function (x, y) -> scalar, or None when its backbone is not on this machine.
-
-    The package downloads the backbone at construction; a random one would run and mean nothing.
-    """
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).exists():
-        return None
-    import lpips  # optional: only a recipe with lpips_weight > 0 needs it
-
-    network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
-    return lambda x, y: network(x, y).mean()

@@ -21,7 +21,7 @@ def tokenizer_update(state, batch):
     objective, tokenized = state.config.objective, batch.tokenized  # Alg. 1, line 1: Z and A; line 2: x^
     losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)} | tokenized.quantized.losses
     if state.lpips is not None:
-        losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images)
+        losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images).mean()
     weights = {
         "lpips_loss": objective.lpips_weight,
         "gan_loss": objective.gan_weight,

@@ -9,6 +9,7 @@ import torch
 from gear.checkpoints import load_module, load_networks, network
 from gear.config import UserError
 from gear.data import DataConfig, load
+from gear.evaluation.reconstruction import load_lpips
 from gear.generator.model import Generator, GeneratorConfig, Projector, Projectors
 from gear.run import Run
 from gear.teachers import check_grid, load_teachers, side_by_side
@@ -16,7 +17,6 @@ from gear.teachers.scenes import ScenesTeacher
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
-from gear.training.losses import load_lpips
 from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
 
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from

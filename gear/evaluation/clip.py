@@ -1,0 +1,89 @@
+"""CLIP score (Table 3): how near each sample is to its caption, in the space of OpenAI's ViT-B/32."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from gear.checkpoints import check_fit
+from gear.config import UserError
+from gear.evaluation.networks import as_pixels
+from gear.teachers.networks import CLIP as NORM
+from gear.teachers.networks import INSTALL, renamed
+from gear.teachers.weights import file_hash, find_weights, read_tensors
+
+REPO, NAME = "openai/clip-vit-base-patch32", "clip-b32"
+FILES = {"pytorch_model.bin": "605 MB", "tokenizer.json": "2 MB"}  # of the hub; a folder may hold model.safetensors instead
+SIDE, CONTEXT = 224, 77  # pixels, tokens
+
+
+class CLIP:
+    """CLIP ViT-B/32: `network(images, captions)` -> the cosine of each pair, (B,) float32.
+
+    Images are uint8 (B, H, W, 3) or floats in [-1, 1], resized by Pillow's bicubic to a short side of 224 px and cropped at the
+    centre; captions are cut at 77 tokens. `path` is a folder with the weights and tokenizer.json.
+    """
+
+    def __init__(self, path="", offline=False, config=None):
+        try:
+            import tokenizers
+            import transformers
+        except ImportError as error:
+            raise UserError(f"the CLIP score needs transformers ({error}): {INSTALL}") from None
+        weights, words = (_find(file, path, offline) for file in FILES)
+        self.network = transformers.CLIPModel(config or transformers.CLIPConfig()).eval().requires_grad_(False)
+        tensors = renamed(read_tensors(weights), ((r".*position_ids$", None),))
+        check_fit({n: tuple(t.shape) for n, t in self.network.state_dict().items()}, tensors, weights, "CLIP ViT-B/32")
+        self.network.load_state_dict(tensors)
+        self.words = tokenizers.Tokenizer.from_file(str(words))
+        self.words.enable_truncation(CONTEXT)
+        self.words.enable_padding(pad_id=self.words.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>")
+        self.protocol = {"network": NAME, "weights": file_hash(weights)[:16], "input": SIDE, "interpolation": "bicubic, Pillow"}
+
+    def to(self, device):
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images, captions):
+        device = next(self.network.parameters()).device
+        read = self.words.encode_batch(list(captions))
+        ids, mask = (torch.tensor([getattr(r, what) for r in read], device=device) for what in ("ids", "attention_mask"))
+        seen = self.network.vision_model(pixel_values=preprocess(images).to(device)).pooler_output
+        told = self.network.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return F.cosine_similarity(self.network.visual_projection(seen), self.network.text_projection(told))
+
+
+def preprocess(images):
+    """Return CLIP's input, (B, 3, 224, 224) float32, of images as the network takes them."""
+    pixels = []
+    for image in map(Image.fromarray, as_pixels(images).cpu().numpy()):
+        scale = SIDE / min(image.size)
+        image = image.resize([max(SIDE, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = ((side - SIDE) // 2 for side in image.size)
+        pixels.append(np.asarray(image.crop((left, top, left + SIDE, top + SIDE))))
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORM)
+    return (x - mean) / std
+
+
+def read_captions(path, count):
+    """Return the lines of a text file, a caption each; raises UserError unless there are `count` of them and none is empty."""
+    try:
+        captions = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the captions '{path}' cannot be read ({error}): a text file, a caption a line.") from None
+    if len(captions) != count or not all(captions):
+        found = f"{sum(map(bool, captions))} captions in {len(captions)} lines"
+        raise UserError(f"'{path}' has {found} for {count} samples: one a line, in their order, is expected.")
+    return captions
+
+
+def _find(file, path, offline):
+    about = f"{FILES[file]}, of openai/CLIP, MIT"
+    if path and (Path(path).expanduser() / "model.safetensors").exists() and file != "tokenizer.json":
+        file = "model.safetensors"
+    path = str(Path(path).expanduser() / file) if path else ""
+    return find_weights(NAME, REPO, about, path, offline, "--clip ", file)

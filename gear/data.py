@@ -6,6 +6,7 @@ function of (seed, n) alone, whatever the batch size, the workers or the sample 
 
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -40,10 +41,15 @@ def open_source(config, split):
     return Folder(config.source, split, config)
 
 
-def num_classes(config):
-    """Return the number of classes of a DataConfig's source; what would have to be downloaded is not."""
+def num_classes(config, absent=None):
+    """Return the number of classes of a DataConfig's source; what would have to be downloaded is not.
+
+    `absent`, where given, is the answer for a folder or zip that is not there.
+    """
     if config.source == "scenes":
         return NUM_CLASSES
+    if absent is not None and config.source not in DOWNLOADS and not Path(config.source).expanduser().exists():
+        return absent
     return DOWNLOADS[config.source][1] if config.source in DOWNLOADS else len(open_source(config, "train").classes)
 
 

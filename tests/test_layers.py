@@ -50,9 +50,9 @@ LAYERS = [
         "training.guard",
         "training.loop",
     ],
-    ["recipes", "jobs"],
+    ["presets", "recipes", "jobs", "price"],
     ["figures", "widgets", "explore", "monitor", "render"],
-    ["__main__"],
+    ["options", "__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them

@@ -49,6 +49,9 @@ class Config:
     steps: int
     seed: int = 0
     batch_size: int = 256
+    precision: Literal["float32", "bf16"] = (
+        "float32"  # of the networks' products; the quantizer, its read-outs and all losses stay in float32
+    )
     tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
     teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
     log_every: int = 100  # steps; a logged loss is the mean since the last line

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -22,60 +21,12 @@ from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
-from gear.recipes import RECIPES, known, recipe, train_with_parents
+from gear.options import ClaimOptions, FigureOptions, ReconstructOptions, SampleOptions, TrainOptions
+from gear.price import dry_run
+from gear.recipes import RECIPES, known, plan, recipe, train_with_parents
 from gear.run import Run, open_runs, run_names
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.tokenizer.model import check_divides
-from gear.training.loop import Runtime
-from gear.training.state import Config
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    config: Config
-    runtime: Runtime = field(default_factory=Runtime)
-    name: str = ""  # the run's name, if not the recipe's
-    label: str = ""  # ends the name of this run and of every parent that the changes concern
-    jobs: int = 1  # runs trained at once, where several are named
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
-    grid: int = 0  # tokens a side; 0: those of the run's images, and 16 for a file
-    labels: tuple[int, ...] = ()  # a class for each image; none given: sixteen, from the first class on
-    cfg_scale: float = 1.0  # guidance; 1 is none
-    temperature: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
-    seed: int = 0
-    out: Path = Path("samples.png")
-
-
-@dataclass(frozen=True)
-class ReconstructOptions:
-    images: str = ""  # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
-    image_size: int = 0  # pixels; 0: the run's, and 256 for a file
-    interpolation: Literal["", "bicubic", "bilinear", "box"] = (
-        ""  # of the resize of the short side; "": the run's, else bicubic
-    )
-    count: int = 16
-    ema: bool = True  # averaged weights, where there are any
-    out: Path = Path("reconstruct.png")  # and its metrics beside it, .json
-
-
-@dataclass(frozen=True)
-class FigureOptions:
-    force: bool = False  # redraw what is up to date too
-    demo: bool = False  # the interactive notebooks too, which need weights
-    jobs: int = 1  # notebooks executed at once
-    parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
-    # ^ KEY VALUE of the one notebook that is named; may be repeated
-
-
-@dataclass(frozen=True)
-class ClaimOptions:
-    label: str = ""  # of the runs, where they were trained with one
 
 
 def train_command(names, arguments):
@@ -92,8 +43,14 @@ def train_command(names, arguments):
             raise UserError("changes apply to one run: name a single recipe.")
         if options.name or options.label:
             raise UserError("--name and --label name one run: name a single recipe.")
+        if options.dry_run:
+            planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}  # a shared parent once
+            return dry_run(planned.items(), options.gpu, options.utilisation)
         return train_many(names, options.jobs, options.runtime)
     name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
+    if options.dry_run:
+        planned = plan(options.config, name, base, options.label, dry=True)
+        return dry_run(planned, options.gpu, options.utilisation)
     run = train_with_parents(options.config, name, base, options.label, options.runtime)
     print(f"{run.name}: step {run.step}, {run.path}")
 

@@ -50,7 +50,7 @@ LAYERS = [
         "training.guard",
         "training.loop",
     ],
-    ["presets", "recipes", "jobs", "price"],
+    ["presets", "recipes", "jobs", "counts", "price"],
     ["figures", "widgets", "explore", "monitor", "render"],
     ["options", "__main__"],
 ]  # the order inside a line is the order inside the package

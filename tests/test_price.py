@@ -1,0 +1,206 @@
+"""A dry run's numbers: against formulas, the networks' known sizes, and a real step; and it touches nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gear import counts, price
+from gear.__main__ import main
+from gear.config import UserError
+from gear.generator.model import GENERATORS
+from gear.presets import change
+from gear.recipes import RECIPES, recipe
+from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.training.objectives import STAGES
+from gear.training.state import State
+
+L, K = 256, 16_384
+
+
+def linear(config, layers):
+    """FLOPs of one image in the matrices of so many blocks: attention's four of D x D, the feed-forward's three of D x F."""
+    hidden = {768: 2048, 1024: 2816, 1280: 3584}[config.width]
+    return layers * 2 * L * (4 * config.width**2 + 3 * config.width * hidden)
+
+
+def attention(config, layers):
+    return layers * 2 * 2 * L**2 * config.width  # q k and its product with v, over all pairs of positions
+
+
+def passes(name):
+    """{(update, part): Pass} of a recipe."""
+    return {(p.update, p.part): p for p in price.price(RECIPES[name]).passes}
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+def test_generator_against_its_formula(size):
+    config = GENERATORS[size]
+    head, found = 2 * L * config.width * K, passes(f"imagenet256-{size.lower()}-joint")
+    whole, guidance = found["generator", "generator"].count, found["tokenizer", "guidance"].count
+    products, pairs = linear(config, config.layers) + head, attention(config, config.layers)
+    assert whole.forward == products + pairs
+    assert whole.backward == 2 * products + 2.5 * pairs  # fused attention computes q k again
+    products, pairs = linear(config, config.tap_layer), attention(config, config.tap_layer)
+    assert guidance.forward == products + pairs
+    assert guidance.backward == products + 2.5 * pairs  # to the input alone
+    readout = found["tokenizer", "read-out"].count
+    assert readout.forward == readout.backward == 2 * L * K * config.width
+
+
+def test_projector_discriminator_and_quantizer_against_their_formulas():
+    found = passes("imagenet256-l-joint")
+    weights = 1024 * 2048 + 2048**2 + 2048 * 768
+    assert found["generator", "projector"].count[:2] == (2 * L * weights, 4 * L * weights)
+    assert found["tokenizer", "projector"].count[:2] == (2 * L * weights, 2 * L * weights)
+    convolutions = [(3, 64, 128), (64, 128, 64), (128, 256, 32), (256, 512, 31), (512, 1, 30)]  # from, to, side of the output
+    forward = sum(2 * a * b * 16 * side**2 for a, b, side in convolutions)
+    judged, trained = (found[update, "discriminator"] for update in ("tokenizer", "discriminator"))
+    assert judged.count.forward == trained.count.forward == forward and judged.count.backward == forward
+    first = 2 * 3 * 64 * 16 * 128**2  # needs no gradient of an image
+    assert trained.count.backward == 2 * forward - first and trained.training == 2 * (3 * forward - first)
+    assert found["tokenizer", "quantizer"].count[:2] == (2 * L * K * 8, 4 * L * K * 8)
+    assert found["tokenizer", "quantizer"].precision == found["tokenizer", "read-out"].precision == "float32"
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("imagenet256-b-joint", {"generator": 110_888_448, "projector": 7_344_896}),
+        ("imagenet256-l-joint", {"generator": 342_910_976, "projector": 7_869_184, "teacher": 86_579_712}),
+        ("imagenet256-xl-joint", {"generator": 774_699_520, "projector": 8_393_472}),
+    ],
+)
+def test_parameters_are_the_known_ones(name, wanted):
+    found = price.price(RECIPES[name]).parameters
+    assert wanted.items() <= found.items()
+    assert found["encoder"] + found["quantizer"] + found["decoder"] == 71_883_403
+
+
+@pytest.mark.parametrize("kind, wanted", [("lfq", 115_094_033), ("ibq", 110_982_019)])
+def test_the_other_tokenizers_are_whole(kind, wanted):
+    config = RECIPES[f"imagenet256-l-{kind}-joint"]
+    assert config.tokenizer == TOKENIZERS[f"{kind.upper()}-16"]
+    found = [counts.parameters(*work) for part in ("encoder", "quantizer", "decoder") for work in price.works(config)[part]]
+    assert sum(found) == wanted
+
+
+@pytest.mark.parametrize("name", ["tiny-tokenizer", "tiny-joint", "tiny", "scenes-joint-naive"])
+def test_a_real_step_does_as_much(name, tiny, monkeypatch):
+    """The products of every update of a step, counted while it trains."""
+    config = RECIPES[name]
+    if name.startswith("scenes"):
+        config = change(recipe("tiny-joint"), dict(objective=dict(bridge="naive")))
+    config = change(config, dict(objective=dict(gan_start=0.0)))
+    state = State(config, torch.device("cpu"))
+    size = config.data.image_size
+    images, labels = torch.rand(4, 3, size, size) * 2 - 1, torch.zeros(4, dtype=torch.long)
+    with FlopCounterMode(display=False, custom_mapping=counts.ATTENTION) as counter:
+        batch = state.observe(images, labels)
+        for update in STAGES[config.stage]:
+            update(state, batch)
+    assert counter.get_total_flops() / 4 == pytest.approx(sum(p.training for p in price.price(config).passes), rel=1e-3)
+    held = {n: sum(p.numel() for p in m.parameters()) for n, m in state.networks.items()}
+    found = price.price(config).parameters
+    assert held["tokenizer"] == found["encoder"] + found["quantizer"] + found["decoder"]
+    assert all(found[part] == n for part, n in held.items() if part != "tokenizer")
+
+
+def test_a_deep_generator_is_its_blocks():
+    config = replace(GENERATORS["B"], layers=5, tap_layer=4)
+    for tap, soft, mode in ((None, False, "train"), (4, True, "fixed")):
+        arguments = (config, 64, 4, tap, soft)
+        assert counts.count(counts.generator, arguments, mode, "bf16") == counts._image(
+            counts.generator, arguments, mode, "bf16"
+        )
+
+
+def test_memory_grows_with_the_batch_and_bf16_keeps_less():
+    bf16 = price.price(RECIPES["imagenet256-b-joint"])
+    float32 = price.price(replace(RECIPES["imagenet256-b-joint"], precision="float32"))
+    sizes = [bf16.memory(n) for n in (1, 2, 16, 256)]
+    assert sizes == sorted(sizes) and sizes[0] > bf16.held
+    assert 0.4 * float32.saved < bf16.saved < 0.8 * float32.saved
+    assert [p.training for p in bf16.passes] == [p.training for p in float32.passes]
+    fit = bf16.images_that_fit("h100")
+    assert bf16.memory(fit) <= 0.9 * 80e9 < bf16.memory(fit + 1)
+    assert float32.hours(1, "h100", 0.4) > bf16.hours(1, "h100", 0.4) == bf16.hours(2, "h100", 0.8)
+
+
+def test_a_dry_run_needs_and_leaves_nothing(home, capsys, monkeypatch):
+    """No images, no weights, no run folder; the global generator stays where it was."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(home)
+    before = torch.get_rng_state()
+    main(["train", "imagenet100-128-gear-s3", "--dry-run", "--gpu", "rtx4090", "--utilisation", "0.2"])
+    said = capsys.readouterr().out
+    for name in ("tokenizer", "joint", "gear"):
+        assert f"imagenet100-128-{name}-s3: stage " in said
+    assert "num_classes 100" in said and "rtx4090, 24 GB: the batch does not fit" in said and "20% is assumed" in said
+    assert "estimate" in said and said.endswith("nothing was trained\n")
+    assert torch.equal(before, torch.get_rng_state()) and list(home.iterdir()) == []
+
+
+def test_classes_are_those_of_a_folder_that_is_there(home, capsys):
+    for name in "abc":
+        (home / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (home / "photos" / name / f"{i}.png").write_bytes(b"")
+    main(["train", "tiny", "--source", str(home / "photos"), "--label", "photos", "--dry-run", "--gpu", "cpu"])
+    said = capsys.readouterr().out
+    assert said.count("num_classes 3") == 3 and "tiny-joint-photos: stage joint" in said
+    assert "hours on a cpu: not known" in said and "all on one" not in said
+
+
+def test_what_is_finished_costs_nothing(tiny, capsys):
+    (tiny / "tiny" / "checkpoints" / "0000024").rename(tiny / "gone")
+    main(["train", "tiny", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "tiny-tokenizer: finished" in said and "tiny-joint: finished" in said and "tiny: stage generator" in said
+
+
+def test_several_runs_share_their_parents(home, capsys):
+    main(["train", "tiny", "tiny-joint", "--dry-run"])
+    assert capsys.readouterr().out.count("tiny-joint: stage") == 1
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--gpu", "h10"], "unknown GPU 'h10'. Did you mean 'h100'?"),
+        (["--utilisation", "0"], "utilisation is 0.0"),
+        (["--image-size", "250"], "not divisible"),
+        (["--teacher", "dinov2-x", "--label", "x"], "unknown teacher 'dinov2-x'"),
+        (["--teacher", "siglip2-b", "--image-size", "224", "--label", "x"], "cannot match the grid"),
+    ],
+)
+def test_mistakes_are_found(options, said, home, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "imagenet256-l-tokenizer" if "--image-size" in options[:1] else "imagenet256-l-joint-no-init",
+              *options, "--dry-run"])  # fmt: skip
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_training_without_the_images_says_what_to_give(home, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "imagenet256-l-gear-s0"])
+    said = capsys.readouterr().err
+    assert "no folder or zip of images at 'imagenet'. Give --source a folder or a zip of class folders" in said
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_price(name, home, capsys):
+    main(["train", name, "--dry-run"])
+    assert "all on one h100" in capsys.readouterr().out and list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("teacher", ["dinov2-l", "dinov3-b", "siglip2-b", "vjepa2-l", "clip-l", "dinov2-b@8,siglip2-b"])
+def test_every_public_teacher_has_a_price(teacher):
+    cost = price.price(replace(RECIPES["imagenet256-b-joint"], teacher=teacher))
+    assert cost.parameters["teacher"] > 80e6 and cost.passes[0].count.forward > 40e9
+
+
+def test_an_unknown_gpu_has_no_hours():
+    with pytest.raises(UserError, match="Known: h100"):
+        price.dry_run([], "h1000")

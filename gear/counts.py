@@ -44,9 +44,11 @@ class Count(NamedTuple):
 
 
 def count(work, arguments, mode, precision):
-    """Count an image: what two images take more than one, so that what is done once a batch drops out.
+    """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
 
-    The blocks of a generator are alike: one is counted, the difference of two generators.
+    `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no gradient), `precision`
+    "float32" or "bf16". An image is what two take more than one, so that what is done once a batch drops out. The blocks of
+    a generator are alike: one is counted, the difference of two generators.
     """
     if work is not generator:
         return _image(work, arguments, mode, precision)
@@ -104,10 +106,12 @@ def parameters(work, arguments):
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
-# What is counted. Each takes a batch size and sizes, and returns (the part's module, what is called, its input).
+# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in pixels
+# or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is called, its input).
 
 
 def encoder(batch, config, size):
+    """Images to latents Z, the convolution before the quantizer with it."""
     tokenizer = Tokenizer(config)
     call, images = tokenizer.latents, _images(batch, size)
     del tokenizer.decoder, tokenizer.quantizer, tokenizer.post_quant_conv, tokenizer.skip_out
@@ -115,6 +119,7 @@ def encoder(batch, config, size):
 
 
 def quantizer(batch, config, side):
+    """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a gradient."""
     quantizer = Tokenizer(config).quantizer
 
     def call(latents):
@@ -127,6 +132,7 @@ def quantizer(batch, config, side):
 
 
 def decoder(batch, config, side):
+    """Quantised latents to images."""
     tokenizer = Tokenizer(config)
     call = tokenizer.decode_latents
     del tokenizer.encoder, tokenizer.quantizer, tokenizer.quant_conv, tokenizer.skip_in
@@ -140,11 +146,13 @@ def lpips(batch, size):
 
 
 def discriminator(batch, channels, layers, size):
+    """One set of images to logits."""
     module = Discriminator(channels, layers)
     return module, module, _images(batch, size)
 
 
 def readout(batch, soft, tau, codes, side, width):
+    """A to embeddings, softly (Eq. 8) or straight through."""
     embedding, readout = torch.empty(codes, width), soft_readout if soft else straight_through_readout
     return nn.Identity(), lambda affinity: readout(affinity, embedding, tau), torch.empty(batch, side**2, codes)
 
@@ -162,11 +170,13 @@ def generator(batch, config, codes, side, tap, soft):
 
 
 def projector(batch, config, dim, side):
+    """The tap's hidden states to a teacher's space of `dim` channels."""
     module = Projector(config, dim)
     return module, module, torch.empty(batch, side**2, config.width, requires_grad=True)
 
 
 def scenes_teacher(batch, size):
+    """Images to the factors of their patches: the scenes teacher in training."""
     module = ScenesTeacher()
 
     def call(images):
@@ -177,6 +187,7 @@ def scenes_teacher(batch, size):
 
 
 def teacher(batch, spec, size, stride):
+    """Images to a teacher's features, by NAME[@LAYER]; raises UserError where its grid or its library does not fit."""
     name, layer, _ = parse(spec)
     if name == "scenes":
         teacher = ScenesTeacher()

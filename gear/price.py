@@ -250,7 +250,7 @@ def dry_run(planned, gpu="h100", utilisation=0.4):
     print(f"all on one {gpu}: {hours:.3g} hours\n" * (gpu in GPUS) + CAVEAT)
 
 
-CAVEAT = """This is an estimate. FLOPs are those of matrix products and convolutions (attention in full, the adversarial term as if
-on from the start), without validation; the share of the data sheet that is reached is an assumption; memory is weights,
+CAVEAT = """This is an estimate. FLOPs are those of matrix products and convolutions, attention in full, the adversarial term
+as if on from the start, without validation; the share of the data sheet that is reached is an assumption; memory is weights,
 gradients, Adam's moments, averages, and what autograd keeps in the update that keeps most, without work space.
 nothing was trained"""

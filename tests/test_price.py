@@ -11,7 +11,7 @@ from gear.__main__ import main
 from gear.config import UserError
 from gear.generator.model import GENERATORS
 from gear.presets import change
-from gear.recipes import RECIPES, recipe
+from gear.recipes import RECIPES, plan, recipe
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.training.objectives import STAGES
 from gear.training.state import State
@@ -189,12 +189,16 @@ def test_training_without_the_images_says_what_to_give(home, capsys):
     assert "no folder or zip of images at 'imagenet'. Give --source a folder or a zip of class folders" in said
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = {"tiny", "scenes-gear", "imagenet256-l-gear", "imagenet256-l-joint-naive", "teacher-scenes"}  # the rest: two minutes
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
 def test_every_recipe_has_a_price(name, home, capsys):
-    main(["train", name, "--dry-run"])
+    price.dry_run(plan(RECIPES[name], dry=True))
     assert "all on one h100" in capsys.readouterr().out and list(home.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["dinov2-l", "dinov3-b", "siglip2-b", "vjepa2-l", "clip-l", "dinov2-b@8,siglip2-b"])
 def test_every_public_teacher_has_a_price(teacher):
     cost = price.price(replace(RECIPES["imagenet256-b-joint"], teacher=teacher))

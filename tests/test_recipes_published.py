@@ -193,7 +193,7 @@ def changed(field, value):
     if isinstance(value, str):
         return {"teacher": "dinov3-b", "precision": "float32", "objective.bridge": "none"}.get(field, f"{value}-other")
     if isinstance(value, float):
-        return value / 2 + 0.01
+        return value / 2 + 0.003
     return (*value, 1) if isinstance(value, list) else 2 * value + 1
 
 

@@ -106,8 +106,8 @@ def parameters(work, arguments):
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
-# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in pixels
-# or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is called, its input).
+# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in
+# pixels or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is called, its input).
 
 
 def encoder(batch, config, size):

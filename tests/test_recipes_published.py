@@ -10,7 +10,7 @@ from gear.config import flatten, to_dict
 from gear.evaluation.evaluate import Sampling
 from gear.generator.model import GENERATORS
 from gear.presets import change
-from gear.recipes import RECIPES
+from gear.recipes import RECIPES, known
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.training.optim import Optimizer
 
@@ -177,6 +177,14 @@ def test_swept_cells_with_a_preset_of_their_own():
         config = RECIPES[f"imagenet256-l-joint-{variant}"]
         assert unlike(config, "Comp. Tab. 7") == (["Gradient"] if gradient == "STE" else [])
         assert unlike(config) == ([] if gradient == "STE" else ["Adversarial (GAN)"])
+
+
+def test_every_preset_has_every_method():
+    presets = [name.removesuffix("-gear") for name in RECIPES if name.endswith("-gear")]
+    methods = {name.removeprefix("scenes-ibq-") for name in RECIPES if name.startswith("scenes-ibq-")}
+    assert len(presets) == 11 and len(methods) == 21
+    assert all(f"{preset}-{method}" in RECIPES for preset in presets for method in methods)
+    assert known().endswith("; and teacher-scenes, tiny, tiny-joint, tiny-tokenizer")
 
 
 def test_weights_of_one():

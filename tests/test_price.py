@@ -87,7 +87,7 @@ def test_the_other_tokenizers_are_whole(kind, wanted):
 
 
 @pytest.mark.parametrize("name", ["tiny-tokenizer", "tiny-joint", "tiny", "scenes-joint-naive"])
-def test_a_real_step_does_as_much(name, tiny, monkeypatch):
+def test_a_real_step_does_as_much(name, tiny):
     """The products of every update of a step, counted while it trains."""
     config = RECIPES[name]
     if name.startswith("scenes"):
@@ -105,6 +105,22 @@ def test_a_real_step_does_as_much(name, tiny, monkeypatch):
     found = price.price(config).parameters
     assert held["tokenizer"] == found["encoder"] + found["quantizer"] + found["decoder"]
     assert all(found[part] == n for part, n in held.items() if part != "tokenizer")
+
+
+def test_a_real_step_keeps_as_much(tiny):
+    """Activations: what autograd keeps in the tokenizer's update of a joint step, of eight images more than of four."""
+    config, sizes = change(recipe("tiny-joint"), dict(objective=dict(gan_start=0.0))), []
+    for n in (4, 8):
+        state, kept = State(config, torch.device("cpu")), {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            STAGES["joint"][0](state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)))
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
+    assert (sizes[1] - sizes[0]) / 4 == pytest.approx(price.price(config).saved, rel=0.05)
 
 
 def test_a_deep_generator_is_its_blocks():

@@ -43,8 +43,8 @@ class Tokenizer(nn.Module):
         return z if self.skip_in is None else z + self.skip_in(images)
 
     def affinity(self, images):
-        """Return the assignment A (Eq. 6) of every position to every code: (B, h*w, K) float32."""
-        return self.quantizer.affinity(self.latents(images))
+        """Return the assignment A (Eq. 6) of every position to every code, formed whole: (B, h*w, K) float32."""
+        return self.quantizer.affinity(self.latents(images)).dense
 
     def encode(self, images):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""

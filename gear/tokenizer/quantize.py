@@ -5,7 +5,6 @@ in float32, so that the index in training equals the one at inference.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,35 +12,17 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from gear.tokenizer.readout import hard_indices
-
-ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature tau
+from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, entropies, full, full_precision, hard_indices, soft_readout
 
 
 @dataclass
 class Quantized:
-    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A when it is asked for."""
+    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A (Eq. 6), (B, L, K) if formed."""
 
     indices: torch.Tensor
     latents: torch.Tensor
     losses: dict  # means over elements (rows, for the entropy), unweighted
-    assign: Callable[[], torch.Tensor]
-
-    @functools.cached_property
-    def affinity(self):
-        """A (Eq. 6), (B, L, K) float32."""
-        return self.assign()
-
-
-def full_precision(method):
-    """Run a quantizer's method on latents in float32, autocast or not."""
-
-    @functools.wraps(method)
-    def run(self, latents):
-        with torch.autocast(latents.device.type, enabled=False):
-            return method(self, latents.float())
-
-    return run
+    affinity: Affinity
 
 
 class Quantizer(nn.Module):
@@ -53,7 +34,7 @@ class Quantizer(nn.Module):
     constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
 
     def affinity(self, latents):
-        """Return A (Eq. 6): (B, D, h, w) -> (B, L, K) float32."""
+        """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
         raise TypeError("a Quantizer is VQ, LFQ or IBQ")
 
     def indices(self, latents):
@@ -62,7 +43,7 @@ class Quantizer(nn.Module):
 
     def codes(self):
         """Return the codebook C that latents are compared with: (K, D) float32."""
-        return self.codebook.float()
+        return full(self.codebook)
 
     def lookup(self, indices):
         """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
@@ -87,12 +68,12 @@ class VectorQuantizer(Quantizer):
 
     @full_precision
     def affinity(self, latents):
-        """Return minus the squared distance of unit vectors: (B, D, h, w) -> (B, L, K) float32."""
-        return 2 * self._rows(latents) @ self.codes().T - 2
+        """Return minus the squared distance of unit vectors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
+        return Affinity(self._rows(latents), self.codes(), 2.0, -2.0)
 
     def codes(self):
         """Return the unit rows of the codebook, (K, D) float32."""
-        return F.normalize(self.codebook.float(), dim=-1)
+        return F.normalize(full(self.codebook), dim=-1)
 
     @full_precision
     def forward(self, latents):
@@ -105,7 +86,7 @@ class VectorQuantizer(Quantizer):
             "commit_loss": F.mse_loss(z, code.detach()),
             "entropy_loss": entropy_loss(*entropies(affinity)),
         }
-        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, lambda: affinity)
+        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity)
 
     @staticmethod
     def _rows(latents):
@@ -134,8 +115,8 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     @full_precision
     def affinity(self, latents):
-        """Return the dot product with every code: (B, D, h, w) -> (B, L, K) float32."""
-        return as_rows(latents) @ self.codes().T
+        """Return the dot product with every code, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
+        return Affinity(as_rows(latents), self.codes())
 
     @full_precision
     def forward(self, latents):
@@ -143,13 +124,13 @@ class IndexBackpropagationQuantizer(Quantizer):
         affinity = self.affinity(latents)  # (B, L, K)
         indices, codes = hard_indices(affinity), self.codes()
         z, code = as_rows(latents), codes[indices]  # (B, L, D)
-        mean = affinity.softmax(-1) @ codes.detach()  # p C: the codes' own gradient comes from the one-hot part
+        mean = soft_readout(affinity, codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
         quantised = code + (mean - mean.detach())
         losses = {
             "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
             "entropy_loss": entropy_loss(*entropies(affinity)),
         }
-        return Quantized(indices, as_maps(quantised, latents), losses, lambda: affinity)
+        return Quantized(indices, as_maps(quantised, latents), losses, affinity)
 
     def start(self, rows, seed):
         """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
@@ -178,9 +159,8 @@ class LookupFreeQuantizer(Quantizer):
 
     @full_precision
     def affinity(self, latents):
-        """Return twice the dot product with every pattern of signs: (B, D, h, w) -> (B, L, K) float32."""
-        z = as_rows(latents)
-        return 2 * z @ self.codes().to(z.device).T
+        """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
+        return SignAffinity(as_rows(latents))
 
     def indices(self, latents):
         """Return the index of each position from its signs: (B, D, h, w) -> (B, L) int64."""
@@ -196,11 +176,11 @@ class LookupFreeQuantizer(Quantizer):
 
     @full_precision
     def forward(self, latents):
-        """Quantise latents (B, D, h, w) with gradients and loss terms, A only on demand; returns a Quantized."""
+        """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
         losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}
-        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, lambda: self.affinity(latents))
+        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, self.affinity(latents))
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""
@@ -210,37 +190,46 @@ class LookupFreeQuantizer(Quantizer):
 QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer, "ibq": IndexBackpropagationQuantizer}
 
 
-def entropies(affinity):
-    """Return the mean entropy of a row of P = softmax(A / 0.01), and that of the mean row: nats. affinity: (..., K)."""
-    logp = F.log_softmax(affinity.flatten(0, -2) / ENTROPY_TEMPERATURE, -1)  # (N, K)
-    p = logp.exp()
-    return -(p * logp).sum(-1).mean(), _entropy_of_mean(p.mean(0))
+class SignAffinity(Affinity):
+    """LFQ's A to latents (..., D). Its codes are formed when asked for, softmax(A / tau) is a product of independent bits."""
+
+    def __init__(self, rows):
+        self.rows, self.scale, self.shift, self.codebook_size = rows, 2.0, 0.0, 2 ** rows.shape[-1]
+
+    @functools.cached_property
+    def codes(self):
+        return _signs(torch.arange(self.codebook_size), self.rows.shape[-1]).to(self.rows)
+
+    def soften(self, rows, tau):
+        """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
+        low, high = _joint((4 * rows / tau).sigmoid())
+        return (high[:, :, None] * low[:, None]).flatten(1)
 
 
 def bit_entropies(z):
     """Return `entropies` of LFQ's affinity to latents z (..., D), exactly, from its D independent bits."""
     logits = 4 * z.flatten(0, -2) / ENTROPY_TEMPERATURE  # (N, D), of +1 against -1
     p = logits.sigmoid()
-    sample = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()  # the bits' entropies add up
-    low, high = (_joint(half) for half in p.split([z.shape[-1] // 2, z.shape[-1] - z.shape[-1] // 2], -1))
-    return sample, _entropy_of_mean((high.T @ low).flatten() / len(p))  # index = high bits * 2^(D/2) + low bits
+    rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)  # the bits' entropies add up
+    low, high = _joint(p)
+    return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
 
 
-def entropy_loss(sample, of_mean):
-    """L_ent of Eq. 2: minimal, -ln K, when every row is sure of its code and all codes are used alike."""
-    return sample - of_mean
-
-
-def _entropy_of_mean(mean):
-    return -(mean * (mean + 1e-5).log()).sum()
+def entropy_loss(rows, mean):
+    """L_ent of Eq. 2 from `entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike."""
+    return rows.mean() + (mean * (mean + 1e-5).log()).sum()
 
 
 def _joint(p):
-    """Probabilities (N, D) of +1 in independent bits -> those of their 2^D patterns, bit 0 turning fastest: (N, 2^D)."""
-    joint = p.new_ones(len(p), 1)
-    for bit in p.T[:, :, None]:  # (N, 1)
-        joint = torch.cat([joint * (1 - bit), joint * bit], -1)
-    return joint
+    """Probabilities (N, D) of +1 in independent bits -> those of the patterns of the low half of them, and of the high half.
+
+    Each (N, 2^(D/2)), its first bit turning fastest.
+    """
+    for half in p.split([p.shape[-1] // 2, p.shape[-1] - p.shape[-1] // 2], -1):
+        joint = p.new_ones(len(p), 1)
+        for bit in half.T[:, :, None]:  # (N, 1)
+            joint = torch.cat([joint * (1 - bit), joint * bit], -1)
+        yield joint
 
 
 def _pack(bits):

@@ -20,11 +20,11 @@ def tokenizer_metrics(tokenizer, images, tau):
     indices, quality, assignments = [], [], {"tau": [], "one": []}
     for chunk in images.split(BATCH):
         out = tokenizer(chunk)
-        affinity, share = out.quantized.affinity.flatten(0, 1), len(chunk) / len(images)
+        affinity, share = out.quantized.affinity, len(chunk) / len(images)
         indices.append(out.quantized.indices)
         quality.append(torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)]))
         for name, temperature in (("tau", tau), ("one", 1.0)):  # a chunk at a time: (N, K) is large
-            assignment = codes.assignment(affinity, temperature)
+            assignment = codes.assignment(affinity.blocks(), temperature)
             values = {"entropy": assignment.entropy, **{f"top{m}": mass for m, mass in assignment.top_mass.items()}}
             assignments[name].append({key: share * value for key, value in values.items()})
     quality = torch.cat(quality, 1).mean(1)

@@ -15,6 +15,11 @@ from torch import nn
 from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, entropies, full, full_precision, hard_indices, soft_readout
 
 
+def as_rows(latents):
+    """(B, D, h, w) -> (B, L, D)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
 @dataclass
 class Quantized:
     """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A (Eq. 6), (B, L, K) if formed."""
@@ -32,10 +37,13 @@ class Quantizer(nn.Module):
     """
 
     constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
+    affine = 1.0, 0.0  # the scale and the shift of A
+    _rows = staticmethod(as_rows)
 
+    @full_precision
     def affinity(self, latents):
         """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
-        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
+        return Affinity(self._rows(latents), self.codes(), *self.affine)
 
     def indices(self, latents):
         """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
@@ -49,10 +57,6 @@ class Quantizer(nn.Module):
         """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
         return self.codes()[indices].permute(0, 3, 1, 2)
 
-    def start(self, rows, seed):
-        """Start the codebook from latents (N, D). Returns the code of each, (N, D)."""
-        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
-
 
 class VectorQuantizer(Quantizer):
     """VQ with L2-normalised latents and codes (LlamaGen's VQ-16).
@@ -61,15 +65,12 @@ class VectorQuantizer(Quantizer):
     gradient passes straight through to the normalised latent and never to the codebook.
     """
 
+    affine = 2.0, -2.0
+
     def __init__(self, config):
         super().__init__()
         k = config.codebook_size
         self.codebook = nn.Parameter(F.normalize(torch.empty(k, config.code_dim).uniform_(-1 / k, 1 / k), dim=-1))
-
-    @full_precision
-    def affinity(self, latents):
-        """Return minus the squared distance of unit vectors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
-        return Affinity(self._rows(latents), self.codes(), 2.0, -2.0)
 
     def codes(self):
         """Return the unit rows of the codebook, (K, D) float32."""
@@ -114,11 +115,6 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
     @full_precision
-    def affinity(self, latents):
-        """Return the dot product with every code, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
-        return Affinity(as_rows(latents), self.codes())
-
-    @full_precision
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
@@ -147,8 +143,7 @@ class IndexBackpropagationQuantizer(Quantizer):
 class LookupFreeQuantizer(Quantizer):
     """LFQ: the code is the signs of z, A_ik = 2 z_i c_k over all c_k in {-1, 1}^D (Open-MAGVIT2). It has no weights.
 
-    Bit j of an index is set where z_j > 0, bit 0 being channel 0. softmax(A / T) is a product of D independent bits with
-    p(+1) = sigmoid(4 z_j / T), so indices and entropies need no (N, K) matrix; `affinity` forms it for those who ask.
+    Bit j of an index is set where z_j > 0, bit 0 being channel 0; of softmax(A / T) they are independent: see SignAffinity.
     """
 
     constants = 0
@@ -180,7 +175,7 @@ class LookupFreeQuantizer(Quantizer):
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
         losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}
-        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, self.affinity(latents))
+        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, SignAffinity(as_rows(latents)))
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""
@@ -191,7 +186,7 @@ QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer, "ibq": IndexBac
 
 
 class SignAffinity(Affinity):
-    """LFQ's A to latents (..., D). Its codes are formed when asked for, softmax(A / tau) is a product of independent bits."""
+    """LFQ's A to latents (..., D), codes formed when asked for: softmax(A / T) is bits alone, p(+1) = sigmoid(4 z_j / T)."""
 
     def __init__(self, rows):
         self.rows, self.scale, self.shift, self.codebook_size = rows, 2.0, 0.0, 2 ** rows.shape[-1]
@@ -221,13 +216,10 @@ def entropy_loss(rows, mean):
 
 
 def _joint(p):
-    """Probabilities (N, D) of +1 in independent bits -> those of the patterns of the low half of them, and of the high half.
-
-    Each (N, 2^(D/2)), its first bit turning fastest.
-    """
+    """Probabilities (N, D) of +1 in independent bits -> of the patterns of the low half and of the high: (N, 2^(D/2)) each."""
     for half in p.split([p.shape[-1] // 2, p.shape[-1] - p.shape[-1] // 2], -1):
         joint = p.new_ones(len(p), 1)
-        for bit in half.T[:, :, None]:  # (N, 1)
+        for bit in half.T[:, :, None]:  # (N, 1); the first turns fastest
             joint = torch.cat([joint * (1 - bit), joint * bit], -1)
         yield joint
 
@@ -244,11 +236,6 @@ def _signs(indices, code_dim):
 def _kmeans(rows, count, seed):
     fitted = MiniBatchKMeans(count, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(rows.numpy())
     return torch.from_numpy(fitted.cluster_centers_).float()
-
-
-def as_rows(latents):
-    """(B, D, h, w) -> (B, L, D)."""
-    return latents.flatten(2).transpose(1, 2)
 
 
 def as_maps(rows, like):

@@ -1,8 +1,7 @@
 """The affinity A of latents to codes, and its two read-outs onto an embedding table E (GEAR Eqs. 6 to 8, Fig. 2c).
 
-A read-out softmax(A / tau) E is attention: latents are queries, codes keys, E the values. So A is kept as its factors, and
-what is read from a large one is computed over blocks of its rows, and again in backward: no (N, K) is held. Against the matrix
-and scaled_dot_product_attention: benchmarks/readout.py.
+A read-out is attention: latents are queries, codes keys, E the values. A is kept as its factors; what is read from a large one
+is computed by blocks of rows, and again in backward, so that no (N, K) is held. An `affinity` is an Affinity or A as a tensor.
 """
 
 import functools
@@ -44,15 +43,13 @@ class Affinity:
         return self.of(self.rows)
 
     @full_precision
-    def of(self, rows):
-        """Return A of some rows: (..., D) -> (..., K)."""
-        products = self.scale * rows @ self.codes.T
-        return products + self.shift if self.shift else products
+    def of(self, rows, tau=1.0):
+        """Return A / tau of some rows: (..., D) -> (..., K)."""
+        return (self.scale / tau * rows @ self.codes.T).add_(self.shift / tau)
 
-    @full_precision
-    def soften(self, rows, tau, softmax=torch.softmax):
-        """Return softmax(A / tau) of some rows, or its logarithm: (n, D) -> (n, K). The shift falls out."""
-        return softmax(self.scale / tau * rows @ self.codes.T, -1)
+    def soften(self, rows, tau):
+        """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
+        return self.of(rows, tau).softmax(-1)
 
     @property
     def parts(self):
@@ -75,10 +72,7 @@ def _whole(affinity):
 
 
 def hard_indices(affinity):
-    """Choose each position's code, q_i = argmax_k A_ik (Eq. 1): (..., K) -> (...) int64; the first of equals.
-
-    Here and below an affinity is an Affinity or the tensor A itself.
-    """
+    """Choose each position's code, q_i = argmax_k A_ik (Eq. 1): (..., K) -> (...) int64; the first of equals."""
     if _is_large(affinity):
         return torch.cat([block.argmax(-1) for block in affinity.blocks()]).view(affinity.rows.shape[:-1])
     return _whole(affinity).argmax(-1)
@@ -103,10 +97,7 @@ def hard_readout(affinity, embedding):
 
 @full_precision
 def soft_readout(affinity, embedding, tau):
-    """u^s_i = pi_i E (Eq. 8): affinity (B, L, K), embedding (K, D) -> (B, L, D); differentiable in both.
-
-    u^s -> u^h as tau -> 0. `tau` > 0 is the guidance temperature, in units of A.
-    """
+    """u^s_i = pi_i E (Eq. 8): affinity (B, L, K), embedding (K, D) -> (B, L, D); tau > 0, in units of A; u^s -> u^h at 0."""
     if _is_large(affinity):
         rows = _SoftReadout.apply(affinity.rows.flatten(0, -2), affinity.codes, embedding, affinity, tau)
         return rows.unflatten(0, affinity.rows.shape[:-1])
@@ -159,7 +150,7 @@ class _Entropies(torch.autograd.Function):
     def forward(ctx, rows, codes, affinity, tau):
         h, mean = rows.new_empty(len(rows)), rows.new_zeros(len(codes))
         for part in affinity.parts:
-            logp = affinity.soften(rows[part], tau, torch.log_softmax)
+            logp = affinity.of(rows[part], tau).log_softmax(-1)
             p = logp.exp()
             h[part], mean = -logp.mul_(p).sum(-1), mean + p.sum(0) / len(rows)
         ctx.save_for_backward(rows, codes, h)
@@ -174,7 +165,7 @@ class _Entropies(torch.autograd.Function):
         rows, codes, h = ctx.saved_tensors
         to_rows, to_codes, w = torch.empty_like(rows), torch.zeros_like(codes), w / len(rows)
         for part in ctx.affinity.parts:
-            logp, gi = ctx.affinity.soften(rows[part], ctx.tau, torch.log_softmax), g[part, None]
+            logp, gi = ctx.affinity.of(rows[part], ctx.tau).log_softmax(-1), g[part, None]
             p = logp.exp()
             of_row = h[part, None] * gi + (p @ w)[:, None]
             _to_factors(logp.mul_(-gi).add_(w).sub_(of_row).mul_(p), ctx, part, rows, codes, to_rows, to_codes)

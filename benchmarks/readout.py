@@ -2,6 +2,7 @@
 
 `python benchmarks/readout.py [--quick]` runs softmax(A / tau) E forward and backward (to latents and codes, E frozen, as in
 training) by blocks of rows and through the (N, K) matrix, in turn in one process on one core; the least of the repeats counts.
+The library takes the matrix up to gear.tokenizer.readout.WHOLE elements; here the blocks are measured on all shapes.
 Peak memory is that of a process of its own, above what its inputs and torch's start take. The error is the largest of the
 read-out and its gradients against float64, over the largest entry: on 512 rows, in four blocks. It prints a table and writes
 benchmarks/readout.csv. What does not fit is listed as not measured.
@@ -51,12 +52,12 @@ def run(read, z, c, e, g):
 
 
 def blocks(z, c, e, block=BLOCK):
-    readout.BLOCK = block
+    readout.WHOLE, readout.BLOCK = 0, block
     return soft_readout(Affinity(z, c, 2.0, -2.0), e, TAU)
 
 
 def matrix(z, c, e):
-    readout.BLOCK = 2**60
+    readout.WHOLE = 2**60
     return soft_readout(Affinity(z, c, 2.0, -2.0), e, TAU)
 
 

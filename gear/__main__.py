@@ -27,7 +27,7 @@ from gear.run import Run, open_runs, run_names
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.tokenizer.model import check_divides
 from gear.training.loop import Runtime
-from gear.training.state import Config
+from gear.training.settings import Config
 
 
 @dataclass(frozen=True)

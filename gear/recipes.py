@@ -16,7 +16,7 @@ from gear.teachers import check_installed
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.training.loop import Runtime, train
 from gear.training.optim import OptimizerConfig
-from gear.training.state import Config, ObjectiveConfig
+from gear.training.settings import Config, ObjectiveConfig
 
 VARIANTS = {
     "straight-through": dict(objective=dict(bridge="straight_through")),

@@ -16,8 +16,7 @@ from gear.tokenizer.readout import Affinity, entropies, hard_indices, soft_reado
 from gear.training.validate import tokenizer_metrics
 
 DIM, K, N = 5, 32, 14  # 14 = 2 x 7 positions
-WHOLE = 2**40
-BLOCKS = {"all but one row": 13 * K, "a remainder": 4 * K, "one row": K, "less than a row": K - 5}
+BLOCKS = {"all rows": N * K, "all but one": 13 * K, "a remainder": 4 * K, "one row": K, "less than a row": K - 5}
 CONFIGS = {
     "vq": TokenizerConfig("vq", "vqgan", K, DIM, 8, (1, 2, 2), latent_channels=16, res_blocks=1),
     "lfq": TokenizerConfig("lfq", "magvit2", K, DIM, 8, (1, 2, 2), res_blocks=1),
@@ -48,17 +47,22 @@ def read(family, affinity, embedding):
     return {"u": soft_readout(affinity, embedding, TEMPERATURE[family]), "h": h, "mean": mean}
 
 
-def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, frozen=False, **sizes):
-    """Read A by blocks of `block` elements: {name: value}, and {name: gradients of a random sum of it to z, C and E}."""
+def by_blocks(monkeypatch, block):
+    """Have every A worked through in blocks of `block` elements, or, where that is None, formed whole."""
+    monkeypatch.setattr(readout, "WHOLE", 2**40 if block is None else 0)
     monkeypatch.setattr(readout, "BLOCK", block)
+
+
+def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, **sizes):
+    """Read A by blocks (None: whole): {name: value}, and {name: gradients of a random sum of it to z, C and E}."""
+    by_blocks(monkeypatch, block)
     leaves, make = factors(family, dtype, **sizes)
-    embedding = gaussian(sizes.get("size", K), 7, seed=2, dtype=dtype).requires_grad_(not frozen)
+    embedding = gaussian(sizes.get("size", K), 7, seed=2, dtype=dtype).requires_grad_()
     values = read(family, make(*leaves), embedding)
-    wanted = leaves + [embedding] * (not frozen)
     gradients = {}
     for seed, (name, value) in enumerate(values.items(), start=3):
         loss = (value * gaussian(*value.shape, seed=seed, dtype=dtype)).sum()
-        gradients[name] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=name != "u")
+        gradients[name] = torch.autograd.grad(loss, [*leaves, embedding], retain_graph=True, allow_unused=name != "u")
     return {name: value.detach() for name, value in values.items()}, gradients
 
 
@@ -72,7 +76,7 @@ def family(request):
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_blocks_equal_the_matrix_in_value_and_gradient(family, block, monkeypatch):
-    want, want_gradients = values_and_gradients(family, WHOLE, monkeypatch)
+    want, want_gradients = values_and_gradients(family, None, monkeypatch)
     got, got_gradients = values_and_gradients(family, block, monkeypatch)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-10)
@@ -89,7 +93,7 @@ def test_indices_and_top_masses_by_blocks_are_those_of_the_matrix(family, block,
     leaves, make = factors(family)
     dense = make(*leaves).dense.detach()
     want = codes.assignment(dense.flatten(0, 1), TEMPERATURE[family])
-    monkeypatch.setattr(readout, "BLOCK", block)
+    by_blocks(monkeypatch, block)
     affinity = make(*leaves)
     blocks = list(affinity.blocks())
     assert max(b.numel() for b in blocks) <= max(block, K) and not any(b.requires_grad for b in blocks)
@@ -105,7 +109,7 @@ def test_assignment_of_no_block_is_refused():
 
 
 def test_gradcheck(family, monkeypatch):
-    monkeypatch.setattr(readout, "BLOCK", 3 * 8)
+    by_blocks(monkeypatch, 3 * 8)
     leaves, make = factors(family, count=4, dim=3, size=8)
     embedding = gaussian(8, 2, seed=2).requires_grad_()
     function = lambda e, *leaves: tuple(read(family, make(*leaves), e).values())
@@ -124,9 +128,9 @@ def test_a_small_matrix_is_whole_and_keeps_its_gradient_whoever_asks_first(famil
 def test_float32_is_as_near_float64_by_blocks_as_by_the_matrix(family, which, monkeypatch):
     """The largest error of the value and of each gradient: at most twice the matrix's own."""
     sizes = dict(count=400, dim=8, size=256)
-    exact = values_and_gradients(family, WHOLE, monkeypatch, **sizes)
+    exact = values_and_gradients(family, None, monkeypatch, **sizes)
     errors = []
-    for block in (WHOLE, 50 * 256):
+    for block in (None, 50 * 256):
         got = values_and_gradients(family, block, monkeypatch, torch.float32, **sizes)
         pairs = [(got[0][which], exact[0][which]), *zip(got[1][which], exact[1][which])]
         assert all(one is None or one.dtype == torch.float32 for one, _ in pairs)
@@ -138,7 +142,7 @@ def test_float32_is_as_near_float64_by_blocks_as_by_the_matrix(family, which, mo
 # -- in a tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", (WHOLE, 300), ids=("whole", "blocks"))
+@pytest.mark.parametrize("block", (None, 300), ids=("whole", "blocks"))
 def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, block, monkeypatch):
     """In training, at inference and by the dense A, of one and the same latents; the read-out and its gradients too."""
     torch.manual_seed(0)
@@ -146,7 +150,7 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
     z, embedding = gaussian(4, DIM, 8, 8, dtype=torch.float32).requires_grad_(), gaussian(K, 9, dtype=torch.float32)
     embedding.requires_grad_()
     want = quantizer.affinity(z).dense.argmax(-1)
-    monkeypatch.setattr(readout, "BLOCK", block)
+    by_blocks(monkeypatch, block)
     results = []
     low = z.detach().bfloat16()  # as a convolution under autocast gives them
     assert torch.equal(quantizer(low).affinity.dense, quantizer(low.float()).affinity.dense)
@@ -158,7 +162,7 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
             assert out.affinity.dense.dtype == torch.float32
             u, loss = soft_readout(out.affinity, embedding, 0.3), sum(out.losses.values())
             assert u.dtype == loss.dtype == torch.float32
-            inside = torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True) if block < WHOLE else []
+            inside = torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True) if block else []
         results.append([u, loss, *inside, *torch.autograd.grad(u.square().sum() + loss, [z, embedding])])
     for one, other in zip(*results):
         assert torch.equal(one, other)
@@ -169,8 +173,8 @@ def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
     torch.manual_seed(0)
     tokenizer, images = Tokenizer(CONFIGS[family]).double(), scenes(2)[0].double()
     results = []
-    for block in (WHOLE, 300):
-        monkeypatch.setattr(readout, "BLOCK", block)
+    for block in (None, 300):
+        by_blocks(monkeypatch, block)
         out = tokenizer(images)
         u = soft_readout(out.quantized.affinity, gaussian(K, 9), 0.3)
         total = out.reconstruction.square().sum() + u.square().sum() + sum(out.quantized.losses.values())
@@ -203,8 +207,8 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
     torch.manual_seed(0)
     quantizer, embedding = Tokenizer(config).quantizer, gaussian(1024, 12, dtype=torch.float32).requires_grad_()
     n, largest = 2 * 16 * 32, {}
-    for block in (WHOLE, 32 * 1024):
-        monkeypatch.setattr(readout, "BLOCK", block)
+    for block in (None, 32 * 1024):
+        by_blocks(monkeypatch, block)
         z = gaussian(2, 10, 16, 32, dtype=torch.float32).requires_grad_()
         with Watch() as watch:
             out = quantizer(z)
@@ -213,12 +217,12 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
             (u.sum() + out.latents.sum() + sum(out.losses.values())).backward()
             codes.assignment(out.affinity.blocks(), 0.1)
         largest[block] = watch.largest
-    assert largest[WHOLE] >= n * 1024 > 8 * largest[32 * 1024]
+    assert largest[None] >= n * 1024 > 8 * largest[32 * 1024]
 
 
 def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
     """E^T has a product of its own, (K, n) with (n, D), where E asks for a gradient and none where it is frozen."""
-    monkeypatch.setattr(readout, "BLOCK", 4 * K)
+    by_blocks(monkeypatch, 4 * K)
     for asks in (False, True):
         leaves, make = factors(family)
         embedding = gaussian(K, 7).requires_grad_(asks)
@@ -232,6 +236,6 @@ def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
 def test_validation_by_blocks_is_that_of_the_matrix(monkeypatch):
     tokenizer, images = tiny_tokenizer(), scenes(3)[0]
     want = tokenizer_metrics(tokenizer, images, 0.1)
-    monkeypatch.setattr(readout, "BLOCK", 300)
+    by_blocks(monkeypatch, 300)
     monkeypatch.setattr(Affinity, "dense", property(lambda _: pytest.fail("the matrix was formed")))
     assert tokenizer_metrics(tokenizer, images, 0.1) == pytest.approx(want, rel=1e-6)

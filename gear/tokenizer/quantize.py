@@ -38,6 +38,7 @@ class Quantizer(nn.Module):
 
     constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
     affine = 1.0, 0.0  # the scale and the shift of A
+    whole = None  # of a batch seen in parts: a part's mean of softmax(A / 0.01) -> that of all of it, (K,). The step sets it
     _rows = staticmethod(as_rows)
 
     @full_precision
@@ -48,6 +49,11 @@ class Quantizer(nn.Module):
     def indices(self, latents):
         """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
         return hard_indices(self.affinity(latents))
+
+    @full_precision
+    def mean_use(self, latents):
+        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
+        return entropies(self.affinity(latents))[1]
 
     def codes(self):
         """Return the codebook C that latents are compared with: (K, D) float32."""
@@ -85,7 +91,7 @@ class VectorQuantizer(Quantizer):
         losses = {
             "codebook_loss": F.mse_loss(code, z.detach()),
             "commit_loss": F.mse_loss(z, code.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity)),
+            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
         return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity)
 
@@ -124,7 +130,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         quantised = code + (mean - mean.detach())
         losses = {
             "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity)),
+            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
         return Quantized(indices, as_maps(quantised, latents), losses, affinity)
 
@@ -157,6 +163,11 @@ class LookupFreeQuantizer(Quantizer):
         """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
         return SignAffinity(as_rows(latents))
 
+    @full_precision
+    def mean_use(self, latents):
+        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
+        return bit_entropies(as_rows(latents))[1]
+
     def indices(self, latents):
         """Return the index of each position from its signs: (B, D, h, w) -> (B, L) int64."""
         return _pack(as_rows(latents) > 0)
@@ -174,7 +185,7 @@ class LookupFreeQuantizer(Quantizer):
         """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
-        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}
+        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z), self.whole)}
         return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, SignAffinity(as_rows(latents)))
 
     def start(self, rows, seed):
@@ -210,8 +221,14 @@ def bit_entropies(z):
     return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
 
 
-def entropy_loss(rows, mean):
-    """L_ent of Eq. 2 from `entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike."""
+def entropy_loss(rows, mean, whole=None):
+    """L_ent of Eq. 2 from `entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike.
+
+    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
+    the batch's.
+    """
+    if whole is not None:
+        mean = mean + (whole(mean.detach()) - mean).detach()
     return rows.mean() + (mean * (mean + 1e-5).log()).sum()
 
 

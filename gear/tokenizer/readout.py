@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**22  # elements of A formed at once; an A no larger is formed whole, with autograd's own gradients
+WHOLE = 2**22  # elements up to which A is formed whole, with autograd's own gradients: those of all the scenes' runs
+BLOCK = 2**21  # elements formed at once of a larger A: fewer cost time, more cost memory (benchmarks/readout.py)
 ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature tau
 
 
@@ -53,7 +54,7 @@ class Affinity:
 
     @property
     def parts(self):
-        """Slices of the N rows whose A is at most BLOCK elements, one row at least; a single one of a small A."""
+        """Slices of the N rows whose A is at most BLOCK elements, one row at least."""
         count, size = self.rows[..., 0].numel(), max(1, BLOCK // self.codebook_size)
         return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -64,7 +65,7 @@ class Affinity:
 
 
 def _is_large(affinity):
-    return isinstance(affinity, Affinity) and len(affinity.parts) > 1
+    return isinstance(affinity, Affinity) and affinity.rows[..., 0].numel() * affinity.codebook_size > WHOLE
 
 
 def _whole(affinity):
@@ -174,6 +175,5 @@ class _Entropies(torch.autograd.Function):
 
 def _to_factors(da, ctx, part, rows, codes, to_rows, to_codes):
     """dz_i = scale dA_i C, and dC += scale dA^T z over the rows of one part; `da` (n, K) is tau dA."""
-    step = ctx.affinity.scale / ctx.tau
-    torch.mm(da, codes, out=to_rows[part]).mul_(step)
-    to_codes.addmm_(da.T, rows[part], alpha=step)
+    torch.mm(da, codes, out=to_rows[part]).mul_(ctx.affinity.scale / ctx.tau)
+    to_codes.addmm_(da.T, rows[part], alpha=ctx.affinity.scale / ctx.tau)

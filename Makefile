@@ -14,7 +14,7 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "gear needs Python 3.11 or 3.12 on the PATH (or: make setup PYTHON=/path/to/python)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,effnet,teachers]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,effnet,teachers,scale]"
 	@touch $@
 
 demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, and draws figures/demo
@@ -36,8 +36,9 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
-bench: setup  ## times the metrics beside torch-fidelity's; writes benchmarks/*.csv
+bench: setup  ## times the metrics beside torch-fidelity's, the read-outs beside the matrix; writes benchmarks/*.csv
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/readout.py
 
 lab: setup  ## JupyterLab on the notebooks, with the runs of the demo
 	GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo $(BIN)/jupyter lab notebooks

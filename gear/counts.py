@@ -23,11 +23,12 @@ from gear.teachers.scenes import DIM, ScenesTeacher
 from gear.teachers.vit import ViTTeacher, parse
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer
-from gear.tokenizer.readout import soft_readout, straight_through_readout
+from gear.tokenizer.readout import Affinity, soft_readout, straight_through_readout
 from gear.training.losses import next_token_loss
 
 aten = torch.ops.aten
-ATTENTION = {  # what the counter does not know: the fused attention of the device that fake tensors claim to be on
+UNCOUNTED = {  # by torch's counter: sums in place, and the fused attention of the device that fake tensors claim to be on
+    aten.addmm_: lambda into, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
@@ -47,8 +48,8 @@ def count(work, arguments, mode, precision):
     """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
 
     `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no gradient), `precision`
-    "float32" or "bf16". An image is what two take more than one, so that what is done once a batch drops out. The blocks of
-    a generator are alike: one is counted, the difference of two generators.
+    "float32" or "bf16". An image is what sixteen take more than eight, so that what is done once a batch drops out. The blocks
+    of a generator are alike: one is counted, the difference of two generators.
     """
     if work is not generator:
         return _image(work, arguments, mode, precision)
@@ -60,13 +61,13 @@ def count(work, arguments, mode, precision):
 
 @functools.cache
 def _image(work, arguments, mode, precision):
-    one, two = (_batch(work, arguments, mode, precision, n) for n in (1, 2))
-    return Count(*(b - a for a, b in zip(one, two)))
+    few, many = (_batch(work, arguments, mode, precision, n) for n in (8, 16))  # enough for what A's size decides: see readout
+    return Count(*((b - a) // 8 for a, b in zip(few, many)))
 
 
 def _batch(work, arguments, mode, precision, batch):
     """Run `work` on a batch of fake images, forward and backward; returns a Count of the batch."""
-    kept, counter = {}, lambda: FlopCounterMode(display=False, custom_mapping=ATTENTION)  # noqa: E731
+    kept, counter = {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)  # noqa: E731
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -151,10 +152,11 @@ def discriminator(batch, channels, layers, size):
     return module, module, _images(batch, size)
 
 
-def readout(batch, soft, tau, codes, side, width):
-    """A to embeddings, softly (Eq. 8) or straight through."""
-    embedding, readout = torch.empty(codes, width), soft_readout if soft else straight_through_readout
-    return nn.Identity(), lambda affinity: readout(affinity, embedding, tau), torch.empty(batch, side**2, codes)
+def readout(batch, soft, tau, config, side, width):
+    """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where they learn, codes."""
+    codes = torch.empty(config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq")
+    embedding, read = torch.empty(len(codes), width), soft_readout if soft else straight_through_readout
+    return nn.Identity(), lambda rows: read(Affinity(rows, codes), embedding, tau), torch.empty(batch, side**2, config.code_dim)
 
 
 def generator(batch, config, codes, side, tap, soft):

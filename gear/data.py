@@ -96,16 +96,17 @@ class Stream(Dataset):
         return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
 
 
-def stream(config, seed, batch_size, start=0, workers=0):
+def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None)):
     """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
 
-    It draws nothing from torch's global generator. Raises UserError, when it gets there, for an image that cannot be read.
+    Of each batch it prepares the `rows` alone: those of one process. It draws nothing from torch's global generator. Raises
+    UserError, when it gets there, for an image that cannot be read.
     """
 
     def numbers():
         n = start
         while True:
-            yield list(range(n, n + batch_size))
+            yield list(range(n, n + batch_size))[rows]
             n += batch_size
 
     loader = DataLoader(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gear.training.loop import Runtime
-from gear.training.state import Config
+from gear.training.settings import Config
 
 
 @dataclass(frozen=True)

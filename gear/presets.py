@@ -9,7 +9,7 @@ from gear.data import DataConfig
 from gear.generator.model import GENERATORS, GeneratorConfig
 from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
 from gear.training.optim import OptimizerConfig
-from gear.training.state import Config, ObjectiveConfig
+from gear.training.settings import Config, ObjectiveConfig
 
 
 def change(config, changes):

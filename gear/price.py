@@ -134,7 +134,9 @@ def works(config):
         depth = None if objective.bridge.startswith("naive") else generator.tap_layer
         parts["generator"] = [(counts.generator, (generator, codes, side, None, False))]
         parts["guidance"] = [(counts.generator, (still, codes, side, depth, True))]
-        parts["read-out"] = [(counts.readout, (objective.bridge == "soft", objective.tau, codes, side, generator.width))]
+        parts["read-out"] = [
+            (counts.readout, (objective.bridge == "soft", objective.tau, config.tokenizer, side, generator.width))
+        ]
     if is_aligned(config):
         teachers = split(config.teacher)
         parts["teacher"] = [(counts.teacher, (spec, size, config.tokenizer.downsampling)) for spec in teachers]

@@ -32,7 +32,7 @@ from gear.teachers import check_installed
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.training.loop import Runtime, train
 from gear.training.optim import OptimizerConfig
-from gear.training.state import Config
+from gear.training.settings import Config
 
 VARIANTS = {
     "straight-through": dict(objective=dict(bridge="straight_through")),

@@ -143,8 +143,19 @@ class Run:
         """Return the steps of the complete checkpoints, ascending (an interrupted save has a temporary name)."""
         return sorted(int(p.name) for p in (self.path / "checkpoints").glob("[0-9]" * 7))
 
+    @property
+    def best_step(self):
+        """The step of the checkpoint with the lowest next-token loss on validation images, or without a generator the highest
+        PSNR; None where none was validated."""
+        table = self.metrics()
+        metric, sign = ("val/ntp_loss", -1) if "val/ntp_loss" in table else ("val/psnr", 1)
+        if metric not in table:
+            return None
+        validated = table[table.step.isin(self.checkpoint_steps())].dropna(subset=metric)
+        return None if validated.empty else int(validated.step[(sign * validated[metric]).idxmax()])
+
     def save_checkpoint(self, step, tensors, state, keep=2):
-        """Write {file: {name: tensor}} and the JSON `state` of `step`; keep the newest `keep` checkpoints.
+        """Write {file: {name: tensor}} and the JSON `state` of `step`; keep the newest `keep` checkpoints, and the best.
 
         The folder is written under a temporary name, flushed and renamed: it is complete or absent.
         """
@@ -164,8 +175,10 @@ class Run:
                 flush(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        best = self.best_step
         for old in self.checkpoint_steps()[:-keep]:
-            shutil.rmtree(folder.with_name(f"{old:07d}"))
+            if old != best:
+                shutil.rmtree(folder.with_name(f"{old:07d}"))
 
     def load_checkpoint(self, file, step=None):
         """Return {name: tensor} of `file` ("networks", "optimizers") at `step`, by default the newest.

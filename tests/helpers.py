@@ -45,7 +45,9 @@ def tiny_generator(**changes):
     return stirred(Generator(replace(GENERATOR, **changes), K)).eval()
 
 
-def tiny_state(stage="joint", steps=24, stir=True, generator=(), teacher="scenes", **objective):
+def tiny_state(
+    stage="joint", steps=24, stir=True, generator=(), teacher="scenes", tokenizer=(), batch_size=16, parts=1, **objective
+):
     """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while it trains."""
     torch.manual_seed(0)
     config = replace(
@@ -55,10 +57,12 @@ def tiny_state(stage="joint", steps=24, stir=True, generator=(), teacher="scenes
         steps=steps,
         tokenizer_run="",
         teacher=teacher,
+        batch_size=batch_size,
+        tokenizer=replace(TINY.tokenizer, **dict(tokenizer)),
         generator=replace(TINY.generator, dropout=0.5, class_dropout=0.5, **dict(generator)),
         objective=replace(TINY.objective, **{"gan_start": 0.0, **objective}),
     )
-    state = State(config, torch.device("cpu"))
+    state = State(config, torch.device("cpu"), parts)
     for name in {"generator", "projector"} & state.networks.keys() if stir else ():
         stirred(state.networks[name])
     return state

@@ -4,7 +4,7 @@ import pytest
 
 from gear.config import UserError, config_hash, differences, from_dict, to_dict
 from gear.recipes import RECIPES
-from gear.training.state import Config
+from gear.training.settings import Config
 
 
 @pytest.mark.parametrize("name", RECIPES)

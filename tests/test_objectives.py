@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,22 +32,21 @@ IMAGES, LABELS = scenes(4)
 GOLDEN = Path(__file__).parent / "golden"
 
 
-class Recorder:
-    """Stands in for an optimizer: keeps the gradients a step would have used, by parameter, and changes nothing."""
-
-    def __init__(self, *modules):
-        self.parameters = [p for module in modules for p in module.parameters()]
-
-    def step(self, loss, factor):
-        self.loss, self.factor = loss.detach(), factor
-        self.gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+def recorded(state, update, *modules):
+    """Run one update, and no step; returns the loss that it went down, and its gradients to all parameters of `modules`."""
+    taken, backward = [], torch.Tensor.backward
+    with mock.patch.object(torch.Tensor, "backward", lambda loss: (taken.append(loss.detach()), backward(loss))):
+        update(state, state.observe(IMAGES, LABELS))
+    (loss,), parameters = taken, [p for module in modules for p in module.parameters()]
+    return SimpleNamespace(loss=loss, parameters=parameters, gradients=[p.grad for p in parameters])
 
 
-def recorded(state, update, name, *modules):
-    """Run one update with its optimizer replaced; returns the Recorder of the gradients to `modules`."""
-    recorder = state.optimizers[name] = Recorder(*modules)
-    update(state, state.observe(IMAGES, LABELS))
-    return recorder
+def stepped(state, update, batch):
+    """Run one update and the step after it; returns what the update told."""
+    told = update(state, batch)
+    if told:
+        state.descend()
+    return told
 
 
 def assert_same_gradients(got, want):
@@ -92,7 +93,7 @@ LAMBDAS = dict(align_weight=0.15, tau=0.05, gan_weight=0.08, entropy_weight=0.02
 def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
     """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has its share."""
     state = tiny_state(bridge=bridge, generator=dict(tap_layer=2), **LAMBDAS)
-    got = recorded(state, tokenizer_update, "tokenizer", state.tokenizer)
+    got = recorded(state, tokenizer_update, state.tokenizer)
     share = {"recon_loss": 1.0, "codebook_loss": 1.0, "commit_loss": 0.7, "entropy_loss": 0.02, "gan_loss": 0.08}
     share |= {"soft_align_loss": 0.15} if bridge == "soft" else {}
     terms, parameters = by_hand(state), list(state.tokenizer.parameters())
@@ -121,10 +122,11 @@ def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
     """There is no path: not a small gradient, none. The discriminator's loss has none either."""
     state = tiny_state(bridge="soft")
     parts = [state.tokenizer, state.generator, state.projector]
-    got = recorded(state, generator_update, "generator", *parts).gradients
+    got = recorded(state, generator_update, *parts).gradients
     count = len(list(state.tokenizer.parameters()))
     assert all(g is None for g in got[:count]) and all(g is not None for g in got[count:])
-    assert all(g is None for g in recorded(state, discriminator_update, "discriminator", state.tokenizer).gradients)
+    state = tiny_state(bridge="soft")
+    assert all(g is None for g in recorded(state, discriminator_update, state.tokenizer, state.generator).gradients)
 
 
 def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
@@ -132,7 +134,7 @@ def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
     for module in state.generator.modules():  # no draws, to repeat them by hand
         module.p = 0.0
     object.__setattr__(state.generator.config, "class_dropout", 0.0)
-    got = recorded(state, generator_update, "generator", state.generator, state.projector)
+    got = recorded(state, generator_update, state.generator, state.projector)
     generator, tap = state.generator, state.config.generator.tap_layer
     indices = state.tokenizer.encode(IMAGES).flatten(1)
     logp = generator(indices, LABELS).log_softmax(-1)
@@ -164,9 +166,9 @@ def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets()
     indices = batch.indices
     assert naive.item() == pytest.approx(losses.next_token_loss(generator(indices, LABELS), indices).item(), rel=1e-5)
     assert any(g is not None for g in gradient(naive, parameters))
-    update = recorded(state, tokenizer_update, "tokenizer", state.tokenizer).gradients
+    update = recorded(state, tokenizer_update, state.tokenizer).gradients
     plain = tiny_state(bridge="none")
-    without = recorded(plain, tokenizer_update, "tokenizer", plain.tokenizer).gradients
+    without = recorded(plain, tokenizer_update, plain.tokenizer).gradients
     added = torch.autograd.grad(naive, parameters, allow_unused=True)
     assert_same_gradients(update, [w if a is None else w + a for w, a in zip(without, added)])
 
@@ -204,6 +206,7 @@ def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
             batch = state.observe(IMAGES, LABELS)
             for update in STAGES[state.config.stage]:
                 update(state, batch)
+            state.descend()
             state.finish_step()
     for name in ("tokenizer", "discriminator"):
         assert same(weights(joint.networks[name]), weights(alone.networks[name]))
@@ -220,9 +223,13 @@ def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
     (generator_update, {"generator", "projector"}),
 ))  # fmt: skip
 def test_an_update_moves_its_own_networks_and_leaves_no_gradient(update, moves, bridge):
+    """Nothing moves before the step; what the update was not for has no gradient even then."""
     state = tiny_state(bridge=bridge)
     before = {name: weights(module) for name, module in state.networks.items()}
     update(state, state.observe(IMAGES, LABELS))
+    assert all(same(before[name], weights(module)) for name, module in state.networks.items())
+    assert {n for n, module in state.networks.items() if any(p.grad is not None for p in module.parameters())} == moves
+    state.descend()
     moved = {name for name, module in state.networks.items() if not same(before[name], weights(module))}
     assert moved == moves
     assert all(p.grad is None for module in state.networks.values() for p in module.parameters())
@@ -274,6 +281,7 @@ def test_the_adversarial_term_starts_at_its_share_of_the_steps():
         batch, before = state.observe(IMAGES, LABELS), weights(state.discriminator)
         assert ("gan_loss" in tokenizer_update(state, batch)) == is_on
         assert bool(discriminator_update(state, batch)) == is_on
+        state.descend()
         assert same(before, weights(state.discriminator)) != is_on
     assert not tiny_state(gan_weight=0.0).gan_is_on
 
@@ -311,34 +319,39 @@ def test_a_nan_names_its_term_and_changes_nothing(update, term):
     batch = state.observe(images, LABELS)
     batch.indices = state.tokenizer.encode(IMAGES).flatten(1)  # so that the next-token loss is finite
     before = weights(*state.networks.values())
+    update(state, batch)
     with pytest.raises(FloatingPointError, match=term):
-        update(state, batch)
+        state.descend()
+    assert all(p.grad is None for module in state.networks.values() for p in module.parameters())
     assert same(before, weights(*state.networks.values()))
 
 
 def test_an_infinite_second_term_is_named():
     state = tiny_state()
     value = state.generator.head.weight.sum()
+    state.backward("generator", {"ntp_loss": value, "align_loss": value + torch.inf}, {})
     with pytest.raises(FloatingPointError, match="'align_loss' of the generator is inf"):
-        state.descend("generator", {"ntp_loss": value, "align_loss": value + torch.inf}, {})
+        state.descend()
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_alone():
     state = tiny_state()
     before = weights(*state.networks.values())
     root_of_zero = (0 * state.generator.head.weight).square().sum().sqrt()
-    with pytest.raises(FloatingPointError, match="norm of the gradient is nan in the generator"):
-        state.descend("generator", {"ntp_loss": root_of_zero}, {})
+    state.backward("generator", {"ntp_loss": root_of_zero}, {})
+    with pytest.raises(FloatingPointError, match="the norm of the gradient of the generator is nan"):
+        state.descend()
     assert same(before, weights(*state.networks.values()))
 
 
 def test_descend_weighs_terms_and_reports_them_unweighted():
     state = tiny_state(steps=10)
-    recorder = state.optimizers["generator"] = Recorder(state.generator.head)
     weight = state.generator.head.weight
-    told = state.descend("generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0})
-    torch.testing.assert_close(recorder.gradients[0], 1 + 6 * weight)
-    assert told["b"] == weight.square().sum() and not told["b"].requires_grad and set(told) == {"a", "b"}
+    before = weight.square().sum().item()
+    state.backward("generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0})
+    torch.testing.assert_close(weight.grad, 1 + 6 * weight)
+    told = state.descend()
+    assert told["b"] == before and not told["b"].requires_grad and set(told) == {"a", "b"}
 
 
 # -- losses --------------------------------------------------------------------------------------------------
@@ -399,7 +412,7 @@ def test_the_schedule_reaches_the_optimizer():
     state = tiny_state()
     state.config = replace(state.config, optimizer=replace(state.config.optimizer, warmup_steps=10))
     state.step = 3
-    tokenizer_update(state, state.observe(IMAGES, LABELS))
+    stepped(state, tokenizer_update, state.observe(IMAGES, LABELS))
     (group,) = state.optimizers["tokenizer"].adam.param_groups
     assert group["lr"] == pytest.approx(0.4 * state.config.optimizer.tokenizer_lr)
 
@@ -413,7 +426,9 @@ def network_and_optimizer(clip=1.0):
 def descend(network, optimizer, steps):
     for step in steps:
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        norm = optimizer.step((network(x) - x.sum(1, keepdim=True)).square().mean(), 1 / (1 + step))
+        (network(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        norm = optimizer.clip_gradients()
+        optimizer.step(1 / (1 + step))
     return norm
 
 
@@ -435,7 +450,7 @@ def test_a_restored_optimizer_takes_the_same_next_step_bit_for_bit():
 
 
 def test_the_gradient_is_clipped_over_all_modules_together():
-    """The first moment after one step is a tenth of the clipped gradient; `step` tells the norm before clipping."""
+    """The first moment after one step is a tenth of the clipped gradient; `clip_gradients` tells the norm before."""
     network, optimizer = network_and_optimizer(clip=0.5)
     norm = descend(network, optimizer, [0])
     moments = [t for name, t in optimizer.tensors().items() if name.endswith("exp_avg")]
@@ -464,6 +479,7 @@ def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
     batch = state.observe(IMAGES, LABELS)
     for update in STAGES["joint"]:
         update(state, batch)
+    state.descend()
     state.finish_step()
     assert state.step == 1 and set(before) == {"tokenizer", "generator"}
     for name in before:

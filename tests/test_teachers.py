@@ -12,7 +12,7 @@ from gear.recipes import plan, recipe
 from gear.scenes import FACTORS, Scenes
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.scenes import PACKAGED, ScenesTeacher
-from gear.training.state import Config
+from gear.training.settings import Config
 
 
 @pytest.fixture(scope="module")

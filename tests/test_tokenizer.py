@@ -45,7 +45,7 @@ def quantizer():
 
 def test_affinity_is_minus_the_squared_distance_of_unit_vectors(quantizer):
     latents = 5 * gaussian(2, 4, 3, 5)
-    affinity = quantizer.affinity(latents)
+    affinity = quantizer.affinity(latents).dense
     z, c = latents.double().permute(0, 2, 3, 1).reshape(2, 15, 1, 4), quantizer.codebook.double()
     z, c = (x / x.square().sum(-1, keepdim=True).sqrt() for x in (z, c))
     torch.testing.assert_close(affinity.double(), -(z - c).square().sum(-1), rtol=0, atol=2e-6)
@@ -55,16 +55,16 @@ def test_affinity_is_minus_the_squared_distance_of_unit_vectors(quantizer):
 def test_affinity_lies_between_minus_four_and_zero(quantizer):
     code = quantizer.codebook.data[3]
     latents = torch.stack([7 * code, -0.1 * code, *gaussian(500, 4)]).T.view(1, 4, 1, 502)
-    affinity = quantizer.affinity(latents)[0]
+    affinity = quantizer.affinity(latents).dense[0]
     assert affinity[0, 3].item() == pytest.approx(0, abs=1e-6) and affinity[1, 3].item() == pytest.approx(-4, abs=1e-6)
     assert affinity.min() > -4 - 1e-6 and affinity.max() < 1e-6
 
 
 def test_affinity_under_bf16_autocast_is_that_of_float32(quantizer):
     latents = gaussian(4, 4, 8, 8)
-    exact = quantizer.affinity(latents)
+    exact = quantizer.affinity(latents).dense
     with torch.autocast("cpu", torch.bfloat16):
-        cast, indices = quantizer.affinity(latents), quantizer(latents).indices
+        cast, indices = quantizer.affinity(latents).dense, quantizer(latents).indices
         rounded = 2 * F.normalize(latents.flatten(2).mT, dim=-1) @ quantizer.codes().T - 2
     assert cast.dtype == torch.float32 and torch.equal(cast, exact) and torch.equal(indices, exact.argmax(-1))
     assert (rounded.float() - exact).abs().max() > 1e-3  # what autocast would have done
@@ -78,7 +78,7 @@ def test_hard_index_is_the_first_of_equals():
 
 
 def test_soft_readout_becomes_the_hard_one_or_the_mean(quantizer):
-    affinity, embedding = quantizer.affinity(gaussian(2, 4, 4, 4)), gaussian(32, 7)
+    affinity, embedding = quantizer.affinity(gaussian(2, 4, 4, 4)).dense, gaussian(32, 7)
     hard = hard_readout(affinity, embedding)
     assert torch.equal(hard[1, 5], embedding[affinity[1, 5].argmax()])
     torch.testing.assert_close(soft_readout(affinity, embedding, 1e-6), hard)
@@ -87,7 +87,7 @@ def test_soft_readout_becomes_the_hard_one_or_the_mean(quantizer):
 
 
 def test_soft_assignment_depends_on_differences_over_tau(quantizer):
-    affinity = quantizer.affinity(gaussian(2, 4, 4, 4))
+    affinity = quantizer.affinity(gaussian(2, 4, 4, 4)).dense
     pi = soft_assignment(affinity, 0.3)
     ratio = (affinity[..., 4] - affinity[..., 9]) / 0.3
     torch.testing.assert_close((pi[..., 4] / pi[..., 9]).log(), ratio)
@@ -95,7 +95,7 @@ def test_soft_assignment_depends_on_differences_over_tau(quantizer):
 
 
 def test_straight_through_is_one_hot_in_value_and_softmax_in_gradient(quantizer):
-    affinity, cotangent = quantizer.affinity(gaussian(2, 4, 4, 4)).detach().requires_grad_(), gaussian(2, 16, 32, seed=2)
+    affinity, cotangent = quantizer.affinity(gaussian(2, 4, 4, 4)).dense.detach().requires_grad_(), gaussian(2, 16, 32, seed=2)
     value = straight_through_assignment(affinity, 0.1)
     assert torch.equal(value, F.one_hot(affinity.argmax(-1), 32).float())
     through = torch.autograd.grad((value * cotangent).sum(), affinity)[0]
@@ -119,7 +119,7 @@ def test_the_decoder_receives_the_unit_code_and_its_gradient_goes_to_the_unit_la
 def test_codebook_and_commitment_are_one_distance_seen_from_both_sides(quantizer):
     """Mean over elements of (c - z)^2: with |c - z|^2 = -A, both are -mean(A at the index) / D."""
     out = quantizer(gaussian(2, 4, 3, 3))
-    want = -out.affinity.gather(-1, out.indices[..., None]).mean() / 4
+    want = -out.affinity.dense.gather(-1, out.indices[..., None]).mean() / 4
     torch.testing.assert_close(out.losses["codebook_loss"], want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.losses["commit_loss"], want, rtol=1e-5, atol=1e-6)
 
@@ -189,7 +189,7 @@ def test_encode_affinity_and_forward_agree_and_decode_undoes_encode(skip):
         indices, affinity, out = tokenizer.encode(IMAGES), tokenizer.affinity(IMAGES), tokenizer(IMAGES)
         assert indices.shape == (6, 8, 8) and len(indices.unique()) > 3
         assert torch.equal(indices.flatten(1), out.quantized.indices) and torch.equal(indices.flatten(1), affinity.argmax(-1))
-        assert torch.equal(affinity, out.quantized.affinity)
+        assert torch.equal(affinity, out.quantized.affinity.dense)
         torch.testing.assert_close(tokenizer.decode(indices), out.reconstruction, rtol=1e-4, atol=1e-5)
 
 

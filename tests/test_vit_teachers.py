@@ -380,7 +380,7 @@ def test_missing_weights_say_what_and_where_and_nothing_is_fetched(name, no_netw
     needs(name)
     vit = VITS[name]
     where = re.escape(f"{FILE} of huggingface.co/{vit.repo.format(side=256)}, about {vit.megabytes} MB, from ")
-    message = rf"of the teacher {name} are not on this machine: {where}.*offline\. .*--teacher {name}=/path/to/{FILE}"
+    message = rf"of {name} are not on this machine: {where}.*offline\. .*--teacher {name}=/path/to/{FILE}"
     for action in (load_teacher, check_installed):
         with pytest.raises(UserError, match=message):
             action(name, PIXELS, 16, offline=True)

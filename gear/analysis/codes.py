@@ -46,23 +46,30 @@ def usage(indices: torch.Tensor, codebook_size: int) -> Usage:
     return Usage(entropy, math.exp(entropy), counts.cumsum(0).double() / len(indices), int((counts == 0).sum()), len(indices))
 
 
-def assignment(affinity: torch.Tensor, tau: float) -> Assignment:
+def assignment(affinity, tau: float) -> Assignment:
     """Describe the soft assignment p_i = softmax(A_i / tau) of Eq. 8, averaged over tokens (Fig. 4).
 
-    affinity: (N, K), larger is nearer (A = -d). top_mass has m = 1, 10, 100, 1000; an m above K counts all K codes.
-    ValueError if tau is not positive, affinity is not a non-empty (N, K), or an entry is NaN or +inf.
+    affinity: (N, K), larger is nearer (A = -d), or an iterable of its blocks of rows, one of which is held at a time.
+    top_mass has m = 1, 10, 100, 1000; an m above K counts all K codes. ValueError if tau is not positive, affinity is not a
+    non-empty (N, K), or an entry is NaN or +inf.
     """
-    if tau <= 0 or affinity.ndim != 2 or affinity.numel() == 0:
-        raise ValueError(f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(affinity.shape)}")
-    codebook_size = affinity.shape[1]
-    within = [m for m in TOP if m < codebook_size]  # a larger m takes all mass, without a full sort
-    totals = torch.zeros(1 + len(TOP), dtype=torch.float64, device=affinity.device)
-    for rows in affinity.split(max(1, CHUNK // codebook_size)):
-        p = (rows.double() / tau).softmax(1)
-        mass = p.topk(max(within, default=1)).values.cumsum(1)[:, [m - 1 for m in within]]
-        all_mass = p.sum(1, keepdim=True).expand(-1, len(TOP) - len(within))
-        totals += torch.cat([torch.special.entr(p).sum(1, keepdim=True), mass, all_mass], 1).sum(0)  # (5,)
-    entropy, *top_mass = (totals / len(affinity)).tolist()
+    totals, count = 0, 0
+    for block in [affinity] if isinstance(affinity, torch.Tensor) else affinity:
+        if tau <= 0 or block.ndim != 2 or block.numel() == 0:
+            raise ValueError(f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(block.shape)}")
+        for rows in block.split(max(1, CHUNK // block.shape[1])):
+            totals, count = totals + _row_totals((rows.double() / tau).softmax(1)), count + len(rows)
+    if count == 0:
+        raise ValueError("need a non-empty (N, K) affinity, got no block of one")
+    entropy, *top_mass = (totals / count).tolist()
     if math.isnan(entropy):
         raise ValueError("affinity has an entry that is NaN or +inf")
     return Assignment(entropy, math.exp(entropy), dict(zip(TOP, top_mass)))
+
+
+def _row_totals(p):
+    """Sum over rows of p (n, K) the entropy and the top-m masses: (1 + len(TOP),)."""
+    within = [m for m in TOP if m < p.shape[1]]  # a larger m takes all mass, without a full sort
+    mass = p.topk(max(within, default=1)).values.cumsum(1)[:, [m - 1 for m in within]]
+    all_mass = p.sum(1, keepdim=True).expand(-1, len(TOP) - len(within))
+    return torch.cat([torch.special.entr(p).sum(1, keepdim=True), mass, all_mass], 1).sum(0)

@@ -4,7 +4,7 @@ import torch
 
 from gear.config import UserError
 
-ROWS = 1_024  # features that wait for their product
+ROWS = 4_096  # features that wait for their product
 IS_SPLIT = 5_000  # samples a split of the Inception Score, in the order of the file (ADM)
 
 

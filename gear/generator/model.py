@@ -1,11 +1,13 @@
 """The autoregressive generator p(q_i | q_<i, c) over indices (Eq. 3), and the projector of its alignment tap (Eq. 5)."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
 from gear.generator.transformer import Block, RMSNorm, rotation_table, visible
@@ -58,6 +60,8 @@ class Generator(nn.Module):
         if config.width % (4 * config.heads):
             raise UserError(f"width {config.width} over {config.heads} heads: 2-D RoPE needs a head width divisible by 4.")
         self.config, self.codebook_size = config, codebook_size
+        self.uniform = torch.rand  # draws which conditions are dropped
+        self.checkpointing = False  # whether blocks are computed again in backward, to save memory
         width = config.width
         if config.text_slots:
             self.text_embedding = nn.Sequential(
@@ -120,7 +124,9 @@ class Generator(nn.Module):
         sees = None if mask is None else visible(mask, u.shape[1], text_attention)
         predicting = lambda x: x[:, c - 1 :] if c > 1 else x  # noqa: E731
         kept = {0: predicting(x)} if 0 in layers else {}
+        saving = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks[: max(layers)], start=1):
+            block = functools.partial(checkpoint, block, use_reentrant=False) if saving else block
             x = block(x, table, mask=sees, text=c if self.config.text_slots else 0)
             if i in layers:
                 kept[i] = predicting(x)
@@ -180,7 +186,7 @@ class Generator(nn.Module):
         """Replace a share `class_dropout` of the conditions by none."""
         if self.config.class_dropout == 0:
             return condition, mask
-        dropped = torch.rand(len(condition), device=condition.device) < self.config.class_dropout
+        dropped = self.uniform(len(condition), device=condition.device) < self.config.class_dropout
         none, empty = self.no_condition(condition, mask)
         if mask is None:
             return torch.where(dropped, none, condition), None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
 from gear.tokenizer.autoencoder import Decoder, Encoder
@@ -24,7 +25,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False  # checkpointing recomputes encoder and decoder in backward
         self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), QUANTIZERS[config.quantizer](config)
         c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
         has_convs = config.backbone == "vqgan"
@@ -39,12 +40,20 @@ class Tokenizer(nn.Module):
             found = f"{tuple(images.shape)} {images.dtype}"
             raise UserError(f"images are (B, 3, H, W) floats in [-1, 1], not {found}: uint8 / 127.5 - 1, as gear.data does.")
         check_divides(images.shape[-2:], self.config.downsampling)
-        z = self.quant_conv(self.encoder(images))
+        z = self.quant_conv(self._run(self.encoder, images))
         return z if self.skip_in is None else z + self.skip_in(images)
 
     def affinity(self, images):
-        """Return the assignment A (Eq. 6) of every position to every code: (B, h*w, K) float32."""
-        return self.quantizer.affinity(self.latents(images))
+        """Return the assignment A (Eq. 6) of every position to every code, formed whole: (B, h*w, K) float32."""
+        return self.quantizer.affinity(self.latents(images)).dense
+
+    def mean_use(self, images):
+        """Return the mean row of softmax(A / 0.01) over images, (K,): what the entropy term is about (Eq. 2)."""
+        return self.quantizer.mean_use(self.latents(images))
+
+    def see_parts(self, whole):
+        """Prepare for a batch in parts: `whole` turns a part's mean use of the codes, (K,), into that of all of it."""
+        self.quantizer.whole = whole
 
     def encode(self, images):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
@@ -59,8 +68,13 @@ class Tokenizer(nn.Module):
         return self.decode_latents(self.quantizer.lookup(indices))
 
     def decode_latents(self, latents):
-        image = self.decoder(self.post_quant_conv(latents))
+        image = self._run(self.decoder, self.post_quant_conv(latents))
         return image if self.skip_out is None else image + self.skip_out(latents)
+
+    def _run(self, network, x):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(network, x, use_reentrant=False)
+        return network(x)
 
     def forward(self, images):
         """Encode, quantise and decode once; returns a Tokenized with gradients and loss terms."""

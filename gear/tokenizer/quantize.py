@@ -5,7 +5,6 @@ in float32, so that the index in training equals the one at inference.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,35 +12,22 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from gear.tokenizer.readout import hard_indices
+from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, entropies, full, full_precision, hard_indices, soft_readout
 
-ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature tau
+
+def as_rows(latents):
+    """(B, D, h, w) -> (B, L, D)."""
+    return latents.flatten(2).transpose(1, 2)
 
 
 @dataclass
 class Quantized:
-    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A when it is asked for."""
+    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A (Eq. 6), (B, L, K) if formed."""
 
     indices: torch.Tensor
     latents: torch.Tensor
     losses: dict  # means over elements (rows, for the entropy), unweighted
-    assign: Callable[[], torch.Tensor]
-
-    @functools.cached_property
-    def affinity(self):
-        """A (Eq. 6), (B, L, K) float32."""
-        return self.assign()
-
-
-def full_precision(method):
-    """Run a quantizer's method on latents in float32, autocast or not."""
-
-    @functools.wraps(method)
-    def run(self, latents):
-        with torch.autocast(latents.device.type, enabled=False):
-            return method(self, latents.float())
-
-    return run
+    affinity: Affinity
 
 
 class Quantizer(nn.Module):
@@ -51,26 +37,31 @@ class Quantizer(nn.Module):
     """
 
     constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
+    affine = 1.0, 0.0  # the scale and the shift of A
+    whole = None  # of a batch seen in parts: a part's mean of softmax(A / 0.01) -> that of all of it, (K,). The step sets it
+    _rows = staticmethod(as_rows)
 
+    @full_precision
     def affinity(self, latents):
-        """Return A (Eq. 6): (B, D, h, w) -> (B, L, K) float32."""
-        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
+        """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
+        return Affinity(self._rows(latents), self.codes(), *self.affine)
 
     def indices(self, latents):
         """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
         return hard_indices(self.affinity(latents))
 
+    @full_precision
+    def mean_use(self, latents):
+        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
+        return entropies(self.affinity(latents))[1]
+
     def codes(self):
         """Return the codebook C that latents are compared with: (K, D) float32."""
-        return self.codebook.float()
+        return full(self.codebook)
 
     def lookup(self, indices):
         """Return the latent of each index: (B, h, w) -> (B, D, h, w)."""
         return self.codes()[indices].permute(0, 3, 1, 2)
-
-    def start(self, rows, seed):
-        """Start the codebook from latents (N, D). Returns the code of each, (N, D)."""
-        raise TypeError("a Quantizer is VQ, LFQ or IBQ")
 
 
 class VectorQuantizer(Quantizer):
@@ -80,19 +71,16 @@ class VectorQuantizer(Quantizer):
     gradient passes straight through to the normalised latent and never to the codebook.
     """
 
+    affine = 2.0, -2.0
+
     def __init__(self, config):
         super().__init__()
         k = config.codebook_size
         self.codebook = nn.Parameter(F.normalize(torch.empty(k, config.code_dim).uniform_(-1 / k, 1 / k), dim=-1))
 
-    @full_precision
-    def affinity(self, latents):
-        """Return minus the squared distance of unit vectors: (B, D, h, w) -> (B, L, K) float32."""
-        return 2 * self._rows(latents) @ self.codes().T - 2
-
     def codes(self):
         """Return the unit rows of the codebook, (K, D) float32."""
-        return F.normalize(self.codebook.float(), dim=-1)
+        return F.normalize(full(self.codebook), dim=-1)
 
     @full_precision
     def forward(self, latents):
@@ -103,9 +91,9 @@ class VectorQuantizer(Quantizer):
         losses = {
             "codebook_loss": F.mse_loss(code, z.detach()),
             "commit_loss": F.mse_loss(z, code.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity)),
+            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
-        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, lambda: affinity)
+        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity)
 
     @staticmethod
     def _rows(latents):
@@ -133,23 +121,18 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
     @full_precision
-    def affinity(self, latents):
-        """Return the dot product with every code: (B, D, h, w) -> (B, L, K) float32."""
-        return as_rows(latents) @ self.codes().T
-
-    @full_precision
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
         indices, codes = hard_indices(affinity), self.codes()
         z, code = as_rows(latents), codes[indices]  # (B, L, D)
-        mean = affinity.softmax(-1) @ codes.detach()  # p C: the codes' own gradient comes from the one-hot part
+        mean = soft_readout(affinity, codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
         quantised = code + (mean - mean.detach())
         losses = {
             "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity)),
+            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
-        return Quantized(indices, as_maps(quantised, latents), losses, lambda: affinity)
+        return Quantized(indices, as_maps(quantised, latents), losses, affinity)
 
     def start(self, rows, seed):
         """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
@@ -166,8 +149,7 @@ class IndexBackpropagationQuantizer(Quantizer):
 class LookupFreeQuantizer(Quantizer):
     """LFQ: the code is the signs of z, A_ik = 2 z_i c_k over all c_k in {-1, 1}^D (Open-MAGVIT2). It has no weights.
 
-    Bit j of an index is set where z_j > 0, bit 0 being channel 0. softmax(A / T) is a product of D independent bits with
-    p(+1) = sigmoid(4 z_j / T), so indices and entropies need no (N, K) matrix; `affinity` forms it for those who ask.
+    Bit j of an index is set where z_j > 0, bit 0 being channel 0; of softmax(A / T) they are independent: see SignAffinity.
     """
 
     constants = 0
@@ -178,9 +160,13 @@ class LookupFreeQuantizer(Quantizer):
 
     @full_precision
     def affinity(self, latents):
-        """Return twice the dot product with every pattern of signs: (B, D, h, w) -> (B, L, K) float32."""
-        z = as_rows(latents)
-        return 2 * z @ self.codes().to(z.device).T
+        """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
+        return SignAffinity(as_rows(latents))
+
+    @full_precision
+    def mean_use(self, latents):
+        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
+        return bit_entropies(as_rows(latents))[1]
 
     def indices(self, latents):
         """Return the index of each position from its signs: (B, D, h, w) -> (B, L) int64."""
@@ -196,11 +182,11 @@ class LookupFreeQuantizer(Quantizer):
 
     @full_precision
     def forward(self, latents):
-        """Quantise latents (B, D, h, w) with gradients and loss terms, A only on demand; returns a Quantized."""
+        """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
-        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z))}
-        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, lambda: self.affinity(latents))
+        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z), self.whole)}
+        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, SignAffinity(as_rows(latents)))
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""
@@ -210,37 +196,49 @@ class LookupFreeQuantizer(Quantizer):
 QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer, "ibq": IndexBackpropagationQuantizer}
 
 
-def entropies(affinity):
-    """Return the mean entropy of a row of P = softmax(A / 0.01), and that of the mean row: nats. affinity: (..., K)."""
-    logp = F.log_softmax(affinity.flatten(0, -2) / ENTROPY_TEMPERATURE, -1)  # (N, K)
-    p = logp.exp()
-    return -(p * logp).sum(-1).mean(), _entropy_of_mean(p.mean(0))
+class SignAffinity(Affinity):
+    """LFQ's A to latents (..., D), codes formed when asked for: softmax(A / T) is bits alone, p(+1) = sigmoid(4 z_j / T)."""
+
+    def __init__(self, rows):
+        self.rows, self.scale, self.shift, self.codebook_size = rows, 2.0, 0.0, 2 ** rows.shape[-1]
+
+    @functools.cached_property
+    def codes(self):
+        return _signs(torch.arange(self.codebook_size), self.rows.shape[-1]).to(self.rows)
+
+    def soften(self, rows, tau):
+        """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
+        low, high = _joint((4 * rows / tau).sigmoid())
+        return (high[:, :, None] * low[:, None]).flatten(1)
 
 
 def bit_entropies(z):
     """Return `entropies` of LFQ's affinity to latents z (..., D), exactly, from its D independent bits."""
     logits = 4 * z.flatten(0, -2) / ENTROPY_TEMPERATURE  # (N, D), of +1 against -1
     p = logits.sigmoid()
-    sample = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()  # the bits' entropies add up
-    low, high = (_joint(half) for half in p.split([z.shape[-1] // 2, z.shape[-1] - z.shape[-1] // 2], -1))
-    return sample, _entropy_of_mean((high.T @ low).flatten() / len(p))  # index = high bits * 2^(D/2) + low bits
+    rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)  # the bits' entropies add up
+    low, high = _joint(p)
+    return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
 
 
-def entropy_loss(sample, of_mean):
-    """L_ent of Eq. 2: minimal, -ln K, when every row is sure of its code and all codes are used alike."""
-    return sample - of_mean
+def entropy_loss(rows, mean, whole=None):
+    """L_ent of Eq. 2 from `entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike.
 
-
-def _entropy_of_mean(mean):
-    return -(mean * (mean + 1e-5).log()).sum()
+    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
+    the batch's.
+    """
+    if whole is not None:
+        mean = mean + (whole(mean.detach()) - mean).detach()
+    return rows.mean() + (mean * (mean + 1e-5).log()).sum()
 
 
 def _joint(p):
-    """Probabilities (N, D) of +1 in independent bits -> those of their 2^D patterns, bit 0 turning fastest: (N, 2^D)."""
-    joint = p.new_ones(len(p), 1)
-    for bit in p.T[:, :, None]:  # (N, 1)
-        joint = torch.cat([joint * (1 - bit), joint * bit], -1)
-    return joint
+    """Probabilities (N, D) of +1 in independent bits -> of the patterns of the low half and of the high: (N, 2^(D/2)) each."""
+    for half in p.split([p.shape[-1] // 2, p.shape[-1] - p.shape[-1] // 2], -1):
+        joint = p.new_ones(len(p), 1)
+        for bit in half.T[:, :, None]:  # (N, 1); the first turns fastest
+            joint = torch.cat([joint * (1 - bit), joint * bit], -1)
+        yield joint
 
 
 def _pack(bits):
@@ -255,11 +253,6 @@ def _signs(indices, code_dim):
 def _kmeans(rows, count, seed):
     fitted = MiniBatchKMeans(count, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(rows.numpy())
     return torch.from_numpy(fitted.cluster_centers_).float()
-
-
-def as_rows(latents):
-    """(B, D, h, w) -> (B, L, D)."""
-    return latents.flatten(2).transpose(1, 2)
 
 
 def as_maps(rows, like):

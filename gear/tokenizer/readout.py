@@ -1,23 +1,93 @@
-"""The two read-outs of the codebook assignment A onto an embedding table E (GEAR Eqs. 7 and 8, Fig. 2c)."""
+"""The affinity A of latents to codes, and its two read-outs onto an embedding table E (GEAR Eqs. 6 to 8, Fig. 2c).
+
+A read-out is attention: latents are queries, codes keys, E the values. A is kept as its factors; what is read from a large one
+is computed by blocks of rows, and again in backward, so that no (N, K) is held. An `affinity` is an Affinity or A as a tensor.
+"""
+
+import functools
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+WHOLE = 2**22  # elements up to which A is formed whole, with autograd's own gradients: those of all the scenes' runs
+BLOCK = 2**21  # elements formed at once of a larger A: fewer cost time, more cost memory (benchmarks/readout.py)
+ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature tau
+
+
+def full(x):
+    """Return a tensor of floats in float32, but float64 as it is; anything else as it is."""
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def full_precision(function):
+    """Run a function of tensors in float32 (float64 where they are), autocast or not."""
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*map(full, args), **options)
+
+    return run
+
+
+class Affinity:
+    """A_ik = scale z_i c_k + shift (Eq. 6), larger is nearer: latents z in rows (..., D), codes (K, D), of one dtype."""
+
+    def __init__(self, rows, codes, scale=1.0, shift=0.0):
+        self.rows, self.codes, self.scale, self.shift, self.codebook_size = rows, codes, scale, shift, len(codes)
+
+    @functools.cached_property
+    def dense(self):
+        """A itself, (..., K), with its gradients: for a small A, and for those who cannot do without."""
+        return self.of(self.rows)
+
+    @full_precision
+    def of(self, rows, tau=1.0):
+        """Return A / tau of some rows: (..., D) -> (..., K)."""
+        return (self.scale / tau * rows @ self.codes.T).add_(self.shift / tau)
+
+    def soften(self, rows, tau):
+        """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
+        return self.of(rows, tau).softmax(-1)
+
+    @property
+    def parts(self):
+        """Slices of the N rows whose A is at most BLOCK elements, one row at least."""
+        count, size = self.rows[..., 0].numel(), max(1, BLOCK // self.codebook_size)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def blocks(self):
+        """Return an iterator over A by blocks of its rows, (n, K): those of a large A have no gradient."""
+        rows, of = self.rows.flatten(0, -2), torch.no_grad()(self.of)
+        return (of(rows[part]) for part in self.parts) if _is_large(self) else iter([self.dense.flatten(0, -2)])
+
+
+def _is_large(affinity):
+    return isinstance(affinity, Affinity) and affinity.rows[..., 0].numel() * affinity.codebook_size > WHOLE
+
+
+def _whole(affinity):
+    return affinity.dense if isinstance(affinity, Affinity) else affinity
 
 
 def hard_indices(affinity):
     """Choose each position's code, q_i = argmax_k A_ik (Eq. 1): (..., K) -> (...) int64; the first of equals."""
-    return affinity.argmax(-1)
+    if _is_large(affinity):
+        return torch.cat([block.argmax(-1) for block in affinity.blocks()]).view(affinity.rows.shape[:-1])
+    return _whole(affinity).argmax(-1)
 
 
 def soft_assignment(affinity, tau):
     """Soften the assignment, pi_i = softmax(A_i / tau) (Eq. 8): (..., K) -> (..., K), rows sum to 1."""
-    return (affinity.float() / tau).softmax(-1)
+    return (full(_whole(affinity)) / tau).softmax(-1)
 
 
 def straight_through_assignment(affinity, tau):
     """One-hot in value, softmax(A / tau) in gradient: onehot + pi - sg(pi). (..., K) -> (..., K)."""
     pi = soft_assignment(affinity, tau)
-    onehot = F.one_hot(hard_indices(affinity), affinity.shape[-1]).to(pi.dtype)
+    onehot = F.one_hot(hard_indices(affinity), pi.shape[-1]).to(pi.dtype)
     return onehot + (pi - pi.detach())
 
 
@@ -26,14 +96,84 @@ def hard_readout(affinity, embedding):
     return embedding[hard_indices(affinity)]
 
 
+@full_precision
 def soft_readout(affinity, embedding, tau):
-    """u^s_i = pi_i E (Eq. 8): affinity (B, L, K), embedding (K, D) -> (B, L, D); differentiable in both.
-
-    u^s -> u^h as tau -> 0. `tau` > 0 is the guidance temperature, in units of A.
-    """
+    """u^s_i = pi_i E (Eq. 8): affinity (B, L, K), embedding (K, D) -> (B, L, D); tau > 0, in units of A; u^s -> u^h at 0."""
+    if _is_large(affinity):
+        rows = _SoftReadout.apply(affinity.rows.flatten(0, -2), affinity.codes, embedding, affinity, tau)
+        return rows.unflatten(0, affinity.rows.shape[:-1])
     return torch.matmul(soft_assignment(affinity, tau), embedding)
 
 
 def straight_through_readout(affinity, embedding, tau):
-    """Equal to `hard_readout` in value, with the gradient of `soft_readout`."""
+    """Equal to `hard_readout` in value, with the gradient of `soft_readout`. Forms (N, K)."""
     return torch.matmul(straight_through_assignment(affinity, tau), embedding)
+
+
+def entropies(affinity, tau=ENTROPY_TEMPERATURE):
+    """Return the entropies of the rows of P = softmax(A / tau) in nats, (N,), and its mean row, (K,), both differentiable."""
+    if _is_large(affinity):
+        return _Entropies.apply(affinity.rows.flatten(0, -2), affinity.codes, affinity, tau)
+    logp = F.log_softmax(full(_whole(affinity)).flatten(0, -2) / tau, -1)  # (N, K)
+    p = logp.exp()
+    return -(p * logp).sum(-1), p.mean(0)
+
+
+class _SoftReadout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, codes, embedding, affinity, tau):
+        u = rows.new_empty(len(rows), embedding.shape[1])
+        for part in affinity.parts:
+            torch.mm(affinity.soften(rows[part], tau), embedding, out=u[part])
+        ctx.save_for_backward(rows, codes, embedding, u)
+        ctx.affinity, ctx.tau = affinity, tau
+        return u
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, g):
+        """dA_ik = pi_ik (e_k g_i - u_i g_i) / tau; dE = pi^T g, where E asks for it: while the tokenizer trains it does not."""
+        rows, codes, embedding, u = ctx.saved_tensors
+        to_embedding = torch.zeros_like(embedding) if ctx.needs_input_grad[2] else None
+        to_rows, to_codes = torch.empty_like(rows), torch.zeros_like(codes)
+        for part in ctx.affinity.parts:
+            pi, gi = ctx.affinity.soften(rows[part], ctx.tau), g[part]
+            if to_embedding is not None:
+                to_embedding.addmm_(pi.T, gi)
+            ug = (u[part] * gi).sum(-1, keepdim=True)
+            _to_factors(torch.addmm(ug, gi, embedding.T, beta=-1).mul_(pi), ctx, part, rows, codes, to_rows, to_codes)
+        return to_rows, to_codes, to_embedding, None, None
+
+
+class _Entropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, codes, affinity, tau):
+        h, mean = rows.new_empty(len(rows)), rows.new_zeros(len(codes))
+        for part in affinity.parts:
+            logp = affinity.of(rows[part], tau).log_softmax(-1)
+            p = logp.exp()
+            h[part], mean = -logp.mul_(p).sum(-1), mean + p.sum(0) / len(rows)
+        ctx.save_for_backward(rows, codes, h)
+        ctx.affinity, ctx.tau = affinity, tau
+        return h, mean
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, g, w):
+        """dA_ik = p_ik (-(log p_ik + h_i) g_i + (w_k - p_i w) / N) / tau, with w the gradient to the mean row."""
+        rows, codes, h = ctx.saved_tensors
+        to_rows, to_codes, w = torch.empty_like(rows), torch.zeros_like(codes), w / len(rows)
+        for part in ctx.affinity.parts:
+            logp, gi = ctx.affinity.of(rows[part], ctx.tau).log_softmax(-1), g[part, None]
+            p = logp.exp()
+            of_row = h[part, None] * gi + (p @ w)[:, None]
+            _to_factors(logp.mul_(-gi).add_(w).sub_(of_row).mul_(p), ctx, part, rows, codes, to_rows, to_codes)
+        return to_rows, to_codes, None, None
+
+
+def _to_factors(da, ctx, part, rows, codes, to_rows, to_codes):
+    """dz_i = scale dA_i C, and dC += scale dA^T z over the rows of one part; `da` (n, K) is tau dA."""
+    torch.mm(da, codes, out=to_rows[part]).mul_(ctx.affinity.scale / ctx.tau)
+    to_codes.addmm_(da.T, rows[part], alpha=ctx.affinity.scale / ctx.tau)

@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import threading
 
+import torch
 from safetensors import SafetensorError
 
 from gear.config import Interrupted, TrainingStopped, UserError
 
+COLLAPSE = 0.5  # share of the effective codes at the start
 NOTICE = b"\ngear: finishing what is under way, to save it; Ctrl-C again stops at once\n"
 
 
@@ -21,11 +24,20 @@ def guarded(run, state):
     written or a loss is not finite.
     """
     try:
-        with exclusive(run), deferred_signals() as signals:
+        with exclusive(run) if state.processes.main else contextlib.nullcontext(), deferred_signals() as signals:
             yield signals
     except FloatingPointError as error:
         raise TrainingStopped(
             f"run '{run.name}' stopped: {error}. {_standing(run)} Try a lower learning rate, or look at the data of this step."
+        ) from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # the CPU has no type for it
+            raise
+        images, parts = state.processes.share // state.parts, 2 * state.parts
+        raise TrainingStopped(
+            f"run '{run.name}' stopped at step {state.step}: there is not enough memory for {images} images at once. "
+            f"{_standing(run)} --accumulate {parts} ({max(1, images // 2)} at once) and --checkpointing need "
+            f"less and train the same; --precision bf16 needs less and is another run."
         ) from None
     except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk, too
         raise TrainingStopped(
@@ -47,6 +59,24 @@ def check_metrics(run, step, every):
         raise UserError(
             f"{run.path / 'metrics.jsonl'} {last}; the checkpoint is of step {step}, and going on would lose what was between. "
             f"Restore the file, or remove {run.path} and train again."
+        )
+
+
+def warn_of_collapse(run, record, step):
+    """Print a warning when validation images use fewer than COLLAPSE of the effective codes, exp H, that they began with."""
+    size, metrics = record.get("val/usage_size"), run.metrics()
+    if size is None or metrics.empty or "val/usage_size" not in metrics:
+        return
+    began = metrics["val/usage_size"].dropna().iloc[0]
+    if size < COLLAPSE * began:
+        objective = run.config.get("objective", {})
+        cause = "the generator's own loss reaches the tokenizer, which lowers it by saying less"
+        if run.config.get("stage") != "joint" or not str(objective.get("bridge", "")).startswith("naive"):
+            cause = "a learning rate too high for the tokenizer, or too low an entropy_weight"
+        print(
+            f"run '{run.name}': the codebook is collapsing. At step {step} validation images use {size:.1f} effective codes, "
+            f"under {COLLAPSE:.0%} of the {began:.1f} at the start. The likely cause: {cause}.",
+            file=sys.stderr,
         )
 
 

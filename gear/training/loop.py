@@ -1,24 +1,23 @@
 """The one loop of every stage: restore, batch, updates, log, evaluate, save."""
 
+import signal
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
-from torchvision.utils import make_grid
-from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
 
 from gear import data
 from gear.config import Interrupted, UserError, __version__, from_dict, to_dict
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
-from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
-from gear.run import PANEL_GAP, PANEL_WIDTH, Run, run_path
-from gear.training.guard import check_metrics, guarded
+from gear.run import Run, run_path
+from gear.training.guard import check_metrics, guarded, warn_of_collapse
+from gear.training.meter import Meter, Progress
 from gear.training.objectives import STAGES
-from gear.training.state import Config, State
-from gear.training.validate import BATCH, generator_metrics, tokenizer_metrics
+from gear.training.processes import Processes
+from gear.training.settings import Config
+from gear.training.state import State, step_seed
+from gear.training.validate import Validation
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,19 @@ class Runtime:
     threads: int = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
+    accumulate: int = 1  # parts of a batch, one after another: less memory, the same step
+    checkpointing: bool = False  # compute activations again in backward: less memory, more time
+    compile: bool = False  # compile the networks (torch.compile)
+    keep: int = 2  # newest checkpoints that are kept, besides the best
+    skip: int = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
+    tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
 
     def __post_init__(self):
-        if min(self.workers, self.threads) < 0:
-            raise UserError(f"workers are {self.workers} and threads {self.threads}: neither can be negative.")
+        if min(self.workers, self.threads, self.skip) < 0:
+            found = f"workers are {self.workers}, threads {self.threads} and skip {self.skip}"
+            raise UserError(f"{found}: none can be negative.")
+        if min(self.accumulate, self.keep) < 1:
+            raise UserError(f"accumulate is {self.accumulate} and keep {self.keep}: each has to be at least 1.")
 
 
 def train(config, name=None, runtime=Runtime()):
@@ -49,32 +57,50 @@ def train(config, name=None, runtime=Runtime()):
     if is_trained(run, config, runtime.rebuild):
         return run
     check_writable(run.path, "GEAR_RUNS")
-    reseed(config.seed, -1)
-    state, meter = State(config, _device(runtime.device)), Meter()
+    processes = Processes(_device(runtime.device), config.batch_size, runtime.accumulate)
+    torch.manual_seed(step_seed(config.seed, -1))
+    state, meter = State(config, processes.device, runtime.accumulate, processes), Meter(processes)
     validation = Validation(state)
     if not run.checkpoint_steps():
         state.start()
-    with guarded(run, state) as signals:  # this process alone trains the run
+    state.prepare(runtime.checkpointing, runtime.compile)
+    with guarded(run, state) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
         _begin(run, state, meter, validation)
-        batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
+        start = state.step * config.batch_size
+        batches = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, processes.rows())
         with Progress(run, config, state.step, runtime.quiet) as progress:
             while state.step < config.steps:
-                reseed(config.seed, state.step)  # a resumed run equals an uninterrupted one
-                images, labels = next(batches)
-                batch, losses = state.observe(images, labels), {}  # one tokenizer forward, one teacher forward, shared
-                for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator
-                    losses |= update(state, batch)  # loss, backward, clip, step: one network
+                torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
+                for batch in state.batches(*next(batches)):  # one tokenizer forward, one teacher forward, shared by
+                    for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator:
+                        with state.autocast():
+                            update(state, batch)  # loss and gradient of one network
+                losses = _descend(state, runtime.skip)  # clip, step: every network
                 state.finish_step()  # EMA, counter
                 meter.add(losses)
                 progress.advance(losses)
-                _record(run, state, meter, validation, progress)
-                if signals:
-                    _save(run, state, meter, validation)
+                _record(run, state, meter, validation, progress, runtime)
+                if processes.any(signals):
+                    _save(run, state, meter, validation, runtime.keep)
                     saved = f"run '{run.name}' is saved at step {state.step} of {config.steps}"
-                    raise Interrupted(f"{saved}. The same command goes on from there.", signals[0])
+                    raise Interrupted(f"{saved}. The same command goes on from there.", (signals or [signal.SIGTERM])[0])
     return run
+
+
+def _descend(state, skip):
+    """Take the step; one that is not finite is left out, `skip` of them in a row at most."""
+    try:
+        losses = state.descend()
+        state.skipped = 0
+        return losses
+    except FloatingPointError as error:
+        state.skipped += 1
+        if state.skipped > skip:
+            raise
+        print(f"skipped: {error}", file=sys.stderr)
+        return {}
 
 
 def _begin(run, state, meter, validation):
@@ -86,11 +112,14 @@ def _begin(run, state, meter, validation):
         data.check_classes(config.data, validation.classes, saved.get("classes", validation.classes))
         check_metrics(run, state.step, config.log_every)
         _check_lpips(run, state)
-        run.rewind(state.step)
-    else:
+        state.processes.wait()
+        if state.processes.main:
+            run.rewind(state.step)
+    elif state.processes.main:
         Run.create(run.name, to_dict(config) | {"version": __version__})
         run.rewind(-1)
         run.append({"step": 0, **_lpips_in_force(state), **validation()})
+    state.processes.wait()
 
 
 def is_trained(run, config, rebuild=False):
@@ -112,148 +141,31 @@ def is_trained(run, config, rebuild=False):
     return run.is_finished
 
 
-def reseed(seed, step):
-    """Make every random draw of a step a function of (seed, step)."""
-    torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
-
-
-class Meter:
-    """Means of the losses since the last logged line, kept on the device until then and saved with a checkpoint."""
-
-    def __init__(self):
-        self.sums, self.counts = {}, {}
-
-    def add(self, losses):
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def read(self):
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
-
-    def state(self):
-        return {"sums": {k: float(v) for k, v in self.sums.items()}, "counts": self.counts}
-
-    def restore(self, saved):
-        self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in saved["sums"].items()}
-        self.counts = saved["counts"]
-
-
-class Validation:
-    """The run's own measurements on the first `eval_images` of the validation split."""
-
-    def __init__(self, state):
-        config, self.state, self.of_tokenizer = state.config, state, None
-        source = data.open_source(config.data, "val")
-        self.classes = source.classes
-        if "generator" in state.networks:
-            data.check_classes(config.data, self.classes, config.generator.num_classes)
-        images, labels = data.read(source, config.data, config.eval_images)
-        self.images, self.labels = images.to(state.device), labels.to(state.device)
-        teacher = state.teacher_features
-        with torch.no_grad():
-            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(BATCH)])
-
-    def __call__(self):
-        state, config = self.state, self.state.config
-        if config.stage == "teacher":
-            with torch.no_grad():
-                losses = state.teacher.factor_losses(self.images, self.labels)
-            return {f"val/{name}": float(value) for name, value in losses.items()}
-        averages = {name: average.module for name, average in state.averages.items()}
-        tokenizer = averages.get("tokenizer", state.tokenizer)
-        if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
-            self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
-        metrics = dict(self.of_tokenizer)
-        if "generator" in averages:
-            projector = state.networks.get("projector")
-            seen = self.images, self.labels, self.target, state.widths
-            metrics |= generator_metrics(averages["generator"], projector, tokenizer, *seen)
-        return metrics
-
-    def panel(self):
-        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an image, or None."""
-        state = self.state
-        if state.config.stage == "teacher":
-            return None
-        tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
-        images = self.images[torch.arange(PANEL_WIDTH) % len(self.images)]
-        with torch.no_grad():
-            rows = [images, tokenizer(images).reconstruction]
-        if "generator" in state.averages:
-            generator = state.averages["generator"].module
-            labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
-            side = state.config.data.image_size // state.config.tokenizer.downsampling
-            drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
-            rows.append(data.to_float(drawn))
-        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=PANEL_WIDTH, padding=PANEL_GAP, pad_value=1.0)
-        return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
-
-
-class Progress:
-    """A progress bar with loss, images/s and time left, and the same figures in timing.jsonl."""
-
-    def __init__(self, run, config, step, quiet):
-        self.run, self.batch, self.step = run, config.batch_size, step
-        self.bar = tqdm(
-            total=config.steps * config.batch_size, initial=step * config.batch_size, desc=run.name, unit=" images",
-            disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
-        )  # fmt: skip
-        self.shown = 0.0
-        self._mark()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def _mark(self):
-        self.time, self.images = time.perf_counter(), 0
-
-    def advance(self, losses):
-        self.step += 1
-        self.images += self.batch
-        self.bar.update(self.batch)
-        if not self.bar.disable and time.perf_counter() - self.shown > 1:
-            self.shown = time.perf_counter()
-            shown = {k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN}
-            self.bar.set_postfix(shown, refresh=False)
-
-    def log(self):
-        seconds = time.perf_counter() - self.time
-        record = {"step": self.step, "seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 1)}
-        self.run.append(record, "timing.jsonl")
-        self._mark()
-
-
-SHOWN = ("recon_loss", "ntp_loss", "align_loss", "soft_align_loss", "shape_loss")
-
-
-def _record(run, state, meter, validation, progress):
+def _record(run, state, meter, validation, progress, runtime):
     """Log, evaluate, draw and save, whichever is due at this step; what is logged is on disk before its checkpoint."""
     config, step = state.config, state.step
     last = step == config.steps
     due = lambda every: last or step % every == 0  # noqa: E731
     record = meter.read() if due(config.log_every) else {}
-    if due(config.eval_every):
+    if due(config.eval_every) and state.processes.main:
         record |= validation()
-    if record:
+        warn_of_collapse(run, record, step)
+    if record and state.processes.main:
         run.append({"step": step, **record})
-        progress.log()
+        progress.log(record if runtime.tensorboard else None)
     if due(config.save_every):
-        if (last or "generator" in state.networks) and (panel := validation.panel()) is not None:
+        if state.processes.main and (last or "generator" in state.networks) and (panel := validation.panel()) is not None:
             write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
-        _save(run, state, meter, validation)
+        _save(run, state, meter, validation, runtime.keep)
 
 
-def _save(run, state, meter, validation):
-    """Save a checkpoint of this step, unless there is one."""
-    if state.step not in run.checkpoint_steps():
-        saved = {"step": state.step, "meter": meter.state(), "config": run.config_hash, "classes": validation.classes}
-        run.save_checkpoint(state.step, state.tensors(), saved)
+def _save(run, state, meter, validation, keep):
+    """Save a checkpoint of this step, unless there is one; the other processes wait for the one that writes."""
+    saved = {"step": state.step, "meter": meter.state()}
+    if state.processes.main and state.step not in run.checkpoint_steps():
+        saved |= {"config": run.config_hash, "classes": validation.classes}
+        run.save_checkpoint(state.step, state.tensors(), saved, keep)
+    state.processes.wait()
 
 
 def _lpips_in_force(state):

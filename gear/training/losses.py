@@ -10,12 +10,12 @@ def reconstruction_loss(reconstruction, images):
 
 def generator_hinge_loss(fake_logits):
     """L_GAN of Eq. 2, the tokenizer's side: -mean D(x^)."""
-    return -fake_logits.mean()
+    return -fake_logits.float().mean()
 
 
 def discriminator_hinge_loss(real_logits, fake_logits):
     """The discriminator's side: mean of relu(1 - D(x)) and relu(1 + D(x^)), halved."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
 def next_token_loss(logits, indices):

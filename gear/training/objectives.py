@@ -1,7 +1,7 @@
-"""The updates of Algorithm 1. Each computes one network's loss on the shared batch and takes one step of that network.
+"""The updates of Algorithm 1. Each computes one network's loss on the shared batch, and its gradient to that network alone.
 
-A stage is a tuple of updates. In the stage `joint` the tokenizer goes first and the generator last, as in the public code:
-guidance reads the generator before its step, next-token targets come from the tokenizer before its step.
+A stage is a tuple of updates, and every network steps when the last is done: guidance reads the generator before its step,
+next-token targets come from the tokenizer before its step, as in the public code.
 """
 
 from gear.tokenizer.readout import soft_readout, straight_through_assignment, straight_through_readout
@@ -29,12 +29,12 @@ def tokenizer_update(state, batch):
         "commit_loss": objective.commit_weight,
         "soft_align_loss": objective.align_weight,
     }
-    with frozen(state.discriminator):
+    with frozen(*(module for name, module in state.networks.items() if name != "tokenizer")):  # in backward, too
         if state.gan_is_on:
             losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
         if state.config.stage == "joint":
             losses |= BRIDGES[objective.bridge](state, batch)
-        return state.descend("tokenizer", losses, weights)
+        return state.backward("tokenizer", losses, weights)
 
 
 def soft_bridge(state, batch):
@@ -99,7 +99,7 @@ def discriminator_update(state, batch):
         return {}
     real, fake = batch.images, batch.tokenized.reconstruction.detach()
     loss = discriminator_hinge_loss(state.discriminator(real), state.discriminator(fake))
-    return state.descend("discriminator", {"disc_loss": loss}, {})
+    return state.backward("discriminator", {"disc_loss": loss}, {})
 
 
 def generator_update(state, batch):
@@ -114,12 +114,12 @@ def generator_update(state, batch):
     if config.objective.align_weight > 0:
         aligned = alignment_loss(state.projector(hidden[tap]), batch.target, state.widths)
         losses["align_loss"] = aligned  # line 5: L_align^h
-    return state.descend("generator", losses, {"align_loss": config.objective.align_weight})
+    return state.backward("generator", losses, {"align_loss": config.objective.align_weight})
 
 
 def teacher_update(state, batch):
     """Cross entropy of each patch's factors: the scenes teacher is told what it sees."""
-    return state.descend("teacher", state.teacher.factor_losses(batch.images, batch.labels), {})
+    return state.backward("teacher", state.teacher.factor_losses(batch.images, batch.labels), {})
 
 
 STAGES = {

@@ -37,21 +37,25 @@ class Optimizer:
         self.adam = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0)
         self.lr, self.clip = lr, config.clip
 
-    def step(self, loss, factor):
-        """Backward, clip, step and clear; returns the gradient norm before clipping.
+    @property
+    def gradients(self):
+        """The gradients that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
-        Raises FloatingPointError, and leaves the weights alone, when the gradient is not finite.
-        """
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if not torch.isfinite(norm):
-            self.adam.zero_grad(set_to_none=True)
-            raise FloatingPointError(f"the norm of the gradient is {norm.item()}")
+    def clip_gradients(self):
+        """Scale the gradients to a norm of at most `clip`; returns the norm before, a scalar on their device."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+
+    def step(self, factor):
+        """Step at `factor` times the learning rate, and clear the gradients."""
         for group in self.adam.param_groups:
             group["lr"] = self.lr * factor
         self.adam.step()
+        self.clear()
+
+    def clear(self):
+        """Forget the gradients."""
         self.adam.zero_grad(set_to_none=True)
-        return norm
 
     def tensors(self):
         """Return the state as {name: tensor}, to be written as safetensors."""

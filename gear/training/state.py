@@ -1,73 +1,29 @@
 """What a run is between two steps: networks, their averages and optimizers, the step; and what an update sees of a batch."""
 
 import contextlib
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
 from gear.checkpoints import load_module, load_networks, network
 from gear.config import UserError
-from gear.data import DataConfig, load
+from gear.data import load
 from gear.evaluation.reconstruction import load_lpips
-from gear.generator.model import Generator, GeneratorConfig, Projector, Projectors
+from gear.generator.model import Generator, Projector, Projectors
 from gear.run import Run
 from gear.teachers import check_grid, load_teachers, side_by_side
 from gear.teachers.scenes import ScenesTeacher
-from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
-from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+from gear.training.optim import EMA, Optimizer, learning_rate_factor
+from gear.training.processes import Processes
 
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Weights of Eqs. 2, 11 and 12; L_rec, the codebook term and L_NTP have weight 1."""
-
-    lpips_weight: float = 0.1
-    gan_weight: float = 0.1
-    gan_start: float = 0.0  # share of the steps before the adversarial term sets in
-    entropy_weight: float = 0.05
-    commit_weight: float = 0.25
-    align_weight: float = 0.5  # lambda
-    tau: float = 0.1  # guidance temperature of the soft read-out
-    bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = (
-        "soft"  # what reaches the tokenizer in the stage `joint`
-    )
-    disc_channels: int = 64
-    disc_layers: int = 3
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run: one stage of one method. Composed in gear/recipes.py."""
-
-    recipe: str
-    stage: Literal["tokenizer", "joint", "generator", "teacher"]
-    steps: int
-    seed: int = 0
-    batch_size: int = 256
-    precision: Literal["float32", "bf16"] = (
-        "float32"  # of the networks' products; the quantizer, its read-outs and all losses stay in float32
-    )
-    tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
-    teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
-    log_every: int = 100  # steps; a logged loss is the mean since the last line
-    eval_every: int = 5000
-    save_every: int = 5000
-    eval_images: int = 512
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it has to be at least 1.")
+def step_seed(seed, step):
+    """Return the seed of a step: every random draw of it is a function of (seed, step)."""
+    return (seed * 1_000_003 + step + 1) % 2**40
 
 
 @dataclass
@@ -84,8 +40,11 @@ class Batch:
 class State:
     """Networks, averages, optimizers and the step of a run on a device."""
 
-    def __init__(self, config, device):
-        self.config, self.device, self.step = config, device, 0
+    def __init__(self, config, device, parts=1, processes=None):
+        self.config, self.device, self.step, self.parts = config, device, 0, parts
+        self.processes = processes or Processes(device, config.batch_size, parts)
+        self.skipped = 0  # steps in a row
+        self.terms = {}  # {network: {term: the loss of this step so far}}
         self.networks, self.averages, self.optimizers = {}, {}, {}
         self.teacher_features, self.widths = None, None  # of several teachers, side by side
         self.lpips = None
@@ -150,7 +109,8 @@ class State:
         self._optimize("generator", trained, config.optimizer.generator_lr)
 
     def _add(self, name, module, ema=None):
-        self.networks[name] = module.to(self.device)
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format  # what its convolutions like
+        self.networks[name] = module.to(self.device, memory_format=layout)
         if ema is not None:
             self.averages[name] = EMA(self.networks[name], ema)
 
@@ -165,7 +125,56 @@ class State:
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
+    def prepare(self, checkpointing=False, compiled=False):
+        """Set how the networks run: computed again in backward, compiled. Neither changes what they compute."""
+        for name in ("tokenizer", "generator"):
+            if name in self.networks:
+                self.networks[name].checkpointing = checkpointing
+        if compiled:
+            tokenizer, generator = (self.networks.get(name) for name in ("tokenizer", "generator"))
+            for part in [
+                *([tokenizer.encoder, tokenizer.decoder] if tokenizer else []),
+                *(generator.blocks if generator else []),
+            ]:
+                part.compile()
+
     # -- a step ----------------------------------------------------------------------------------------------
+
+    def batches(self, images, labels):
+        """Yield Batches of this process's rows of the step's batch: one, or the parts whose gradients add up to its own."""
+        parts = list(zip(images.split(self.processes.share // self.parts), labels.split(self.processes.share // self.parts)))
+        if len(parts) > 1 or self.processes.world > 1:
+            if self.config.stage in ("tokenizer", "joint"):
+                self.tokenizer.see_parts(self._mean_use([x for x, _ in parts]))
+        for i, part in enumerate(parts):
+            if len(parts) > 1 or self.processes.world > 1:
+                self._draw_for(i)
+            yield self.observe(*part)
+
+    def _mean_use(self, parts):
+        """Return what the entropy term needs to know of the rest of the batch: see `entropy_loss`."""
+        if len(parts) == 1:
+            return self.processes.mean
+        with torch.no_grad(), self.autocast():  # a look ahead: the encoder runs twice
+            means = [self.tokenizer.mean_use(x.to(self.device)) for x in parts]
+        whole = self.processes.mean(torch.stack(means).mean(0))
+        return lambda mean: whole
+
+    def _draw_for(self, part):
+        """Drop the conditions that the whole batch would drop; let dropout differ from part to part."""
+        seed, rows = step_seed(self.config.seed, self.step), self.processes.rows(part, self.parts)
+        torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits are all that a CPU's generator takes
+        if "generator" in self.networks:
+
+            def uniform(count, device):
+                rng = torch.Generator(device).manual_seed(seed)
+                return torch.rand(self.config.batch_size, generator=rng, device=device)[rows]
+
+            self.generator.uniform = uniform
+
+    def autocast(self):
+        """Return the context in which the networks of this run compute."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def observe(self, images, labels):
         """Run the one tokenizer forward and the one teacher forward that every update of this step shares."""
@@ -177,24 +186,43 @@ class State:
             with torch.no_grad():
                 batch.indices = self.tokenizer.encode(batch.images).flatten(1)
         elif self.config.stage in ("tokenizer", "joint"):
-            batch.tokenized = self.tokenizer(batch.images)
+            with self.autocast():
+                batch.tokenized = self.tokenizer(batch.images)
             batch.indices = batch.tokenized.quantized.indices
         return batch
 
-    def descend(self, name, losses, weights):
-        """Take one step of the optimizer `name` down the weighted sum of `losses`; a term without a weight counts once.
+    def backward(self, name, losses, weights):
+        """Add the gradient of the weighted sum of `losses` to that of the optimizer `name`.
 
-        Returns the losses as detached scalars. Raises FloatingPointError naming the first term that is not finite.
+        A term without a weight counts once. Returns the losses as detached scalars.
         """
+        with torch.autocast(self.device.type, enabled=False):
+            (sum(weights.get(term, 1.0) * value for term, value in losses.items()) / self.parts).backward()
+        terms = self.terms.setdefault(name, {})
         for term, value in losses.items():
-            if not torch.isfinite(value):
-                raise FloatingPointError(f"'{term}' of the {name} is {value.item()} at step {self.step}")
-        loss = sum(weights.get(term, 1.0) * value for term, value in losses.items())
-        try:
-            self.optimizers[name].step(loss, learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} in the {name} at step {self.step} (terms: {', '.join(losses)})") from None
+            terms[term] = terms.get(term, 0.0) + value.detach() / self.parts
         return {term: value.detach() for term, value in losses.items()}
+
+    def descend(self):
+        """Step every optimizer that was given a gradient; returns the losses of the step, {term: scalar on the device}.
+
+        Raises FloatingPointError naming what is not finite, the first term or else a gradient's norm; no network has moved.
+        """
+        terms, self.terms = self.terms, {}
+        for name in terms:
+            self.processes.average(self.optimizers[name].gradients)
+        told = {(name, f"'{term}'"): value for name, values in terms.items() for term, value in values.items()}
+        told |= {(name, "the norm of the gradient"): self.optimizers[name].clip_gradients() for name in terms}
+        finite = self.processes.mean(torch.stack([torch.isfinite(value).float() for value in told.values()]))
+        for (name, what), is_finite in zip(told, finite.tolist()):  # the one time that a step waits for the device
+            if is_finite < 1:
+                for other in terms:
+                    self.optimizers[other].clear()
+                of = "" if what.startswith("'") else f" (of {', '.join(terms[name])})"
+                raise FloatingPointError(f"{what} of the {name} is {told[name, what].item()} at step {self.step}{of}")
+        for name in terms:
+            self.optimizers[name].step(learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
+        return {term: value for values in terms.values() for term, value in values.items()}
 
     def finish_step(self):
         for name, average in self.averages.items():
@@ -249,11 +277,11 @@ def _finished(name):
 @contextlib.contextmanager
 def frozen(*modules):
     """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no gradient to their weights."""
-    modes = [module.training for module in modules]
+    modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
     for module in modules:
         module.eval().requires_grad_(False)
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes):
-            module.train(mode).requires_grad_(True)
+        for module, (training, learns) in zip(modules, modes):
+            module.train(training).requires_grad_(learns)

@@ -3,12 +3,68 @@
 import math
 
 import torch
+from PIL import Image
+from torchvision.utils import make_grid
 
+from gear import data
 from gear.analysis import codes
 from gear.evaluation.reconstruction import l1, psnr
+from gear.generator.sampling import sample
+from gear.run import PANEL_GAP, PANEL_WIDTH
 from gear.training.losses import alignment_loss, next_token_loss
 
 BATCH = 128
+
+
+class Validation:
+    """The run's own measurements on the first `eval_images` of the validation split."""
+
+    def __init__(self, state):
+        config, self.state, self.of_tokenizer = state.config, state, None
+        source = data.open_source(config.data, "val")
+        self.classes = source.classes
+        if "generator" in state.networks:
+            data.check_classes(config.data, self.classes, config.generator.num_classes)
+        images, labels = data.read(source, config.data, config.eval_images)
+        self.images, self.labels = images.to(state.device), labels.to(state.device)
+        teacher = state.teacher_features
+        with torch.no_grad():
+            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(BATCH)])
+
+    def __call__(self):
+        state, config = self.state, self.state.config
+        if config.stage == "teacher":
+            with torch.no_grad():
+                losses = state.teacher.factor_losses(self.images, self.labels)
+            return {f"val/{name}": float(value) for name, value in losses.items()}
+        averages = {name: average.module for name, average in state.averages.items()}
+        tokenizer = averages.get("tokenizer", state.tokenizer)
+        if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
+            self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
+        metrics = dict(self.of_tokenizer)
+        if "generator" in averages:
+            projector = state.networks.get("projector")
+            seen = self.images, self.labels, self.target, state.widths
+            metrics |= generator_metrics(averages["generator"], projector, tokenizer, *seen)
+        return metrics
+
+    def panel(self):
+        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an image, or None."""
+        state = self.state
+        if state.config.stage == "teacher":
+            return None
+        tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+        images = self.images[torch.arange(PANEL_WIDTH) % len(self.images)]
+        with torch.no_grad():
+            rows = [images, tokenizer(images).reconstruction]
+        if "generator" in state.averages:
+            generator = state.averages["generator"].module
+            labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
+            side = state.config.data.image_size // state.config.tokenizer.downsampling
+            drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
+            rows.append(data.to_float(drawn))
+        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=PANEL_WIDTH, padding=PANEL_GAP, pad_value=1.0)
+        return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
 
 
 @torch.no_grad()
@@ -20,11 +76,11 @@ def tokenizer_metrics(tokenizer, images, tau):
     indices, quality, assignments = [], [], {"tau": [], "one": []}
     for chunk in images.split(BATCH):
         out = tokenizer(chunk)
-        affinity, share = out.quantized.affinity.flatten(0, 1), len(chunk) / len(images)
+        affinity, share = out.quantized.affinity, len(chunk) / len(images)
         indices.append(out.quantized.indices)
         quality.append(torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)]))
         for name, temperature in (("tau", tau), ("one", 1.0)):  # a chunk at a time: (N, K) is large
-            assignment = codes.assignment(affinity, temperature)
+            assignment = codes.assignment(affinity.blocks(), temperature)
             values = {"entropy": assignment.entropy, **{f"top{m}": mass for m, mass in assignment.top_mass.items()}}
             assignments[name].append({key: share * value for key, value in values.items()})
     quality = torch.cat(quality, 1).mean(1)

@@ -1,0 +1,96 @@
+"""What it costs to be killed: seconds to save and to load a run's whole state, and its bytes on disk, beside a step's.
+
+`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its optimizers' moments, saves it as
+training does (written, flushed, renamed) and loads it into another one, and compares the two tensor for tensor. It prints a
+table and writes benchmarks/resume.csv. Disks differ: read the numbers of your own.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+
+# isort: split
+
+import pandas as pd
+import torch
+
+from gear.config import to_dict
+from gear.recipes import recipe
+from gear.run import Run
+from gear.training.objectives import STAGES
+from gear.training.state import State
+
+OUT = Path(__file__).with_suffix(".csv")
+
+
+def state_of(name, device):
+    """Return a recipe's state after one step on noise, without parents: every optimizer has moments."""
+    config = replace(recipe(name), tokenizer_run="", batch_size=2)
+    config = replace(config, objective=replace(config.objective, lpips_weight=0.0, gan_start=0.0, align_weight=0.0))
+    torch.manual_seed(0)
+    state = State(config, device)
+    size = config.data.image_size
+    images, labels = torch.randn(2, 3, size, size).clamp(-1, 1), torch.zeros(2, dtype=torch.long)
+    for batch in state.batches(images, labels):
+        for update in STAGES[config.stage]:
+            update(state, batch)
+    state.descend()
+    state.finish_step()
+    return state
+
+
+def measure(name, device, repeats):
+    state = state_of(name, device)
+    run = Run.create("resume", to_dict(state.config))
+    best = {"save": float("inf"), "load": float("inf")}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run.save_checkpoint(state.step, state.tensors(), {"step": 1, "config": run.config_hash, "meter": {"sums": {}, "counts": {}}})
+        best["save"] = min(best["save"], time.perf_counter() - start)
+        folder = run.path / "checkpoints" / f"{state.step:07d}"
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        other = state_of(name, device)
+        start = time.perf_counter()
+        other.restore(run)
+        best["load"] = min(best["load"], time.perf_counter() - start)
+        for file, tensors in state.tensors().items():
+            found = other.tensors()[file]
+            assert tensors.keys() == found.keys() and all(torch.equal(t, found[n]) for n, t in tensors.items()), file
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    parameters = sum(p.numel() for module in state.networks.values() for p in module.parameters())
+    return dict(recipe=name, device=device.type, parameters=parameters, save_s=best["save"], load_s=best["load"], mib=size / 2**20)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest recipe, once: to see that it runs")
+    parser.add_argument("--recipes", nargs="+", default=["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if options.quick:
+        options.recipes, options.repeats = ["tiny-joint"], 1
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GEAR_RUNS"] = folder
+        for name in options.recipes:
+            rows.append(measure(name, torch.device(options.device), options.repeats))
+            row = rows[-1]
+            print(
+                f"{name:24} {row['parameters']:13,} parameters  save {row['save_s']:7.2f} s  load {row['load_s']:7.2f} s "
+                f"{row['mib']:9.1f} MiB", flush=True,
+            )  # fmt: skip
+    pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4g")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

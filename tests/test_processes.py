@@ -1,0 +1,187 @@
+"""A batch in parts, and in processes, is the same step as the batch whole; what is switched on beside it changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import scenes, tiny_state
+
+from gear.config import UserError
+from gear.recipes import recipe
+from gear.run import Run
+from gear.training.loop import Runtime, train
+from gear.training.objectives import STAGES
+from gear.training.processes import Processes
+from gear.training.state import State, step_seed
+
+STEPS = 3
+QUIET = Runtime(device="cpu", quiet=True)
+IMAGES, LABELS = scenes(8)
+
+
+def small(name, **changes):
+    """A recipe of three steps, every one logged; the adversarial term sets in at the last."""
+    return replace(recipe(name), steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS, **changes)
+
+
+def logged(run):
+    """Return {step: {term: value}} of what a run logged of its losses."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: {k: v for k, v in r.items() if k.endswith("_loss") and not k.startswith("val/")} for r in lines}
+
+
+def assert_same_losses(one, other, terms):
+    assert one.keys() == other.keys() and set(one[STEPS]) == terms
+    for step in range(1, STEPS + 1):
+        assert one[step].keys() == other[step].keys()
+        for term in one[step]:
+            assert one[step][term] == pytest.approx(other[step][term], rel=1e-5, abs=1e-6), (step, term)
+
+
+TERMS = {
+    "tiny-joint": {
+        "recon_loss", "codebook_loss", "commit_loss", "entropy_loss", "gan_loss", "soft_align_loss", "disc_loss", "ntp_loss",
+        "align_loss",
+    },
+    "tiny": {"ntp_loss", "align_loss"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_batch_in_parts_is_the_same_step(name, tiny):
+    """Losses, among them the entropy of the whole batch's mean, and then weights."""
+    for parts in (1, 4):
+        train(small(name), f"parts-{parts}", replace(QUIET, accumulate=parts))
+    assert_same_losses(*(logged(tiny / f"parts-{parts}") for parts in (1, 4)), TERMS[name])
+    one, other = (Run.open(f"parts-{parts}").load_checkpoint("networks") for parts in (1, 4))
+    moved = Run.open("tiny-tokenizer").load_checkpoint("networks")
+    for key, value in one.items():
+        scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
+        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, key  # Adam's first steps are signs of the gradient
+
+
+@pytest.mark.parametrize("quantizer", ("vq", "ibq", "lfq"))
+def test_gradients_of_parts_add_up(quantizer):
+    """What the optimizers are given is the same in float64; the entropy term, at a temperature of .01, magnifies rounding."""
+    got = {}
+    for parts in (1, 2, 8):
+        state = tiny_state(tokenizer=dict(quantizer=quantizer, code_dim=6, codebook_size=64), batch_size=8, parts=parts)
+        for module in [*state.networks.values(), state.teacher_features]:
+            module.double()
+        for module in state.generator.modules():
+            module.p = 0.0
+        torch.manual_seed(step_seed(state.config.seed, 0))
+        for batch in state.batches(IMAGES.double(), LABELS):
+            for update in STAGES["joint"]:
+                update(state, batch)
+        got[parts] = {n: torch.cat([g.flatten() for g in o.gradients]) for n, o in state.optimizers.items()}
+    for parts in (2, 8):
+        for name, gradient in got[1].items():
+            assert (got[parts][name] - gradient).norm() < 1e-6 * gradient.norm(), (parts, name)
+
+
+def test_the_entropy_is_that_of_the_whole_batch():
+    """Without what `see_parts` tells, the parts' own entropies are averaged, which is another number."""
+    state = tiny_state(batch_size=8, parts=4)
+    whole = state.tokenizer(IMAGES).quantized.losses["entropy_loss"]
+    parts = [batch.tokenized.quantized.losses["entropy_loss"] for batch in state.batches(IMAGES, LABELS)]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), abs=1e-5)
+    state.tokenizer.see_parts(None)
+    alone = [state.tokenizer(x).quantized.losses["entropy_loss"] for x in IMAGES.split(2)]
+    assert abs(torch.stack(alone).mean().item() - whole.item()) > 1e-3
+
+
+def test_parts_draw_dropout_of_their_own_and_labels_of_the_batch():
+    state = tiny_state(batch_size=8, parts=2)
+    torch.manual_seed(seed := step_seed(state.config.seed, state.step))
+    want, seen, after = torch.rand(8), [], []
+    for _ in state.batches(IMAGES, LABELS):
+        seen.append(state.generator.uniform(4, device=torch.device("cpu")))
+        after.append(torch.rand(3))
+    assert torch.equal(torch.cat(seen), want) and seed > 0
+    assert not torch.equal(*after)
+
+
+def test_recomputing_activations_changes_no_byte(tiny):
+    train(small("tiny-joint"), "kept", QUIET)
+    train(small("tiny-joint"), "recomputed", replace(QUIET, checkpointing=True))
+    assert (tiny / "kept" / "metrics.jsonl").read_bytes() == (tiny / "recomputed" / "metrics.jsonl").read_bytes()
+
+
+def test_recomputing_activations_keeps_less():
+    """What autograd saves in a joint step, in elements."""
+
+    def saved(checkpointing):
+        state, kept = tiny_state(batch_size=8), []
+        state.prepare(checkpointing)
+        state.generator.train()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            state.generator.logits(state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3])
+            state.tokenizer(IMAGES)
+        return sum(kept)
+
+    assert saved(True) < 0.5 * saved(False)
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same(tiny):
+    train(small("tiny-joint"), "eager", QUIET)
+    train(small("tiny-joint"), "compiled", replace(QUIET, compile=True))
+    assert_same_losses(logged(tiny / "eager"), logged(tiny / "compiled"), TERMS["tiny-joint"])
+
+
+def test_bf16_trains_and_quantises_in_float32(tiny):
+    """Losses stay near those in float32; the codes are what the same latents have in float32."""
+    train(small("tiny-joint"), "float32", QUIET)
+    train(small("tiny-joint", precision="bf16"), "bf16", QUIET)
+    one, other = logged(tiny / "float32"), logged(tiny / "bf16")
+    assert one != other
+    for term in TERMS["tiny-joint"]:
+        assert other[STEPS][term] == pytest.approx(one[STEPS][term], abs=0.1), term
+    state = State(small("tiny-joint", precision="bf16"), torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = state.tokenizer.latents(IMAGES)
+        trained = state.tokenizer(IMAGES).quantized.indices
+        assert z.dtype == torch.bfloat16 and torch.equal(trained, state.tokenizer.encode(IMAGES).flatten(1))
+    assert torch.equal(trained, state.tokenizer.quantizer.indices(z.float()))
+
+
+def torchrun(processes, *arguments, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command += ["--standalone", "-m", "gear", "train", *arguments, "--quiet", "--device", "cpu", "--threads", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TERMS)
+def test_two_processes_are_one_with_twice_the_batch(name, tiny):
+    """Over gloo, under torchrun: the same command, each process half of the rows; then it resumes, too."""
+    pytest.importorskip("lightning_fabric")
+    config = small(name)
+    changes = ["--steps", "3", "--log-every", "1", "--eval-every", "3", "--save-every", "3"]
+    train(config, "alone", QUIET)
+    done = torchrun(2, name, "--name", "two", *changes)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(logged(tiny / "alone"), logged(tiny / "two"), TERMS[name])
+    one, two = (json.loads((tiny / n / "config.json").read_text()) for n in ("alone", "two"))
+    assert one == two
+    assert len(logged(tiny / "two")) == len((tiny / "two" / "metrics.jsonl").read_text().splitlines())  # one writes
+
+
+def test_a_batch_that_cannot_be_shared_out(tiny):
+    with pytest.raises(UserError, match="16 images cannot be shared out evenly to 1 processes of 3 parts each"):
+        train(small("tiny"), "uneven", replace(QUIET, accumulate=3))
+    assert not (tiny / "uneven").exists()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    pytest.importorskip("lightning_fabric")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="4 processes for 1 GPUs"):
+        Processes(torch.device("cuda"), 16)

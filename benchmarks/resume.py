@@ -1,8 +1,8 @@
 """What it costs to be killed: seconds to save and to load a run's whole state, and its bytes on disk, beside a step's.
 
-`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its optimizers' moments, saves it as
-training does (written, flushed, renamed) and loads it into another one, and compares the two tensor for tensor. It prints a
-table and writes benchmarks/resume.csv. Disks differ: read the numbers of your own.
+`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its optimizers' moments, saves it
+as training does (written, flushed, renamed), loads it into another one and compares the two tensor for tensor. It prints a
+table and writes benchmarks/resume.csv. Disks differ: the numbers are of this one.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from gear.run import Run
 from gear.training.objectives import STAGES
 from gear.training.state import State
 
+RECIPES = ["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"]
 OUT = Path(__file__).with_suffix(".csv")
 
 
@@ -50,7 +51,9 @@ def measure(name, device, repeats):
     best = {"save": float("inf"), "load": float("inf")}
     for _ in range(repeats):
         start = time.perf_counter()
-        run.save_checkpoint(state.step, state.tensors(), {"step": 1, "config": run.config_hash, "meter": {"sums": {}, "counts": {}}})
+        run.save_checkpoint(
+            state.step, state.tensors(), {"step": 1, "config": run.config_hash, "meter": {"sums": {}, "counts": {}}}
+        )
         best["save"] = min(best["save"], time.perf_counter() - start)
         folder = run.path / "checkpoints" / f"{state.step:07d}"
         size = sum(path.stat().st_size for path in folder.iterdir())
@@ -65,13 +68,17 @@ def measure(name, device, repeats):
             path.unlink()
         folder.rmdir()
     parameters = sum(p.numel() for module in state.networks.values() for p in module.parameters())
-    return dict(recipe=name, device=device.type, parameters=parameters, save_s=best["save"], load_s=best["load"], mib=size / 2**20)
+    return dict(
+        recipe=name, device=device.type, parameters=parameters, save_s=best["save"], load_s=best["load"], mib=size / 2**20
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest recipe, once: to see that it runs")
-    parser.add_argument("--recipes", nargs="+", default=["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"]
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -45,12 +45,12 @@ def train_command(names, arguments):
             raise UserError("--name and --label name one run: name a single recipe.")
         if options.dry_run:
             planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}  # a shared parent once
-            return dry_run(planned.items(), options.gpu, options.utilisation)
+            return dry_run(planned.items(), options.gpu, options.utilisation, options.runtime.accumulate)
         return train_many(names, options.jobs, options.runtime)
     name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
     if options.dry_run:
         planned = plan(options.config, name, base, options.label, dry=True)
-        return dry_run(planned, options.gpu, options.utilisation)
+        return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
     run = train_with_parents(options.config, name, base, options.label, options.runtime)
     print(f"{run.name}: step {run.step}, {run.path}")
 

@@ -178,8 +178,8 @@ TRAINS = {
 # -- in words ----------------------------------------------------------------------------------------------------
 
 
-def told(name, config, gpu="h100", utilisation=0.4):
-    """Say what the run `name` would cost, as text; on "cpu" without hours: nobody measured one."""
+def told(name, config, gpu="h100", utilisation=0.4, accumulate=1):
+    """Say what the run `name` would cost, its batch in `accumulate` parts, as text; on "cpu" without hours."""
     cost, images = price(config), config.steps * config.batch_size
     head = f"{name}: stage {config.stage}, {config.steps:,} steps of {config.batch_size} images"
     lines = [head + (f", from {config.tokenizer_run}" if config.tokenizer_run else ""), *_resolved(config), ""]
@@ -197,7 +197,11 @@ def told(name, config, gpu="h100", utilisation=0.4):
         )
     total = sum(p.training for p in cost.passes)
     lines.append(f"  {'all':40} {total / 1e9:25.3f}" + f"{total * images:14.3g} FLOP in the run")
-    lines += ["", f"  memory, at least: {_memory(cost, config.batch_size)}", *_on(cost, config, gpu, utilisation)]
+    lines += [
+        "",
+        f"  memory, at least: {_memory(cost, config.batch_size // accumulate)}",
+        *_on(cost, config, gpu, utilisation, accumulate),
+    ]
     return "\n".join(lines)
 
 
@@ -206,12 +210,15 @@ def _memory(cost, batch):
     return f"{cost.held / 1e9:.1f} GB held + {batch} images x {cost.saved / 1e6:.1f} MB kept for the backward pass = {whole}"
 
 
-def _on(cost, config, gpu, utilisation):
+def _on(cost, config, gpu, utilisation, accumulate):
     """Say how many images fit on a GPU, and the hours."""
     if gpu not in GPUS:
         return [f"  hours on a {gpu}: not known, nobody measured it"]
     fit, card = cost.images_that_fit(gpu), GPUS[gpu]
-    room = "the batch fits" if fit >= config.batch_size else f"the batch does not fit, only {fit} images at once do"
+    at_once, parts = config.batch_size // accumulate, [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    enough = next((n for n in parts if config.batch_size // n <= fit), None)
+    room = "that fits" if at_once <= fit else f"that does not fit, only {fit} images at once do"
+    room += f": --accumulate {enough}" if at_once > fit and enough else ""
     hours = cost.hours(config.steps * config.batch_size, gpu, utilisation)
     return [
         f"  {gpu}, {card.gigabytes} GB: {room}",
@@ -231,7 +238,7 @@ def _resolved(config):
     return lines
 
 
-def dry_run(planned, gpu="h100", utilisation=0.4):
+def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
     """Print what each of the runs [(name, Config)] would cost and all of them together; those that are finished cost nothing.
 
     Raises UserError for an unknown GPU, or a utilisation that is no share.
@@ -246,7 +253,7 @@ def dry_run(planned, gpu="h100", utilisation=0.4):
         if run.exists and run.is_finished:
             print(f"{name}: finished\n")
             continue
-        print(told(name, config, gpu, utilisation) + "\n")
+        print(told(name, config, gpu, utilisation, accumulate) + "\n")
         if gpu in GPUS:
             hours += price(config).hours(config.steps * config.batch_size, gpu, utilisation)
     print(f"all on one {gpu}: {hours:.3g} hours\n" * (gpu in GPUS) + CAVEAT)

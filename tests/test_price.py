@@ -154,7 +154,12 @@ def test_a_dry_run_needs_and_leaves_nothing(home, capsys, monkeypatch):
     said = capsys.readouterr().out
     for name in ("tokenizer", "joint", "gear"):
         assert f"imagenet100-128-{name}-s3: stage " in said
-    assert "num_classes 100" in said and "rtx4090, 24 GB: the batch does not fit" in said and "20% is assumed" in said
+    assert (
+        "num_classes 100" in said
+        and "rtx4090, 24 GB: that does not fit" in said
+        and ": --accumulate 2" in said
+        and "20% is assumed" in said
+    )
     assert "estimate" in said and said.endswith("nothing was trained\n")
     assert torch.equal(before, torch.get_rng_state()) and list(home.iterdir()) == []
 
@@ -175,6 +180,11 @@ def test_what_is_finished_costs_nothing(tiny, capsys):
     main(["train", "tiny", "--dry-run"])
     said = capsys.readouterr().out
     assert "tiny-tokenizer: finished" in said and "tiny-joint: finished" in said and "tiny: stage generator" in said
+
+
+def test_a_batch_in_parts_takes_less(home, capsys):
+    main(["train", "imagenet100-128-tokenizer", "--dry-run", "--accumulate", "4"])
+    assert "GB held + 32 images x " in capsys.readouterr().out
 
 
 def test_several_runs_share_their_parents(home, capsys):

@@ -65,6 +65,7 @@ class Stream(Dataset):
     def __init__(self, config, seed):
         self.config, self.seed = config, seed
         self.source = open_source(config, "train")
+        self.mirrors = config.flip and not isinstance(self.source, Scenes)
         self._epoch, self._order = None, None
 
     def _position(self, n):
@@ -80,20 +81,29 @@ class Stream(Dataset):
             return error
 
     def _samples(self, numbers):
+        positions, crops, mirrored = self.choose(numbers)
+        return self.render(positions, crops, mirrored), self.labels(positions)
+
+    def choose(self, numbers):
+        """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are mirrored (B,)."""
         positions = np.array([self._position(n) for n in numbers])
         draws = np.stack([np.random.default_rng((self.seed, 1, n + 1)).random(3) for n in numbers])
-        crop = {} if isinstance(self.source, Scenes) else {"draws": draws[:, :2]}
-        images = self.source.images(positions, **crop)
-        if self.config.flip and not isinstance(self.source, Scenes):
-            images = np.where((draws[:, 2] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
-        labels = _labels(self.source, self.config, positions)
-        return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
+        return positions, draws[:, :2], (draws[:, 2] < 0.5) & self.mirrors
+
+    def render(self, positions, crops, mirrored):
+        """Return what `choose` chose as images (B, 3, H, W) in [-1, 1]."""
+        images = self.source.images(positions, **({} if isinstance(self.source, Scenes) else {"draws": crops}))
+        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return to_float(torch.from_numpy(np.ascontiguousarray(images)))
+
+    def labels(self, positions):
+        return torch.from_numpy(_labels(self.source, self.config, positions))
 
 
-def stream(config, seed, batch_size, start=0, workers=0):
+def stream(config, seed, batch_size, start=0, workers=0, samples=None):
     """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
 
-    It draws nothing from torch's global generator. Raises UserError, when it gets there, for an image that cannot be read.
+    `samples`, by default Stream(config, seed), may be another Stream, which answers with more. The iterator draws nothing from torch's global generator. Raises UserError, when it gets there, for an image that cannot be read.
     """
 
     def numbers():
@@ -102,8 +112,13 @@ def stream(config, seed, batch_size, start=0, workers=0):
             yield list(range(n, n + batch_size))
             n += batch_size
 
+    return loaded(samples or Stream(config, seed), numbers(), workers)
+
+
+def loaded(samples, batches, workers=0):
+    """Return an iterator of what a Stream answers to each list of numbers in `batches`, in that order."""
     loader = DataLoader(
-        Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
         worker_init_fn=_leave_interrupts_to_the_parent,
     )  # fmt: skip
     return map(_raised, iter(loader))

@@ -47,6 +47,7 @@ LAYERS = [
         "training.state",
         "training.objectives",
         "training.validate",
+        "training.cached",
         "training.guard",
         "training.loop",
     ],

@@ -15,6 +15,7 @@ from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.run import PANEL_GAP, PANEL_WIDTH, Run, run_path
+from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded
 from gear.training.objectives import STAGES
 from gear.training.state import Config, State
@@ -30,6 +31,7 @@ class Runtime:
     threads: int = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
+    cached: bool = False  # look up codes and teacher features in the stage `generator`, computed once: see training.cached
 
     def __post_init__(self):
         if min(self.workers, self.threads) < 0:
@@ -58,12 +60,15 @@ def train(config, name=None, runtime=Runtime()):
         if is_trained(run, config, runtime.rebuild):
             return run
         _begin(run, state, meter, validation)
-        batches = data.stream(config.data, config.seed, config.batch_size, state.step * config.batch_size, runtime.workers)
+        samples = (
+            Cached(state, runtime.workers, runtime.quiet, signals) if runtime.cached and config.stage == "generator" else None
+        )
+        start = state.step * config.batch_size
+        batches = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, samples)
         with Progress(run, config, state.step, runtime.quiet) as progress:
             while state.step < config.steps:
                 reseed(config.seed, state.step)  # a resumed run equals an uninterrupted one
-                images, labels = next(batches)
-                batch, losses = state.observe(images, labels), {}  # one tokenizer forward, one teacher forward, shared
+                batch, losses = state.observe(*next(batches)), {}  # one tokenizer forward, one teacher forward, shared
                 for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator
                     losses |= update(state, batch)  # loss, backward, clip, step: one network
                 state.finish_step()  # EMA, counter

@@ -71,7 +71,7 @@ class Config:
 class Batch:
     """What one step looks at, computed once: images, labels, teacher features, and either of the tokenizer's answers."""
 
-    images: torch.Tensor  # (B, 3, H, W)
+    images: torch.Tensor  # (B, 3, H, W); without pixels, (B, 0), where codes are looked up
     labels: torch.Tensor  # (B,)
     target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
@@ -164,9 +164,16 @@ class State:
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def observe(self, images, labels):
-        """Run the one tokenizer forward and the one teacher forward that every update of this step shares."""
+    def observe(self, images, labels, indices=None, target=None):
+        """Run the one tokenizer forward and the one teacher forward that every update of this step shares.
+
+        Where training.cached looked up what they give, `indices` (B, L) and `target` (B, L, C), nothing is left to run.
+        """
         batch = Batch(images.to(self.device), labels.to(self.device))
+        if indices is not None:
+            batch.indices = indices.to(self.device)
+            batch.target = None if target is None else target.to(self.device)
+            return batch
         if self.teacher_features is not None:
             with torch.no_grad():
                 batch.target = self.teacher_features(batch.images)

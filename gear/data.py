@@ -103,7 +103,8 @@ class Stream(Dataset):
 def stream(config, seed, batch_size, start=0, workers=0, samples=None):
     """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
 
-    `samples`, by default Stream(config, seed), may be another Stream, which answers with more. The iterator draws nothing from torch's global generator. Raises UserError, when it gets there, for an image that cannot be read.
+    `samples`, by default Stream(config, seed), may be another Stream, which answers with more. Nothing is drawn from torch's
+    global generator. Raises UserError, when it gets there, for an image that cannot be read.
     """
 
     def numbers():

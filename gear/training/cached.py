@@ -64,12 +64,13 @@ class Cached(Stream):
 
     def _about(self, what, network):
         """Return all that the values of a frozen network depend on, as JSON values."""
-        config, on_cpu = self.config, self.device.type == "cpu"
-        kind = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads" if on_cpu else ""
+        config, device = self.config, f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        if self.device.type != "cpu":
+            device = torch.cuda.get_device_name(self.device)
         return {
             "what": what, "network": network_identity(network), "images": self.source.identity(), "flip": bool(self.mirrors),
             "image_size": config.image_size, "interpolation": config.interpolation, "batch_size": self.batch,
-            "crops": "none" if self.per_image else f"of seed {self.seed}", "device": kind or torch.cuda.get_device_name(self.device),
+            "crops": "none" if self.per_image else f"of seed {self.seed}", "device": device,
             "versions": [__version__, torch.__version__, np.__version__, PIL.__version__],
         }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Images: where they come from, which of them training may see, and a stream that can start at any sample.
 
-A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC and `labels(positions)`. Sample n of the stream is a
-function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
+A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and `order(rng)`, that of an epoch.
+Sample n of the stream is a function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
 import signal
@@ -21,7 +21,7 @@ PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the sc
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "scenes"  # "scenes", "cifar10", "cifar100", or a folder or zip of images (one sub-folder a class, or flat)
+    source: str = "scenes"  # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar shards
     image_size: int = 32  # pixels
     train_images: int = 12_000  # scenes only
     val_images: int = 2_000  # scenes only
@@ -71,7 +71,7 @@ class Stream(Dataset):
     def _position(self, n):
         epoch, offset = divmod(n, len(self.source))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+            self._epoch, self._order = epoch, self.source.order(np.random.default_rng((self.seed, epoch)))
         return self._order[offset]
 
     def __getitems__(self, numbers):

@@ -1,4 +1,4 @@
-"""Images that lie somewhere: in a folder, in a zip, or to be downloaded by torchvision."""
+"""Images that lie somewhere: in a folder, in a zip, in tar shards, or to be downloaded by torchvision."""
 
 import contextlib
 import fcntl
@@ -14,8 +14,8 @@ from torchvision import datasets
 
 from gear.config import UserError, nearest
 from gear.home import cache_dir
+from gear.shards import EXTENSIONS, Shards, is_spec
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VALIDATION_SHARE = 0.05  # of a folder's images
 UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
@@ -116,16 +116,18 @@ def _store(source):
     if source in DOWNLOADS:
         return Download(source)
     root = Path(source).expanduser()
+    if is_spec(source) and not (root.is_dir() and Directory(root).names):
+        return Shards(source)
     if not root.exists():
         raise UserError(
-            f"no folder or zip of images at '{source}'. Give --source a folder or a zip of class folders, 'scenes' or "
-            f"one of {', '.join(DOWNLOADS)}.{nearest(source, ['scenes', *DOWNLOADS])}"
+            f"no folder or zip of images at '{source}'. Give --source a folder or a zip of class folders, tar shards, 'scenes' "
+            f"or one of {', '.join(DOWNLOADS)}.{nearest(source, ['scenes', *DOWNLOADS])}"
         )
     return Directory(root) if root.is_dir() or _is_image(root.name) else Zip(root)
 
 
 class Folder:
-    """Images of a folder, a zip or a download, one sub-folder a class; a flat one is one class.
+    """Images of a folder, a zip, tar shards or a download, one sub-folder a class; a flat one is one class.
 
     A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
     (of a folder so small that no hash falls into it, the lowest is taken); the split "all" holds both. An image that cannot
@@ -165,9 +167,14 @@ class Folder:
         """Return a hash of the images' names, in order, and of what changes with their content."""
         return hashlib.sha256(repr([(name, self.store.stamp(name)) for name in self.names]).encode()).hexdigest()
 
+    def order(self, rng):
+        """Return an epoch's order of the positions, drawn from a numpy generator."""
+        return self.store.order(self.names, rng) if isinstance(self.store, Shards) else rng.permutation(len(self))
+
     def is_cropped(self):
         """Say whether any image leaves a choice where to crop it: resized, it is no square."""
-        for name in self.names:
+        ours = set(self.names)
+        for name in filter(ours.__contains__, self.store.names):  # in which order they are fastest to read
             with contextlib.suppress(Exception):  # an image that cannot be read has a stand-in, which is looked at itself
                 if self._resized(self.store.size(name)) != [self._size, self._size]:
                     return True

@@ -39,6 +39,9 @@ class Scenes:
     def identity(self):
         return f"scenes {self.first} to {self.first + self.length}"
 
+    def order(self, rng):
+        return rng.permutation(len(self))
+
     def is_cropped(self):
         return False
 

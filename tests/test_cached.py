@@ -98,9 +98,12 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
 
 def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, monkeypatch):
     data = paint(home / "images", (40, 32))
-    Cached(state_of(data=data, steps=16), quiet=True)  # 256 samples
+    Cached(state_of(data=data, steps=18), quiet=True).__getitems__([256, 287])  # 288 samples, the last ones now mapped
     count = computed(monkeypatch)
-    Cached(state_of(data=data, steps=24), quiet=True)
+    longer, stream = Cached(state_of(data=data, steps=24), quiet=True), Stream(data, 0)
+    numbers = list(range(280, 296))
+    seen = state_of(data=data).observe(*stream.__getitems__(numbers))
+    assert torch.equal(longer.__getitems__(numbers)[2], seen.indices)
     Cached(state_of(data=data, steps=10), quiet=True)
     assert count == [2, 2]
 

@@ -159,6 +159,7 @@ class Rows:
                 np.save(out, values)
 
         write_atomically(self._path(file), write)
+        _mapped.cache_clear()  # a longer run replaces the last file of a shorter one
 
     def announce(self):
         """Say in a line what is computed and why: against what is kept, what has changed."""

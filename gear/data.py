@@ -1,7 +1,7 @@
 """Images: where they come from, which of them training may see, and a stream that can start at any sample.
 
-A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC and `labels(positions)`. Sample n of the stream is a
-function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
+A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and `order(rng)`, that of an epoch.
+Sample n of the stream is a function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
 import signal
@@ -22,7 +22,7 @@ PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the sc
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "scenes"  # "scenes", "cifar10", "cifar100", or a folder or zip of images (one sub-folder a class, or flat)
+    source: str = "scenes"  # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar shards
     image_size: int = 32  # pixels
     train_images: int = 12_000  # scenes only
     val_images: int = 2_000  # scenes only
@@ -71,12 +71,13 @@ class Stream(Dataset):
     def __init__(self, config, seed):
         self.config, self.seed = config, seed
         self.source = open_source(config, "train")
+        self.mirrors = config.flip and not isinstance(self.source, Scenes)
         self._epoch, self._order = None, None
 
     def _position(self, n):
         epoch, offset = divmod(n, len(self.source))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+            self._epoch, self._order = epoch, self.source.order(np.random.default_rng((self.seed, epoch)))
         return self._order[offset]
 
     def __getitems__(self, numbers):
@@ -86,21 +87,31 @@ class Stream(Dataset):
             return error
 
     def _samples(self, numbers):
+        positions, crops, mirrored = self.choose(numbers)
+        return self.render(positions, crops, mirrored), self.labels(positions)
+
+    def choose(self, numbers):
+        """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are mirrored (B,)."""
         positions = np.array([self._position(n) for n in numbers])
         draws = np.stack([np.random.default_rng((self.seed, 1, n + 1)).random(3) for n in numbers])
-        crop = {} if isinstance(self.source, Scenes) else {"draws": draws[:, :2]}
-        images = self.source.images(positions, **crop)
-        if self.config.flip and not isinstance(self.source, Scenes):
-            images = np.where((draws[:, 2] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
-        labels = _labels(self.source, self.config, positions)
-        return to_float(torch.from_numpy(np.ascontiguousarray(images))), torch.from_numpy(labels)
+        return positions, draws[:, :2], (draws[:, 2] < 0.5) & self.mirrors
+
+    def render(self, positions, crops, mirrored):
+        """Return what `choose` chose as images (B, 3, H, W) in [-1, 1]."""
+        images = self.source.images(positions, **({} if isinstance(self.source, Scenes) else {"draws": crops}))
+        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return to_float(torch.from_numpy(np.ascontiguousarray(images)))
+
+    def labels(self, positions):
+        return torch.from_numpy(_labels(self.source, self.config, positions))
 
 
-def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None)):
+def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
     """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
 
-    Of each batch it prepares the `rows` alone: those of one process. It draws nothing from torch's global generator. Raises
-    UserError, when it gets there, for an image that cannot be read.
+    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default Stream(config, seed), may be another
+    Stream, which answers with more. Nothing is drawn from torch's global generator. Raises UserError, when it gets there, for
+    an image that cannot be read.
     """
 
     def numbers():
@@ -109,8 +120,13 @@ def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None)):
             yield list(range(n, n + batch_size))[rows]
             n += batch_size
 
+    return loaded(samples or Stream(config, seed), numbers(), workers)
+
+
+def loaded(samples, batches, workers=0):
+    """Return an iterator of what a Stream answers to each list of numbers in `batches`, in that order."""
     loader = DataLoader(
-        Stream(config, seed), batch_sampler=numbers(), num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
         worker_init_fn=_leave_interrupts_to_the_parent,
     )  # fmt: skip
     return map(_raised, iter(loader))

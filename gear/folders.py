@@ -1,5 +1,6 @@
-"""Images that lie somewhere: in a folder, in a zip, or to be downloaded by torchvision."""
+"""Images that lie somewhere: in a folder, in a zip, in tar shards, or to be downloaded by torchvision."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,8 +14,8 @@ from torchvision import datasets
 
 from gear.config import UserError, nearest
 from gear.home import cache_dir
+from gear.shards import EXTENSIONS, Shards, is_spec
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VALIDATION_SHARE = 0.05  # of a folder's images
 UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
@@ -42,6 +43,15 @@ class Directory:
         with open(self.root / name, "rb") as file:
             return Image.open(file).convert("RGB")
 
+    def size(self, name):
+        with Image.open(self.root / name) as image:  # its header alone is read
+            return image.size
+
+    def stamp(self, name):
+        """Return what changes when the image does."""
+        stat = (self.root / name).stat()
+        return stat.st_size, stat.st_mtime_ns
+
 
 class Zip:
     """The images of a zip, read in place. A folder that holds all of them, as in `train/cat/1.png`, does not count."""
@@ -67,6 +77,13 @@ class Zip:
         with self._zip().open(self._top + name) as file:
             return Image.open(file).convert("RGB")
 
+    def size(self, name):
+        with self._zip().open(self._top + name) as file:
+            return Image.open(file).size
+
+    def stamp(self, name):
+        return self._zip().getinfo(self._top + name).CRC
+
 
 class Download:
     """The training images of a torchvision data set, named CLASS/NUMBER and kept in the cache folder."""
@@ -88,21 +105,29 @@ class Download:
     def image(self, name):
         return self._data[int(name.split("/")[1])][0]
 
+    def size(self, name):
+        return self.image(name).size
+
+    def stamp(self, name):
+        return ""  # torchvision has compared the files with their checksums
+
 
 def _store(source):
     if source in DOWNLOADS:
         return Download(source)
     root = Path(source).expanduser()
+    if is_spec(source) and not (root.is_dir() and Directory(root).names):
+        return Shards(source)
     if not root.exists():
         raise UserError(
-            f"no folder or zip of images at '{source}'. Give --source a folder or a zip of class folders, 'scenes' or "
-            f"one of {', '.join(DOWNLOADS)}.{nearest(source, ['scenes', *DOWNLOADS])}"
+            f"no folder or zip of images at '{source}'. Give --source a folder or a zip of class folders, tar shards, 'scenes' "
+            f"or one of {', '.join(DOWNLOADS)}.{nearest(source, ['scenes', *DOWNLOADS])}"
         )
     return Directory(root) if root.is_dir() or _is_image(root.name) else Zip(root)
 
 
 class Folder:
-    """Images of a folder, a zip or a download, one sub-folder a class; a flat one is one class.
+    """Images of a folder, a zip, tar shards or a download, one sub-folder a class; a flat one is one class.
 
     A twentieth, chosen by a hash of each image's relative name, is the validation split: adding images moves none of them
     (of a folder so small that no hash falls into it, the lowest is taken); the split "all" holds both. An image that cannot
@@ -138,17 +163,38 @@ class Folder:
     def labels(self, positions):
         return self._labels[positions]
 
+    def identity(self):
+        """Return a hash of the images' names, in order, and of what changes with their content."""
+        return hashlib.sha256(repr([(name, self.store.stamp(name)) for name in self.names]).encode()).hexdigest()
+
+    def order(self, rng):
+        """Return an epoch's order of the positions, drawn from a numpy generator."""
+        return self.store.order(self.names, rng) if isinstance(self.store, Shards) else rng.permutation(len(self))
+
+    def is_cropped(self):
+        """Say whether any image leaves a choice where to crop it: resized, it is no square."""
+        ours = set(self.names)
+        for name in filter(ours.__contains__, self.store.names):  # in which order they are fastest to read
+            with contextlib.suppress(Exception):  # an image that cannot be read has a stand-in, which is looked at itself
+                if self._resized(self.store.size(name)) != [self._size, self._size]:
+                    return True
+        return False
+
     def images(self, positions, draws=None):
         """Resize the short side and crop to the square: at the centre, or where `draws` (B, 2) in [0, 1) says."""
         out = []
         for i, position in enumerate(positions):
             image = self._decode(position) or self._stand_in(position)
-            scale = self._size / min(image.size)
-            image = image.resize([max(self._size, round(side * scale)) for side in image.size], self._filter)
+            image = image.resize(self._resized(image.size), self._filter)
             room = np.array(image.size) - self._size
             x, y = room // 2 if draws is None else (draws[i] * (room + 1)).astype(int)
             out.append(np.asarray(image.crop((x, y, x + self._size, y + self._size))))
         return np.stack(out)
+
+    def _resized(self, size):
+        """Return the width and height to which an image of `size` is resized: the short side has image_size pixels."""
+        scale = self._size / min(size)
+        return [max(self._size, round(side * scale)) for side in size]
 
     def _decode(self, position):
         """Return the image at a position, or None, counted and named, if it cannot be read."""

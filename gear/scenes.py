@@ -36,6 +36,15 @@ class Scenes:
     def __len__(self):
         return self.length
 
+    def identity(self):
+        return f"scenes {self.first} to {self.first + self.length}"
+
+    def order(self, rng):
+        return rng.permutation(len(self))
+
+    def is_cropped(self):
+        return False
+
     def labels(self, positions):
         """Return the class of each scene, (B,) int64 in [0, 24): shape * 4 + texture of the front object."""
         front = self._draw(positions, noise=False)

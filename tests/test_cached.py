@@ -112,6 +112,8 @@ def test_what_the_values_depend_on_makes_another_cache_and_says_so(tiny, built, 
     state = state_of()
     with torch.no_grad():
         next(state.tokenizer.parameters()).flatten()[0] += 1e-3
+    (home / "cache" / "codes" / "other").mkdir()
+    (home / "cache" / "codes" / "other" / "about.json").write_text("{ cut")
     Cached(state, quiet=True)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "codes of 512 rows go to" in said[0] and said[0].endswith("were made with another network.")

@@ -21,6 +21,7 @@ from gear.recipes import recipe
 from gear.run import Run
 from gear.training.loop import Runtime, train
 
+pytest.importorskip("wids.wids", reason="pip install 'webdataset<1'")
 SHARDS, SAMPLES = 10, 9
 
 

@@ -8,6 +8,7 @@ random, each sample is a variant of its own: row n is sample n of the stream, wh
               000000.npy    the first rows, complete or absent, like every file after it
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -38,7 +39,7 @@ class Cached(Stream):
     def __init__(self, state, workers=0, quiet=False, signals=()):
         config = state.config
         super().__init__(config.data, config.seed)
-        self.batch, self.device = config.batch_size, state.device
+        self.batch, self.device, self.identity = config.batch_size, state.device, self.source.identity()
         self.per_image = None if self.source.is_cropped() else 1 + self.mirrors
         self.length = len(self.source) * self.per_image if self.per_image else config.steps * config.batch_size
         codes, count = np.min_scalar_type(config.tokenizer.codebook_size - 1), (self.batch, FILE, self.length)
@@ -68,7 +69,7 @@ class Cached(Stream):
         if self.device.type != "cpu":
             device = torch.cuda.get_device_name(self.device)
         return {
-            "what": what, "network": network_identity(network), "images": self.source.identity(), "flip": bool(self.mirrors),
+            "what": what, "network": network_identity(network), "images": self.identity, "flip": bool(self.mirrors),
             "image_size": config.image_size, "interpolation": config.interpolation, "batch_size": self.batch,
             "crops": "none" if self.per_image else f"of seed {self.seed}", "device": device,
             "versions": [__version__, torch.__version__, np.__version__, PIL.__version__],
@@ -165,7 +166,8 @@ class Rows:
         """Say in a line what is computed and why: against what is kept, what has changed."""
         about, others = self.folder / "about.json", {}
         for path in self.folder.parent.glob("*/about.json"):
-            others[path.parent.name] = differences(json.loads(path.read_text()), self.about)
+            with contextlib.suppress(OSError, ValueError):  # it only serves to say what has changed
+                others[path.parent.name] = differences(json.loads(path.read_text()), self.about)
         near = {k: v for k, v in others.items() if not any(line.startswith("what:") for line in v)}
         if about.exists():
             why = "files are missing, cut short or yet to come"

@@ -74,7 +74,7 @@ def train(config, name=None, runtime=Runtime()):
         samples = Cached(state, runtime.workers, runtime.quiet, signals) if looked_up else None
         start, rows = state.step * config.batch_size, processes.rows()
         stream = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, rows, samples)
-        with Progress(run, config, state.step, runtime.quiet) as progress:
+        with Progress(run, config, state.step, runtime.quiet or not processes.main) as progress:
             while state.step < config.steps:
                 torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
                 for batch in state.batches(*next(stream)):  # one tokenizer forward, one teacher forward, shared by

@@ -39,7 +39,8 @@ def state_of(name, device):
     images, labels = torch.randn(2, 3, size, size).clamp(-1, 1), torch.zeros(2, dtype=torch.long)
     for batch in state.batches(images, labels):
         for update in STAGES[config.stage]:
-            update(state, batch)
+            with state.autocast():
+                update(state, batch)
     state.descend()
     state.finish_step()
     return state

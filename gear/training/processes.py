@@ -1,5 +1,6 @@
 """Several processes as one: whose rows of a batch are whose, means over all, who writes. Fabric does the talking."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -96,4 +97,11 @@ def _fabric(device, world):
     strategy = lightning_fabric.strategies.DDPStrategy(process_group_backend=backend, timeout=PATIENCE)
     fabric = lightning_fabric.Fabric(accelerator=kind, devices=here, num_nodes=world // here, strategy=strategy)
     fabric.launch()
+    atexit.register(_leave)
     return fabric
+
+
+def _leave():
+    """Close the connections before the interpreter goes: gloo's threads abort an exit now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -43,6 +43,7 @@ LAYERS = [
     ["evaluation.evaluate", "evaluation.protocols"],
     [
         "training.losses",
+        "training.shards",
         "training.optim",
         "training.processes",
         "training.settings",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import scenes, tiny_state
 
+from gear.checkpoints import load_generator
 from gear.config import UserError
 from gear.recipes import recipe
 from gear.run import Run
@@ -25,7 +27,7 @@ IMAGES, LABELS = scenes(8)
 
 def small(name, **changes):
     """A recipe of three steps, every one logged; the adversarial term sets in at the last."""
-    return replace(recipe(name), steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS, **changes)
+    return replace(recipe(name), **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes)
 
 
 def logged(run):
@@ -40,6 +42,14 @@ def assert_same_losses(one, other, terms):
         assert one[step].keys() == other[step].keys()
         for term in one[step]:
             assert one[step][term] == pytest.approx(other[step][term], rel=1e-5, abs=1e-6), (step, term)
+
+
+def assert_same_weights(one, other):
+    moved = Run.open("tiny-tokenizer").load_checkpoint("networks")
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
+        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, key  # Adam's first steps are signs of the gradient
 
 
 TERMS = {
@@ -58,10 +68,7 @@ def test_a_batch_in_parts_is_the_same_step(name, tiny):
         train(small(name), f"parts-{parts}", replace(QUIET, accumulate=parts))
     assert_same_losses(*(logged(tiny / f"parts-{parts}") for parts in (1, 4)), TERMS[name])
     one, other = (Run.open(f"parts-{parts}").load_checkpoint("networks") for parts in (1, 4))
-    moved = Run.open("tiny-tokenizer").load_checkpoint("networks")
-    for key, value in one.items():
-        scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
-        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, key  # Adam's first steps are signs of the gradient
+    assert_same_weights(one, other)
 
 
 @pytest.mark.parametrize("quantizer", ("vq", "ibq", "lfq"))
@@ -150,10 +157,12 @@ def test_bf16_trains_and_quantises_in_float32(tiny):
     assert torch.equal(trained, state.tokenizer.quantizer.indices(z.float()))
 
 
-def torchrun(processes, *arguments, **environment):
+def torchrun(processes, *arguments):
+    """Run `gear train` with these arguments, or a script."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    command += ["--standalone", "-m", "gear", "train", *arguments, "--quiet", "--device", "cpu", "--threads", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    training = ["-m", "gear", "train", *arguments, "--quiet", "--device", "cpu", "--threads", "1"]
+    command += ["--standalone", *(arguments if arguments[0].endswith(".py") else training)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -171,6 +180,87 @@ def test_two_processes_are_one_with_twice_the_batch(name, tiny):
     one, two = (json.loads((tiny / n / "config.json").read_text()) for n in ("alone", "two"))
     assert one == two
     assert len(logged(tiny / "two")) == len((tiny / "two" / "metrics.jsonl").read_text().splitlines())  # one writes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, beside", [("tiny-joint", ["--accumulate", "2", "--checkpointing"]), ("tiny", [])])
+def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
+    """FSDP2 over gloo: losses, a checkpoint's names and shapes, weights; it goes on whole, and a whole one goes on spread."""
+    pytest.importorskip("lightning_fabric")
+    config, runtime = small(name, save_every=1), replace(QUIET, keep=STEPS)
+    changes = ["--steps", "3", "--log-every", "1", "--eval-every", "3", "--save-every", "1", "--keep", "3", "--shard", *beside]
+
+    def go_on(run):
+        """Forget all but the first step."""
+        for step in (2, 3):
+            shutil.rmtree(tiny / run / "checkpoints" / f"{step:07d}")
+
+    train(config, "alone", runtime)
+    done = torchrun(2, name, "--name", "spread", *changes)
+    assert done.returncode == 0, done.stderr
+    want = logged(tiny / "alone")
+    assert_same_losses(want, logged(tiny / "spread"), TERMS[name])
+    one, other = (Run.open(run).metrics().iloc[-1] for run in ("alone", "spread"))
+    assert other["val/ntp_loss"] == pytest.approx(one["val/ntp_loss"], rel=1e-5)
+    for file in ("networks", "optimizers"):
+        one, other = (Run.open(run).load_checkpoint(file) for run in ("alone", "spread"))
+        assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
+        if file == "networks":
+            assert_same_weights(one, other)
+            for key, value in load_generator("spread").state_dict().items():
+                assert torch.equal(value, other[f"generator_ema.{key}"]), key
+
+    go_on("spread")
+    train(config, "spread", runtime)
+    assert_same_losses(want, logged(tiny / "spread"), TERMS[name])
+    go_on("alone")
+    done = torchrun(2, name, "--name", "alone", *changes)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(want, logged(tiny / "alone"), TERMS[name])
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_share_of_the_blocks(tiny):
+    """Of weights, averages, gradients and moments; the norm of the gradient is that of the whole."""
+    pytest.importorskip("lightning_fabric")
+    (tiny / "shares.py").write_text(SHARES)
+    done = torchrun(2, str(tiny / "shares.py"))
+    assert done.returncode == 0, done.stderr
+
+
+SHARES = """
+import torch
+from gear.recipes import recipe
+from gear.training.processes import Processes
+from gear.training.state import State
+
+processes = Processes(torch.device("cpu"), 16, shard=True)
+torch.manual_seed(0)
+state = State(recipe("tiny"), processes.device, processes=processes)
+optimizer = state.optimizers["generator"]
+images, labels = torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+for batch in state.batches(images, labels):
+    hidden = state.generator.hidden(batch.indices, batch.labels, [3])[3]
+    state.backward("generator", {"loss": hidden.square().mean()}, {})
+gradients = [g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in optimizer.gradients]
+norm = torch.cat([g.flatten() for g in gradients]).norm()
+for p in state.generator.blocks.parameters():
+    assert p.grad.to_local().numel() * 2 == p.to_local().numel() * 2 == p.numel()
+assert norm > 1e-3
+torch.testing.assert_close(optimizer.clip_gradients(), norm)
+optimizer.step(1.0)
+state.finish_step()
+for p in state.generator.blocks.parameters():
+    assert optimizer.adam.state[p]["exp_avg"].to_local().numel() * 2 == p.numel()
+for p in state.averages["generator"].module.blocks.parameters():
+    assert p.to_local().numel() * 2 == p.numel()
+"""
+
+
+def test_one_process_has_nobody_to_share_a_generator_with(tiny):
+    with pytest.raises(UserError, match="--shard spreads a generator .* torchrun --nproc-per-node 2"):
+        train(small("tiny"), "lonely", replace(QUIET, shard=True))
+    assert not (tiny / "lonely").exists()
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny):

@@ -1,16 +1,14 @@
 """The autoregressive generator p(q_i | q_<i, c) over indices (Eq. 3), and the projector of its alignment tap (Eq. 5)."""
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
-from gear.generator.transformer import Block, RMSNorm, rotation_table, visible
+from gear.generator.transformer import Block, Blocks, RMSNorm, rotation_table, visible
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Generator(nn.Module):
             self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no class"
         self.token_embedding = nn.Embedding(codebook_size, width)  # E of Eqs. 7 and 8
         self.embed_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(width, config.heads, config.dropout, dual=i < config.dual_layers) for i in range(config.layers)
         )
         self.norm = RMSNorm(width)
@@ -122,15 +120,9 @@ class Generator(nn.Module):
         x, c = self.embed_dropout(torch.cat([given, u], 1)), given.shape[1]
         table = self.rotation(tokens.shape[1], x.device, c)[: x.shape[1]]
         sees = None if mask is None else visible(mask, u.shape[1], text_attention)
-        predicting = lambda x: x[:, c - 1 :] if c > 1 else x  # noqa: E731
-        kept = {0: predicting(x)} if 0 in layers else {}
-        saving = self.checkpointing and torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks[: max(layers)], start=1):
-            block = functools.partial(checkpoint, block, use_reentrant=False) if saving else block
-            x = block(x, table, mask=sees, text=c if self.config.text_slots else 0)
-            if i in layers:
-                kept[i] = predicting(x)
-        return kept
+        text, saving = c if self.config.text_slots else 0, self.checkpointing and torch.is_grad_enabled()
+        streams = self.blocks(x, table, layers, mask=sees, text=text, recompute=saving)
+        return {i: x[:, c - 1 :] if c > 1 else x for i, x in streams.items()}
 
     def check_tokens(self, tokens):
         """Return tokens as sequences, indices (B, L) int64 or embeddings (B, L, D); raises UserError for what is neither."""

@@ -66,8 +66,8 @@ def generate(
             for cache in caches:
                 cache.keep(count)
         rows = None if sees is None else sees[:, :, start:end, :end]
-        for block, cache in zip(generator.blocks, caches):
-            x = block(x, table[start:end], cache, rows, text=slots if config.text_slots and i == 0 else 0)
+        text, top = slots if config.text_slots and i == 0 else 0, config.layers
+        x = generator.blocks(x, table[start:end], [top], caches, rows, text)[top]
         logits = generator.logits(x[:, -1])
         if guided:
             cond, uncond = logits.chunk(2)

@@ -1,8 +1,11 @@
 """The parts of a Llama-style transformer: RMSNorm, 2-D RoPE, causal attention with a KV cache, SwiGLU."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError
 
@@ -140,3 +143,20 @@ class Block(nn.Module):
         h = by_stream(x, text, self.attention_norm_text, self.attention_norm)
         x = x + self.attention(h, table, cache, mask, text)
         return x + self.ffn(self.ffn_norm(x))
+
+
+class Blocks(nn.ModuleList):
+    """Layers, one after another, called as one network: so they can be spread over processes."""
+
+    def forward(self, x, table, layers, caches=None, mask=None, text=0, recompute=False):
+        """Return the residual stream (B, S, D) after each of `layers`, {layer: stream}, 0 being x; none above them is run.
+
+        `caches` holds a KVCache for each layer; with `recompute` a layer keeps its input only and is run again in backward.
+        """
+        kept = {0: x} if 0 in layers else {}
+        for i, block in zip(range(1, max(layers) + 1), self):
+            block = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = block(x, table, caches[i - 1] if caches else None, mask, text)
+            if i in layers:
+                kept[i] = x
+        return kept

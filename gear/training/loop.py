@@ -37,6 +37,7 @@ class Runtime:
     skip: int = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
     tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
     cached: bool = False  # look up codes and teacher features in the stage `generator`, computed once: see training.cached
+    shard: bool = False  # spread the generator's blocks over the processes that torchrun started: less memory, the same step
 
     def __post_init__(self):
         if min(self.workers, self.threads, self.skip) < 0:
@@ -59,7 +60,7 @@ def train(config, name=None, runtime=Runtime()):
     if is_trained(run, config, runtime.rebuild):
         return run
     check_writable(run.path, "GEAR_RUNS")
-    processes = Processes(_device(runtime.device), config.batch_size, runtime.accumulate)
+    processes = Processes(_device(runtime.device), config.batch_size, runtime.accumulate, runtime.shard)
     torch.manual_seed(step_seed(config.seed, -1))
     state, meter = State(config, processes.device, runtime.accumulate, processes), Meter(processes)
     validation = Validation(state)
@@ -119,10 +120,13 @@ def _begin(run, state, meter, validation):
         state.processes.wait()
         if state.processes.main:
             run.rewind(state.step)
-    elif state.processes.main:
-        Run.create(run.name, to_dict(config) | {"version": __version__})
-        run.rewind(-1)
-        run.append({"step": 0, **_lpips_in_force(state), **validation()})
+    elif state.processes.measures:
+        if state.processes.main:
+            Run.create(run.name, to_dict(config) | {"version": __version__})
+            run.rewind(-1)
+        record = {"step": 0, **_lpips_in_force(state), **validation()}
+        if state.processes.main:
+            run.append(record)
     state.processes.wait()
 
 
@@ -151,14 +155,16 @@ def _record(run, state, meter, validation, progress, runtime):
     last = step == config.steps
     due = lambda every: last or step % every == 0  # noqa: E731
     record = meter.read() if due(config.log_every) else {}
-    if due(config.eval_every) and state.processes.main:
+    if due(config.eval_every) and state.processes.measures:
         record |= validation()
-        warn_of_collapse(run, record, step)
     if record and state.processes.main:
+        warn_of_collapse(run, record, step)
         run.append({"step": step, **record})
         progress.log(record if runtime.tensorboard else None)
     if due(config.save_every):
-        if state.processes.main and (last or "generator" in state.networks) and (panel := validation.panel()) is not None:
+        drawn = state.processes.measures and (last or "generator" in state.networks)
+        panel = validation.panel() if drawn else None
+        if panel is not None and state.processes.main:
             write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
         _save(run, state, meter, validation, runtime.keep)
 
@@ -166,9 +172,11 @@ def _record(run, state, meter, validation, progress, runtime):
 def _save(run, state, meter, validation, keep):
     """Save a checkpoint of this step, unless there is one; the other processes wait for the one that writes."""
     saved = {"step": state.step, "meter": meter.state()}
-    if state.processes.main and state.step not in run.checkpoint_steps():
-        saved |= {"config": run.config_hash, "classes": validation.classes}
-        run.save_checkpoint(state.step, state.tensors(), saved, keep)
+    if state.processes.any(state.processes.main and state.step not in run.checkpoint_steps()):
+        tensors = state.tensors()
+        if state.processes.main:
+            saved |= {"config": run.config_hash, "classes": validation.classes}
+            run.save_checkpoint(state.step, tensors, saved, keep)
     state.processes.wait()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from gear.checkpoints import check_fit
+from gear.training.shards import is_shard, local, spread_like, whole
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,16 @@ def learning_rate_factor(config, step, steps):
 
 
 class Optimizer:
-    """AdamW over the parameters of one or more modules, with gradient clipping over all of them together."""
+    """AdamW over the parameters of one or more modules, with gradient clipping over all of them together.
+
+    Shards are a group of their own: torch's multi-tensor operations take no mixture.
+    """
 
     def __init__(self, modules, lr, config):
         self.parameters = [p for module in modules for p in module.parameters()]
-        self.adam = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0)
+        kinds = [[p for p in self.parameters if is_shard(p) == sharded] for sharded in (False, True)]
+        groups = [{"params": parameters} for parameters in kinds if parameters]
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0)
         self.lr, self.clip = lr, config.clip
 
     @property
@@ -44,7 +50,12 @@ class Optimizer:
 
     def clip_gradients(self):
         """Scale the gradients to a norm of at most `clip`; returns the norm before, a scalar on their device."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        groups = [group["params"] for group in self.adam.param_groups]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self.clip, norm)
+        return norm
 
     def step(self, factor):
         """Step at `factor` times the learning rate, and clear the gradients."""
@@ -58,22 +69,27 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def tensors(self):
-        """Return the state as {name: tensor}, to be written as safetensors."""
-        state = self.adam.state_dict()["state"]
-        return {f"{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+        """Return the state as {name: tensor}, to be written as safetensors; that of a shard is a shard."""
+        states = enumerate(self.adam.state.get(p, {}) for p in self.parameters)
+        return {f"{i}.{key}": torch.as_tensor(value) for i, state in states for key, value in state.items()}
 
     def load_tensors(self, tensors, source="the checkpoint"):
-        """Load what `tensors` returned (nothing, if it had not stepped yet); raises UserError listing what does not fit."""
+        """Load what `tensors` returned, whole (nothing, if it had not stepped yet).
+
+        Raises UserError listing what does not fit.
+        """
         expected = {}
         for i, parameter in enumerate(self.parameters if tensors else ()):
             shape = tuple(parameter.shape)
             expected |= {f"{i}.step": (), f"{i}.exp_avg": shape, f"{i}.exp_avg_sq": shape}
         check_fit(expected, tensors, source, type(self).__name__)
-        state = {}
+        self.adam.state.clear()
         for name, value in tensors.items():
             i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
-        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+            parameter = self.parameters[int(i)]
+            if key != "step":  # a number, which stays on the CPU
+                value = spread_like(value.to(parameter.device, parameter.dtype), parameter)
+            self.adam.state[parameter][key] = value
 
 
 class EMA:
@@ -84,6 +100,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module):
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - self.decay)
+        mine, theirs = ([local(p) for p in m.parameters()] for m in (self.module, module))
+        torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers()):
             mine.copy_(theirs)

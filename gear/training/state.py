@@ -17,6 +17,7 @@ from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
 from gear.training.optim import EMA, Optimizer, learning_rate_factor
 from gear.training.processes import Processes
+from gear.training.shards import spread, spread_like
 
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 
@@ -110,9 +111,14 @@ class State:
 
     def _add(self, name, module, ema=None):
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format  # what its convolutions like
-        self.networks[name] = module.to(self.device, memory_format=layout)
+        self.networks[name], copies = module, [module]
         if ema is not None:
-            self.averages[name] = EMA(self.networks[name], ema)
+            self.averages[name] = EMA(module, ema)
+            copies.append(self.averages[name].module)
+        for copied in copies:
+            if self.processes.shard and name == "generator":  # from the CPU: no device has room for the whole
+                spread(copied.blocks, self.device, self.processes.world)
+            copied.to(self.device, memory_format=layout)
 
     def _optimize(self, name, networks, lr):
         self.optimizers[name] = Optimizer([self.networks[n] for n in networks], lr, self.config.optimizer)
@@ -243,21 +249,28 @@ class State:
 
     # -- to and from a checkpoint ----------------------------------------------------------------------------
 
+    @property
+    def modules(self):
+        """The networks, and their averages as NAME_ema."""
+        return self.networks | {f"{name}_ema": average.module for name, average in self.averages.items()}
+
     def tensors(self):
-        """Return {file: {name: tensor}}: "networks" (with averages as NAME_ema) and "optimizers"."""
-        modules = self.networks | {f"{name}_ema": average.module for name, average in self.averages.items()}
-        networks = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+        """Return {file: {name: tensor}}: "networks", which are `modules`, and "optimizers".
+
+        Whole to the process that writes, {file: {}} to the others; every process has to ask.
+        """
+        networks = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
         optimizers = {f"{name}.{k}": v for name, o in self.optimizers.items() for k, v in o.tensors().items()}
-        return {"networks": networks, "optimizers": optimizers}
+        return {"networks": self.processes.gather(networks), "optimizers": self.processes.gather(optimizers)}
 
     def restore(self, run):
         """Go on from the run's newest checkpoint; returns its JSON state."""
         saved = run.load_state()
         weights = load_networks(run)
-        for name, module in self.networks.items():
-            load_module(module, network(weights, name, run.name), run.name)
-        for name, average in self.averages.items():
-            load_module(average.module, network(weights, f"{name}_ema", run.name), run.name)
+        for name, module in self.modules.items():
+            own = module.state_dict()
+            tensors = {n: spread_like(t, own.get(n)) for n, t in network(weights, name, run.name).items()}
+            load_module(module, tensors, run.name)
         moments = load_networks(run, "optimizers")
         for name, optimizer in self.optimizers.items():
             optimizer.load_tensors(moments.get(name, {}), f"{run.name}/{name}")  # one that has not stepped yet has none

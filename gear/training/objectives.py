@@ -4,6 +4,8 @@ A stage is a tuple of updates, and every network steps when the last is done: gu
 next-token targets come from the tokenizer before its step, as in the public code.
 """
 
+import contextlib
+
 from gear.tokenizer.readout import soft_readout, straight_through_assignment, straight_through_readout
 from gear.training.losses import (
     alignment_loss,
@@ -13,7 +15,19 @@ from gear.training.losses import (
     next_token_loss,
     reconstruction_loss,
 )
-from gear.training.state import frozen
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no gradient to their weights."""
+    modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
+    for module in modules:
+        module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, (training, learns) in zip(modules, modes):
+            module.train(training).requires_grad_(learns)
 
 
 def tokenizer_update(state, batch):

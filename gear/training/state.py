@@ -1,6 +1,5 @@
 """What a run is between two steps: networks, their averages and optimizers, the step; and what an update sees of a batch."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -292,16 +291,3 @@ def _finished(name):
     if run.checkpoint_steps() and not run.is_finished:
         raise UserError(f"the parent '{name}' is at step {run.step} of {run.config['steps']}: finish it, gear train {name}")
     return run
-
-
-@contextlib.contextmanager
-def frozen(*modules):
-    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no gradient to their weights."""
-    modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
-    for module in modules:
-        module.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, (training, learns) in zip(modules, modes):
-            module.train(training).requires_grad_(learns)

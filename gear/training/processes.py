@@ -102,6 +102,6 @@ def _fabric(device, world):
 
 
 def _leave():
-    """Close the connections before the interpreter goes: gloo's threads abort an exit now and then."""
+    """Close the connections while the interpreter stands: gloo's threads now and then abort a process that exits with them."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -124,9 +124,9 @@ def _begin(run, state, meter, validation):
         if state.processes.main:
             Run.create(run.name, to_dict(config) | {"version": __version__})
             run.rewind(-1)
-        record = {"step": 0, **_lpips_in_force(state), **validation()}
+        record = validation()
         if state.processes.main:
-            run.append(record)
+            run.append({"step": 0, **_lpips_in_force(state), **record})
     state.processes.wait()
 
 

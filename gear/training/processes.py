@@ -1,6 +1,7 @@
 """Several processes as one: whose rows of a batch are whose, means over all, who writes. Fabric does the talking."""
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 
@@ -102,6 +103,7 @@ def _fabric(device, world):
 
 
 def _leave():
-    """Close the connections before the interpreter goes: gloo's threads abort an exit now and then."""
+    """Close the connections while the interpreter stands: gloo's threads now and then abort a process that exits with them."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # FSDP's cycles hold the group

@@ -77,9 +77,7 @@ def measure(name, device, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest recipe, once: to see that it runs")
-    parser.add_argument(
-        "--recipes", nargs="+", default=["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"]
-    )
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -21,6 +21,7 @@ from gear.teachers import bare_name, efficientnet
 from gear.teachers.networks import VITS, build, input_side
 from gear.teachers.scenes import DIM, ScenesTeacher
 from gear.teachers.vit import ViTTeacher, parse
+from gear.tokenizer import readout as readouts
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.readout import Affinity, soft_readout, straight_through_readout
@@ -48,7 +49,7 @@ def count(work, arguments, mode, precision):
     """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
 
     `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no gradient), `precision`
-    "float32" or "bf16". An image is what sixteen take more than eight, so that what is done once a batch drops out. The blocks
+    "float32" or "bf16". An image is what two take more than one, so that what is done once a batch drops out. The blocks
     of a generator are alike: one is counted, the difference of two generators.
     """
     if work is not generator:
@@ -61,8 +62,12 @@ def count(work, arguments, mode, precision):
 
 @functools.cache
 def _image(work, arguments, mode, precision):
-    few, many = (_batch(work, arguments, mode, precision, n) for n in (8, 16))  # enough for what A's size decides: see readout
-    return Count(*((b - a) // 8 for a, b in zip(few, many)))
+    kept = readouts.WHOLE
+    try:
+        one, two = (_batch(work, arguments, mode, precision, n) for n in (1, 2))
+    finally:
+        readouts.WHOLE = kept
+    return Count(*(b - a for a, b in zip(one, two)))
 
 
 def _batch(work, arguments, mode, precision, batch):
@@ -107,6 +112,11 @@ def parameters(work, arguments):
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
+def choose(whole):
+    """Have A formed whole, or by blocks, however small it is: as the batch that trains has it."""
+    readouts.WHOLE = 2**62 if whole else 0
+
+
 # What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in
 # pixels or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is called, its input).
 
@@ -119,9 +129,10 @@ def encoder(batch, config, size):
     return tokenizer, call, images
 
 
-def quantizer(batch, config, side):
+def quantizer(batch, config, side, whole):
     """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a gradient."""
     quantizer = Tokenizer(config).quantizer
+    choose(whole)
 
     def call(latents):
         if not torch.is_grad_enabled():
@@ -152,8 +163,9 @@ def discriminator(batch, channels, layers, size):
     return module, module, _images(batch, size)
 
 
-def readout(batch, soft, tau, config, side, width):
+def readout(batch, soft, tau, config, side, width, whole):
     """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where they learn, codes."""
+    choose(whole)
     codes = torch.empty(config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq")
     embedding, read = torch.empty(len(codes), width), soft_readout if soft else straight_through_readout
     return nn.Identity(), lambda rows: read(Affinity(rows, codes), embedding, tau), torch.empty(batch, side**2, config.code_dim)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ def train_many(names, jobs, runtime=Runtime()):
     A run that fails takes only its descendants with it; raises TrainingStopped naming the failures when the rest is done,
     and after SIGINT or SIGTERM, when every run under way is saved, Interrupted.
     """
+    if runtime.shard:
+        raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
     if jobs < 1:
         raise UserError(f"{jobs} runs at a time is none: --jobs has to be at least 1.")
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
@@ -74,6 +77,8 @@ def train_many(names, jobs, runtime=Runtime()):
 def _start(name, runtime):
     log = tempfile.TemporaryFile()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--threads", str(runtime.threads or 1)]
-    command += ["--device", runtime.device, "--workers", str(runtime.workers), *(["--rebuild"] if runtime.rebuild else [])]
+    command = [sys.executable, "-m", "gear", "train", name]
+    for key, value in asdict(replace(runtime, quiet=True, threads=runtime.threads or 1)).items():
+        if value != getattr(Runtime, key):
+            command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment), log

@@ -114,7 +114,7 @@ IMAGENET100_128 = change(IMAGENET256_L, dict(
 
 gear train imagenet100-128-gear-s0 --source PATH --workers 8
 
-With its parents about 6 hours on an H100 and 18 on an A100, if each reaches 40 % of its data sheet's FLOP/s, and twice that at
+With its parents about 9 hours on an H100 and 28 on an A100, if each reaches 40 % of its data sheet's FLOP/s, and twice that at
 20 %: an estimate (`--dry-run` prints it), nobody has trained it. Expect the direction of the paper's results, not their size:
 a tenth of the images, a quarter of the tokens.
 """

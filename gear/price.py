@@ -14,21 +14,23 @@ from gear.counts import Count
 from gear.run import Run, run_path
 from gear.teachers import split
 from gear.tokenizer.model import check_divides
+from gear.tokenizer.readout import WHOLE
 
 
 class GPU(NamedTuple):
-    """Dense TFLOP/s of products in bf16 (summed in float32) and of float32 outside the tensor cores, and memory in GB."""
+    """Dense TFLOP/s of products in bf16 (summed in float32), in TF32, and in float32 outside the tensor cores; memory in GB."""
 
     bf16: float
+    tf32: float
     float32: float
     gigabytes: float
 
 
 GPUS = {  # from the makers' data sheets
-    "h100": GPU(989.4, 66.9, 80),  # SXM
-    "h200": GPU(989.4, 66.9, 141),  # SXM
-    "a100": GPU(312.0, 19.5, 80),  # SXM
-    "rtx4090": GPU(165.2, 82.6, 24),
+    "h100": GPU(989.4, 494.7, 66.9, 80),  # SXM
+    "h200": GPU(989.4, 494.7, 66.9, 141),  # SXM
+    "a100": GPU(312.0, 156.0, 19.5, 80),  # SXM
+    "rtx4090": GPU(165.2, 82.6, 82.6, 24),
 }
 TRAINED, WEIGHT = 16, 4  # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged one
 USABLE = 0.9  # of a GPU's memory: the rest goes to its libraries and to fragments
@@ -98,7 +100,7 @@ def price(config):
     """
     parts, passes = works(config), []
     for update, part, mode, times in steps(config):
-        precision = "float32" if part in ("quantizer", "read-out") else config.precision
+        precision = precision_of(part, mode, config)
         each = [counts.count(*work, mode, precision) for work in parts[part]]
         passes.append(Pass(update, part, mode, precision, Count(*map(sum, zip(*each))), times))
     parameters = {
@@ -107,6 +109,15 @@ def price(config):
     trained = TRAINS[config.stage]
     averaged = [part for part in trained if part not in ("discriminator", "projector", "teacher")]
     return Price(parameters, trained, tuple(averaged), passes)
+
+
+def precision_of(part, mode, config):
+    """Return the type in which a part's products are summed up: of a frozen network, of LPIPS and of A it is float32."""
+    if part in ("quantizer", "read-out", "teacher") and config.stage != "teacher":
+        return "float32"
+    if part == "LPIPS" or part == "encoder" and mode == "forward":
+        return "tf32"  # convolutions in float32, as torch does them on a GPU
+    return config.precision
 
 
 def is_aligned(config):
@@ -121,9 +132,10 @@ def works(config):
         return {"teacher": [(counts.scenes_teacher, (size,))]}
     check_divides((size, size), config.tokenizer.downsampling)
     side, codes = size // config.tokenizer.downsampling, config.tokenizer.codebook_size
+    whole = config.batch_size * side**2 * codes <= WHOLE
     parts = {
         "encoder": [(counts.encoder, (config.tokenizer, size))],
-        "quantizer": [(counts.quantizer, (config.tokenizer, side))],
+        "quantizer": [(counts.quantizer, (config.tokenizer, side, whole))],
         "decoder": [(counts.decoder, (config.tokenizer, side))],
     }
     if config.stage != "generator":
@@ -135,7 +147,7 @@ def works(config):
         parts["generator"] = [(counts.generator, (generator, codes, side, None, False))]
         parts["guidance"] = [(counts.generator, (still, codes, side, depth, True))]
         parts["read-out"] = [
-            (counts.readout, (objective.bridge == "soft", objective.tau, config.tokenizer, side, generator.width))
+            (counts.readout, (objective.bridge == "soft", objective.tau, config.tokenizer, side, generator.width, whole))
         ]
     if is_aligned(config):
         teachers = split(config.teacher)
@@ -222,8 +234,8 @@ def _on(cost, config, gpu, utilisation, accumulate):
     hours = cost.hours(config.steps * config.batch_size, gpu, utilisation)
     return [
         f"  {gpu}, {card.gigabytes} GB: {room}",
-        f"  {gpu}, {card.bf16:g} TFLOP/s in bf16 and {card.float32:g} in float32, of which {utilisation:.0%} is assumed: "
-        f"{hours:.3g} hours",
+        f"  {gpu}, {card.bf16:g} TFLOP/s in bf16, {card.tf32:g} in TF32 and {card.float32:g} in float32, of which "
+        f"{utilisation:.0%} is assumed: {hours:.3g} hours",
     ]
 
 

@@ -135,7 +135,8 @@ def _key_and_label(path, sample):
         raise UserError(f"{path}: sample '{key}' has no image ({', '.join(sorted(EXTENSIONS))}).")
     try:
         label = json.load(sample[".json"]).get("label") if ".json" in sample else None
-        label = int(sample[".cls"].read()) if ".cls" in sample else label
-    except ValueError as error:
+        label = sample[".cls"].read() if ".cls" in sample else label
+        label = None if label is None else int(label)
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the label of sample '{key}' is no number ({error}).") from None
     return key, label

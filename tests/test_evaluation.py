@@ -221,6 +221,19 @@ def test_any_split_into_batches_gives_the_same_statistics(batch):
     assert score.value() == pytest.approx(inception_score(LOGITS, 150), rel=1e-12)
 
 
+def test_adms_rounding_is_that_of_its_own_order_whatever_the_blocks(monkeypatch):
+    """half(half(|u|^2 - 2uv) + |v|^2) is not that of (v, u): no distance may stand in for the other way round."""
+    x = torch.from_numpy(np.random.default_rng(0).gamma(0.5, size=(400, 128))).float()
+    d = neighbours.squared_distances(x, x, True)
+    assert not torch.equal(d, d.T)
+    want = d.sort(1).values[:, 3]
+    for block in (2**22, 100 * 100, 37 * 37):
+        monkeypatch.setattr(neighbours, "BLOCK", block)
+        assert torch.equal(neighbours.radii(x, 3, True), want)
+        exact = torch.cdist(x.double(), x.double()).square().sort(1).values[:, 3]
+        torch.testing.assert_close(neighbours.radii(x.double(), 3), exact, rtol=1e-8, atol=1e-8)
+
+
 def test_moments_do_not_grow():
     streamed, sizes = Moments(12), []
     for seed in range(25):

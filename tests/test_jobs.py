@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 
 from gear import jobs
+from gear.__main__ import _parse
 from gear.config import TrainingStopped, UserError
+from gear.options import TrainOptions
 from gear.recipes import plan, recipe
 from gear.run import Run
+from gear.training.loop import Runtime
 
 
 def test_plan_lists_ancestors_first_and_passes_the_seed_on():
@@ -28,6 +31,17 @@ def test_a_change_that_concerns_the_joint_stage_alone_leaves_the_warm_up_shared(
 
 
 @pytest.mark.slow
+def test_how_runs_are_executed_is_handed_on(monkeypatch):
+    """Every flag that is not as it is by default, as the command line takes it; sharding is not for several."""
+    runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, rebuild=True)
+    seen = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda command, **_: seen.append(command))
+    jobs._start("tiny", runtime)
+    assert _parse(TrainOptions(recipe("tiny")), seen[0][5:]).runtime == replace(runtime, quiet=True, threads=1)
+    with pytest.raises(UserError, match="--shard is for one run"):
+        jobs.train_many(["tiny"], 1, Runtime(shard=True))
+
+
 def test_runs_are_trained_once_and_in_order(home):
     jobs.train_many(["tiny", "tiny-joint"], jobs=2)
     assert all(Run.open(name).is_finished for name in ("tiny-tokenizer", "tiny-joint", "tiny"))

@@ -18,7 +18,7 @@ from gear.config import TrainingStopped, UserError, from_dict
 from gear.data import load
 from gear.recipes import recipe
 from gear.run import Run
-from gear.training import validate
+from gear.training import objectives, validate
 from gear.training.loop import Runtime, train
 from gear.training.settings import Config
 from gear.training.validate import tokenizer_metrics
@@ -138,6 +138,26 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
     calls.clear()
     with pytest.raises(TrainingStopped, match="is inf at step 9"):
         train(recipe("tiny-tokenizer"), "sicker", replace(QUIET, skip=1))
+
+
+def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
+    """The step has its line in the log, as resuming asks; the count of bad steps in a row is that of before."""
+    sick = lambda reconstruction, images: (reconstruction - images).abs().mean() / 0.0
+    config = replace(recipe("tiny-tokenizer"), steps=8, save_every=6)
+    with monkeypatch.context() as patch:
+        calls, healthy = [], objectives.reconstruction_loss
+        loss = lambda *images: (calls.append(1), sick if len(calls) > 5 else healthy)[1](*images)
+        patch.setattr(objectives, "reconstruction_loss", loss)
+        with pytest.raises(TrainingStopped, match="is inf at step 7. The state of step 6 stands"):
+            train(config, "kept", replace(QUIET, skip=2))
+    run = Run.open("kept")
+    assert run.metrics().set_index("step").skipped[6] == 1 and run.load_state()["skipped"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "reconstruction_loss", sick)
+        with pytest.raises(TrainingStopped, match="is inf at step 7"):
+            train(config, "kept", replace(QUIET, skip=2))
+    train(config, "kept", QUIET)
+    assert Run.open("kept").is_finished
 
 
 def test_a_collapsing_codebook_is_told(monkeypatch, capsys):

@@ -239,3 +239,14 @@ def test_validation_by_blocks_is_that_of_the_matrix(monkeypatch):
     by_blocks(monkeypatch, 300)
     monkeypatch.setattr(Affinity, "dense", property(lambda _: pytest.fail("the matrix was formed")))
     assert tokenizer_metrics(tokenizer, images, 0.1) == pytest.approx(want, rel=1e-6)
+
+
+def test_every_read_out_is_in_float32_under_autocast():
+    torch.manual_seed(0)
+    affinity, embedding = Affinity(torch.randn(2, 5, 4), torch.randn(16, 4)), torch.randn(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        hard = readout.hard_readout(affinity, embedding)
+        through = readout.straight_through_readout(affinity, embedding, 0.1)
+        soft = readout.soft_readout(affinity, embedding, 0.1)
+    assert soft.dtype == through.dtype == torch.float32
+    torch.testing.assert_close(through, hard, rtol=0, atol=1e-6)

@@ -170,6 +170,8 @@ def test_samples_without_label_or_image_are_named(config, home):
         (sample(90), "sample '090' has no label, others have. Add 090.cls"),
         ({"091.txt": b"a"}, "sample '091' has no image"),
         (sample(92) | {"092.cls": b"cat"}, "label of sample '092' is no number"),
+        (sample(93) | {"093.json": b'{"label": "cat"}'}, "label of sample '093' is no number"),
+        (sample(94) | {"094.json": b"[3]"}, "label of sample '094' is no number"),
     ):
         write_shard(extra, files)
         with pytest.raises(UserError, match=f"train-000010.tar: .*{message}"):

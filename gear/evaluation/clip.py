@@ -69,21 +69,25 @@ def preprocess(images):
     return (x - mean) / std
 
 
-def read_captions(path, count):
-    """Return the lines of a text file, a caption each; raises UserError unless there are `count` of them and none is empty."""
+def read_captions(path, count=None):
+    """Return the lines of a text file, a caption each.
+
+    Raises UserError where one is empty, or unless there are `count` of them.
+    """
     try:
         captions = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the captions '{path}' cannot be read ({error}): a text file, a caption a line.") from None
-    if len(captions) != count or not all(captions):
+    if not all(captions) or count not in (None, len(captions)):
         found = f"{sum(map(bool, captions))} captions in {len(captions)} lines"
-        raise UserError(f"'{path}' has {found} for {count} samples: one a line, in their order, is expected.")
+        wanted = "samples" if count is None else f"{count} samples"
+        raise UserError(f"'{path}' has {found} for {wanted}: one a line, in their order, is expected.")
     return captions
 
 
 def _find(file, path, offline):
-    about = f"{FILES[file]}, of openai/CLIP, MIT"
-    if path and (Path(path).expanduser() / "model.safetensors").exists() and file != "tokenizer.json":
+    about, path = f"{FILES[file]}, of openai/CLIP, MIT", Path(path).expanduser() if path else ""
+    path = path.parent if path and path.is_file() else path
+    if path and (path / "model.safetensors").exists() and file != "tokenizer.json":
         file = "model.safetensors"
-    path = str(Path(path).expanduser() / file) if path else ""
-    return find_weights(NAME, REPO, about, path, offline, "--clip ", file)
+    return find_weights(NAME, REPO, about, str(path / file) if path else "", offline, "--clip ", file)

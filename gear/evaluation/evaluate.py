@@ -62,6 +62,11 @@ def evaluate(name, options=EvaluateOptions()):
     run, settings = Run.open(name), _swept(options)
     if options.export and len(settings) > 1:
         raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
+    clip = None
+    if options.captions:  # what is wrong with them is said before anything is drawn
+        for sampling in settings:
+            read_captions(options.captions, None if options.samples else sampling.count)
+        clip = CLIP(options.clip, options.offline).to(options.device)
     config = from_dict(DataConfig, run.config["data"])
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
@@ -75,7 +80,7 @@ def evaluate(name, options=EvaluateOptions()):
             options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
             config.interpolation,
         )  # fmt: skip
-        records = [r for sampling in settings for r in _generation(run, config, network, real, options, sampling)]
+        records = [r for sampling in settings for r in _generation(run, config, network, real, options, sampling, clip)]
         records += _likelihood(run, config) if not options.samples else []
     _keep(run, records)
     return records
@@ -96,7 +101,7 @@ def _swept(options):
         raise UserError(f"--sweep {options.sweep}: '{values}' are no numbers of {key}.") from None
 
 
-def _generation(run, config, network, real, options, sampling):
+def _generation(run, config, network, real, options, sampling, clip):
     """Draw samples (or take someone else's) and compare them with the reference."""
     if options.samples:
         drawn = {"samples": Path(options.samples).name}
@@ -122,13 +127,12 @@ def _generation(run, config, network, real, options, sampling):
     }  # fmt: skip
     found = compare(fake, real, network, options.metrics or None)
     records = [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
-    return records + _clip_score(batches(), protocol, options) if options.captions else records
+    return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
 
-def _clip_score(batches, protocol, options):
+def _clip_score(batches, protocol, options, network):
     """100 times the mean cosine of the samples and their captions."""
-    captions = read_captions(options.captions, protocol["samples_count"])
-    network, cosines = CLIP(options.clip, options.offline).to(options.device), []
+    captions, cosines = read_captions(options.captions, protocol["samples_count"]), []
     for images in batches:
         cosines.append(network(images, captions[: len(images)]).cpu())
         captions = captions[len(images) :]

@@ -43,10 +43,10 @@ def radii(x, k, half=False):
     nearest = x.new_full((len(x), k + 1), torch.inf)
     parts = torch.arange(len(x), device=x.device).split(max(1, math.isqrt(BLOCK)))
     for i, rows in enumerate(parts):
-        for columns in parts[i:]:  # a distance is that of both its ends: half of all pairs will do
+        for columns in parts if half else parts[i:]:  # of both its ends: half of all pairs will do, but for ADM's rounding
             block = squared_distances(x[rows], x[columns], half)
             nearest[rows] = _least(nearest[rows], block)
-            if columns is not rows:
+            if columns is not rows and not half:
                 nearest[columns] = _least(nearest[columns], block.T)
     return nearest[:, -1]
 

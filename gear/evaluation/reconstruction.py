@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from gear.config import UserError
 from gear.teachers.weights import file_hash
+from gear.tokenizer.readout import full_precision
 
 WINDOW = 7  # pixels of SSIM's uniform window
 LPIPS_BACKBONE = "vgg16-397923af.pth"  # torchvision's file name
@@ -55,7 +56,7 @@ def load_lpips(device="cpu"):
     import lpips  # optional: only those who have the backbone need it
 
     network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
-    return lambda x, y: network(x, y).flatten()
+    return full_precision(lambda x, y: network(x, y).flatten())
 
 
 def lpips_backbone():

@@ -105,6 +105,7 @@ def soft_readout(affinity, embedding, tau):
     return torch.matmul(soft_assignment(affinity, tau), embedding)
 
 
+@full_precision
 def straight_through_readout(affinity, embedding, tau):
     """Equal to `hard_readout` in value, with the gradient of `soft_readout`. Forms (N, K)."""
     return torch.matmul(straight_through_assignment(affinity, tau), embedding)

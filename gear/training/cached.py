@@ -80,7 +80,7 @@ class Cached(Stream):
         check_writable(cache_dir(), "GEAR_CACHE")
         codes = self.arrays[0]
         codes.folder.mkdir(parents=True, exist_ok=True)
-        with open(codes.folder / ".lock", "w") as lock:
+        with open(codes.folder.parent / ".lock", "w") as lock:  # of all: features are shared by runs on different codes
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process computes, the others wait
             missing = {file: [a for a in self.arrays if not a.has(file)] for file in range(codes.files)}
             missing = {file: arrays for file, arrays in missing.items() if arrays}

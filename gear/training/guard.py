@@ -33,11 +33,12 @@ def guarded(run, state):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # the CPU has no type for it
             raise
-        images, parts = state.processes.share // state.parts, 2 * state.parts
+        share, images = state.processes.share, state.processes.share // state.parts
+        parts = next((n for n in range(2 * state.parts, share + 1) if share % n == 0), None)
+        fits = f"--accumulate {parts} ({share // parts} at once) and --checkpointing need" if parts else "--checkpointing needs"
         raise TrainingStopped(
             f"run '{run.name}' stopped at step {state.step}: there is not enough memory for {images} images at once. "
-            f"{_standing(run)} --accumulate {parts} ({max(1, images // 2)} at once) and --checkpointing need "
-            f"less and train the same; --precision bf16 needs less and is another run."
+            f"{_standing(run)} {fits} less and train{'' if parts else 's'} the same; --precision bf16 is another run."
         ) from None
     except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk, too
         raise TrainingStopped(

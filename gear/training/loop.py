@@ -105,7 +105,7 @@ def _descend(state, skip):
         if state.skipped > skip:
             raise
         print(f"skipped: {error}", file=sys.stderr)
-        return {}
+        return {"skipped": torch.ones((), device=state.device)}  # a line in the log, as for any step
 
 
 def _begin(run, state, meter, validation):
@@ -114,6 +114,7 @@ def _begin(run, state, meter, validation):
     if run.checkpoint_steps():
         saved = state.restore(run)
         meter.restore(saved["meter"])
+        state.skipped = saved.get("skipped", 0)
         data.check_classes(config.data, validation.classes, saved.get("classes", validation.classes))
         check_metrics(run, state.step, config.log_every)
         _check_lpips(run, state)
@@ -171,7 +172,7 @@ def _record(run, state, meter, validation, progress, runtime):
 
 def _save(run, state, meter, validation, keep):
     """Save a checkpoint of this step, unless there is one; the other processes wait for the one that writes."""
-    saved = {"step": state.step, "meter": meter.state()}
+    saved = {"step": state.step, "meter": meter.state(), "skipped": state.skipped}
     if state.processes.any(state.processes.main and state.step not in run.checkpoint_steps()):
         tensors = state.tensors()
         if state.processes.main:

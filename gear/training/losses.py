@@ -28,7 +28,7 @@ def expected_next_token_loss(logits, assignment):
 
     Through a straight-through assignment (B, L, K) its gradient also reaches what the targets are.
     """
-    return -(assignment * F.log_softmax(logits, -1)).sum(-1).mean()
+    return -(assignment * F.log_softmax(logits.float(), -1)).sum(-1).mean()
 
 
 def alignment_loss(projected, target, widths=None):

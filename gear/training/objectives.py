@@ -6,7 +6,9 @@ next-token targets come from the tokenizer before its step, as in the public cod
 
 import contextlib
 
-from gear.tokenizer.readout import soft_readout, straight_through_assignment, straight_through_readout
+import torch
+
+from gear.tokenizer.readout import full_precision, soft_readout, straight_through_assignment, straight_through_readout
 from gear.training.losses import (
     alignment_loss,
     discriminator_hinge_loss,
@@ -90,7 +92,10 @@ def _predict(state, batch):
     """Predict tokens from straight-through embeddings with the generator held fixed; returns (assignment, logits)."""
     with frozen(state.generator):
         assignment = straight_through_assignment(batch.tokenized.quantized.affinity, state.config.objective.tau)
-        return assignment, state.generator(assignment @ state.generator.embedding, batch.labels)
+        return assignment, state.generator(multiply(assignment, state.generator.embedding), batch.labels)
+
+
+multiply = full_precision(torch.matmul)  # a read-out, whatever the networks compute in
 
 
 def no_bridge(state, batch):

@@ -44,7 +44,9 @@ def prepared(name, options):
     config = replace(config, objective=replace(config.objective, lpips_weight=0.0, gan_start=0.0))
     if config.stage != "generator":
         config = replace(config, tokenizer_run="")
-    return replace(config, batch_size=options.batch or config.batch_size)
+    config = replace(config, data=replace(config.data, source="scenes"))  # noise stands in for the images of any source
+    most = 32 if options.device == "cpu" else config.batch_size
+    return replace(config, batch_size=options.batch or min(most, config.batch_size))
 
 
 class Lab:
@@ -229,7 +231,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest recipe, two steps: to see that it runs")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=0, help="images a step; 0: the recipe's")
+    parser.add_argument("--batch", type=int, default=0, help="images a step; 0: the recipe's, on a CPU 32 at most")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="")
@@ -244,8 +246,10 @@ def main():
         return
     if options.quick:
         options.recipes, options.steps = ["tiny-joint"], 2
-    table = pd.DataFrame([row for name in options.recipes for row in measure(name, options)])
-    table.to_csv(options.out, index=False, float_format="%.4g")
+    rows = []
+    for name in options.recipes:
+        rows += measure(name, options)
+        pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4g")
     print(f"{options.out}: load {os.getloadavg()[0]:.1f}; one core, on a CPU. No GPU: its rows are not measured."
           if options.device == "cpu" else str(options.out))  # fmt: skip
 

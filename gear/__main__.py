@@ -1,4 +1,4 @@
-"""The command line: gear train | sample | reconstruct | inspect | export | evaluate | figures | claims | runs | teacher."""
+"""The command line: gear COMMAND ..., the commands being those of `COMMANDS`."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import torch
 import tyro
 from PIL import Image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from gear import data, figures, render
 from gear.analysis import claims
@@ -21,12 +22,16 @@ from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
-from gear.options import ClaimOptions, FigureOptions, ReconstructOptions, SampleOptions, TrainOptions
+from gear.options import ClaimOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.price import dry_run
 from gear.recipes import RECIPES, known, plan, recipe, train_with_parents
+from gear.results import directions, results, summary, told
 from gear.run import Run, open_runs, run_names
+from gear.studies import STUDIES, seeds_of
+from gear.sweep import commands, sweep
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.tokenizer.model import check_divides
+from gear.training.loop import Runtime
 
 
 def train_command(names, arguments):
@@ -53,6 +58,23 @@ def train_command(names, arguments):
         return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
     run = train_with_parents(options.config, name, base, options.label, options.runtime)
     print(f"{run.name}: step {run.step}, {run.path}")
+
+
+def sweep_command(names, arguments):
+    """Run one of the paper's ablations: train and score what is missing, and say where it goes as the paper's table does."""
+    if len(names) != 1:
+        raise UserError(f"name one study: gear sweep STUDY. Known: {', '.join(STUDIES)}.")
+    options = _parse(SweepOptions(), arguments)
+    seeds, cells = seeds_of(options.seeds), [c for c in options.cells.split(",") if c] or None
+    if options.list:
+        print("\n".join(commands(names[0], options.preset, seeds)))
+        return
+    runtime = Runtime(device=options.device, workers=options.workers)
+    sweep(names[0], options.preset, seeds, cells, options.jobs, options.count, runtime, tqdm.write)
+    if cells is None:
+        table = results(names[0], options.preset, seeds, options.count)
+        print(f"\n{summary(table).to_string(na_rep='')}\n\n{told(directions(table, names[0], options.preset))}")
+        print(f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study {names[0]}")
 
 
 def sample_command(names, arguments):
@@ -206,6 +228,7 @@ def teacher_command(names, arguments):
 
 COMMANDS = {
     "train": train_command,
+    "sweep": sweep_command,
     "sample": sample_command,
     "reconstruct": reconstruct_command,
     "inspect": inspect_command,
@@ -240,6 +263,9 @@ def main(arguments=None):
     except TrainingStopped as error:
         print(f"gear: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # whoever read what is printed has read enough
+        sys.stderr.close()
+        sys.exit(0)
     except OSError as error:  # a full disk, a folder without access
         print(f"gear: {error}. Make room or restore access, and give the same command again.", file=sys.stderr)
         sys.exit(1)

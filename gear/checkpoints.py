@@ -16,20 +16,21 @@ from gear.tokenizer.model import Tokenizer
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
-def load_tokenizer(source, ema=True):
+def load_tokenizer(source, ema=True, step=None):
     """Load a tokenizer from a run's name or a file of any known layout: evaluation mode, frozen, float32.
 
-    Averaged weights are taken where there are any, unless `ema` is false; `tokenizer.source` says what was taken. Raises
-    UserError for what is no checkpoint, of an unknown layout, incomplete, or holds no tokenizer.
+    Averaged weights are taken where there are any, unless `ema` is false; of a run the newest checkpoint, or that of `step`.
+    `tokenizer.source` says what was taken. Raises UserError for what is no checkpoint, of an unknown layout, incomplete, or
+    holds no tokenizer.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("tokenizer", ema)
     return _built(Tokenizer, (part.size,), checkpoint, name)
 
 
-def load_generator(source, ema=True):
+def load_generator(source, ema=True, step=None):
     """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's images, 16 x 16 for a file."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("generator", ema)
     generator = _built(Generator, part.size, checkpoint, name)
     generator.grid = checkpoint.grid or Generator.grid
@@ -59,15 +60,18 @@ def _built(build, arguments, checkpoint, name):
     return module.eval().requires_grad_(False)
 
 
-def open_checkpoint(source):
-    """Read a file, or a run by its name: a Checkpoint. Raises UserError where there is neither."""
+def open_checkpoint(source, step=None):
+    """Read a file, or a run by its name (the newest checkpoint, or that of `step`): a Checkpoint.
+
+    Raises UserError where there is neither.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return read_safetensors(path) if path.suffix == ".safetensors" else read_public(path)
     if str(source) not in run_names() and (path.suffix in SUFFIXES or len(path.parts) > 1):
         what = "that is a folder; a run is opened by its name" if path.is_dir() else "there is no such file"
         raise UserError(f"no checkpoint {path}: {what}.")
-    return _of_run(Run.open(str(source)))
+    return _of_run(Run.open(str(source)), step)
 
 
 def describe(checkpoint):
@@ -110,15 +114,15 @@ def load_networks(run, file="networks", step=None):
     return grouped(run.load_checkpoint(file, step))
 
 
-def _of_run(run):
+def _of_run(run, step=None):
     tokenizer = from_dict(TokenizerConfig, run.config["tokenizer"])
     generator = from_dict(GeneratorConfig, run.config["generator"]), tokenizer.codebook_size
     sizes = {"tokenizer": tokenizer, "generator": generator}
     parts = {}
-    for name, tensors in load_networks(run).items():
+    for name, tensors in load_networks(run, step=step).items():
         kind = name.removesuffix("_ema")
         parts[name] = Part(tensors, sizes.get(kind), public_layout(kind, sizes.get(kind)))
-    return Checkpoint(run.name, "run", parts, run.step, grid=token_grid(run.config))
+    return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(run.config))
 
 
 def network(groups, name, source):

@@ -1,4 +1,4 @@
-"""Train several runs at once: each a process of its own, no run before its parents, a shared parent once."""
+"""Several commands at once: each a process of its own, nothing before what it needs, what is shared once."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm
 
@@ -20,6 +21,27 @@ from gear.training.loop import Runtime, is_trained
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit codes of what a signal ended
 
 
+@dataclass(frozen=True)
+class Task:
+    """One command of gear: its name, its words, the name of the task it waits for ("" for none), its size and how far it is."""
+
+    name: str
+    command: tuple
+    needs: str
+    images: int
+    seen: Callable[[], int] = lambda: 0  # of `images`
+    at: Callable[[], str] = lambda: "not done"  # how far it came, in words
+
+
+def training(name, config, words, runtime=Runtime()):
+    """Return the Task that trains a run: `gear train WORDS`, and nothing else about it is asked for."""
+    run = Run(runs_dir() / name)
+    return Task(
+        name, ("train", *words, *_flags(runtime)), config.tokenizer_run, config.steps * config.batch_size,
+        lambda: run.logged_step * config.batch_size, lambda: f"at step {run.step}",
+    )  # fmt: skip
+
+
 def train_many(names, jobs, runtime=Runtime()):
     """Train the runs `names` and their missing ancestors, at most `jobs` at a time, one CPU thread each.
 
@@ -28,28 +50,37 @@ def train_many(names, jobs, runtime=Runtime()):
     """
     if runtime.shard:
         raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
-    if jobs < 1:
-        raise UserError(f"{jobs} runs at a time is none: --jobs has to be at least 1.")
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
     finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config, runtime.rebuild)}
-    waiting = [n for n in configs if n not in finished]
-    check_teachers(configs[n] for n in waiting)
+    waiting = {n: config for n, config in configs.items() if n not in finished}
+    check_teachers(waiting.values())
     if waiting:
         check_writable(runs_dir(), "GEAR_RUNS")
-    ours, running, failures = list(waiting), {}, {}
+    work([training(n, config, (n,), runtime) for n, config in waiting.items()], finished, jobs)
+
+
+def work(tasks, finished, jobs, done=lambda name: None):
+    """Do `tasks`, at most `jobs` at a time and none before what it needs is among the `finished` (names).
+
+    `done(name)` is called after each that succeeded. Raises as `train_many` does.
+    """
+    if jobs < 1:
+        raise UserError(f"{jobs} runs at a time is none: --jobs has to be at least 1.")
+    waiting, finished, running, failures = {task.name: task for task in tasks}, set(finished), {}, {}
+    ours = dict(waiting)
     bar = tqdm(
-        total=sum(configs[n].steps * configs[n].batch_size for n in waiting), unit=" images", dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(waiting)} runs", disable=not waiting,
+        total=sum(task.images for task in tasks), unit=" images", dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(tasks)} runs", disable=not tasks,
     )  # fmt: skip
     with deferred_signals() as signals:
         while running or (waiting and not signals):
-            for name in [n for n in waiting if configs[n].tokenizer_run in failures]:
-                failures[name] = f"its parent {configs[name].tokenizer_run} failed"
-                waiting.remove(name)
-            ready = [n for n in waiting if configs[n].tokenizer_run in finished or not configs[n].tokenizer_run]
-            for name in [] if signals else ready[: jobs - len(running)]:
-                running[name] = _start(name, runtime)
-                waiting.remove(name)
+            for task in [t for t in waiting.values() if t.needs in failures]:
+                failures[task.name] = f"its parent {task.needs} failed"
+                del waiting[task.name]
+            ready = [t for t in waiting.values() if t.needs in finished or not t.needs]
+            for task in [] if signals else ready[: jobs - len(running)]:
+                running[task.name] = _start(task.command)
+                del waiting[task.name]
             time.sleep(0.5)
             if signals:  # a terminal's Ctrl-C has reached the runs, too; a signal to this process alone has not
                 for process, _ in running.values():
@@ -58,27 +89,34 @@ def train_many(names, jobs, runtime=Runtime()):
                 process, log = running.pop(name)
                 if process.returncode == 0:
                     finished.add(name)
+                    bar.clear()
+                    done(name)
                 elif not (signals and process.returncode in STOPPED):
                     log.seek(0)
                     failures[name] = log.read().decode().strip() or f"exit code {process.returncode}"
-            bar.n = sum(Run(runs_dir() / n).logged_step * configs[n].batch_size for n in ours if n not in waiting)
+            bar.n = sum(t.images if n in finished else t.seen() for n, t in ours.items() if n not in waiting)
             bar.set_postfix_str(", ".join(running), refresh=False)
             bar.update(0)
         bar.close()
         failed = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
         if signals:
-            halted = [n for n in ours if n not in (*waiting, *finished, *failures)]
-            stands = ", ".join(f"'{n}' stands at step {Run(runs_dir() / n).step}" for n in halted) or "no run was under way"
+            halted = [t for n, t in ours.items() if n not in (waiting.keys() | finished | failures.keys())]
+            stands = ", ".join(f"'{t.name}' stands {t.at()}" for t in halted) or "no run was under way"
             raise Interrupted(f"{stands}. The same command goes on from there.\n{failed}".strip(), signals[0])
     if failed:
         raise TrainingStopped(failed)
 
 
-def _start(name, runtime):
+def _start(command):
     log = tempfile.TemporaryFile()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gear", "train", name]
+    return subprocess.Popen([sys.executable, "-m", "gear", *command], stdout=log, stderr=log, env=environment), log
+
+
+def _flags(runtime):
+    """Spell what of a Runtime is not as it is by default, for one of several at once: quiet, and one thread."""
+    words = []
     for key, value in asdict(replace(runtime, quiet=True, threads=runtime.threads or 1)).items():
         if value != getattr(Runtime, key):
-            command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment), log
+            words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return words

@@ -23,6 +23,18 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    preset: str = "scenes"  # scenes, cifar10, cifar10-smoke, imagenet100-128, imagenet256-l
+    seeds: str = "0,1,2"
+    cells: str = ""  # some of the study's, with commas between; "": all
+    jobs: int = 0  # at once; 0: one a core, and on a GPU one
+    count: int = 1_000  # samples that a cell is scored by
+    list: bool = False  # print one command a cell and seed for a scheduler, and run nothing
+    device: str = "auto"
+    workers: int = 0  # processes that prepare images, a run
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
     grid: int = 0  # tokens a side; 0: those of the run's images, and 16 for a file

@@ -71,6 +71,12 @@ gear train cifar10-gear-s0 --workers 8     under 3 minutes with its parents on o
 Nobody has trained it yet: expect more than of the smoke preset, and against cifar10-llamagen-repa-s0 what the scenes show.
 """
 
+CIFAR10_IBQ = change(CIFAR10, dict(tokenizer=dict(quantizer="ibq")))
+"""The CIFAR-10 preset with an IBQ tokenizer."""
+
+CIFAR10_LFQ = change(CIFAR10, dict(tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=10), objective=dict(tau=0.25)))
+"""The CIFAR-10 preset with an LFQ tokenizer, ten bits."""
+
 TINY = change(SCENES, dict(
     steps=24, batch_size=16, eval_every=8, save_every=6, eval_images=96,
     data=dict(train_images=512, val_images=128),
@@ -119,8 +125,6 @@ With its parents about 9 hours on an H100 and 28 on an A100, if each reaches 40 
 a tenth of the images, a quarter of the tokens.
 """
 
-BRIDGE = dict(steps=100, optimizer=dict(decay_from=1.0))  # GEAR's first half: enough to collapse, equal to it step by step
-
 SCENES_STAGES = dict(
     tokenizer=dict(
         steps=600, eval_every=100, objective=dict(gan_start=0.6), optimizer=dict(tokenizer_lr=2e-3, decay_from=0.6)
@@ -128,7 +132,16 @@ SCENES_STAGES = dict(
     joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
     generator=dict(steps=200, eval_every=40),
     half=dict(steps=800, tokenizer=dict(codebook_size=256)),  # longer: at the reconstruction of the others
-    **dict.fromkeys(["naive", "naive-inputs", "straight-through", "no-gan"], BRIDGE),
 )  # fmt: skip
 
 IMAGENET256_STAGES = dict(tokenizer={}, joint={}, generator={}, half=dict(tokenizer=dict(codebook_size=8192)))
+IMAGENET256_SHORT = IMAGENET256_STAGES | dict.fromkeys(["joint", "generator"], dict(steps=100_000))  # Tables 10, 11 and 13
+
+CIFAR10_STAGES = dict(
+    tokenizer=dict(
+        steps=1500, eval_every=250, save_every=500, optimizer=dict(tokenizer_lr=1e-3, warmup_steps=50, decay_from=0.6)
+    ),
+    joint=dict(steps=250, optimizer=dict(decay_from=0.5)),
+    generator=dict(steps=400, optimizer=dict(warmup_steps=50)),
+    half=dict(steps=1750, tokenizer=dict(codebook_size=512)),
+)  # fmt: skip

@@ -12,12 +12,16 @@ from gear.config import UserError, from_dict, nearest
 from gear.data import DataConfig, num_classes
 from gear.presets import (
     CIFAR10,
+    CIFAR10_IBQ,
+    CIFAR10_LFQ,
     CIFAR10_SMOKE,
+    CIFAR10_STAGES,
     IMAGENET100_128,
     IMAGENET256_B,
     IMAGENET256_L,
     IMAGENET256_L_IBQ,
     IMAGENET256_L_LFQ,
+    IMAGENET256_SHORT,
     IMAGENET256_STAGES,
     IMAGENET256_XL,
     SCENES,
@@ -44,8 +48,8 @@ VARIANTS = {
 }
 
 
-def _family(prefix, base, **stages):
-    """Derive every method from `base`; `stages` holds, per stage, what its runs change of it.
+def _family(prefix, base, warm_up=None, **stages):
+    """Derive every method from `base`; `stages` holds, per stage, what its runs change of it; `warm_up` is another family's.
 
     A name begins with the preset, the rest says what the run is:
       -tokenizer            the warm-up
@@ -58,7 +62,7 @@ def _family(prefix, base, **stages):
       -tokenizer-half, -llamagen-repa-half      a warm-up with half the codes, and the same on it: what NTP falls by for nothing
     """
     tokenizer, joint, generator = (change(base, stages[s]) for s in ("tokenizer", "joint", "generator"))
-    warm_up = f"{prefix}-tokenizer"
+    warm_up = warm_up or f"{prefix}-tokenizer"
     runs = {
         "tokenizer": replace(tokenizer, stage="tokenizer"),
         "control": replace(joint, stage="tokenizer", tokenizer_run=warm_up),
@@ -73,7 +77,7 @@ def _family(prefix, base, **stages):
         "gear": replace(generator, tokenizer_run=f"{prefix}-joint"),
     }
     for name, changes in VARIANTS.items():
-        runs[f"joint-{name}"] = change(change(runs["joint"], changes), stages.get(name, {}))
+        runs[f"joint-{name}"] = change(runs["joint"], changes)
         runs[name] = replace(generator, tokenizer_run=f"{prefix}-joint-{name}")
     return {f"{prefix}-{name}": replace(config, recipe=f"{prefix}-{name}") for name, config in runs.items()}
 
@@ -92,14 +96,11 @@ RECIPES = {
         generator=dict(steps=300),
         half=dict(steps=700, tokenizer=dict(codebook_size=256)),
     ),
+    **_family("cifar10", CIFAR10, **CIFAR10_STAGES),
+    **_family("cifar10-ibq", CIFAR10_IBQ, **CIFAR10_STAGES),
     **_family(
-        "cifar10", CIFAR10,
-        tokenizer=dict(
-            steps=1500, eval_every=250, save_every=500, optimizer=dict(tokenizer_lr=1e-3, warmup_steps=50, decay_from=0.6)
-        ),
-        joint=dict(steps=250, optimizer=dict(decay_from=0.5)),
-        generator=dict(steps=400, optimizer=dict(warmup_steps=50)),
-        half=dict(steps=1750, tokenizer=dict(codebook_size=512)),
+        "cifar10-lfq", CIFAR10_LFQ,
+        **CIFAR10_STAGES | dict(half=dict(steps=1750, tokenizer=dict(codebook_size=512, code_dim=9))),
     ),
     **_family(
         "imagenet100-128", IMAGENET100_128,
@@ -111,6 +112,7 @@ RECIPES = {
     **_family("imagenet256-b", IMAGENET256_B, **IMAGENET256_STAGES),
     **_family("imagenet256-l", IMAGENET256_L, **IMAGENET256_STAGES),
     **_family("imagenet256-xl", IMAGENET256_XL, **IMAGENET256_STAGES),
+    **_family("imagenet256-l-100k", IMAGENET256_L, warm_up="imagenet256-l-tokenizer", **IMAGENET256_SHORT),
     **_family("imagenet256-l-ibq", IMAGENET256_L_IBQ, **IMAGENET256_STAGES),
     **_family(
         "imagenet256-l-lfq", IMAGENET256_L_LFQ,
@@ -121,8 +123,7 @@ RECIPES = {
         data=DataConfig("scenes", image_size=32, labels="factors"),
         optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
     ),
-    "tiny-tokenizer": replace(TINY, recipe="tiny-tokenizer", stage="tokenizer"),
-    "tiny-joint": replace(TINY, recipe="tiny-joint", stage="joint", tokenizer_run="tiny-tokenizer"),
+    **_family("tiny", TINY, tokenizer={}, joint={}, generator={}, half=dict(tokenizer=dict(codebook_size=32))),
     "tiny": replace(TINY, recipe="tiny", stage="generator", tokenizer_run="tiny-joint"),
 }  # fmt: skip
 
@@ -199,7 +200,10 @@ def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime
     """Train what is missing of a run's ancestors, then the run; returns it."""
     planned = plan(config, name, base, label)
     check_teachers(c for _, c in planned)
-    return [train(c, n, runtime) for n, c in planned][-1]
+    *ancestors, own = planned
+    for n, c in ancestors:
+        train(c, n, runtime, wait=True)  # several may start from one, on several machines
+    return train(own[1], own[0], runtime)
 
 
 def check_teachers(configs):

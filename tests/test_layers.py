@@ -55,7 +55,7 @@ LAYERS = [
         "training.meter",
         "training.loop",
     ],
-    ["presets", "recipes", "jobs", "counts", "price"],
+    ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
     ["figures", "widgets", "explore", "monitor", "render"],
     ["options", "__main__"],
 ]  # the order inside a line is the order inside the package

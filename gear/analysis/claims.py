@@ -34,19 +34,6 @@ class Claim:
     baseline: str  # recipe they are compared with, seed by seed; "": with zero, the statistic holds its own floor
     sign: int  # of method - baseline, as claimed; 0: they should be equal within `margin`
     margin: float = 0.0  # the difference the claim is about
-    same_step: bool = False  # compare at the method's last step, which the baseline has passed
-
-
-@dataclass(frozen=True)
-class AtStep:
-    """A run as it stood at a step it has passed: its metrics up to there."""
-
-    run: Run
-    step: int
-
-    def metrics(self):
-        table = self.run.metrics()
-        return table[table.step <= self.step]
 
 
 def last(metric):
@@ -122,7 +109,7 @@ CLAIMS = [
     ]
     for baseline in baselines
 ] + [
-    Claim(name, where, statistic, method, "joint", -1, margin, same_step=True)
+    Claim(name, where, statistic, method, "joint", -1, margin)
     for name, where, statistic, method, margin in [
         ("NTP through inputs and targets collapses the codes, by a nat on every seed", "Fig. 1", "usage entropy (nats)",
          "joint-naive", 1.0),
@@ -148,17 +135,21 @@ def _evaluate(claim, preset, label):
     theirs = _by_seed(f"{preset}-{claim.baseline}", label) if claim.baseline else ours
     statistic, seeds = STATISTICS[claim.statistic], sorted(ours.keys() & theirs.keys())
     method = pd.Series([statistic(ours[s]) for s in seeds], dtype=float)
-    if claim.same_step:
-        theirs = {s: AtStep(theirs[s], ours[s].logged_step) for s in seeds}
     baseline = pd.Series([statistic(theirs[s]) if claim.baseline else 0.0 for s in seeds], dtype=float)
     difference = method - baseline
-    mean, spread = difference.mean(), difference.std()
-    half = stats.t.ppf(0.975, len(seeds) - 1) * spread / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    mean, spread, low, high = interval(difference)
     row = {"claim": claim.name, "paper": claim.where, "statistic": claim.statistic, "against": AGAINST[claim.baseline]}
     agree = (claim.sign * difference > claim.margin) if claim.sign else (abs(difference) < claim.margin)
     row |= {"seeds": len(seeds), "agree": int(agree.sum()), "method": method.mean(), "baseline": baseline.mean()}
-    row |= {"difference": mean, "spread": spread, "low": mean - half, "high": mean + half}
+    row |= {"difference": mean, "spread": spread, "low": low, "high": high}
     return row | {"verdict": verdict(claim, difference)}
+
+
+def interval(difference):
+    """Return mean, standard deviation and the 95 % interval (Student's t) of paired differences, a Series, one a seed."""
+    n, mean, spread = len(difference), difference.mean(), difference.std()
+    half = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
+    return mean, spread, mean - half, mean + half
 
 
 def verdict(claim, difference):
@@ -166,12 +157,11 @@ def verdict(claim, difference):
     n = len(difference)
     if n < MIN_SEEDS:
         return f"not testable: {n} seed{'' if n == 1 else 's'}"
-    half = stats.t.ppf(0.975, n - 1) * difference.std() / math.sqrt(n)
+    _, _, low, high = interval(difference)
     if claim.sign == 0:
-        holds = abs(difference.mean()) + half < claim.margin
+        holds = max(-low, high) < claim.margin
     else:
-        signed = claim.sign * difference
-        holds = (signed > claim.margin).all() and signed.mean() - half > 0
+        holds = (claim.sign * difference > claim.margin).all() and not low <= 0 <= high
     return "reproduced" if holds else "not reproduced"
 
 

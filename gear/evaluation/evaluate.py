@@ -50,6 +50,7 @@ class EvaluateOptions:
     export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
     sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
     reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
+    steps: tuple[int, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
     device: str = "cpu"
     quiet: bool = False
 
@@ -60,6 +61,8 @@ def evaluate(name, options=EvaluateOptions()):
     Killed at any moment, the same call goes on from the samples that are there; twice with one seed it writes the same bytes.
     """
     run, settings = Run.open(name), _swept(options)
+    if options.steps and (options.samples or options.reconstruction):
+        raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
     if options.export and len(settings) > 1:
         raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
     clip = None
@@ -80,8 +83,11 @@ def evaluate(name, options=EvaluateOptions()):
             options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
             config.interpolation,
         )  # fmt: skip
-        records = [r for sampling in settings for r in _generation(run, config, network, real, options, sampling, clip)]
-        records += _likelihood(run, config) if not options.samples else []
+        records = []
+        for step in options.steps or (run.step,):
+            for sampling in settings:
+                records += _generation(run, step, config, network, real, options, sampling, clip)
+            records += _likelihood(run, step, config) if not options.samples else []
     _keep(run, records)
     return records
 
@@ -101,7 +107,7 @@ def _swept(options):
         raise UserError(f"--sweep {options.sweep}: '{values}' are no numbers of {key}.") from None
 
 
-def _generation(run, config, network, real, options, sampling, clip):
+def _generation(run, step, config, network, real, options, sampling, clip):
     """Draw samples (or take someone else's) and compare them with the reference."""
     if options.samples:
         drawn = {"samples": Path(options.samples).name}
@@ -109,8 +115,8 @@ def _generation(run, config, network, real, options, sampling, clip):
     else:
         if sampling.count < 2:
             raise UserError(f"{sampling.count} samples: two at least have statistics.")
-        generator, tokenizer = (load(run.name).to(options.device) for load in (load_generator, load_tokenizer))
-        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": run.step}
+        generator, tokenizer = (load(run.name, step=step).to(options.device) for load in (load_generator, load_tokenizer))
+        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step}
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
         how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
         folder = samples_folder(run, drawn)
@@ -142,9 +148,9 @@ def _clip_score(batches, protocol, options, network):
 
 
 @torch.no_grad()
-def _likelihood(run, config):
+def _likelihood(run, step, config):
     """Next-token loss on validation images, the entropy of their codes, and what of it is predicted (H - NTP)."""
-    generator, tokenizer = load_generator(run.name), load_tokenizer(run.name)
+    generator, tokenizer = load_generator(run.name, step=step), load_tokenizer(run.name, step=step)
     images, labels = load(config, "val", run.config["eval_images"])
     indices = torch.cat([tokenizer.encode(x) for x in images.split(32)]).flatten(1)
     losses = [
@@ -152,7 +158,7 @@ def _likelihood(run, config):
         for i, c in zip(indices.split(32), labels.split(32))
     ]
     ntp, entropy = torch.cat(losses).double().mean(1), usage(indices, tokenizer.config.codebook_size).entropy
-    protocol = {"weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "unit": "nats a token"}
+    protocol = {"weights_of": run.name, "step": step, "split": "val", "images": len(images), "unit": "nats a token"}
     values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - float(ntp.mean())}
     return [record(metric, value, protocol) for metric, value in values.items()]
 
@@ -195,6 +201,12 @@ def read_metrics(run):
         return json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or remove it and evaluate again.") from None
+
+
+def scores(run):
+    """Return the records of a run's metrics.json as a table: metric, value, and a column for every field of a protocol."""
+    lines = [{"metric": r["metric"], "value": r["value"], **r["protocol"]} for r in read_metrics(run)]
+    return pd.DataFrame(lines, columns=None if lines else ["metric", "value"])
 
 
 def metrics_table(runs):

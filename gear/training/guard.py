@@ -17,14 +17,14 @@ NOTICE = b"\ngear: finishing what is under way, to save it; Ctrl-C again stops a
 
 
 @contextlib.contextmanager
-def guarded(run, state):
+def guarded(run, state, wait=False):
     """Hold `run` for this process while it trains; yields the signals that came, on which the caller should save and stop.
 
-    Raises UserError when another process trains the run, and TrainingStopped, saying what stands, when a file cannot be
-    written or a loss is not finite.
+    Raises UserError when another process trains the run, unless it shall `wait` for it, and TrainingStopped, saying what
+    stands, when a file cannot be written or a loss is not finite.
     """
     try:
-        with exclusive(run) if state.processes.main else contextlib.nullcontext(), deferred_signals() as signals:
+        with exclusive(run, wait) if state.processes.main else contextlib.nullcontext(), deferred_signals() as signals:
             yield signals
     except FloatingPointError as error:
         raise TrainingStopped(
@@ -82,12 +82,15 @@ def warn_of_collapse(run, record, step):
 
 
 @contextlib.contextmanager
-def exclusive(run):
-    """Hold the run's lock, which the kernel releases even after kill -9; raises UserError naming the process that has it."""
+def exclusive(run, wait=False):
+    """Hold the run's lock, which the kernel releases even after kill -9.
+
+    Where another process has it, raises UserError naming that, or with `wait` waits until it is free.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
     with open(run.path / "lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise UserError(

@@ -47,12 +47,13 @@ class Runtime:
             raise UserError(f"accumulate is {self.accumulate} and keep {self.keep}: each has to be at least 1.")
 
 
-def train(config, name=None, runtime=Runtime()):
+def train(config, name=None, runtime=Runtime(), wait=False):
     """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.
 
-    Returns the Run. Parents must exist (see recipes.train_with_parents). Raises UserError for a configuration that cannot
-    be, before anything is written, TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted
-    after SIGINT or SIGTERM, once the step is saved; the last checkpoint then stands.
+    Where another process trains it that is an error, or with `wait` its end is awaited. Returns the Run. Parents must exist
+    (see recipes.train_with_parents). Raises UserError for a configuration that cannot be, before anything is written,
+    TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted after SIGINT or SIGTERM, once the
+    step is saved; the last checkpoint then stands.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -67,7 +68,7 @@ def train(config, name=None, runtime=Runtime()):
     if not run.checkpoint_steps():
         state.start()
     state.prepare(runtime.checkpointing, runtime.compile)
-    with guarded(run, state) as signals:  # this process alone trains the run, or it and its like
+    with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
         _begin(run, state, meter, validation)

@@ -1,0 +1,144 @@
+"""What a study's runs say: every cell's scores over seeds, and whether they move as the paper's table does."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from gear.analysis.claims import MIN_SEEDS, interval
+from gear.analysis.tables import published
+from gear.config import UserError
+from gear.evaluation.evaluate import scores
+from gear.run import Run, run_names
+from gear.studies import SAMPLES, members, space, study
+
+PUBLISHED = {"fd": "gFID", "precision": "Prec.", "recall": "Rec.", "psnr": "PSNR", "ssim": "SSIM", "rfd": "rFID"}
+TITLES = {
+    "fd": "Fréchet distance", "precision": "precision", "recall": "recall", "psnr": "PSNR (dB)", "ssim": "SSIM",
+    "rfd": "Fréchet, reconstructions", "ntp_loss": "next-token loss (nats)", "predictable": "H - NTP (nats)",
+    "align_loss": "alignment loss", "usage_entropy": "usage H (nats)",
+}  # fmt: skip
+BETTER = {"fd": -1, "precision": 1, "recall": 1, "psnr": 1, "ssim": 1, "rfd": -1, "predictable": 1, "align_loss": -1}
+
+
+def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
+    """Return {metric of TITLES: value} of a run, whatever of it is there: logged while it trained, and in metrics.json.
+
+    Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default: the last one).
+    """
+    run = Run.open(name)
+    network, step, table = space(preset), step or run.config["steps"], scores(run)
+    found, log = {}, run.metrics()
+    for row in log[log.step == step].to_dict("records"):
+        found = {key: row[f"val/{key}"] for key in ("ntp_loss", "align_loss", "usage_entropy") if f"val/{key}" in row}
+    if {"ntp_loss", "usage_entropy"} <= found.keys():
+        found["predictable"] = found["usage_entropy"] - found["ntp_loss"]
+    if table.empty:
+        return found
+    inception = network == "inception"
+    names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
+    drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=step, network=network)
+    if drawn.keys() <= set(table.columns):
+        rows = table[np.logical_and.reduce([table[key] == value for key, value in drawn.items()])]
+        found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
+    rows = table[table.metric.isin(["psnr", "ssim", *names]) & (table.split == "val")] if "split" in table else table[:0]
+    return found | {names.get(m, m): v for m, v in zip(rows.metric, rows.value)}
+
+
+def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
+    """Return what a study's runs measured, a line each: cell, role, seed, run, metric, value.
+
+    Raises UserError naming the runs that are missing, or not scored, and the command that makes them.
+    """
+    found = members(name, preset, seeds)
+    there, lacking = set(run_names()), []
+    lines = []
+    for member in found:
+        values = measured(member.name, preset, count) if member.name in there else {}
+        lacking += [member.name] if not {"fd", "psnr", "ntp_loss"} <= values.keys() else []
+        lines += [(member.cell.title, member.role, member.seed, member.name, m, v) for m, v in values.items()]
+    if lacking:
+        command = f"gear sweep {name} --preset {preset} --seeds {','.join(map(str, seeds))}"
+        raise UserError(f"the study '{name}' needs {', '.join(lacking)}, trained and scored: {command}")
+    return pd.DataFrame(lines, columns=["cell", "role", "seed", "run", "metric", "value"])
+
+
+def printed(name, preset="scenes"):
+    """Return what the paper prints of a study's cells, a line a value: cell, role, metric (ours), value."""
+    chosen = study(name)
+    table = published(chosen.table)
+    values = {(row.row, row.column.removesuffix(" w/o CFG")): float(row.value) for row in table.itertuples()}
+    lines = []
+    for cell in chosen.cells(preset):
+        rows = {"gear": cell.published}
+        if chosen.own_baseline:
+            rows["baseline"] = cell.published.removesuffix(", +GEAR")
+        lines += [
+            (cell.title, role, metric, values[row, column])
+            for role, row in rows.items()
+            for metric, column in PUBLISHED.items()
+            if (row, column) in values
+        ]
+    if chosen.published_baseline:
+        shared = ((metric, values.get((chosen.published_baseline, column))) for metric, column in PUBLISHED.items())
+        lines += [("LlamaGen-REPA", "baseline", metric, value) for metric, value in shared if value is not None]
+    return pd.DataFrame(lines, columns=["cell", "role", "metric", "value"])
+
+
+def directions(table, name, preset="scenes"):
+    """Compare a study's differences with the paper's: a line a cell and metric, from the table of `results`.
+
+    Columns: cell, against, metric, paper (its difference), seeds, agree (seeds that move as the paper does), difference, low,
+    high (mean and 95 % interval over seeds, paired, Student's t), verdict: "as in the paper" if all seeds agree and the
+    interval excludes zero, "the other way" if it excludes zero on the other side, else "undecided". A difference is that of a
+    cell from the study's reference, or where each cell has a baseline, of GEAR from that.
+    """
+    chosen = study(name)
+    reference = next((c.title for c in chosen.cells(preset) if c.published == chosen.reference), None)
+    ours = table.pivot_table(index="seed", columns=["metric", "cell", "role"], values="value")
+    theirs = printed(name, preset).set_index(["metric", "cell", "role"]).value
+    lines = []
+    for cell in chosen.cells(preset):
+        other = (cell.title, "baseline") if chosen.own_baseline else (reference, "gear")
+        if other == (cell.title, "gear"):
+            continue
+        for metric in TITLES:
+            if (metric, cell.title, "gear") not in ours or (metric, *other) not in ours:
+                continue
+            paper = theirs.get((metric, cell.title, "gear"), math.nan) - theirs.get((metric, *other), math.nan)
+            difference = (ours[metric, cell.title, "gear"] - ours[(metric, *other)]).dropna()
+            mean, _, low, high = interval(difference)
+            agree = int((np.sign(difference) == np.sign(paper)).sum()) if paper == paper else math.nan
+            line = cell.title, "its baseline" if chosen.own_baseline else reference, metric, paper, len(difference), agree
+            lines.append((*line, mean, low, high, _verdict(paper, difference, low, high)))
+    columns = ["cell", "against", "metric", "paper", "seeds", "agree", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def _verdict(paper, difference, low, high):
+    if not paper or paper != paper:
+        return ""
+    if len(difference) < MIN_SEEDS:
+        return f"not testable: {len(difference)} seed{'' if len(difference) == 1 else 's'}"
+    if low <= 0 <= high:
+        return "undecided"
+    agrees = bool((np.sign(difference) == np.sign(paper)).all())
+    return "as in the paper" if agrees else "the other way" if np.sign(difference.mean()) != np.sign(paper) else "undecided"
+
+
+def summary(table):
+    """Return the table of `results` as mean +- standard deviation over seeds, a row a cell and role, a column a metric."""
+    groups = table.groupby(["cell", "role", "metric"], sort=False).value
+    mean, spread = groups.mean(), groups.std()
+    text = mean.map("{:.4g}".format) + spread.map(lambda s: "" if s != s else f" +- {s:.2g}")
+    return text.unstack("metric")[[m for m in TITLES if m in set(table.metric)]].rename(columns=TITLES)
+
+
+def told(found):
+    """Count verdicts of `directions` in words, and name what goes as in the paper and what the other way."""
+    judged = found[found.verdict != ""]
+    lines = [f"{len(judged)} differences that the paper's table has, too:"]
+    for verdict, rows in judged.groupby("verdict", sort=True):
+        where = "; ".join(f"{cell}: {', '.join(part.metric)}" for cell, part in rows.groupby("cell", sort=False))
+        lines.append(f"  {verdict} ({len(rows)}): {where}")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Run a study: train what is missing of its cells, score it, and say whether the paper's direction holds."""
+
+import os
+from collections import Counter
+
+import torch
+
+from gear.home import check_writable, runs_dir
+from gear.jobs import Task, training, work
+from gear.price import GPUS, price
+from gear.recipes import check_teachers
+from gear.results import TITLES, measured
+from gear.run import Run, run_names
+from gear.studies import SAMPLES, cell_name, members, space, study
+from gear.training.loop import Runtime, is_trained
+
+SCORED = {"samples": "fd", "reconstruction": "psnr"}  # a metric of each: where it is, all are
+
+
+def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMPLES, runtime=Runtime(), tell=print):
+    """Train and score what is missing of a study, `jobs` at a time (0: one a core; on a GPU one); returns its Members.
+
+    Tells the cost before it starts, and what a member measured as soon as it has. The same call goes on after a kill.
+    Raises as `jobs.train_many` does.
+    """
+    found = members(name, preset, seeds, cells)
+    configs = {n: config for member in found for n, config in member.planned}
+    trained = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config)}
+    missing = {n: config for n, config in configs.items() if n not in trained}
+    tasks = _tasks(found, missing, preset, count, runtime)
+    tell(_cost(name, found, missing, tasks))
+    if not tasks:
+        return found
+    check_teachers(missing.values())
+    check_writable(runs_dir(), "GEAR_RUNS")
+    left = {m.name: {task.name for task in tasks if m.name in (task.name, task.needs)} for m in found}
+
+    def done(task):
+        for member in found:
+            if task in left[member.name]:
+                left[member.name].remove(task)
+                if not left[member.name]:
+                    tell(_line(member, preset, count))
+
+    work(tasks, trained, jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0))), done)
+    return found
+
+
+def commands(name, preset="scenes", seeds=(0, 1, 2)):
+    """Return one command a cell and seed, to be run anywhere and in any order: what several share, the first one trains."""
+    found = members(name, preset, seeds)
+    cells = list(dict.fromkeys((key, member.seed) for member in found for key in [_key(name, member)] if key))
+    return [f"gear sweep {name} --preset {preset} --seeds {seed} --cells {key} --jobs 1" for key, seed in cells]
+
+
+def _key(name, member):
+    """Return a member's cell; the baseline that all cells share has none of its own."""
+    shared = member.role == "baseline" and not study(name).own_baseline
+    return None if shared else cell_name(member.cell)
+
+
+def _tasks(found, missing, preset, count, runtime):
+    """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained."""
+    words = {n: _words(member, n) for member in found for n, _ in member.planned}
+    tasks = [training(n, config, words[n], runtime) for n, config in missing.items()]
+    for member in found:
+        have = {} if member.name in missing else measured(member.name, preset, count)
+        for what, metric in SCORED.items():
+            if metric not in have:
+                extra = ("--reconstruction",) if what == "reconstruction" else ("--count", str(count))
+                command = ("evaluate", member.name, "--network", space(preset), "--quiet", *extra, *_device(runtime))
+                tasks.append(Task(f"{what} of {member.name}", command, member.name, 0))
+    return tasks
+
+
+def _device(runtime):
+    """Return what an evaluation is told of the device: nothing on a CPU."""
+    on_gpu = runtime.device.startswith("cuda") or runtime.device == "auto" and torch.cuda.is_available()
+    return ("--device", "cuda") if on_gpu else ()
+
+
+def _words(member, name):
+    """Return what follows `gear train` for an ancestor of a member: the same words with its own recipe."""
+    label = member.cell.label
+    if label and name.endswith(f"-{label}"):
+        return (name.removesuffix(f"-{label}"), *member.words[1:])
+    return (name,)
+
+
+def _cost(name, found, missing, tasks):
+    """Say what is left, and what it takes: images, FLOPs, hours on a GPU, and on this machine as far as runs here tell."""
+    scored = sum(task.name not in missing for task in tasks)
+    head = f"{name}: {len(found)} runs in all, {len(missing)} to train with their parents, {scored} sets of scores"
+    if not missing:
+        return head
+    stages = Counter(config.stage for config in missing.values())
+    images = sum(config.steps * config.batch_size for config in missing.values())
+    prices = {}
+    for config in missing.values():
+        prices.setdefault(repr(_shape(config)), [price(config), 0])[1] += config.steps * config.batch_size
+    flop = sum(n * sum(p.training for p in cost.passes) for cost, n in prices.values())
+    hours = sum(cost.hours(n, "h100", 0.4) for cost, n in prices.values())
+    lines = [head, f"  {', '.join(f'{n} {stage}' for stage, n in stages.items())}: {images:,} images, {flop:.2g} FLOP"]
+    lines.append(f"  an h100 at 40 % of its {GPUS['h100'].bf16:g} TFLOP/s: {hours:.2g} hours, if nothing else holds it up")
+    return "\n".join([*lines, f"  here: {_here(missing)}"])
+
+
+def _shape(config):
+    """Return what a run's price depends on."""
+    objective = config.objective
+    terms = objective.bridge, objective.gan_weight > 0, objective.align_weight > 0, objective.lpips_weight > 0
+    return config.stage, config.batch_size, config.teacher, config.tokenizer, config.generator, config.data.image_size, terms
+
+
+def _here(missing):
+    """Estimate the time on this machine from the pace of runs trained here, of the same stage and image size."""
+    seconds, unknown = 0.0, set()
+    paces = {}
+    for name in run_names():
+        run = Run.open(name)
+        timing, config = run.metrics("timing.jsonl"), run.config
+        if not timing.empty:
+            paces.setdefault((config["stage"], config["data"]["image_size"]), []).append(timing.images_per_second.median())
+    for config in missing.values():
+        pace = paces.get((config.stage, config.data.image_size))
+        if pace is None:
+            unknown.add(config.stage)
+        else:
+            seconds += config.steps * config.batch_size / (sum(pace) / len(pace))
+    if unknown:
+        return f"not known before a run of the stage {', '.join(sorted(unknown))} was trained; the bar will tell"
+    return f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs"
+
+
+def _line(member, preset, count):
+    values = measured(member.name, preset, count)
+    shown = [metric for metric in ("fd", "ntp_loss", "predictable", "align_loss", "psnr") if metric in values]
+    told = ", ".join(f"{TITLES[metric]} {values[metric]:.4g}" for metric in shown)
+    return f"{member.cell.title}, {member.role}, seed {member.seed}: {told}"

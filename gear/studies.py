@@ -15,10 +15,6 @@ from gear.recipes import RECIPES, plan, recipe
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")
 SPACES = {"scenes": "scenes", "tiny": "scenes", "cifar10": "efficientnet-lite0"}  # for Fréchet distances; else Inception
-    "scenes": "scenes",
-    "tiny": "scenes",
-    "cifar10": "efficientnet-lite0",
-}  # where Fréchet distances are taken; else Inception
 SAMPLES = 1_000  # drawn for a cell's scores, unless told otherwise
 
 

@@ -14,7 +14,7 @@ from gear.run import Run, run_names
 from gear.studies import SAMPLES, cell_name, members, space, study
 from gear.training.loop import Runtime, is_trained
 
-SCORED = {"samples": "fd", "reconstruction": "psnr"}  # a metric of each: where it is, all are
+SCORED = {"fd", "psnr"}  # a metric of samples and one of reconstructions: where they are, all are
 
 
 def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMPLES, runtime=Runtime(), tell=print):
@@ -64,12 +64,9 @@ def _tasks(found, missing, preset, count, runtime):
     words = {n: _words(member, n) for member in found for n, _ in member.planned}
     tasks = [training(n, config, words[n], runtime) for n, config in missing.items()]
     for member in found:
-        have = {} if member.name in missing else measured(member.name, preset, count)
-        for what, metric in SCORED.items():
-            if metric not in have:
-                extra = ("--reconstruction",) if what == "reconstruction" else ("--count", str(count))
-                command = ("evaluate", member.name, "--network", space(preset), "--quiet", *extra, *_device(runtime))
-                tasks.append(Task(f"{what} of {member.name}", command, member.name, 0))
+        if member.name in missing or not measured(member.name, preset, count).keys() >= SCORED:
+            command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")
+            tasks.append(Task(f"scores of {member.name}", command + _device(runtime), member.name, 0))
     return tasks
 
 

@@ -50,6 +50,7 @@ class EvaluateOptions:
     export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
     sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
     reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
+    both: bool = False  # samples and reconstruction
     steps: tuple[int, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
     device: str = "cpu"
     quiet: bool = False
@@ -73,17 +74,18 @@ def evaluate(name, options=EvaluateOptions()):
     config = from_dict(DataConfig, run.config["data"])
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
-    resize = {"resize": "torch"} if options.reconstruction and space == "inception" else {}  # rFID's: of floats, not of uint8
-    network = load_network_by_name(space, options.weights, options.offline, **resize).to(options.device)
-    if options.reconstruction:
-        records = _reconstruction(run, config, network, options)
-    else:
+    records = []
+    if options.reconstruction or options.both:
+        resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
+        network = load_network_by_name(space, options.weights, options.offline, **resize).to(options.device)
+        records += _reconstruction(run, config, network, options)
+    if not options.reconstruction:
+        network = load_network_by_name(space, options.weights, options.offline).to(options.device)
         split = "all" if options.reference else "train"
         real = reference(
             options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
             config.interpolation,
         )  # fmt: skip
-        records = []
         for step in options.steps or (run.step,):
             for sampling in settings:
                 records += _generation(run, step, config, network, real, options, sampling, clip)

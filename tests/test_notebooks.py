@@ -25,6 +25,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
 GENERATORS = dict.fromkeys(["warm_up", "control", "half", "method"], "tiny")
 TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
+SYSTEMS = {
+    "llamagen": "tiny-llamagen-s[012]", "warm_up": "tiny-llamagen-repa-s[012]", "control": "tiny-llamagen-repa-control-s[012]",
+    "method": "tiny-gear-s[012]",
+}  # fmt: skip
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
     "training_dynamics": GENERATORS,
@@ -35,21 +39,8 @@ ON_TINY = {
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
     "protocols": {"run": "tiny", "count": 64},
-    "convergence": {
-        "llamagen": "tiny-llamagen-s[012]",
-        "warm_up": "tiny-llamagen-repa-s[012]",
-        "control": "tiny-llamagen-repa-control-s[012]",
-        "method": "tiny-gear-s[012]",
-        "preset": "tiny",
-        "count": 100,
-    },
-    "system_comparison": {
-        "llamagen": "tiny-llamagen-s[012]",
-        "warm_up": "tiny-llamagen-repa-s[012]",
-        "control": "tiny-llamagen-repa-control-s[012]",
-        "method": "tiny-gear-s[012]",
-        "count": 100,
-    },
+    "convergence": SYSTEMS | {"preset": "tiny", "count": 100},
+    "system_comparison": SYSTEMS | {"count": 100},
     "guidance_sweep": {"warm_up": "tiny-llamagen-repa-s[012]", "method": "tiny-gear-s[012]", "count": 100},
     "ablations": {"study": "temperature", "preset": "tiny", "count": 100},
     "reconstruction": {"preset": "tiny", "count": 100},

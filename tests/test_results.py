@@ -38,9 +38,8 @@ def test_a_missing_or_unscored_run_is_named():
     (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
         results.results("depth", "tiny", count=100)
-    assert "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny" in str(
-        error.value
-    )
+    said = "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny"
+    assert said in str(error.value)
 
 
 def verdicts(name, **options):
@@ -76,11 +75,8 @@ def test_two_seeds_are_no_verdict():
 
 def test_the_papers_rows_stand_beside_their_cells():
     table = results.printed("tokenizer", "scenes").set_index(["cell", "role", "metric"]).value
-    assert (
-        table["LFQ", "baseline", "fd"] == 18.681
-        and table["LFQ", "gear", "rfd"] == 2.129
-        and table["VQ", "gear", "psnr"] == 20.779
-    )
+    assert table["LFQ", "baseline", "fd"] == 18.681 and table["LFQ", "gear", "rfd"] == 2.129
+    assert table["VQ", "gear", "psnr"] == 20.779
     shared = results.printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
     assert shared["LlamaGen-REPA", "baseline", "fd"] == 14.719 and shared["from nothing", "gear", "fd"] == 13.435
     assert results.printed("resolution", "scenes").set_index(["cell", "role", "metric"]).value["48 px", "gear", "fd"] == 18.364

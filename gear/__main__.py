@@ -56,7 +56,7 @@ def train_command(names, arguments):
     if options.dry_run:
         planned = plan(options.config, name, base, options.label, dry=True)
         return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
-    run = train_with_parents(options.config, name, base, options.label, options.runtime)
+    run = train_with_parents(options.config, name, base, options.label, options.runtime, options.wait)
     print(f"{run.name}: step {run.step}, {run.path}")
 
 

@@ -1,5 +1,6 @@
 """Several commands at once: each a process of its own, nothing before what it needs, what is shared once."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -108,9 +109,15 @@ def work(tasks, finished, jobs, done=lambda name: None):
 
 
 def _start(command):
-    log = tempfile.TemporaryFile()
+    log, words = tempfile.TemporaryFile(), [sys.executable, "-m", "gear", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "gear", *command], stdout=log, stderr=log, env=environment), log
+    return subprocess.Popen(words, stdout=log, stderr=log, env=environment, preexec_fn=_end_with_parent), log
+
+
+def _end_with_parent():
+    """Have the kernel send SIGTERM to this child when its parent dies, even by kill -9: no run goes on that nobody sees."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _flags(runtime):

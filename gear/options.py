@@ -17,6 +17,7 @@ class TrainOptions:
     name: str = ""  # the run's name, if not the recipe's
     label: str = ""  # ends the name of this run and of every parent that the changes concern
     jobs: int = 1  # runs trained at once, where several are named
+    wait: bool = False  # for the end of another process that trains this run; else that is an error
     dry_run: bool = False  # print what it would cost, and train nothing
     gpu: str = "h100"  # of a dry run: h100, h200, a100, rtx4090, or cpu
     utilisation: float = 0.4  # of a dry run: the share of the GPU's data sheet that is assumed

@@ -196,14 +196,14 @@ def _carry(base, changed, target):
     return replace(target, **{name: getattr(changed, name) for name in fields})
 
 
-def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime()):
-    """Train what is missing of a run's ancestors, then the run; returns it."""
+def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime(), wait=False):
+    """Train what is missing of a run's ancestors, then the run; returns it. `wait`: see `train`; for ancestors it is done."""
     planned = plan(config, name, base, label)
     check_teachers(c for _, c in planned)
     *ancestors, own = planned
     for n, c in ancestors:
         train(c, n, runtime, wait=True)  # several may start from one, on several machines
-    return train(own[1], own[0], runtime)
+    return train(own[1], own[0], runtime, wait)
 
 
 def check_teachers(configs):

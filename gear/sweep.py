@@ -24,9 +24,9 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     Raises as `jobs.train_many` does.
     """
     found = members(name, preset, seeds, cells)
-    configs = {n: config for member in found for n, config in member.planned}
-    trained = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config)}
-    missing = {n: config for n, config in configs.items() if n not in trained}
+    settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
+    planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
+    missing = {n: c for n, c in planned.items() if n not in settled and not is_trained(Run(runs_dir() / n), c)}
     tasks = _tasks(found, missing, preset, count, runtime)
     tell(_cost(name, found, missing, tasks))
     if not tasks:
@@ -42,7 +42,12 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                 if not left[member.name]:
                     tell(_line(member, preset, count))
 
-    work(tasks, trained, jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0))), done)
+    work(
+        tasks,
+        settled | planned.keys() - missing.keys(),
+        jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0))),
+        done,
+    )
     return found
 
 
@@ -62,7 +67,7 @@ def _key(name, member):
 def _tasks(found, missing, preset, count, runtime):
     """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained."""
     words = {n: _words(member, n) for member in found for n, _ in member.planned}
-    tasks = [training(n, config, words[n], runtime) for n, config in missing.items()]
+    tasks = [training(n, config, (*words[n], "--wait"), runtime) for n, config in missing.items()]
     for member in found:
         if member.name in missing or not measured(member.name, preset, count).keys() >= SCORED:
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")

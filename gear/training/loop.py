@@ -132,10 +132,11 @@ def _begin(run, state, meter, validation):
     state.processes.wait()
 
 
-def is_trained(run, config, rebuild=False):
+def is_trained(run, config, rebuild=False, record=False):
     """Say whether nothing is left to do for a run; raises UserError if it exists with another configuration.
 
-    A finished run without weights is a record: training it would replace what is tracked, so that needs `rebuild`.
+    A finished run without weights, as tracked ones are, is a record: training it would replace that, so it is an error without
+    `rebuild`; with `record` it will do.
     """
     if not run.exists:
         return False
@@ -143,12 +144,13 @@ def is_trained(run, config, rebuild=False):
     if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):  # the folder has changed
         data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
     run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
-    if run.logged_step >= config.steps and not run.checkpoint_steps() and not rebuild:
+    without_weights = run.logged_step >= config.steps and not run.checkpoint_steps()
+    if without_weights and not (rebuild or record):
         raise UserError(
             f"run '{run.name}' is tracked without its weights, and training it would replace the record in {run.path}. "
             f"Train it in another folder (export GEAR_RUNS=runs/demo), or here with --rebuild."
         )
-    return run.is_finished
+    return run.is_finished or without_weights and record
 
 
 def _record(run, state, meter, validation, progress, runtime):

@@ -1,0 +1,129 @@
+"""A study from one command: what is missing and nothing else, one command a cell, the same after a kill."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import record_study
+
+from gear import sweep
+from gear.__main__ import main
+from gear.home import runs_dir
+from gear.recipes import recipe
+from gear.run import Run, run_names
+from gear.studies import members
+
+
+def test_one_command_a_cell_and_seed(capsys):
+    main(["sweep", "temperature", "--preset", "tiny", "--seeds", "0,2", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = ["tau-0.5", "tau-0.1", "tau-0.05", "default", "tau-0.01", "tau-0.005"]
+    assert [shlex.split(line)[-3] for line in lines] == [cell for cell in cells for _ in (0, 2)]
+    covered = set()
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:3] == ["gear", "sweep", "temperature"] and words[words.index("--preset") + 1] == "tiny"
+        seed, cell = int(words[words.index("--seeds") + 1]), words[words.index("--cells") + 1]
+        covered |= {m.name for m in members("temperature", "tiny", [seed], [cell])}
+    assert covered == {m.name for m in members("temperature", "tiny", [0, 2])}
+
+
+def test_what_is_there_is_not_done_again(monkeypatch, capsys):
+    """Tracked runs without weights or ancestors: nothing to do, and the table is printed."""
+    record_study("depth")
+    monkeypatch.setattr(sweep, "work", lambda *_: pytest.fail("there is nothing to do"))
+    main(["sweep", "depth", "--preset", "tiny", "--count", "100"])
+    out = capsys.readouterr().out
+    assert "18 runs in all, 0 to train with their parents, 0 sets of scores" in out
+    assert "as in the paper" in out and "layer 2 of 3" in out and "+-" in out
+
+
+def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
+    record_study("depth", seeds=(0,))
+    (runs_dir() / "tiny-gear-s0" / "metrics.json").unlink()
+    seen, told = {}, []
+    monkeypatch.setattr(
+        sweep, "work", lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs)
+    )
+    sweep.sweep("depth", "tiny", (0, 1), ["default", "tap-0"], count=100, tell=told.append)
+    names = [task.name for task in seen["tasks"]]
+    assert names == [
+        "tiny-tokenizer-s1", "tiny-llamagen-repa-s1-tap-0", "tiny-joint-s1-tap-0", "tiny-gear-s1-tap-0",
+        "tiny-llamagen-repa-s1", "tiny-joint-s1", "tiny-gear-s1",
+        "scores of tiny-llamagen-repa-s1-tap-0", "scores of tiny-gear-s1-tap-0",
+        "scores of tiny-gear-s0", "scores of tiny-llamagen-repa-s1", "scores of tiny-gear-s1",
+    ]  # fmt: skip
+    by_name = {task.name: task for task in seen["tasks"]}
+    joint = by_name["tiny-joint-s1-tap-0"]
+    assert joint.command[:6] == ("train", "tiny-joint-s1", "--tap-layer", "0", "--label", "tap-0")
+    assert joint.needs == "tiny-tokenizer-s1" and by_name["tiny-gear-s1-tap-0"].needs == "tiny-joint-s1-tap-0"
+    assert by_name["scores of tiny-gear-s0"].needs in seen["finished"] and seen["jobs"] >= 1
+    images = sum(config.steps * config.batch_size for m in members("depth", "tiny", [1], ["default", "tap-0"])
+                 for n, config in dict(m.planned).items() if n in names and n.startswith("tiny"))  # fmt: skip
+    assert "7 to train with their parents, 5 sets of scores" in told[0] and "FLOP" in told[0] and "h100" in told[0]
+    assert images > 0 and "not known before a run of the stage" in told[0]
+
+
+def test_mistakes_are_told_before_anything_runs(capsys, home):
+    for words, said in (
+        ([], "name one study"),
+        (["temprature"], "Did you mean 'temperature'"),
+        (["depth", "--preset", "tinny"], "no study of preset 'tinny'"),
+        (["depth", "--preset", "tiny", "--seeds", "x"], "seeds are 'x'"),
+        (["depth", "--preset", "tiny", "--cells", "tap-9"], "has no cell tap-9"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["sweep", *words])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert not (home / "runs").exists()
+
+
+SWEEP = [
+    sys.executable,
+    "-m",
+    "gear",
+    "sweep",
+    "initialisation",
+    "--preset",
+    "tiny",
+    "--seeds",
+    "0",
+    "--count",
+    "70",
+    "--jobs",
+    "2",
+]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(home):
+    """kill -9 while runs train: they end with it, and the same command does what is left, once."""
+    process = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not any(Run.open(n).logged_step > 2 for n in run_names("tiny-joint*")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    warm_up = Run.open("tiny-tokenizer-s0")
+    began = warm_up.path.stat().st_ino, (warm_up.path / "config.json").stat().st_mtime
+    done = subprocess.run(SWEEP, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert (warm_up.path.stat().st_ino, (warm_up.path / "config.json").stat().st_mtime) == began
+    assert "not testable: 1 seed" in done.stdout and "from nothing" in done.stdout
+    again = subprocess.run(SWEEP, capture_output=True, text=True, timeout=100)
+    assert "0 to train with their parents, 0 sets of scores" in again.stdout
+    assert not [p for p in os.listdir("/proc") if p.isdigit() and _belongs(p, str(home))], "no orphan trains on"
+    assert recipe("tiny-joint-no-init-s0").tokenizer_run == "" and Run.open("tiny-joint-no-init-s0").is_finished
+
+
+def _belongs(process, home):
+    try:
+        with open(f"/proc/{process}/environ", "rb") as environment, open(f"/proc/{process}/cmdline", "rb") as command:
+            return home.encode() in environment.read() and b"gear\0train" in command.read()
+    except OSError:
+        return False

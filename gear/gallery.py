@@ -1,7 +1,7 @@
 """One page of every figure: its claim, its numbers, the runs it was drawn from and the command that draws it.
 
-It is made of what stands in the folder of figures alone (PNG, PDF, CSV with provenance, JSON with words), opens from a disk
-without a network, and has the same bytes each time.
+It is made of what stands in the folder of figures (PNG, PDF, CSV with provenance, JSON with words), opens from a disk without
+a network, and has the same bytes each time.
 """
 
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 
 from gear.figures import PALETTE
 from gear.home import figures_dir, write_atomically
-from gear.render import NEEDS_WEIGHTS, products
+from gear.render import NEEDS_WEIGHTS, about, products
 
 STYLE = f"""
 :root {{ --blue: {PALETTE["warm-up"]}; --red: {PALETTE["GEAR"]}; --ink: #1D1F23; --grey: #62676F; --line: #E3E5E8; }}
@@ -37,12 +37,10 @@ nav {{ margin-top: 28px; }}
 nav ol, .needs {{ list-style: none; margin: 0; padding: 0; }}
 nav a {{ display: flex; gap: 16px; padding: 5px 0; border-bottom: 1px solid var(--line); }}
 nav a:hover span, h2 a:hover {{ color: var(--red); }}
-nav b {{ flex: 0 0 9em; color: var(--blue); font-weight: 600; font-size: 14px; padding-top: 1px; }}
+nav b {{ flex: 0 0 10.5em; color: var(--blue); font-weight: 600; font-size: 14px; padding-top: 1px; }}
 figure {{ margin: 20px 0 18px; }}
 img {{ display: block; width: 100%; height: auto; }}
-figcaption {{ display: flex; justify-content: space-between; gap: 24px; padding-top: 6px; color: var(--grey);
-  font-size: 13px; }}
-figcaption a {{ margin-left: 10px; }}
+figcaption {{ display: flex; justify-content: flex-end; gap: 10px; padding-top: 4px; font-size: 13px; }}
 .said p {{ font-size: 15px; margin: 0 0 6px; padding-left: 14px; text-indent: -14px; }}
 .said p::before {{ content: "\\2013\\00A0"; color: var(--grey); }}
 pre {{ columns: 2 30em; column-gap: 32px; font-size: 12px; line-height: 1.5; margin: 0 0 10px; white-space: pre-wrap; }}
@@ -63,6 +61,7 @@ th {{ color: var(--grey); font-weight: 500; }}
 }}
 """
 SCALE = "Small scale: "  # begins what `figures.scale` says
+ELSEWHERE = "Not in the paper"
 
 
 def write_gallery():
@@ -85,11 +84,13 @@ def write_gallery():
 
 
 def _words(product):
-    """Return what was kept beside a figure; of one that `gear figures` never drew, its name."""
+    """Return what was kept beside a figure; of one that `gear figures` has not tried, what its notebook says."""
     path = figures_dir() / f"{product}.json"
-    unsaid = dict.fromkeys(("place", "claim", "scale", "needs"), "") | {"parameters": {}, "said": []}
-    unsaid |= {"title": product, "command": f"gear figures {product}"}
-    return unsaid | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    if path.exists():
+        words = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        words = about(product) | {"command": f"gear figures {product}", "parameters": {}, "said": [], "scale": "", "needs": ""}
+    return words | {"place": ", ".join(sorted(words["place"].split(", "), key=_order)) or ELSEWHERE}
 
 
 def _order(place):
@@ -99,7 +100,7 @@ def _order(place):
 
 def _inline(text):
     """Return a notebook's markdown, as far as it has `code` and *emphasis*, as HTML."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False).replace(" -&gt; ", "&nbsp;&rarr; "))
     return re.sub(r"\*([^*\s](?:[^*]*[^*\s])?)\*", r"<em>\1</em>", text)
 
 
@@ -120,8 +121,8 @@ def _header(drawn, lacking):
 <p class="place">Guided End-to-End AutoRegression for Image Synthesis, arXiv 2606.32039</p>
 <h1>GEAR, redrawn at small scale</h1>
 <p class="small"><strong>These are small-scale results{f" ({escape(what)})" if what else ""}.</strong> They show that the
-mechanism runs and in which direction things move; they are not the paper's results. Below each figure stands its own scale:
-data, image size, tokens, codes K, steps, seeds. What is said of a figure was computed from the numbers it plots.</p>
+mechanism runs and in which direction things move; they are not the paper's results. Each figure says below its axes with what
+it was made: data, image size, tokens, codes K, steps, seeds. What is said of it was computed from the numbers it plots.</p>
 <nav><ol>
 {contents}
 </ol></nav>
@@ -133,19 +134,19 @@ def _section(product, words):
     files = (suffix for suffix in ("png", "pdf", "csv") if (figures_dir() / f"{product}.{suffix}").exists())
     links = "".join(f'<a href="{product}.{suffix}">{suffix.upper()}</a>' for suffix in files)
     return f"""<section id="{product}">
-<p class="place">{escape(words["place"]) or "Not in the paper"}</p>
+<p class="place">{escape(words["place"])}</p>
 <h2><a href="#{product}">{_inline(words["title"])}</a></h2>
 {_paragraphs(words["claim"], ' class="claim"')}
 <figure>
 <a href="{product}.png"><img src="{product}.png" width="{width}" height="{height}" loading="lazy"
 alt="{escape(words["title"])}. {escape(words["scale"])}"></a>
-<figcaption><span>{escape(words["scale"])}</span><span>{links}</span></figcaption>
+<figcaption>{links}</figcaption>
 </figure>
 <div class="said">
 {_said(words["said"])}
 </div>
 {_runs(product)}
-<details><summary>Drawn by <code>{escape(words["command"])}</code></summary>
+<details><summary>Drawn by <code>{escape(words["command"])}</code>, {_count(len(words["parameters"]), "parameter")}</summary>
 {_parameters(words["parameters"])}
 </details>
 </section>"""
@@ -181,11 +182,16 @@ def _runs(product):
         f"<td>{' '.join(escape(config) for _, config in made)}</td></tr>"
         for (recipe, step), made in sorted(groups.items())
     )
-    count = f"{len(runs)} run{'s' if len(runs) != 1 else ''} of {len(groups)} recipe{'s' if len(groups) != 1 else ''}"
-    return f"""<details><summary>Drawn from {count}</summary>
+    seeds = sorted({int(seed) for made in groups.values() for seed, _ in made if seed})
+    seeds = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
+    return f"""<details><summary>Drawn from {_count(len(runs), "run")} of {_count(len(groups), "recipe")}{seeds}</summary>
 <table class="runs"><tr><th>recipe</th><th>seeds</th><th>step</th><th>configurations</th></tr>
 {rows}
 </table></details>"""
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _parameters(parameters):
@@ -206,6 +212,6 @@ def _needs(lacking):
         weights = " It needs weights, which tracked runs come without: <code>make demo</code>." * (product in NEEDS_WEIGHTS)
         command = f"Drawn by <code>{escape(words['command'])}</code>.{weights}"
         said = re.sub(r"(gear (?:train|sweep) .+)$", r"<code>\1</code>", escape(words["needs"], quote=False)) or command
-        place = f'<span class="place">{escape(words["place"])}</span> ' if words["place"] else ""
-        items.append(f'<li id="{product}">{place}<strong>{_inline(words["title"])}</strong><br>{said}</li>')
+        place = f'<span class="place">{escape(words["place"])}</span>'
+        items.append(f'<li id="{product}">{place} <strong>{_inline(words["title"])}</strong><br>{said}</li>')
     return "\n".join(['<section id="needs">', "<h2>Not drawn yet</h2>", '<ul class="needs">', *items, "</ul>", "</section>"])

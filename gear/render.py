@@ -43,6 +43,16 @@ def products():
     return found
 
 
+def about(product):
+    """Return a product's title, place in the paper ("" for none) and claim, from the head of its notebook."""
+    notebook, own = products()[product]
+    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
+    title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
+    if study := STUDIES.get(own.get("study")):
+        title, place = f"{title}: {study.axis}", f"Table {study.table}"
+    return {"title": title, "place": place or "", "claim": claim.strip()}
+
+
 def _targets(names, parameters):
     """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which stand for all their own.
 
@@ -119,16 +129,9 @@ def _keep_words(product, known, parameters, said=(), needs=""):
     """
     if product in INTERACTIVE or needs and (figures_dir() / f"{product}.png").exists():
         return
-    notebook, own = products()[product]
-    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
-    title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
-    if study := STUDIES.get(own.get("study")):
-        title, place = f"{title}: {study.axis}", f"Table {study.table}"
+    own = products()[product][1]
     given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
-    words = {
-        "title": title,
-        "place": place or "",
-        "claim": claim.strip(),
+    words = about(product) | {
         "command": shlex.join(["gear", "figures", product, *given]),
         "parameters": {
             key: {"value": parameters.get(key, ast.literal_eval(value["default"])), "about": value["help"]}

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+from PIL import Image
 
 from gear import render
 from gear.__main__ import main
@@ -90,7 +91,7 @@ def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
     """Drawn again from tables and metrics alone, a figure is byte-identical: what is tracked suffices."""
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
     kept = {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")}
-    assert set(kept) == {f"generator_alignment.{s}" for s in ("png", "pdf", "csv")}
+    assert set(kept) == {f"generator_alignment.{s}" for s in ("png", "pdf", "csv", "json")}
     for weights in tiny.glob("*/checkpoints"):
         weights.rename(weights.with_name("gone"))
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
@@ -171,7 +172,7 @@ def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
     """Its content may change under one name; a parameter that names nothing on the disk is a value like any other."""
     monkeypatch.chdir(home)
     (home / "figures").mkdir()
-    (home / "figures" / "probe.png").touch()
+    Image.new("L", (1, 1)).save(home / "figures" / "probe.png")
     monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn"))
     for change, said in (
         (lambda: (home / "x.pt").write_text("one"), "drawn"),

@@ -54,8 +54,10 @@ th {{ color: var(--grey); font-weight: 500; }}
 .runs td:last-child {{ color: var(--grey); font-size: 12px; }}
 .needs li {{ padding: 8px 0; border-bottom: 1px solid var(--line); font-size: 14px; overflow-wrap: anywhere; }}
 @media print {{
-  body {{ max-width: none; padding: 0; font-size: 11pt; }}
-  section {{ break-before: page; margin-top: 0; border: 0; }}
+  body {{ max-width: none; padding: 0; font-size: 9.5pt; }}
+  h2 {{ font-size: 16pt; }}
+  .said p, details, table, figcaption {{ font-size: 8.5pt; margin: 0 0 2pt; }}
+  section {{ break-before: page; margin: 0; padding: 0; border: 0; }}
   figure, tr, .said p {{ break-inside: avoid; }}
   details::details-content {{ content-visibility: visible; height: auto; }}
 }}
@@ -130,7 +132,8 @@ it was made: data, image size, tokens, codes K, steps, seeds. What is said of it
 
 
 def _section(product, words):
-    width, height = Image.open(figures_dir() / f"{product}.png").size
+    with Image.open(figures_dir() / f"{product}.png") as picture:
+        width, height = picture.size  # told, so that a page still loading does not move
     files = (suffix for suffix in ("png", "pdf", "csv") if (figures_dir() / f"{product}.{suffix}").exists())
     links = "".join(f'<a href="{product}.{suffix}">{suffix.upper()}</a>' for suffix in files)
     return f"""<section id="{product}">

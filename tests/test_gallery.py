@@ -90,6 +90,13 @@ def test_products_are_figures_and_an_ablation_is_one_a_study(notebooks):
     assert found["one"] == ("one", {}) and found["ablations_size"] == ("ablations", {"study": "size"})
 
 
+def test_the_projects_own_products_have_a_title_and_a_claim():
+    for product in render.products():
+        words = render.about(product)
+        assert words["title"] and words["claim"] and "(Fig" not in words["title"] + words["place"], product
+        assert not words["place"] or gallery._order(words["place"])[1]
+
+
 def test_every_product_once_in_the_papers_order_and_links_exist(notebooks):
     drawn(notebooks, "one", place="Table 4")
     drawn(notebooks, "two", place="Table 7, Fig. 1")

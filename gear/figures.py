@@ -14,6 +14,7 @@ from gear.home import figures_dir, write_atomically
 from gear.run import PANEL_GAP, PANEL_WIDTH
 
 PALETTE = {
+    "LlamaGen": "#8FB4DE",
     "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red
     "control": "#8A8F98",
     "GEAR": "#C8442E",
@@ -26,6 +27,7 @@ PALETTE = {
     "null": "#B9A44C",
 }
 METHODS = {
+    "LlamaGen": "LlamaGen (no alignment)",
     "warm-up": "LlamaGen-REPA (warm-up)",
     "control": "control (no guidance)",
     "half": "half the codes",
@@ -140,16 +142,20 @@ def show_rows(axis, rows):
     return lines[0].shape[1]
 
 
-def save(fig, name, runs, data, face=None):
+def save(fig, name, runs, data, n, interval, null="none", face=None):
     """Write figures_dir()/NAME.png, .pdf and .csv with provenance (runs, steps, configuration hashes; no date).
 
     `runs` are the Runs drawn, or what else has a name, a step and a config_hash; `data` the table of plotted numbers,
-    `rounded`. The scale is written on the figure's face, or `face` in its place.
+    `rounded`. On the figure's face stand the scale (or `face` in its place) and, in words: `n`, what was measured on,
+    `interval`, what bands and bars are, and `null`, the level that means nothing.
     """
-    fig.supxlabel(face or scale(runs), fontsize=8, color="#666666", x=0.01, ha="left")
-    provenance = json.dumps(
-        {"figure": name, "runs": {r.name: {"step": r.step, "config": r.config_hash} for r in runs}}, sort_keys=True
-    )
+    statistics = {"n": n, "interval": interval, "null": null}
+    told = [face or scale(runs), ". ".join(f"{key}: {value}" for key, value in statistics.items()) + "."]
+    wide = int(fig.get_figwidth() * 17)  # characters of this size in a line
+    told = "\n".join(line for text in told for line in textwrap.wrap(text, wide))
+    fig.supxlabel(told, fontsize=8, color="#666666", x=0.01, ha="left")
+    found = {r.name: {"step": r.step, "config": r.config_hash} for r in runs}
+    provenance = json.dumps({"figure": name, "runs": found, "statistics": statistics}, sort_keys=True)
     home = figures_dir()
     writers = {
         "png": lambda p: fig.savefig(p, format="png", metadata={"Software": None, "Description": provenance}),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gear.figures import PALETTE
 from gear.home import figures_dir, write_atomically
-from gear.render import NEEDS_WEIGHTS, about, products
+from gear.render import MADE_BY, NEEDS_WEIGHTS, about, products
 
 STYLE = f"""
 :root {{ --blue: {PALETTE["warm-up"]}; --red: {PALETTE["GEAR"]}; --ink: #1D1F23; --grey: #62676F; --line: #E3E5E8; }}
@@ -176,6 +176,8 @@ def _runs(product):
     if not path.exists():
         return ""
     runs, groups = json.loads(path.read_text().partition("\n")[0].removeprefix("# "))["runs"], {}
+    if not runs:  # the paper's numbers alone
+        return ""
     for name, made in runs.items():
         parts = re.fullmatch(r"(.+?)-s(\d+)(-.+)?", name)
         recipe, seed = (parts[1] + (parts[3] or ""), parts[2]) if parts else (name, "")
@@ -214,7 +216,7 @@ def _needs(lacking):
     for product, words in lacking.items():
         weights = " It needs weights, which tracked runs come without: <code>make demo</code>." * (product in NEEDS_WEIGHTS)
         command = f"Drawn by <code>{escape(words['command'])}</code>.{weights}"
-        said = re.sub(r"(gear (?:train|sweep) .+)$", r"<code>\1</code>", escape(words["needs"], quote=False)) or command
+        said = re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", escape(words["needs"], quote=False)) or command
         place = f'<span class="place">{escape(words["place"])}</span>'
         items.append(f'<li id="{product}">{place} <strong>{_inline(words["title"])}</strong><br>{said}</li>')
     return "\n".join(['<section id="needs">', "<h2>Not drawn yet</h2>", '<ul class="needs">', *items, "</ul>", "</section>"])

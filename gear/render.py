@@ -18,7 +18,7 @@ from gear.studies import STUDIES
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
 NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # the demo executes them: tracked runs come without
-MADE_BY = re.compile(r"(?<!again: )gear (train|sweep) ")  # a UserError that names it says which runs are missing
+MADE_BY = re.compile(r"(?<!again: )gear (?:train|sweep|evaluate) ")  # who names it in a UserError says which runs are missing
 
 
 class NeedsRuns(TrainingStopped):
@@ -49,7 +49,7 @@ def about(product):
     heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
     title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
     if study := STUDIES.get(own.get("study")):
-        title, place = f"{title}: {study.axis}", f"Table {study.table}"
+        title, place = f"{title.partition(':')[0]}: {study.axis}", f"Table {study.table}"
     return {"title": title, "place": place or "", "claim": claim.strip()}
 
 

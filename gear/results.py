@@ -9,7 +9,7 @@ from gear.analysis.claims import MIN_SEEDS, interval
 from gear.analysis.tables import published
 from gear.config import UserError
 from gear.evaluation.evaluate import scores
-from gear.run import Run, run_names
+from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
 PUBLISHED = {"fd": "gFID", "precision": "Prec.", "recall": "Rec.", "psnr": "PSNR", "ssim": "SSIM", "rfd": "rFID"}
@@ -43,6 +43,25 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
         found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
     rows = table[table.metric.isin(["psnr", "ssim", *names]) & (table.split == "val")] if "split" in table else table[:0]
     return found | {names.get(m, m): v for m, v in zip(rows.metric, rows.value)}
+
+
+def quality(pattern, count=SAMPLES):
+    """Return what runs scored at every step and guidance they were evaluated at: run, seed, step, cfg_scale, metric, value.
+
+    Raises UserError naming the first run that has no scores of `count` samples, and the command that makes them.
+    """
+    lines = []
+    for run in open_runs(pattern):
+        table, config = scores(run), run.config
+        drawn = table[table["count"] == count] if "count" in table else table[:0]
+        if drawn.empty:
+            network = space(config["recipe"])
+            command = f"gear evaluate {run.name} --network {network} --both --count {count}"
+            raise UserError(f"no run '{run.name}' with scores of {count} samples: {command}")
+        for step, scale in sorted(set(zip(drawn.step, drawn.cfg_scale))):
+            values = measured(run.name, config["recipe"], count, scale, int(step))
+            lines += [(run.name, config["seed"], int(step), scale, metric, value) for metric, value in values.items()]
+    return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
 def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):

@@ -13,6 +13,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -108,8 +109,7 @@ class Run:
     def rewind(self, step):
         """Drop what was logged after `step`, and a line that a kill cut short: the next steps write it again.
 
-        Analyses, and panels of later steps, go with it: they belong to weights that will not come back. So does what a killed
-        save left.
+        Analyses, panels of later steps and what a killed save left go with it: they belong to weights that will not come back.
         """
         for leftover in self.path.rglob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -256,7 +256,12 @@ def run_names(pattern="*"):
 
 
 def open_runs(pattern):
-    """Open every run that matches the shell `pattern` (a plain name is one); raises UserError when there is none."""
+    """Open every run that matches the shell `pattern` (a plain name is one); raises UserError when there is none.
+
+    A list of digits such as `-s[012]` asks for each of them: UserError names the first that is missing.
+    """
+    if listed := re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern):
+        return [Run.open(f"{listed[1]}{digit}{listed[3]}") for digit in listed[2]]
     names = run_names(pattern)
     return [Run.open(name) for name in names] if names else [Run.open(pattern)]
 

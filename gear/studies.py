@@ -96,20 +96,19 @@ def _tokenizer(preset):
     ]
 
 
-SIZES = {  # per preset, three sizes aligned at a third of the depth or so, as the paper's are
+SIZES = {  # three of a preset, aligned at a third of the depth or so, as the paper's are; elsewhere the public ones
     "scenes": {"B": dict(width=64, layers=3, heads=2, tap_layer=1, projector_dim=128), "L": {},
                "XL": dict(width=144, layers=6, heads=3, tap_layer=3, projector_dim=288)},
     "cifar10": {"B": dict(width=256, layers=6, heads=4, tap_layer=2, projector_dim=512), "L": {},
                 "XL": dict(width=512, layers=12, heads=8, tap_layer=4, projector_dim=1024)},
+    "tiny": {"B": dict(width=16, layers=2), "L": {}, "XL": dict(width=48)},
 }  # fmt: skip
+SIZES["cifar10-smoke"] = SIZES["scenes"]
 
 
 def _size(preset):
     own = RECIPES[f"{preset}-gear"].generator
-    public = {
-        name: {} if GENERATORS[name] == own else _difference(own, GENERATORS[name])
-        for name in ("B", "L", "XL")
-    }  # fmt: skip
+    public = {name: _difference(own, GENERATORS[name]) for name in ("B", "L", "XL")}
     return [
         Cell(f"size {name}", f"size-{name}" if changes else "", f"LlamaGen-REPA-{name}, +GEAR", dict(generator=changes))
         for name, changes in SIZES.get(preset, public).items()

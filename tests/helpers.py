@@ -1,14 +1,20 @@
 """Tiny networks, configurations and images that several tests share."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gear import data
+from gear.config import to_dict
+from gear.evaluation.scores import record
 from gear.generator.model import Generator, GeneratorConfig
 from gear.recipes import TINY
+from gear.run import Run
 from gear.scenes import Scenes
+from gear.studies import members
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.training.state import State
@@ -83,3 +89,43 @@ def assert_same_run(one, other):
     for file in ("networks.safetensors", "optimizers.safetensors", "state.json"):
         newest = sorted((one / "checkpoints").glob("0*"))[-1].name
         assert (one / "checkpoints" / newest / file).read_bytes() == (other / "checkpoints" / newest / file).read_bytes()
+
+
+def recorded(name, config, scores=(), **metrics):
+    """Write a finished run without training it: its configuration, the last line of its log, and an evaluation's records.
+
+    `scores` are (step, cfg_scale, {metric: value}); an empty step means a reconstruction. Numbers are the caller's.
+    """
+    run = Run.create(name, to_dict(config))
+    (run.path / "metrics.jsonl").unlink(missing_ok=True)
+    run.append({"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}})
+    base = {"network": "scenes", "weights_of": name}
+    drawn = base | {"count": 100, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    records = [
+        record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else base | {"split": "val"})
+        for step, scale, values in scores
+        for metric, value in values.items()
+    ]
+    (run.path / "metrics.json").write_text(json.dumps(records))
+    return run
+
+
+def record_study(name, preset="tiny", seeds=(0, 1, 2), effect=-1.0):
+    """Write every run of a study with seeded numbers: GEAR's Fréchet distances differ from the baseline's by `effect`."""
+    for member in members(name, preset, seeds):
+        record_scored(member.name, member.planned[-1][1], effect if member.role == "gear" else 0.0)
+    return members(name, preset, seeds)
+
+
+def record_scored(name, config, effect=0.0):
+    """Write a run with seeded numbers at two steps and three scales of guidance, and of its tokenizer's reconstructions."""
+    noise = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+    steps = [(step, scale) for step in (config.steps // 2, config.steps) for scale in (1.0, 1.5, 2.0)]
+    scores = [
+        (step, scale, {"fd_scenes": 9 + effect - 4 * step / config.steps - scale + noise.uniform(0, 0.1),
+                       "precision": 0.5 + noise.uniform(0, 0.1), "recall": 0.4 + noise.uniform(0, 0.1)})
+        for step, scale in steps
+    ]  # fmt: skip
+    scores.append((0, 0, {"rfd_scenes": 2 + noise.uniform(0, 0.1), "psnr": 20 + noise.uniform(0, 0.1), "ssim": 0.6}))
+    losses = {"ntp_loss": 3 + noise.uniform(0, 0.1), "align_loss": -0.5, "usage_entropy": 4.0, "psnr": 20.0}
+    return recorded(name, config, scores, **losses)

@@ -112,13 +112,3 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
     Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
     assert list(claims._by_seed("scenes-gear", "")) == [0] and list(claims._by_seed("scenes-llamagen-repa", "")) == [0, 10]
     assert claims._by_seed("scenes-gear", "mine")[0].name == "scenes-gear-s0-mine"
-
-
-def test_bridges_are_compared_at_the_same_step(monkeypatch):
-    collapse = Claim("collapse", "", "usage entropy (nats)", "joint-naive", "joint", -1, 1.0, same_step=True)
-    monkeypatch.setattr(claims, "CLAIMS", [collapse])
-    for name, steps in (("joint", 3), ("joint-naive", 2)):
-        run = Run.create(f"scenes-{name}-s0", {"recipe": f"scenes-{name}", "seed": 0, "steps": steps})
-        for step in range(1, steps + 1):
-            run.append({"step": step, "val/usage_entropy": 6.0 + step if name == "joint" else 1.0})
-    assert claims.evaluate().difference[0] == 1.0 - 8.0

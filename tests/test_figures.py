@@ -23,7 +23,7 @@ def draw(home, monkeypatch, folder):
     table = figures.rounded(pd.DataFrame({"x": [1, 2], "y": [1 / 3, 2 / 3]}))
     fig, axes = figures.panels("ab")
     axes[0].plot(table.x, table.y)
-    figures.save(fig, "test", [run], table)
+    figures.save(fig, "test", [run], table, n="2 points", interval="none", null="zero")
     return {p.name: p.read_bytes() for p in (home / folder).iterdir()}
 
 
@@ -40,6 +40,7 @@ def test_provenance_names_runs_steps_and_hashes_and_no_date(home, monkeypatch):
     files = draw(home, monkeypatch, "one")
     run = Run.open("r")
     wanted = {"figure": "test", "runs": {"r": {"step": 0, "config": run.config_hash}}}
+    wanted["statistics"] = {"n": "2 points", "interval": "none", "null": "zero"}
     assert json.loads(files["test.csv"].decode().splitlines()[0].removeprefix("# ")) == wanted
     assert json.loads(Image.open(home / "one" / "test.png").info["Description"]) == wanted
     assert b"CreationDate" not in files["test.pdf"]

@@ -12,17 +12,24 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+from helpers import record_scored, record_study
 from PIL import Image
 
 from gear import render
 from gear.__main__ import main
 from gear.config import TrainingStopped, UserError
+from gear.recipes import recipe
+from gear.studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
 GENERATORS = dict.fromkeys(["warm_up", "control", "half", "method"], "tiny")
 TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
+SYSTEMS = {
+    "llamagen": "tiny-llamagen-s[012]", "warm_up": "tiny-llamagen-repa-s[012]", "control": "tiny-llamagen-repa-control-s[012]",
+    "method": "tiny-gear-s[012]",
+}  # fmt: skip
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
     "training_dynamics": GENERATORS,
@@ -33,6 +40,12 @@ ON_TINY = {
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
     "protocols": {"run": "tiny", "count": 64},
+    "convergence": SYSTEMS | {"preset": "tiny", "count": 100},
+    "system_comparison": SYSTEMS | {"count": 100},
+    "guidance_sweep": {"warm_up": "tiny-llamagen-repa-s[012]", "method": "tiny-gear-s[012]", "count": 100},
+    "ablations": {"study": "temperature", "preset": "tiny", "count": 100},
+    "reconstruction": {"preset": "tiny", "count": 100},
+    "text_to_image": {},
     "probe": {"checkpoint": "tiny-joint", "other": "tiny-tokenizer", "generator": "tiny", "count": 40, "k": 5},
 }
 
@@ -66,12 +79,28 @@ def test_contract(path):
     assert len(calls) == 1 and calls[0] == sources[1] and "import" in calls[0], "papermill checks no parameter"
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
     if path.stem not in render.INTERACTIVE:
-        assert any(f'figures.save(fig, "{path.stem}"' in s for s in sources), "a figure carries its notebook's name"
+        saves = [s for s in sources if f'figures.save(fig, "{path.stem}"' in s or f'figures.save(fig, f"{path.stem}_' in s]
+        assert saves, "a figure carries its notebook's name"
+        assert "n=" in saves[0] and "interval=" in saves[0], "a figure says what was measured, and what its bands are"
+
+
+SCORED = ("convergence", "system_comparison", "guidance_sweep", "ablations", "reconstruction")
+
+
+def record_runs():
+    """Runs with scores, by hand: what these notebooks do with numbers does not depend on how they came about."""
+    for study in ("size", "temperature", "tokenizer"):
+        record_study(study)
+    for method in ("llamagen", "llamagen-repa-control"):
+        for seed in range(3):
+            record_scored(f"tiny-{method}-s{seed}", recipe(f"tiny-{method}-s{seed}"))
 
 
 @pytest.mark.parametrize("name", [p.stem for p in NOTEBOOKS])
 def test_runs_on_tiny(name, tiny, home, monkeypatch):
     monkeypatch.chdir(home)  # from any working directory
+    if name in SCORED:
+        record_runs()
     executed = render.execute(name, ON_TINY[name])
     assert executed.exists()
     if name in render.INTERACTIVE:  # what can be turned is there as a picture too, for those who only read
@@ -79,12 +108,23 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
         pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
         assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
         return
-    figures = home / "figures"
-    picture = matplotlib.image.imread(figures / f"{name}.png")
-    assert picture.std() > 0.05 and (figures / f"{name}.pdf").stat().st_size > 5_000
-    head, *_ = (figures / f"{name}.csv").read_text().splitlines()
-    assert "tiny" in json.loads(head.removeprefix("# "))["runs"] or "tiny-joint" in json.loads(head.removeprefix("# "))["runs"]
-    assert len(pd.read_csv(figures / f"{name}.csv", comment="#")) > 5
+    product = home / "figures" / (f"{name}_temperature" if name == "ablations" else name)
+    picture = matplotlib.image.imread(product.with_suffix(".png"))
+    assert picture.std() > 0.05 and product.with_suffix(".pdf").stat().st_size > 5_000
+    head, *_ = product.with_suffix(".csv").read_text().splitlines()
+    provenance = json.loads(head.removeprefix("# "))
+    assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance["runs"].keys() or name == "text_to_image"
+    assert all(provenance["statistics"].values())
+    assert len(pd.read_csv(product.with_suffix(".csv"), comment="#")) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_is_drawn(study, home):
+    record_study(study)
+    render.execute("ablations", {"study": study, "preset": "tiny", "count": 100})
+    table = pd.read_csv(home / "figures" / f"ablations_{study}.csv", comment="#")
+    assert {"ours", "paper", "seed", "directions"} <= set(table.source)
 
 
 def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):

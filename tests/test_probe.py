@@ -173,7 +173,7 @@ def test_a_figure_of_what_is_no_run_has_its_provenance_and_face(home):
     subject = probe.Subject("vq.pt", None, "0123456789ab", None, None)
     fig, (axis,) = figures.panels("a")
     axis.plot([1, 2])
-    figures.save(fig, "test", [subject], pd.DataFrame({"x": [1.0]}), face="8 images")
+    figures.save(fig, "test", [subject], pd.DataFrame({"x": [1.0]}), n="8", interval="none", face="8 images")
     head = (home / "figures" / "test.csv").read_text().splitlines()[0]
     assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": None, "config": "0123456789ab"}}
     assert fig.get_supxlabel() == "8 images"

@@ -1,0 +1,98 @@
+"""What a study's runs say is computed: other numbers, another verdict; a run that is missing is named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import record_scored, record_study
+
+from gear import results
+from gear.config import UserError
+from gear.home import runs_dir
+from gear.recipes import recipe
+from gear.run import Run
+
+
+def test_scores_are_read_at_their_step_and_guidance():
+    run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    records = json.loads((run.path / "metrics.json").read_text())
+    wanted = {(r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"] for r in records}
+    found = results.measured("tiny-gear-s0", "tiny", 100, 1.5, 12)
+    assert found["fd"] == wanted[12, 1.5, "fd_scenes"] and found["precision"] == wanted[12, 1.5, "precision"]
+    assert found["psnr"] == wanted[None, None, "psnr"] and found["rfd"] == wanted[None, None, "rfd_scenes"]
+    assert "ntp_loss" not in found, "nothing was logged at that step"
+    last = results.measured("tiny-gear-s0", "tiny", 100)
+    assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
+    assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), "another number of samples is another score"
+    table = results.quality("tiny-gear-s[0]", 100)
+    assert set(zip(table.step, table.cfg_scale)) == {(s, c) for s in (12, 24) for c in (1.0, 1.5, 2.0)}
+    with pytest.raises(UserError, match="no run 'tiny-gear-s0' with scores of 7 samples: gear evaluate tiny-gear-s0"):
+        results.quality("tiny-gear-s0", 7)
+
+
+def test_a_missing_or_unscored_run_is_named():
+    record_study("depth")
+    assert len(results.results("depth", "tiny", count=100)) > 50
+    shutil.rmtree(runs_dir() / "tiny-gear-s1-tap-2")
+    (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
+    with pytest.raises(UserError) as error:
+        results.results("depth", "tiny", count=100)
+    said = "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny"
+    assert said in str(error.value)
+
+
+def verdicts(name, **options):
+    table = results.results(name, "tiny", count=100, **options)
+    return results.directions(table, name, "tiny")
+
+
+def test_directions_follow_the_numbers():
+    """GEAR a whole unit below its baseline on each seed, as in the paper; above it, the other way; noise, undecided."""
+    for effect, said in ((-1.0, "as in the paper"), (1.0, "the other way")):
+        record_study("depth", effect=effect)
+        found = verdicts("depth").query("metric == 'fd'")
+        assert set(found.verdict) == {said} and len(found) == 3 and set(found.seeds) == {3}
+        assert np.allclose(found.paper, [16.961 - 23.102, 16.837 - 22.371, 17.988 - 22.455])
+        assert (found.agree == (3 if effect < 0 else 0)).all() and (np.sign(found.difference) == effect).all()
+
+
+def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
+    record_study("temperature")
+    found = verdicts("temperature")
+    assert set(found.against) == {"tau = 0.1"} and "tau = 0.1" not in set(found.cell)
+    ours = found[found.cell == "tau = 0.02"]
+    assert len(ours) and ours.paper.isna().all() and set(ours.verdict) == {""}, "the paper has no such row"
+    row = found[(found.cell == "tau = 0.5") & (found.metric == "fd")].iloc[0]
+    assert row.paper == pytest.approx(9.153 - 10.630)
+    assert set(found[found.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
+
+
+def test_two_seeds_are_no_verdict():
+    record_study("depth")
+    assert set(verdicts("depth", seeds=(0, 1)).query("metric == 'fd'").verdict) == {"not testable: 2 seeds"}
+
+
+def test_the_papers_rows_stand_beside_their_cells():
+    table = results.printed("tokenizer", "scenes").set_index(["cell", "role", "metric"]).value
+    assert table["LFQ", "baseline", "fd"] == 18.681 and table["LFQ", "gear", "rfd"] == 2.129
+    assert table["VQ", "gear", "psnr"] == 20.779
+    shared = results.printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
+    assert shared["LlamaGen-REPA", "baseline", "fd"] == 14.719 and shared["from nothing", "gear", "fd"] == 13.435
+    assert results.printed("resolution", "scenes").set_index(["cell", "role", "metric"]).value["48 px", "gear", "fd"] == 18.364
+
+
+def test_in_words():
+    record_study("depth")
+    table = results.results("depth", "tiny", count=100)
+    text = results.told(results.directions(table, "depth", "tiny"))
+    assert "as in the paper" in text and "layer 1 of 3: " in text
+    summary = results.summary(table)
+    assert summary.loc[("layer 1 of 3", "gear"), "Fréchet distance"].count("+-") == 1
+
+
+def test_a_run_of_another_step_does_not_count():
+    config = recipe("tiny-gear-s0")
+    run = record_scored("tiny-gear-s0", config)
+    Run.create(run.name, run.config | {"steps": 999})
+    assert results.measured("tiny-gear-s0", "tiny", 100).keys() == {"psnr", "ssim", "rfd"}

@@ -1,0 +1,115 @@
+"""The ablations as data: their cells are the paper's, change one axis, share what they can, and are one command each."""
+
+import pytest
+
+from gear.__main__ import _parse
+from gear.analysis.tables import published
+from gear.config import UserError, differences, to_dict
+from gear.options import TrainOptions
+from gear.presets import change
+from gear.recipes import RECIPES, plan, recipe
+from gear.studies import STUDIES, cell_name, members, seeds_of, space, study
+
+TEACHERS = {"dinov2-b": "DINOv2", "dinov3-b": "DINOv3", "siglip2-b": "SigLIPv2", "vjepa2-l": "V-JEPA2.1"}
+AXES = {  # a study: its column of Table 15, the bold line, and what a cell's joint stage has there
+    "temperature": ("Temp. Tab. 5", "Guidance temp. tau", lambda c: f"{c.objective.tau:g}"),
+    "weight": ("Coeff. Tab. 6", "Align. coeff. lambda", lambda c: f"{c.objective.align_weight}"),
+    "teacher": ("Enc. Tab. 10", "REPA target", lambda c: TEACHERS[c.teacher]),
+    "depth": ("Depth Tab. 11", "Alignment layer", lambda c: f"{c.generator.tap_layer}"),
+    "resolution": ("Res. Tab. 13", "Resolution", lambda c: f"{c.data.image_size}"),
+    "size": ("Size Tab. 9", "Alignment layer", lambda c: f"{c.generator.tap_layer}"),
+    "tokenizer": ("Tok. Tab. 8", "Tokenizer", lambda c: f"{c.tokenizer.quantizer.upper()}-16"),
+}
+ALLOWED = {  # of a study: fields in which a cell's runs may differ from the preset's
+    "temperature": {"objective.tau"},
+    "weight": {"objective.align_weight"},
+    "components": {"objective.bridge", "objective.gan_weight"},
+    "size": {f"generator.{f}" for f in ("width", "layers", "heads", "tap_layer", "projector_dim")},
+    "teacher": {"teacher"},
+    "depth": {"generator.tap_layer"},
+    "initialisation": {"tokenizer_run"},
+    "resolution": {"data.image_size"},
+}
+SHORT = {"teacher", "depth", "resolution"}
+
+
+def joint(member):
+    return next(config for _, config in member.planned if config.stage == "joint")
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_cells_of_the_paper_are_its_bold_lists(name):
+    """imagenet256-l has Table 15's values, no more and no fewer, and its schedules."""
+    column, row, value = AXES[name]
+    table = {(line.row, line.column): line.value for line in published(15).itertuples()}
+    gear = [m for m in members(name, "imagenet256-l", [0]) if m.role == "gear"]
+    assert [value(joint(m)) for m in gear] == table[row, column].split("; ") or set(map(value, map(joint, gear))) == set(
+        table[row, column].split("; ")
+    )
+    for member in members(name, "imagenet256-l", [0]):
+        assert {c.steps for _, c in member.planned if c.stage != "tokenizer"} == {int(table["Training steps", column])}
+
+
+@pytest.mark.parametrize("preset", ("scenes", "cifar10", "imagenet256-l", "imagenet100-128"))
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_cell_changes_its_axis_and_nothing_else(name, preset):
+    for member in members(name, preset, [1]):
+        for n, config in member.planned:
+            base = recipe(n.removesuffix(f"-{member.cell.label}") if member.cell.label else n)
+            stem = f"{preset}{'-100k' if preset == 'imagenet256-l' and name in SHORT else ''}"
+            if name in ("components", "initialisation"):
+                base = recipe(f"{stem}-joint-s1") if config.stage == "joint" else base
+            changed = {line.split(":")[0] for line in differences(to_dict(base), to_dict(config))}
+            assert changed <= ALLOWED.get(name, set()) | {"recipe", "tokenizer_run"}, (n, changed)
+            assert config.seed == 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_cell_has_its_row_in_the_papers_table(name):
+    rows = set(published(STUDIES[name].table).row)
+    for preset in ("scenes", "cifar10", "imagenet256-l"):
+        cells = STUDIES[name].cells(preset)
+        assert {c.published for c in cells if c.published} <= rows
+        if STUDIES[name].own_baseline:
+            assert {c.published.removesuffix(", +GEAR") for c in cells if c.published} <= rows
+        assert len({cell_name(c) for c in cells}) == len(cells) == len({c.title for c in cells})
+    ours = {c.published for c in STUDIES[name].cells("imagenet256-l")}
+    baselines = {row for row in rows if f"{row}, +GEAR" in rows} | {STUDIES[name].published_baseline}
+    assert rows - baselines <= ours, "every row of the paper is a cell"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_cell_is_one_command(name):
+    """`gear train WORDS` plans the same runs with the same configurations."""
+    for member in members(name, "scenes", [2]):
+        base = recipe(member.words[0])
+        options = _parse(TrainOptions(base), list(member.words[1:]))
+        run = f"{member.words[0]}-{options.label}" if options.label else member.words[0]
+        assert run == member.name and plan(options.config, run, base, options.label or None) == member.planned
+
+
+def test_warm_ups_are_shared():
+    for name in STUDIES.keys() - {"tokenizer", "resolution"}:
+        warm_ups = {n for m in members(name, "scenes", [0, 1]) for n, c in m.planned if c.stage == "tokenizer"}
+        assert warm_ups == {"scenes-tokenizer-s0", "scenes-tokenizer-s1"}, name
+    assert {m.name for m in members("weight", "scenes", [0])} & {m.name for m in members("temperature", "scenes", [0])} == {
+        "scenes-gear-s0", "scenes-llamagen-repa-s0",
+    }  # fmt: skip
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="unknown study 'temprature'. Did you mean 'temperature'"):
+        study("temprature")
+    with pytest.raises(UserError, match="no study of preset 'scene'. Did you mean 'scenes'"):
+        members("weight", "scene", [0])
+    with pytest.raises(UserError, match="no cell tau-3. It has: tau-0.5, tau-0.1"):
+        members("temperature", "scenes", [0], ["tau-3"])
+    with pytest.raises(UserError, match="seeds are 'a,b'"):
+        seeds_of("a,b")
+    assert seeds_of("2,0") == [0, 2] and space("scenes-gear") == "scenes" and space("imagenet256-l") == "inception"
+
+
+def test_the_short_family_starts_from_the_same_warm_up():
+    assert RECIPES["imagenet256-l-100k-joint"] == change(
+        RECIPES["imagenet256-l-joint"], dict(steps=100_000, recipe="imagenet256-l-100k-joint")
+    )

@@ -123,8 +123,9 @@ def _header(drawn, lacking):
 <p class="place">Guided End-to-End AutoRegression for Image Synthesis, arXiv 2606.32039</p>
 <h1>GEAR, redrawn at small scale</h1>
 <p class="small"><strong>These are small-scale results{f" ({escape(what)})" if what else ""}.</strong> They show that the
-mechanism runs and in which direction things move; they are not the paper's results. Each figure says below its axes with what
-it was made: data, image size, tokens, codes K, steps, seeds. What is said of it was computed from the numbers it plots.</p>
+mechanism runs and in which direction things move; they are not the paper's results, and where its
+numbers are drawn, the figure says so. Each figure says below its axes with what it was made: data, image size, tokens, codes K,
+steps, seeds. What is said of it was computed from the numbers it plots.</p>
 <nav><ol>
 {contents}
 </ol></nav>

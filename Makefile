@@ -19,7 +19,7 @@ setup: .venv/.installed
 
 demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, and draws figures/demo
 	$(DEMO) $(BIN)/python -m gear train $(DEMO_RUNS) --jobs 2
-	$(DEMO) $(BIN)/python -m gear figures --demo --jobs 2
+	$(DEMO) $(BIN)/python -m gear figures --demo --seeds 0 --jobs 2
 	$(DEMO) $(BIN)/python -m gear claims
 
 figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 redraws what is up to date too

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from gear import data, figures, render
+from gear import data, figures, gallery, render
 from gear.analysis import claims
 from gear.analysis.codes import usage
 from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
@@ -173,9 +173,16 @@ def export_command(names, arguments):
 
 
 def figures_command(names, arguments):
-    """Execute the notebooks, or those named, and write their figures; skip what is up to date."""
-    options = _parse(FigureOptions(), arguments)
-    render.render(names or render.figure_notebooks(options.demo), options.force, dict(options.parameters), options.jobs)
+    """Execute the notebooks, or those named, and write their figures; skip what is up to date. Then the page of all figures."""
+    options, stopped = _parse(FigureOptions(), arguments), None
+    seeds = seeds_of(options.seeds) if options.seeds else ()
+    try:
+        render.render(names, options.force, dict(options.parameters), options.jobs, seeds, options.demo)
+    except TrainingStopped as failures:  # what could be drawn is shown all the same
+        stopped = failures
+    print(f"gallery: {gallery.write_gallery()}")
+    if stopped:
+        raise stopped
 
 
 def evaluate_command(names, arguments):

@@ -1,18 +1,28 @@
-"""Execute notebooks with papermill: one call a figure, nothing repeated that is up to date."""
+"""Execute notebooks with papermill: one call a figure and the words that go with it, nothing repeated that is up to date."""
 
 import ast
 import hashlib
 import json
 import os
+import re
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from gear.config import TrainingStopped, UserError, nearest
+from gear.figures import scale
 from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
+from gear.run import Run, run_names
+from gear.studies import STUDIES
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
 NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # the demo executes them: tracked runs come without
+MADE_BY = re.compile(r"(?<!again: )gear (?:train|sweep|evaluate) ")  # who names it in a UserError says which runs are missing
+
+
+class NeedsRuns(TrainingStopped):
+    """Say which runs a notebook draws that are not there, and what makes them."""
 
 
 def notebooks():
@@ -25,34 +35,136 @@ def figure_notebooks(demo=False):
     return [name for name in notebooks() if demo or name not in NEEDS_WEIGHTS]
 
 
-def execute(name, parameters=None):
-    """Execute the notebook `name` with `parameters`, output under `figures_dir()/executed`; returns its path.
+def products():
+    """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what draws it."""
+    found = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
+    if found.pop("ablations", None):  # drawn once for each of the paper's studies
+        found |= {f"ablations_{study}": ("ablations", {"study": study}) for study in STUDIES}
+    return found
 
-    A value may be text, as from a command line, if it reads as the parameter's type. Raises UserError for an unknown notebook
-    or parameter and for a value of another type, before anything runs; TrainingStopped naming the cell that failed.
+
+def about(product):
+    """Return a product's title, place in the paper ("" for none) and claim, from the head of its notebook."""
+    notebook, own = products()[product]
+    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
+    title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
+    if study := STUDIES.get(own.get("study")):
+        title, place = f"{title.partition(':')[0]}: {study.axis}", f"Table {study.table}"
+    return {"title": title, "place": place or "", "claim": claim.strip()}
+
+
+def _targets(names, parameters):
+    """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which stand for all their own.
+
+    Raises UserError for an unknown name, and for `parameters` of more than one notebook.
+    """
+    known = products() | {name: (name, {}) for name in INTERACTIVE}
+    chosen = {}
+    for name in names:
+        own = {product: target for product, target in known.items() if name in (product, target[0])}
+        if not own:
+            known_names = dict.fromkeys([*notebooks(), *known])
+            raise UserError(f"unknown notebook '{name}'.{nearest(name, known_names)} Known: {', '.join(known_names)}.")
+        chosen |= own
+    if parameters and len({notebook for notebook, _ in chosen.values()}) != 1:
+        raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
+    wanted = {
+        product: (notebook, own | parameters)
+        for product, (notebook, own) in chosen.items()
+        if all(parameters.get(key, value) == value for key, value in own.items())
+    }
+    if chosen and not wanted:
+        raise UserError(f"no figure is drawn with {parameters}. There are: {', '.join(chosen)}.")
+    return wanted
+
+
+def execute(name, parameters=None):
+    """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`; returns its path.
+
+    What it says is kept beside its figure, PRODUCT.json. A value may be text, as from a command line, if it reads as the
+    parameter's type. Raises UserError for an unknown name or parameter and for a value of another type, before anything runs;
+    TrainingStopped naming the cell that failed, NeedsRuns if it did for want of runs.
     """
     import papermill  # optional: training works without it
 
-    paths = notebooks()
-    if name not in paths:
-        raise UserError(f"unknown notebook '{name}'.{nearest(name, paths)} Known: {', '.join(paths)}.")
-    known = papermill.inspect_notebook(str(paths[name]))
+    product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
+    source = notebooks()[notebook]
+    known = papermill.inspect_notebook(str(source))
     types = {key: TYPES[value["inferred_type_name"]] for key, value in known.items()}
-    parameters = {key: _typed(name, types, key, value) for key, value in (parameters or {}).items()}
+    parameters = {key: _typed(notebook, types, key, value) for key, value in parameters.items()}
     check_writable(figures_dir(), "GEAR_FIGURES")
-    out = figures_dir() / "executed" / f"{name}.ipynb"
+    out = figures_dir() / "executed" / f"{product}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            str(paths[name]), str(out), parameters, progress_bar=False, kernel_name="python3",
+            str(source), str(out), parameters, progress_bar=False, kernel_name="python3",
             extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
-        what = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
-        raise TrainingStopped(f"notebook '{name}', {what}\n  executed as {out}") from None
+        what = f"notebook '{product}', cell {error.cell_index}: {error.ename}: {error.evalue}\n  executed as {out}"
+        if error.ename == "UserError" and MADE_BY.search(error.evalue):
+            _keep_words(product, known, parameters, needs=error.evalue)
+            raise NeedsRuns(what) from None
+        raise TrainingStopped(what) from None
     except Exception as error:  # a kernel that died, say: the other notebooks shall still run
-        raise TrainingStopped(f"notebook '{name}': {type(error).__name__}: {error}\n  executed as {out}") from None
+        raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
+    _keep_words(product, known, parameters, _printed(out))
     return out
+
+
+def _cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def _printed(path):
+    """Return the lines that an executed notebook printed."""
+    outputs = (output for cell in _cells(path) for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    return "".join("".join(output["text"]) for output in outputs).splitlines()
+
+
+def _keep_words(product, known, parameters, said=(), needs=""):
+    """Write figures_dir()/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
+
+    `known` is what papermill says of the parameters. Of a figure that could not be drawn, what it `needs`, unless it is there.
+    """
+    if product in INTERACTIVE or needs and (figures_dir() / f"{product}.png").exists():
+        return
+    own = products()[product][1]
+    given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
+    words = about(product) | {
+        "command": shlex.join(["gear", "figures", product, *given]),
+        "parameters": {
+            key: {"value": parameters.get(key, ast.literal_eval(value["default"])), "about": value["help"]}
+            for key, value in known.items()
+        },
+        "said": list(said),
+        "scale": "" if needs else _scale(figures_dir() / f"{product}.csv"),
+        # where runs were looked for, and what else was there, is this machine's affair
+        "needs": re.sub(rf" in {re.escape(str(runs_dir()))}[\w/-]*| Did you mean '[^']*'\?", "", needs),
+    }
+    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(figures_dir() / f"{product}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _scale(table):
+    """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no run."""
+    names = json.loads(table.read_text().partition("\n")[0].removeprefix("# "))["runs"] if table.exists() else ()
+    runs = [Run.open(name) for name in run_names() if name in names]
+    return scale(runs) if runs else ""
+
+
+def seeded(notebook, seeds):
+    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, "-s[012]", and its `seeds`."""
+    import papermill
+
+    if len(seeds) > 1 and max(seeds) > 9:
+        raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
+    ending = "-s[{}]" if len(seeds) > 1 else "-s{}"
+    ending = ending.format("".join(map(str, seeds)))
+    known = papermill.inspect_notebook(str(notebooks()[notebook]))
+    defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
+    changed = {k: v.replace("-s[012]", ending) for k, v in defaults.items() if isinstance(v, str) and "-s[012]" in v}
+    return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})
 
 
 def check_parameters(namespace):
@@ -99,39 +211,45 @@ def _mistyped(notebook, key, kind, value):
     return UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
 
 
-def render(names, force=False, parameters=None, jobs=1):
-    """Draw the figures of the notebooks `names`, `jobs` at a time, skipping those whose inputs have not changed.
+def render(names=(), force=False, parameters=None, jobs=1, seeds=(), demo=False):
+    """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose inputs have not changed.
 
-    `parameters` {name: value} take the place of one notebook's defaults; UserError where several notebooks are named.
-    A notebook that fails does not keep the others from running; raises TrainingStopped with all failures at the end.
+    `parameters` {name: value} take the place of one notebook's defaults (UserError where several notebooks are named), and
+    `seeds` of theirs. One that fails does not keep the others from running; raises TrainingStopped with all failures at the
+    end. Runs that are missing are a failure of what is named; where all are drawn, it is said what needs them.
     """
-    if parameters and len(names) != 1:
-        raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
+    targets = _targets(names or figure_notebooks(demo), parameters or {})
     if jobs < 1:
         raise UserError(f"{jobs} notebooks at a time is none: --jobs has to be at least 1.")
+    if seeds:
+        targets = {product: (notebook, seeded(notebook, seeds) | given) for product, (notebook, given) in targets.items()}
     with ThreadPoolExecutor(jobs) as pool:  # a kernel is a process of its own; the threads wait for theirs
-        failures = list(filter(None, pool.map(lambda name: _render(name, force, parameters), names)))
+        ends = list(pool.map(lambda product: _render(product, *targets[product], force), targets))
+    failures = [str(end) for end in ends if end and (names or not isinstance(end, NeedsRuns))]
     if failures:
         raise TrainingStopped("\n".join(failures))
 
 
-def _render(name, force, parameters):
-    """Draw one notebook's figure if its inputs have changed; returns None, or how it failed."""
-    stamp = figures_dir() / "executed" / f"{name}.json"
-    inputs = _inputs(name, parameters or {})
-    drawn = (figures_dir() / f"{name}.png").exists() or name in INTERACTIVE
+def _render(product, notebook, parameters, force):
+    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it failed."""
+    stamp = figures_dir() / "executed" / f"{product}.json"
+    inputs = _inputs(notebook, parameters)
+    drawn = (figures_dir() / f"{product}.png").exists() or product in INTERACTIVE
     if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
-        print(f"{name}: up to date")
+        print(f"{product}: up to date")
         return None
     start = time.perf_counter()
     try:
-        execute(name, parameters)
+        execute(product, parameters)
+    except NeedsRuns as failure:
+        print(f"{product}: needs runs: {str(failure).splitlines()[0].partition('UserError: ')[2]}")
+        return failure
     except TrainingStopped as failure:
-        print(f"{name}: failed")
-        return str(failure)
+        print(f"{product}: failed")
+        return failure
     write_atomically(stamp, lambda path: path.write_text(json.dumps(inputs)))
-    product = stamp.with_suffix(".ipynb") if name in INTERACTIVE else f"{figures_dir() / name}.png"
-    print(f"{name}: {time.perf_counter() - start:.0f} s, {product}", flush=True)
+    out = stamp.with_suffix(".ipynb") if product in INTERACTIVE else f"{figures_dir() / product}.png"
+    print(f"{product}: {time.perf_counter() - start:.0f} s, {out}", flush=True)
     return None
 
 
@@ -143,7 +261,7 @@ def _inputs(name, parameters):
     """
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
-    runs = [p for pattern in ("*/config.json", "*/metrics.jsonl", "*/samples/*.png") for p in sorted(runs_dir().glob(pattern))]
+    runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
     for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
         digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
     for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):

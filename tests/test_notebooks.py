@@ -13,6 +13,7 @@ import matplotlib.image
 import pandas as pd
 import pytest
 from helpers import record_scored, record_study
+from PIL import Image
 
 from gear import render
 from gear.__main__ import main
@@ -130,7 +131,7 @@ def test_the_same_call_gives_the_same_bytes_and_needs_no_weights(tiny, home):
     """Drawn again from tables and metrics alone, a figure is byte-identical: what is tracked suffices."""
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
     kept = {p.name: p.read_bytes() for p in (home / "figures").glob("generator_alignment.*")}
-    assert set(kept) == {f"generator_alignment.{s}" for s in ("png", "pdf", "csv")}
+    assert set(kept) == {f"generator_alignment.{s}" for s in ("png", "pdf", "csv", "json")}
     for weights in tiny.glob("*/checkpoints"):
         weights.rename(weights.with_name("gone"))
     render.execute("generator_alignment", ON_TINY["generator_alignment"])
@@ -211,7 +212,7 @@ def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
     """Its content may change under one name; a parameter that names nothing on the disk is a value like any other."""
     monkeypatch.chdir(home)
     (home / "figures").mkdir()
-    (home / "figures" / "probe.png").touch()
+    Image.new("L", (1, 1)).save(home / "figures" / "probe.png")
     monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn"))
     for change, said in (
         (lambda: (home / "x.pt").write_text("one"), "drawn"),
@@ -239,7 +240,7 @@ def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, c
         render.render(["codebook_usage", "training_dynamics"])
     for name in ("codebook_usage", "training_dynamics"):
         assert f"notebook '{name}', cell" in str(failed.value)
-    assert "no run 'scenes-joint-s[0-9]'" in str(failed.value)
+    assert "no run 'scenes-joint-s0'" in str(failed.value)
 
 
 def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch):

@@ -1,0 +1,245 @@
+"""The page of figures is made of files alone; what cannot be drawn for want of runs is told, not a failure of all."""
+
+import json
+import re
+
+import papermill
+import pytest
+from PIL import Image
+
+from gear import gallery, render
+from gear.__main__ import main
+from gear.config import TrainingStopped, UserError
+
+CELLS = [
+    ("markdown", "# One & two <three> (Table 7, Fig. 1)\n\nWhat *is* `claimed`: 1 < 2."),
+    (
+        "code",
+        'study: str = "temperature"  # the study\nruns: str = "scenes-gear-s[012]"  # runs\nseeds: str = "0,1,2"  # seeds',
+    ),
+    ("code", 'import gear\n\nprint("seeds", seeds)'),
+]
+
+
+@pytest.fixture
+def notebooks(home, monkeypatch):
+    """Hand-made notebooks in place of the project's: one, two, ablations, and a notebook to sit before."""
+    cells = [
+        {"cell_type": kind, "id": f"c{i}", "metadata": {"tags": ["parameters"]} if i == 1 else {}, "source": source}
+        | ({"outputs": [], "execution_count": None} if kind == "code" else {})
+        for i, (kind, source) in enumerate(CELLS)
+    ]
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    book = {
+        "cells": cells,
+        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    paths = {name: home / f"{name}.ipynb" for name in ("one", "two", "ablations", "tour")}
+    for path in paths.values():
+        path.write_text(json.dumps(book))
+    monkeypatch.setattr(render, "notebooks", lambda: paths)
+    (home / "figures").mkdir()
+    return home / "figures"
+
+
+def drawn(figures, product, **words):
+    """Write a product's files by hand, as `gear figures` leaves them."""
+    Image.new("L", (40, 20)).save(figures / f"{product}.png")
+    (figures / f"{product}.pdf").write_text("pdf")
+    runs = {f"scenes-gear-s{seed}": {"config": f"abc{seed}", "step": 200} for seed in (0, 1, 2)}
+    runs |= {"scenes-gear-s0-tau-0.5": {"config": "def", "step": 200}, "vq.pt": {"config": "123", "step": 7}}
+    (figures / f"{product}.csv").write_text("# " + json.dumps({"figure": product, "runs": runs}) + "\nx\n1\n")
+    kept = {"title": f"Title of {product}", "place": "Fig. 3", "claim": "It is so.", "command": f"gear figures {product}"}
+    kept |= {
+        "parameters": {"k": {"value": 10, "about": "neighbours"}},
+        "said": ["It is 3."],
+        "scale": "Small scale: x",
+        "needs": "",
+    }
+    (figures / f"{product}.json").write_text(json.dumps(kept | words))
+
+
+def ends(monkeypatch, how, calls=None):
+    """Let papermill end as `how(product)` says: an exception is raised, anything else returned."""
+
+    def execute_notebook(source, out, parameters, **_):
+        product = out.rpartition("/")[2].removesuffix(".ipynb")
+        (calls if calls is not None else {})[product] = parameters
+        if isinstance(end := how(product), Exception):
+            raise end
+        shown = [{"output_type": "stream", "name": name, "text": text} for name, text in end]
+        executed = json.loads(open(source).read())
+        executed["cells"][-1]["outputs"] = shown
+        with open(out, "w") as file:
+            json.dump(executed, file)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+
+
+def stop(evalue, ename="UserError"):
+    return papermill.PapermillExecutionError(3, 3, "", ename, evalue, [])
+
+
+def test_products_are_figures_and_an_ablation_is_one_a_study(notebooks):
+    found = render.products()
+    assert {"one", "two", "ablations_temperature", "ablations_resolution"} <= set(found) and len(found) == 2 + len(
+        render.STUDIES
+    )
+    assert found["one"] == ("one", {}) and found["ablations_size"] == ("ablations", {"study": "size"})
+
+
+def test_the_projects_own_products_have_a_title_and_a_claim():
+    for product in render.products():
+        words = render.about(product)
+        assert words["title"] and words["claim"] and "(Fig" not in words["title"] + words["place"], product
+        assert not words["place"] or gallery._order(words["place"])[1]
+
+
+def test_every_product_once_in_the_papers_order_and_links_exist(notebooks):
+    drawn(notebooks, "one", place="Table 4")
+    drawn(notebooks, "two", place="Table 7, Fig. 1")
+    drawn(notebooks, "ablations_depth", place="Table 11")
+    page = gallery.write_gallery().read_text()
+    assert re.findall(r'<section id="(\w+)"', page) == ["two", "one", "ablations_depth", "needs"]
+    for product in render.products():
+        assert page.count(f'id="{product}"') == 1
+    for kind, link in re.findall(r'(href|src)="([^"]+)"', page):
+        assert f'id="{link[1:]}"' in page if link[0] == "#" else (notebooks / link).exists(), kind
+    assert 'width="40" height="20" loading="lazy"' in page and "Fig. 1, Table 7" in page and "It is 3." in page
+    assert "-p k 10" in page and "<code>gear figures one</code>" in page
+
+
+def test_runs_are_grouped_by_recipe_label_and_step(notebooks):
+    drawn(notebooks, "one")
+    page = gallery.write_gallery().read_text()
+    assert "5 runs of 3 recipes, seeds 0, 1, 2" in page and "<td>abc0 abc1 abc2</td>" in page
+    rows = re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td><td>(\d+)</td>", page)
+    assert rows == [("scenes-gear", "0, 1, 2", "200"), ("scenes-gear-tau-0.5", "0", "200"), ("vq.pt", "", "7")]
+
+
+def test_text_is_escaped_and_marked_up(notebooks):
+    drawn(
+        notebooks,
+        "one",
+        title='A "<b>" & b',
+        claim="*Soft* is `a < b`; 2 * 3 * 4.\n\nMore.",
+        said=["a -> b", "x   1", "y   <2"],
+    )
+    page = gallery.write_gallery().read_text()
+    assert "<em>Soft</em> is <code>a &lt; b</code>; 2 * 3 * 4.</p>" in page and '<p class="claim">More.</p>' in page
+    assert '<b>"' not in page and 'alt="A &quot;&lt;b&gt;&quot; &amp; b. ' in page
+    assert "a&nbsp;&rarr; b" in page and "<pre>x   1\ny   &lt;2</pre>" in page
+
+
+def test_the_same_files_give_the_same_page_and_nothing_is_fetched(notebooks):
+    drawn(notebooks, "one")
+    first = gallery.write_gallery().read_bytes()
+    assert gallery.write_gallery().read_bytes() == first
+    assert not re.search(rb"https?:|//|<script|@import|url\(", first) and str(notebooks).encode() not in first
+
+
+def test_a_product_without_a_figure_is_named_with_what_it_needs(notebooks):
+    drawn(notebooks, "one", needs="no run 'a<b'. Train it: gear train a-s1")
+    (notebooks / "one.png").unlink()
+    page = gallery.write_gallery().read_text()
+    assert '<section id="one"' not in page and "no run 'a&lt;b'. Train it: <code>gear train a-s1</code>" in page
+    assert "Drawn by <code>gear figures two</code>." in page and "One &amp; two &lt;three&gt;" in page
+
+
+def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
+    ends(monkeypatch, lambda _: [("stdout", "It is "), ("stderr", "noise"), ("stdout", "so.\nAnd so.\n")])
+    (notebooks / "one.csv").write_text("# " + json.dumps({"runs": {"tiny": {"config": "c", "step": 1}}}) + "\n")
+    render.execute("one", {"runs": "a b"})
+    words = json.loads((notebooks / "one.json").read_text())
+    assert (
+        words["title"] == "One & two <three>"
+        and words["place"] == "Table 7, Fig. 1"
+        and words["said"] == ["It is so.", "And so."]
+    )
+    assert words["command"] == "gear figures one -p runs 'a b'" and words["scale"].startswith("Small scale: scenes")
+    assert words["parameters"]["runs"] == {"value": "a b", "about": "runs"} and words["parameters"]["seeds"]["value"] == "0,1,2"
+    render.execute("ablations", {"study": "size"})
+    words = json.loads((notebooks / "ablations_size.json").read_text())
+    assert words["place"] == "Table 9" and words["title"].endswith(": generator size")
+    assert words["command"] == "gear figures ablations_size" and (notebooks / "executed" / "ablations_size.ipynb").exists()
+
+
+def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(notebooks, home, monkeypatch, capsys):
+    message = f"no run 'x-s1' in {home / 'runs'}. Did you mean 'x-s0'? Train it: gear train x-s1"
+    ends(monkeypatch, lambda product: [] if product == "two" else stop(message))
+    main(["figures"])
+    out = capsys.readouterr().out
+    assert "one: needs runs: no run 'x-s1'" in out and "two: 0 s" in out and out.endswith("index.html\n")
+    assert "<br>no run 'x-s1'. Train it: <code>gear train x-s1</code></li>" in (notebooks / "index.html").read_text()
+    (notebooks / "index.html").unlink()
+    with pytest.raises(SystemExit) as end:
+        main(["figures", "one"])
+    assert end.value.code == 1 and "notebook 'one', cell 3: UserError: no run 'x-s1'" in capsys.readouterr().err
+    assert (notebooks / "index.html").exists()
+    drawn(notebooks, "one")
+    with pytest.raises(render.NeedsRuns):
+        render.execute("one")
+    assert json.loads((notebooks / "one.json").read_text())["said"] == ["It is 3."], "an older figure keeps its words"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [stop("'a'", "KeyError"), stop("has no parameter 'x'"), stop("cut short. train again: gear train x"), OSError("full")],
+)
+def test_other_errors_are_failures_and_the_others_are_drawn(error, notebooks, monkeypatch, capsys):
+    ends(monkeypatch, lambda product: error if product == "one" else [])
+    with pytest.raises(TrainingStopped, match="notebook 'one'"):
+        render.render()
+    assert "one: failed" in (out := capsys.readouterr().out) and "two: 0 s" in out
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["ablations"], {f"ablations_{study}" for study in render.STUDIES}),
+        (["ablations_temperature"], {"ablations_temperature"}),
+        (["ablations", "-p", "study", "temperature"], {"ablations_temperature"}),
+        (["one", "two"], {"one", "two"}),
+        (["tour"], {"tour"}),
+    ],
+)
+def test_a_notebook_stands_for_its_products(words, expected, notebooks, monkeypatch):
+    calls = {}
+    ends(monkeypatch, lambda _: [], calls)
+    main(["figures", *words])
+    assert set(calls) == expected
+    assert all(given == ({"study": name.partition("_")[2]} if "_" in name else {}) for name, given in calls.items())
+
+
+def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
+    ends(monkeypatch, lambda product: drawn(notebooks, product) or [])
+    main(["figures", "ablations_size"])
+    main(["figures", "ablations_size", "ablations_depth"])
+    out = capsys.readouterr().out
+    assert "ablations_size: up to date" in out and "ablations_depth: 0 s" in out
+
+
+def test_unknown_products_and_parameters_no_product_has(notebooks):
+    with pytest.raises(UserError, match="unknown notebook 'ablations_tempereture'. Did you mean 'ablations_temperature'"):
+        render.render(["ablations_tempereture"])
+    with pytest.raises(UserError, match="no figure is drawn with {'study': 'x'}"):
+        render.render(["ablations"], parameters={"study": "x"})
+
+
+@pytest.mark.parametrize("seeds, pattern, value", [("0", "scenes-gear-s0", "0"), ("1,0", "scenes-gear-s[01]", "0,1")])
+def test_seeds_take_the_place_of_those_that_notebooks_name(seeds, pattern, value, notebooks, monkeypatch):
+    calls = {}
+    ends(monkeypatch, lambda _: [], calls)
+    main(["figures", "one", "ablations_size", "--seeds", seeds])
+    assert calls["one"] == {"runs": pattern, "seeds": value}
+    assert calls["ablations_size"] == {"runs": pattern, "seeds": value, "study": "size"}
+    main(["figures", "one", "--seeds", seeds, "-p", "runs", "mine", "--force"])
+    assert calls["one"]["runs"] == "mine", "what is said of a parameter goes before"
+
+
+def test_seeds_that_no_pattern_can_say(notebooks):
+    assert render.seeded("one", [12])["runs"] == "scenes-gear-s12"
+    with pytest.raises(UserError, match="one digit for each seed"):
+        render.seeded("one", [0, 12])

@@ -2,8 +2,12 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(p))))
 BIN := .venv/bin
 DEMO_RUNS := $(addprefix scenes-,$(addsuffix -s0,gear joint-naive joint-naive-inputs joint-straight-through joint-no-gan llamagen-repa-control llamagen-repa-half llamagen-repa))
-REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)))
+DEMO_FIGURES := bridges codebook_usage generator_alignment probe protocols runs text_to_image tokenizer_alignment tour train training_dynamics
+REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)) scenes-llamagen-s$(s))
+SCORED_RUNS := $(foreach s,0 1 2,$(addprefix scenes-,$(addsuffix -s$(s),gear llamagen llamagen-repa llamagen-repa-control)))
+STUDIES := temperature weight components tokenizer size depth initialisation
 DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
+AGAIN := GEAR_RUNS=$(CURDIR)/runs/again GEAR_FIGURES=$(CURDIR)/figures/again
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup demo figures reference test test-slow bench lab lint strip teacher
@@ -19,16 +23,21 @@ setup: .venv/.installed
 
 demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, and draws figures/demo
 	$(DEMO) $(BIN)/python -m gear train $(DEMO_RUNS) --jobs 2
-	$(DEMO) $(BIN)/python -m gear figures --demo --seeds 0 --jobs 2
+	$(DEMO) $(BIN)/python -m gear figures $(DEMO_FIGURES) --seeds 0 --jobs 2
 	$(DEMO) $(BIN)/python -m gear claims
 
 figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 redraws what is up to date too
 	$(BIN)/python -m gear figures --jobs 2 $(if $(FORCE),--force)
 	$(BIN)/python -m gear claims
 
-reference: setup  ## trains the reference runs again, three seeds
-	@echo "This takes about 25 minutes on two cores."
-	$(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --rebuild
+reference: setup  ## trains and scores everything that is tracked again, three seeds, under runs/again
+	@echo "This takes about two hours on two cores; it writes runs/again, beside the tracked runs."
+	$(AGAIN) $(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --keep 9
+	for study in $(STUDIES); do $(AGAIN) $(BIN)/python -m gear sweep $$study || exit 1; done
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --both --steps 50 100 150 200
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --sweep cfg_scale=1,1.25,1.5,1.75,2
+	$(AGAIN) $(BIN)/python -m gear evaluate 'scenes-*-size-*' --sweep cfg_scale=1,1.5
+	$(AGAIN) $(BIN)/python -m gear figures --jobs 2
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"

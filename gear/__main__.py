@@ -177,7 +177,7 @@ def figures_command(names, arguments):
     options, stopped = _parse(FigureOptions(), arguments), None
     seeds = seeds_of(options.seeds) if options.seeds else ()
     try:
-        render.render(names, options.force, dict(options.parameters), options.jobs, seeds, options.demo)
+        render.render(names, options.force, dict(options.parameters), options.jobs, seeds)
     except TrainingStopped as failures:  # what could be drawn is shown all the same
         stopped = failures
     print(f"gallery: {gallery.write_gallery()}")

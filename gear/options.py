@@ -63,7 +63,6 @@ class ReconstructOptions:
 @dataclass(frozen=True)
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
-    demo: bool = False  # the interactive notebooks too, which need weights
     jobs: int = 1  # notebooks executed at once
     seeds: str = ""  # of the runs that are drawn, as in 0 or 0,1; "": those that the notebooks name
     parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()

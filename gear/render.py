@@ -17,7 +17,7 @@ from gear.studies import STUDIES
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
-NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # the demo executes them: tracked runs come without
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: tracked runs come without
 MADE_BY = re.compile(r"(?<!again: )gear (?:train|sweep|evaluate) ")  # who names it in a UserError says which runs are missing
 
 
@@ -30,9 +30,9 @@ def notebooks():
     return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 
-def figure_notebooks(demo=False):
-    """Return the notebooks to execute: those that draw a figure, and for the demo, which has weights, all."""
-    return [name for name in notebooks() if demo or name not in NEEDS_WEIGHTS]
+def figure_notebooks():
+    """Return the notebooks that tracked runs can draw, as far as they are there."""
+    return [name for name in notebooks() if name not in NEEDS_WEIGHTS]
 
 
 def products():
@@ -211,14 +211,14 @@ def _mistyped(notebook, key, kind, value):
     return UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
 
 
-def render(names=(), force=False, parameters=None, jobs=1, seeds=(), demo=False):
+def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
     """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose inputs have not changed.
 
     `parameters` {name: value} take the place of one notebook's defaults (UserError where several notebooks are named), and
     `seeds` of theirs. One that fails does not keep the others from running; raises TrainingStopped with all failures at the
     end. Runs that are missing are a failure of what is named; where all are drawn, it is said what needs them.
     """
-    targets = _targets(names or figure_notebooks(demo), parameters or {})
+    targets = _targets(names or figure_notebooks(), parameters or {})
     if jobs < 1:
         raise UserError(f"{jobs} notebooks at a time is none: --jobs has to be at least 1.")
     if seeds:

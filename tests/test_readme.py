@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import record_study
 from PIL import Image
 
 import gear
@@ -35,6 +36,8 @@ GEAR_COMMANDS = [c for c in COMMANDS if c.startswith("gear ")]
 def on_tiny(command, home):
     """Substitute tiny for the scenes recipes, the test's folder for the user's, the CPU for the GPU."""
     command = re.sub(r"scenes-gear(-s0)?|cifar10-(smoke-)?gear-s0", "tiny", command)
+    if command.startswith("gear sweep"):
+        command = re.sub(r" --preset \S+", "", command) + " --preset tiny --count 100"
     command = command.replace("--count 500", "--count 70 --reference-count 100")
     command = command.replace("~/images", str(home / "images")).replace("--device cuda", "--device cpu")
     return command.replace("samples.png", str(home / "samples.png"))
@@ -71,6 +74,8 @@ def test_commands_run(command, tiny, home, files, monkeypatch):
     arguments = shlex.split(on_tiny(command, home))[1:]
     if arguments[0] == "train":
         shutil.rmtree(tiny / "tiny")
+    if arguments[0] == "sweep":  # what is there is not done again
+        record_study(arguments[1], seeds=(0, 1, 2))
     if arguments[0] == "figures":
         monkeypatch.setattr(gear.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
     if arguments[0] == "train":

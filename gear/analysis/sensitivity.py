@@ -15,7 +15,8 @@ def generator_sensitivity(run, images=1_000, k=10):
     Columns: choice, setting, then those of `layer_profile` (levels image, patch, content), `layer` "tap" or "last". The base
     is `layer_profile`'s: `images`, `k` and the first of each of `CHOICES`. One choice at a time is changed: images to an
     eighth, a quarter, half and twice as many (of the validation images, from the first on), k to half, twice and four times
-    as many, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics that it bears on.
+    as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
+    that it bears on.
     """
     return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k))
 
@@ -42,7 +43,8 @@ def _of_tokenizer(run, images, k):
 def sensitivity(features, target, images, k, choices):
     """Compare {layer: rows (2 images, L, D)} with the teacher's rows (2 images, L, C): see `generator_sensitivity`."""
     base = {"images": images, "k": k} | {name: values[0] for name, values in choices.items()}
-    settings = {"images": [images // 8, images // 4, images // 2, images, 2 * images], "k": [k // 2, k, 2 * k, 4 * k]} | choices
+    neighbours = [n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1]  # with one token left out
+    settings = {"images": [images // 8, images // 4, images // 2, images, 2 * images], "k": neighbours} | choices
     table = []
     for layer, rows in features.items():
         known = _aligned(rows, target, **base)

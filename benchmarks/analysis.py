@@ -1,11 +1,11 @@
 """How fast the alignments are: seconds and peak memory beyond the inputs, ours beside the definitions written out.
 
 `python benchmarks/analysis.py [--quick]` measures gear.analysis.alignment on float32 inputs beside the textbook forms below,
-dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each measurement is a process of its
-own with two threads, the two forms of a size one after the other. It prints a table and writes benchmarks/analysis.csv. What
-takes the direct form too long is listed as not measured. `seconds` go by the clock, `cpu_seconds` are what both threads worked
-together: where other programs take their turns on the cores (`load`, of the last minute), seconds are an upper bound, and
-half the cpu_seconds come nearer to what an idle machine takes. `difference` is that of the two forms' values.
+dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each measurement is a process of
+its own with two threads, the two forms of a size one after the other. It prints a table and writes benchmarks/analysis.csv.
+What takes the direct form too long is listed as not measured. `seconds` go by the clock, `cpu_seconds` are what both threads
+worked together: where other programs take their turns on the cores (`load`, of the last minute), seconds are an upper bound,
+and half the cpu_seconds come nearer to what an idle machine takes. `difference` is that of the two forms' values.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def direct_null(metric):
 FORMS = {  # {what: (ours, direct, largest count the direct form is given)}
     "within images: CKNNA, CKA, mutual k-NN and nulls": (our_within, direct_within, 100),
     "CKNNA": (cknna, direct_cknna, 4_000),
-    "CKA": (cka, direct_cka, 4_000),
+    "CKA": (cka, direct_cka, 2_000),
     f"null of CKNNA, {DRAWS} draws": (lambda x, y: null(x, y, cknna, DRAWS).std, direct_null(direct_cknna), 1_000),
     f"null of CKA, {DRAWS} draws": (lambda x, y: null(x, y, cka, DRAWS).std, direct_null(direct_cka), 1_000),
 }
@@ -127,7 +127,7 @@ def measure(what, ours, shape):
     if not ours and shape[0] > FORMS[what][2]:
         return dict(note="not measured: too long")
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_inside, args=(there, what, ours, shape))
+    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, what, ours, shape))
     process.start()
     there.close()
     found = dict(note=f"not measured: above {LIMIT} s")

@@ -5,7 +5,8 @@ dense and in loops: centring matrices, n x n masks, every term from matrix produ
 its own with two threads, the two forms of a size one after the other. It prints a table and writes benchmarks/analysis.csv.
 What takes the direct form too long is listed as not measured. `seconds` go by the clock, `cpu_seconds` are what both threads
 worked together: where other programs take their turns on the cores (`load`, of the last minute), seconds are an upper bound,
-and half the cpu_seconds come nearer to what an idle machine takes. `difference` is that of the two forms' values.
+and half the cpu_seconds come nearer to what an idle machine takes; `times_ours` is of cpu_seconds. `difference` is that of the
+two forms' values.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def main():
             row |= measure(what, ours, shape) | dict(load=os.getloadavg()[0])
         if "value" in pair[0] and "value" in pair[1]:
             pair[1] |= dict(
-                times_ours=pair[1]["seconds"] / pair[0]["seconds"], difference=abs(pair[1]["value"] - pair[0]["value"])
+                times_ours=pair[1]["cpu_seconds"] / pair[0]["cpu_seconds"], difference=abs(pair[1]["value"] - pair[0]["value"])
             )
         for row in pair:
             print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)

@@ -174,7 +174,11 @@ def _graph(neighbours: torch.Tensor, weights: torch.Tensor) -> _Graph:
 def _nearest(x: torch.Tensor, k: int) -> _Graph:
     """The graph of one (n, d) input in row chunks, so that the n x n kernel never exists."""
     rows = max(1, 4 * CHUNK // len(x))  # many: each product reads all of x anew
-    found = (_neighbours((x[start : start + rows] @ x.T)[None], start, k) for start in range(0, len(x), rows))
+    buffer = x.new_empty(rows, len(x))  # one for all: what is kept of a chunk would lie in the space another left
+    products = (
+        (start, torch.mm(x[start : start + rows], x.T, out=buffer[: len(x) - start])) for start in range(0, len(x), rows)
+    )
+    found = (_neighbours(similarity[None], start, k) for start, similarity in products)
     neighbours, weights = zip(*found)
     return _graph(torch.cat(neighbours, 1), torch.cat(weights, 1))
 

@@ -75,8 +75,7 @@ def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
 def null(x: torch.Tensor, y: torch.Tensor, metric: Callable[..., float], draws: int = 20) -> Null:
     """Give the chance level of metric(x, y) -> float: its mean and deviation over seeded row permutations of y.
 
-    For the metrics of this file, also as a `partial` with keywords, kernels, graphs and norms are computed once: a draw only
-    relabels the rows of y.
+    Of this file's metrics, also as `partial`s with keywords, all but the relabelling of y's rows is computed once.
     """
     if draws < 2:
         raise ValueError("a deviation needs two draws")
@@ -173,22 +172,19 @@ def _graph(neighbours: torch.Tensor, weights: torch.Tensor) -> _Graph:
 
 def _nearest(x: torch.Tensor, k: int) -> _Graph:
     """The graph of one (n, d) input in row chunks, so that the n x n kernel never exists."""
-    rows = max(1, 4 * CHUNK // len(x))  # many: each product reads all of x anew
-    buffer = x.new_empty(rows, len(x))  # one for all: what is kept of a chunk would lie in the space another left
-    products = (
-        (start, torch.mm(x[start : start + rows], x.T, out=buffer[: len(x) - start])) for start in range(0, len(x), rows)
-    )
-    found = (_neighbours(similarity[None], start, k) for start, similarity in products)
-    neighbours, weights = zip(*found)
-    return _graph(torch.cat(neighbours, 1), torch.cat(weights, 1))
+    rows = min(len(x), max(1, 4 * CHUNK // len(x)))  # many: each product reads all of x anew
+    buffer, found = x.new_empty(rows, len(x)), []  # one for all: what is kept of a chunk would lie in another's space
+    for start in range(0, len(x), rows):
+        similarity = torch.mm(x[start : start + rows], x.T, out=buffer[: len(x) - start])
+        found.append(_neighbours(similarity[None], start, k))
+    return _graph(*(torch.cat(parts, 1) for parts in zip(*found)))
 
 
 def _graphs(x: torch.Tensor, y: torch.Tensor, k: int, minimum: int) -> tuple[_Graph, Callable[..., _Graph]]:
     """The graph of x, and that of y in any order of its rows, the rows of both shuffled."""
     shuffle = _order(len(x), x.device)
     of_x, of_y = (_nearest(z[shuffle].double(), k) for z in _paired(x, y, minimum=minimum))
-    back = shuffle.argsort()
-    return of_x, lambda order=None: of_y if order is None else of_y.permuted(back[order[shuffle]])
+    return of_x, lambda order=None: of_y if order is None else of_y.permuted(shuffle.argsort()[order[shuffle]])
 
 
 def _find(wanted: torch.Tensor, ascending: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,8 +45,8 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
-bench: setup  ## times metrics, read-outs, training steps and saving beside others' or plain ones; writes benchmarks/*.csv
-	for benchmark in evaluation readout step resume; do $(BIN)/python benchmarks/$$benchmark.py || exit 1; done
+bench: setup  ## times metrics, read-outs, alignments, training steps and saving beside others' or plain ones; writes benchmarks/*.csv
+	for benchmark in evaluation readout analysis step resume; do $(BIN)/python benchmarks/$$benchmark.py || exit 1; done
 
 lab: setup  ## JupyterLab on the notebooks, with the runs of the demo
 	GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo $(BIN)/jupyter lab notebooks

@@ -86,14 +86,18 @@ def test_within_image_golden(form, monkeypatch):
     assert got.null_cka.mean().item() == pytest.approx(chance["mean_cka_unbiased"], abs=EPS)
 
 
-def test_within_image_equals_the_scalar_metrics():
-    x, y = gaussian(5, 30, 6), gaussian(5, 30, 9, seed=1)
+@pytest.mark.parametrize("unbiased", (True, False))
+@pytest.mark.parametrize("shift", (1, 2, 4, -1, 15))  # one cycle through the images, several, back, around
+def test_within_image_equals_the_scalar_metrics(shift, unbiased, monkeypatch):
+    monkeypatch.setattr(alignment, "CHUNK", 30**2 * 4)  # 6 images in chunks of 4 and 2
+    x, y = gaussian(6, 30, 6), gaussian(6, 30, 9, seed=1)
     y[..., :6] += x
-    got = within_image(x, y, k=4, shift=2)
-    for i in range(5):
-        for metric, name in ((partial(cknna, k=4), "cknna"), (cka, "cka"), (partial(mutual_knn, k=4), "mutual_knn")):
+    got = within_image(x, y, k=4, shift=shift, unbiased=unbiased)
+    metrics = {"cknna": partial(cknna, k=4), "cka": partial(cka, unbiased=unbiased), "mutual_knn": partial(mutual_knn, k=4)}
+    for i in range(6):
+        for name, metric in metrics.items():
             assert getattr(got, name)[i].item() == pytest.approx(metric(x[i], y[i]), abs=1e-10)
-            assert getattr(got, f"null_{name}")[i].item() == pytest.approx(metric(x[i], y[(i + 2) % 5]), abs=1e-10)
+            assert getattr(got, f"null_{name}")[i].item() == pytest.approx(metric(x[i], y[(i + shift) % 6]), abs=1e-10)
 
 
 def test_within_image_marks_only_the_constant_images():
@@ -185,6 +189,19 @@ def test_null_is_the_chance_level_and_is_seeded():
     null(A, B, lambda x, y: calls.append((x is A, y)) or 0.0, draws=3)
     assert len(calls) == 3 and all(same for same, _ in calls)
     assert all(torch.equal(y.sort(0).values, B.sort(0).values) and not torch.equal(y, B) for _, y in calls)
+
+
+@pytest.mark.parametrize("metric", (*METRICS, partial(cknna, k=3), partial(mutual_knn, k=79)))
+def test_a_relabelled_null_is_the_null_measured_anew(metric):
+    got, anew = null(A, B, metric), null(A, B, lambda x, y: metric(x, y))
+    assert (got.mean, got.std) == pytest.approx((anew.mean, anew.std), abs=1e-12)
+
+
+def test_a_null_measures_each_side_once(monkeypatch):
+    calls, nearest = [], alignment._nearest
+    monkeypatch.setattr(alignment, "_nearest", lambda *given: calls.append(1) or nearest(*given))
+    null(A, B, cknna, draws=5)
+    assert len(calls) == 2
 
 
 def test_ties():

@@ -37,6 +37,7 @@ LAYERS = [
         "analysis.spatial",
         "analysis.dynamics",
         "analysis.tables",
+        "analysis.sensitivity",
         "analysis.probe",
         "analysis.claims",
     ],

@@ -37,6 +37,9 @@ ON_TINY = {
     "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer", "half": "tiny-tokenizer"},
     "generator_alignment": GENERATORS | {"images": 40, "k": 5},
     "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
+    "alignment_sensitivity": dict.fromkeys(["warm_up", "control", "method"], "tiny")
+    | dict.fromkeys(["tokenizer_warm_up", "tokenizer_control"], "tiny-tokenizer")
+    | {"tokenizer_method": "tiny-joint", "images": 40, "k": 5},
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},

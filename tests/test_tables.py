@@ -1,5 +1,6 @@
 """Tables of a run: what their levels mean, and the floors drawn beside them."""
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,15 +8,18 @@ from helpers import scenes
 
 from gear import load_tokenizer
 from gear.analysis import tables
+from gear.analysis.alignment import cka
 from gear.analysis.features import tokenizer_features
+from gear.analysis.sensitivity import ONLY, generator_sensitivity, sensitivity, tokenizer_sensitivity
+from gear.config import UserError
 from gear.run import Run
 from gear.teachers.scenes import load_scenes_teacher
 
 N, L, K = 40, 16, 5
 
 
-def profile(rows, target):
-    return tables.profile({0: rows}, target, K).set_index(["level", "metric"])
+def profile(rows, target, **choices):
+    return tables.profile({0: rows}, target, K, **choices).set_index(["level", "metric"])
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,104 @@ def test_a_collapsed_tokenizer_is_undefined_not_an_error(noise):
     table = profile(torch.ones(N, L, 6) + noise[2][:1], noise[0])  # one answer at every position, whatever the image
     assert table.n["content", "cka"] == 0
     assert table.value.loc[[("content", "cka"), ("content", "cknna"), ("image", "cka")]].isna().all()
+
+
+def test_biased_cka_is_inflated_where_nothing_is_shared(noise):
+    unbiased, biased = (profile(noise[0], noise[1], estimator=name) for name in ("unbiased", "biased"))
+    for level in ("image", "patch", "content"):
+        assert biased.value[level, "cka"] > 0.1 > 0.05 > abs(unbiased.value[level, "cka"])
+        assert biased.null[level, "cka"] > 0.1 > 0.05 > abs(unbiased.null[level, "cka"])
+        assert biased.value[level, "cknna"] == unbiased.value[level, "cknna"]
+
+
+def test_what_a_position_sees_is_found_one_position_on(noise):
+    """Position i + 1 holds patch i, as embeddings do: only the pairing by what is seen finds it, and leaves out the last."""
+    target = noise[0]
+    hidden = torch.cat([noise[1][:, :1], target[:, :-1]], 1)
+    predicts, sees = (profile(hidden, target, pairing=name) for name in ("predicts", "sees"))
+    for level in ("image", "patch"):
+        for metric in ("cknna", "cka"):
+            assert sees.value[level, metric] == pytest.approx(1, abs=1e-9) and predicts.value[level, metric] < 0.95
+    assert abs(predicts.value["patch", "cka"]) < 0.1
+    other = torch.cat([target[:, :-1], noise[2][:, :1]], 1)  # the last patch bears on nothing
+    assert profile(hidden, other, pairing="sees").value["patch", "cka"] == pytest.approx(1, abs=1e-9)
+    assert predicts.value["map", "moran"] == sees.value["map", "moran"]
+
+
+def test_standardising_undoes_the_scale_and_offset_of_channels(noise):
+    rows, target = (noise[0] + 0.5 * noise[1]).double(), noise[1]
+    moved = rows * torch.tensor([1e3, 1, 1, 1, 1e-3, 10]) + torch.arange(6)
+    for level in ("image", "patch", "content"):
+        for metric in ("cknna", "cka"):
+            found = {
+                how: [profile(x, target, normalise=how).value[level, metric] for x in (rows, moved)]
+                for how in ("standard", "l2")
+            }
+            assert found["standard"][0] == pytest.approx(found["standard"][1], abs=1e-9)
+            assert abs(found["l2"][0] - found["l2"][1]) > 1e-3
+
+
+def test_rows_that_are_not_normalised_are_compared_as_they_are(noise):
+    rows = noise[0] + noise[1]
+    assert profile(rows, noise[1], normalise="none").value["image", "cka"] == pytest.approx(cka(rows.mean(1), noise[1].mean(1)))
+
+
+def test_a_constant_channel_tells_nothing_when_standardised(noise):
+    wider = torch.cat([noise[0], torch.full((N, L, 1), 0.1)], -1)
+    one, other = (profile(x, noise[0] + noise[1], normalise="standard").value["patch", "cka"] for x in (noise[0], wider))
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_tables_from_before_the_choices_still_fit(tiny):
+    """A default is not named among a table's parameters; another choice is, and the tracked table stays."""
+    for name, table in (("layer_profile", tables.layer_profile), ("tokenizer_profile", tables.tokenizer_profile)):
+        run, kept = Run.open("tiny"), pd.DataFrame({"kept": [1]})
+        run.table(name, {"images": 40, "k": 5}, lambda kept=kept: kept)
+        assert table(run, 40, 5).equals(kept) and table(run, 40, 5, normalise="l2", estimator="unbiased").equals(kept)
+        other = table(run, 40, 5, normalise="none")
+        assert list(other) == tables.COLUMNS and table(run, 40, 5).equals(kept)
+    with pytest.raises(UserError, match="unknown normalise 'l1'.*Known: l2, none, standard"):
+        tables.layer_profile(run, 40, 5, normalise="l1")
+    with pytest.raises(UserError, match="unknown estimator 'debiased'.*Known: unbiased, biased"):
+        tables.tokenizer_profile(run, 40, 5, estimator="debiased")
+    with pytest.raises(UserError, match="unknown pairing 'next'.*Known: predicts, sees"):
+        tables.layer_profile(run, 40, 5, pairing="next")
+
+
+def test_sensitivity_changes_one_choice_at_a_time(noise):
+    rows, target = noise[0] + noise[1], noise[0]
+    table = sensitivity({"last": rows}, target, 20, 4, tables.CHOICES).set_index(["choice", "setting", "level", "metric"])
+    base = tables.alignments(rows[:20], target[:20], 4)
+    changed = {
+        ("images", "40"): tables.alignments(rows, target, 4),
+        ("k", "8"): tables.alignments(rows[:20], target[:20], 8),
+        ("pairing", "sees"): tables.alignments(rows[:20], target[:20], 4, pairing="sees"),
+    } | {
+        (choice, value): base
+        for choice, value in (("images", "20"), ("k", "4"), ("estimator", "unbiased"), ("pairing", "predicts"))
+    }
+    for (choice, setting), rows in changed.items():
+        for metric, level, value, _, chance, *_ in rows:
+            if ONLY.get(choice, metric) == metric:
+                found = table.loc[choice, setting, level, metric]
+                assert (found.value, found.null) == pytest.approx((value, chance), nan_ok=True)
+    assert not {("k", "cka"), ("estimator", "cknna")} & {(choice, metric) for choice, _, _, metric in table.index}
+
+
+def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
+    run = Run.open("tiny-joint")
+    table, profile = tokenizer_sensitivity(run, 40, 5), tables.tokenizer_profile(run, 40, 5)
+    base = table[(table.choice == "images") & (table.setting == "40")][tables.COLUMNS]
+    known = profile[
+        profile.layer.isin(["pre", "post"]) & profile.level.isin(["image", "patch", "content"]) & (profile.metric != "ties")
+    ]
+    pd.testing.assert_frame_equal(base.reset_index(drop=True), known.reset_index(drop=True))
+    assert "pairing" not in set(table.choice)
+    generators = generator_sensitivity(Run.open("tiny"), 40, 5)
+    assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {"images", "k", *tables.CHOICES}
+    for weights in tiny.glob("*/checkpoints"):
+        weights.rename(weights.with_name("gone"))
+    pd.testing.assert_frame_equal(generator_sensitivity(Run.open("tiny"), 40, 5), generators)
 
 
 def test_floors_are_what_constant_answers_reach(tiny):

@@ -1,27 +1,34 @@
 """Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the weights where not."""
 
 import contextlib
+from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from gear import data
-from gear.analysis.alignment import cka, cknna, l2_normalise, null, tie_fraction, within_image
+from gear.analysis.alignment import Null, cka, cknna, l2_normalise, null, tie_fraction, within_image
 from gear.analysis.dynamics import speedup
 from gear.analysis.features import generator_features, teacher_features, to_grid, tokenizer_features
 from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import UserError, from_dict
+from gear.config import UserError, from_dict, nearest
 from gear.home import ROOT
 from gear.teachers import load_teachers
 from gear.tokenizer.autoencoder import TokenizerConfig
 
 FOLDS = 5
+NAN = float("nan")
+CHOICES = {  # what the paper leaves open about Table 4 and Fig. 5, the default first
+    "normalise": ("l2", "none", "standard"),  # of rows: unit length, as they are, each channel's mean 0 and deviation 1
+    "estimator": ("unbiased", "biased"),  # CKA's; the reference's CKNNA has but one
+    "pairing": ("predicts", "sees"),  # patch i with the generator's position that predicts token i, or whose input it is
+}
 COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
 
 
-def layer_profile(run, images=1_000, k=10):
+def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts"):
     """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached with it.
 
     Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n (what was averaged; an image
@@ -32,18 +39,22 @@ def layer_profile(run, images=1_000, k=10):
       "content" the same after every position's mean over the images is taken away from both sides, since position alone aligns
                 mismatched images (a teacher's padding shows where a patch lies);
       "map"     describes a layer's maps, its spread that of images.
-    Spreads are standard deviations. Rows are l2-normalised for the alignments, raw for the maps.
+    Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in the form `estimator`; with
+    the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows.
+    UserError for a choice that is not there.
     """
-    return run.table("layer_profile", {"images": images, "k": k}, lambda: _layer_profile(run, images, k))
+    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator, pairing=pairing)
+    return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, **choices))
 
 
-def tokenizer_profile(run, images=1_000, k=10):
+def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased"):
     """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached with it.
 
     The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
     the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
     """
-    return run.table("tokenizer_profile", {"images": images, "k": k}, lambda: _tokenizer_profile(run, images, k))
+    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
+    return run.table("tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, **choices))
 
 
 def alignment_floors(run, images=4_000):
@@ -56,33 +67,41 @@ def alignment_floors(run, images=4_000):
     return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images))
 
 
-def _layer_profile(run, images, k):
-    pictures, labels, target = _observed(run, "val", images)
+def _parameters(images, k, **choices):
+    """Return the parameters that name a table, and the choices; a default is not named: tables from before it still fit."""
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise UserError(f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: {', '.join(CHOICES[name])}.")
+    return {"images": images, "k": k} | {name: value for name, value in choices.items() if value != CHOICES[name][0]}, choices
+
+
+def _layer_profile(run, images, k, **choices):
+    pictures, labels, target = observed(run, "val", images)
     tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
     layers = list(range(generator.config.layers + 1))
     hidden = generator_features(generator, tokenizer, pictures, labels, layers)
-    return profile({-1: None, **hidden}, target, k)
+    return profile({-1: None, **hidden}, target, k, **choices)
 
 
-def _tokenizer_profile(run, images, k):
-    pictures, _, target = _observed(run, "val", images)
-    return tokenizer_table(tokenizer_features(load_tokenizer(run.name), pictures), target, k)
+def _tokenizer_profile(run, images, k, **choices):
+    pictures, _, target = observed(run, "val", images)
+    return tokenizer_table(tokenizer_features(load_tokenizer(run.name), pictures), target, k, **choices)
 
 
-def tokenizer_table(features, target, k):
+def tokenizer_table(features, target, k, **choices):
     """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as `tokenizer_profile` does."""
     ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"])])
-    row = ("post", "ties", "patch", *_mean_std(ties), float("nan"), float("nan"), len(ties))
-    table = profile(features if target is None else {"teacher": None, **features}, target, k)
+    row = ("post", "ties", "patch", *_mean_std(ties), NAN, NAN, len(ties))
+    table = profile(features if target is None else {"teacher": None, **features}, target, k, **choices)
     return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
 
 
 def _alignment_floors(run, images):
-    _, labels, target = _observed(run, "train", images)
+    _, labels, target = observed(run, "train", images)
     unit = F.normalize(target, dim=-1)  # (N, L, C); the best answer to a cosine is the mean direction
     position = unit.mean(0)
     of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
-    _, labels, target = _observed(run, "val", run.config["eval_images"])
+    _, labels, target = observed(run, "val", run.config["eval_images"])
     both = torch.stack([of_class.get(int(c), position) for c in labels])
     answers = {"constant": position.mean(0), "position": position, "class and position": both}
     losses = [
@@ -91,74 +110,85 @@ def _alignment_floors(run, images):
     return pd.DataFrame(losses, columns=["predictor", "value"])
 
 
-def _observed(run, split, count):
-    """Return the first images of a split, their labels and the features of the run's teacher, the first of several."""
+def observed(run, split, count):
+    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several."""
     config = run.config
     source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
     return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
 
 
-def profile(features, target, k):
+def profile(features, target, k, **choices):
     """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see `layer_profile`.
 
     Rows of None stand for the teacher itself, whose maps are described; with a target of None all are described alone.
     """
     table = []
     for layer, rows in features.items():
-        if rows is None or target is None:
-            table += [(layer, *row) for row in _maps(target if rows is None else rows)]
-            continue
-        sides, centred = (rows, target), tuple(z.double() - z.double().mean(0) for z in (rows, target))
-        found = [
-            *_image_level(*sides, k),
-            *_patch_level("patch", *sides, k),
-            *_patch_level("content", *centred, k),
-            *_maps(rows),
-        ]
-        table += [(layer, *row) for row in found]
+        alone = rows is None or target is None
+        found = [] if alone else alignments(rows, target, k, **choices)
+        table += [(layer, *row) for row in [*found, *_maps(target if rows is None else rows)]]
     return pd.DataFrame(table, columns=COLUMNS)
 
 
-def _image_level(hidden, target, k):
+def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="predicts"):
+    """Return the rows of `COLUMNS`, less the layer, of rows (N, L, D) beside the teacher's (N, L, C): see `layer_profile`."""
+    if pairing == "sees":  # position i + 1 has token i for its input; none sees the last
+        rows, target = rows[:, 1:], target[:, :-1]
+    rows, target, unbiased = rows.double(), target.double(), estimator == "unbiased"
+    levels = {"patch": (rows, target), "content": (rows - rows.mean(0), target - target.mean(0))}
+    table = _image_level(*(_normalised(z.mean(1), normalise) for z in (rows, target)), k, unbiased)
+    for level, sides in levels.items():
+        table += _patch_level(level, *(_normalised(z, normalise) for z in sides), k, unbiased)
+    return table
+
+
+def _normalised(rows, how):
+    """Normalise (.., D), a channel's mean and deviation over all rows. A zero row, a constant channel stay zero."""
+    if how == "standard":
+        every = rows.flatten(0, -2)
+        return (rows - every.mean(0)) / every.std(0).clamp(min=1e-12)
+    return F.normalize(rows, dim=-1) if how == "l2" else rows
+
+
+def _image_level(x, y, k, unbiased):
     """Compare mean tokens: pooled first, then normalised. Missing where every image is alike, as after a collapse."""
-    x, y = (F.normalize(rows.double().mean(1), dim=-1) for rows in (hidden, target))
-    for name, metric in (("cknna", _or_missing(cknna, k)), ("cka", _or_missing(cka))):
-        chance = null(x, y, metric)
+    table = []
+    for name, metric in (("cknna", partial(cknna, k=k)), ("cka", partial(cka, unbiased=unbiased))):
+        value, chance = _or_missing(NAN, metric, x, y), _or_missing(Null(NAN, NAN), null, x, y, metric)
         folds = min(FOLDS, len(x) // (k + 4))  # a fold needs more images than neighbours
-        values = torch.tensor([metric(a, b) for a, b in zip(x.chunk(folds), y.chunk(folds))]) if folds > 1 else torch.zeros(1)
-        yield name, "image", metric(x, y), float(values.std(correction=int(folds > 1))), chance.mean, chance.std, len(x)
+        parts = zip(x.chunk(folds), y.chunk(folds)) if folds > 1 else ()
+        spread = float(torch.tensor([_or_missing(NAN, metric, *part) for part in parts]).std()) if folds > 1 else 0.0
+        table.append((name, "image", value, spread, chance.mean, chance.std, len(x)))
+    return table
 
 
-def _patch_level(level, hidden, target, k):
+def _patch_level(level, x, y, k, unbiased):
     """Compare tokens within each image. The first token of layer 0 is the class alone, equal in every image of a class."""
-    x, y = (F.normalize(rows.double(), dim=-1) for rows in (hidden, target))  # a token equal to its position's mean stays zero
-    result = within_image(x, y, k)
+    result, table = within_image(x, y, k, unbiased=unbiased), []
     for name in ("cknna", "cka"):
         value, chance = getattr(result, name), getattr(result, f"null_{name}")
-        yield name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum())
+        table.append((name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum())))
+    return table
 
 
-def _or_missing(metric, *arguments):
-    def value(x, y):
-        try:
-            return metric(x, y, *arguments)
-        except ValueError:  # undefined: no variance
-            return float("nan")
-
-    return value
+def _or_missing(missing, function, *arguments):
+    try:
+        return function(*arguments)
+    except ValueError:  # undefined: no variance
+        return missing
 
 
 def _maps(rows):
     grid = to_grid(rows)
     for name, statistic in (("moran", morans_i), ("high_frequency", high_frequency_ratio)):
         values = statistic(grid)
-        yield name, "map", *_mean_std(values), float("nan"), float("nan"), int(values.isfinite().sum())
+        yield name, "map", *_mean_std(values), NAN, NAN, int(values.isfinite().sum())
 
 
 def _mean_std(values):
     values = values[values.isfinite()]
-    return float(values.mean()), float(values.std()) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(values.std()) if len(values) > 1 else NAN
 
 
 def speedups(curves, baseline, method, metrics):

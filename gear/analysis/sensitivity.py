@@ -1,0 +1,59 @@
+"""How far the alignments of Table 4 and Fig. 5 hang on what the paper leaves open: one choice changed at a time."""
+
+import pandas as pd
+
+from gear.analysis.features import generator_features, tokenizer_features
+from gear.analysis.tables import CHOICES, COLUMNS, alignments, observed
+from gear.checkpoints import load_generator, load_tokenizer
+
+ONLY = {"k": "cknna", "estimator": "cka"}  # the metric that a choice bears on, where it is not both
+
+
+def generator_sensitivity(run, images=1_000, k=10):
+    """Align a generator's tap and last layer with its teacher under other choices: a table of the run, cached with it.
+
+    Columns: choice, setting, then those of `layer_profile` (levels image, patch, content), `layer` "tap" or "last". The base
+    is `layer_profile`'s: `images`, `k` and the first of each of `CHOICES`. One choice at a time is changed: images to an
+    eighth, a quarter, half and twice as many (of the validation images, from the first on), k to half, twice and four times
+    as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
+    that it bears on.
+    """
+    return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k))
+
+
+def tokenizer_sensitivity(run, images=1_000, k=10):
+    """The same of a tokenizer's features, `layer` "pre" or "post" quantisation, for which there is no choice of pairing."""
+    return run.table("tokenizer_sensitivity", {"images": images, "k": k}, lambda: _of_tokenizer(run, images, k))
+
+
+def _of_generator(run, images, k):
+    pictures, labels, target = observed(run, "val", 2 * images)
+    generator = load_generator(run.name)
+    layers = {"tap": generator.config.tap_layer, "last": generator.config.layers}
+    hidden = generator_features(generator, load_tokenizer(run.name), pictures, labels, sorted(set(layers.values())))
+    return sensitivity({name: hidden[layer] for name, layer in layers.items()}, target, images, k, CHOICES)
+
+
+def _of_tokenizer(run, images, k):
+    pictures, _, target = observed(run, "val", 2 * images)
+    choices = {name: values for name, values in CHOICES.items() if name != "pairing"}
+    return sensitivity(tokenizer_features(load_tokenizer(run.name), pictures), target, images, k, choices)
+
+
+def sensitivity(features, target, images, k, choices):
+    """Compare {layer: rows (2 images, L, D)} with the teacher's rows (2 images, L, C): see `generator_sensitivity`."""
+    base = {"images": images, "k": k} | {name: values[0] for name, values in choices.items()}
+    neighbours = [n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1]  # with one token left out
+    settings = {"images": [images // 8, images // 4, images // 2, images, 2 * images], "k": neighbours} | choices
+    table = []
+    for layer, rows in features.items():
+        known = _aligned(rows, target, **base)
+        for choice, values in settings.items():
+            for value in values:
+                found = known if value == base[choice] else _aligned(rows, target, **base | {choice: value})
+                table += [(choice, str(value), layer, *row) for row in found if ONLY.get(choice, row[0]) == row[0]]
+    return pd.DataFrame(table, columns=["choice", "setting", *COLUMNS])
+
+
+def _aligned(rows, target, images, k, **choices):
+    return alignments(rows[:images], target[:images], k, **choices)

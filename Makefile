@@ -36,7 +36,7 @@ reference: setup  ## trains and scores everything that is tracked again, three s
 	for study in $(STUDIES); do $(AGAIN) $(BIN)/python -m gear sweep $$study || exit 1; done
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --both --steps 50 100 150 200
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --sweep cfg_scale=1,1.25,1.5,1.75,2
-	$(AGAIN) $(BIN)/python -m gear evaluate 'scenes-*-size-*' --sweep cfg_scale=1,1.5
+	$(AGAIN) $(BIN)/python -m gear evaluate 'scenes-gear-*-size-*' 'scenes-llamagen-repa-*-size-*' --sweep cfg_scale=1,1.5
 	$(AGAIN) $(BIN)/python -m gear figures --jobs 2
 
 test: setup

@@ -67,14 +67,18 @@ def sweep_command(names, arguments):
     options = _parse(SweepOptions(), arguments)
     seeds, cells = seeds_of(options.seeds), [c for c in options.cells.split(",") if c] or None
     if options.list:
-        print("\n".join(commands(names[0], options.preset, seeds)))
+        given = {"count": options.count, "device": options.device, "workers": options.workers}
+        more = [w for key, value in given.items() if value != getattr(SweepOptions, key) for w in (f"--{key}", str(value))]
+        print("\n".join(commands(names[0], options.preset, seeds, cells, more)))
         return
     runtime = Runtime(device=options.device, workers=options.workers)
     sweep(names[0], options.preset, seeds, cells, options.jobs, options.count, runtime, tqdm.write)
     if cells is None:
         table = results(names[0], options.preset, seeds, options.count)
         print(f"\n{summary(table).to_string(na_rep='')}\n\n{told(directions(table, names[0], options.preset))}")
-        print(f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study {names[0]}")
+        given = {"preset": options.preset, "seeds": options.seeds, "count": options.count}
+        more = "".join(f" -p {key} {value}" for key, value in given.items() if value != getattr(SweepOptions, key))
+        print(f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study {names[0]}{more}")
 
 
 def sample_command(names, arguments):
@@ -272,7 +276,7 @@ def main(arguments=None):
         sys.exit(1)
     except BrokenPipeError:  # whoever read what is printed has read enough
         sys.stderr.close()
-        sys.exit(0)
+        sys.exit(141)
     except OSError as error:  # a full disk, a folder without access
         print(f"gear: {error}. Make room or restore access, and give the same command again.", file=sys.stderr)
         sys.exit(1)

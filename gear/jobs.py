@@ -21,6 +21,8 @@ from gear.training.loop import Runtime, is_trained
 
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit codes of what a signal ended
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 
 @dataclass(frozen=True)
 class Task:
@@ -79,6 +81,7 @@ def work(tasks, finished, jobs, done=lambda name: None):
                 failures[task.name] = f"its parent {task.needs} failed"
                 del waiting[task.name]
             ready = [t for t in waiting.values() if t.needs in finished or not t.needs]
+            ready.sort(key=lambda task: task.images > 0)  # scores first: what is known is told
             for task in [] if signals else ready[: jobs - len(running)]:
                 running[task.name] = _start(task.command)
                 del waiting[task.name]
@@ -116,8 +119,8 @@ def _start(command):
 
 def _end_with_parent():
     """Have the kernel send SIGTERM to this child when its parent dies, even by kill -9: no run goes on that nobody sees."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)
 
 
 def _flags(runtime):

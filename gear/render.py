@@ -262,7 +262,7 @@ def _inputs(name, parameters):
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
     runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
-    for path in [*filter(None, [notebooks().get(name)]), *sources, *runs]:
+    for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
         digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
     for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):
         if os.path.exists(path):

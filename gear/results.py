@@ -1,5 +1,6 @@
 """What a study's runs say: every cell's scores over seeds, and whether they move as the paper's table does."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,10 +9,11 @@ import pandas as pd
 from gear.analysis.claims import MIN_SEEDS, interval
 from gear.analysis.tables import published
 from gear.config import UserError
-from gear.evaluation.evaluate import scores
+from gear.evaluation.evaluate import EvaluateOptions, scores
 from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
+REFERENCE = EvaluateOptions.reference_count  # images that samples are compared with, and that are reconstructed
 PUBLISHED = {"fd": "gFID", "precision": "Prec.", "recall": "Rec.", "psnr": "PSNR", "ssim": "SSIM", "rfd": "rFID"}
 TITLES = {
     "fd": "Fréchet distance", "precision": "precision", "recall": "recall", "psnr": "PSNR (dB)", "ssim": "SSIM",
@@ -24,43 +26,51 @@ BETTER = {"fd": -1, "precision": 1, "recall": 1, "psnr": 1, "ssim": 1, "rfd": -1
 def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     """Return {metric of TITLES: value} of a run, whatever of it is there: logged while it trained, and in metrics.json.
 
-    Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default: the last one).
+    Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default: the last one), against
+    REFERENCE images of its own; as many are reconstructed, at the last step.
     """
     run = Run.open(name)
-    network, step, table = space(preset), step or run.config["steps"], scores(run)
-    found, log = {}, run.metrics()
-    for row in log[log.step == step].to_dict("records"):
+    network, last, log = space(preset), run.config["steps"], run.metrics()
+    at, found = step or last, {}
+    for row in log[log.step == at].to_dict("records"):
         found = {key: row[f"val/{key}"] for key in ("ntp_loss", "align_loss", "usage_entropy") if f"val/{key}" in row}
     if {"ntp_loss", "usage_entropy"} <= found.keys():
         found["predictable"] = found["usage_entropy"] - found["ntp_loss"]
-    if table.empty:
-        return found
     inception = network == "inception"
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
-    drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=step, network=network)
-    if drawn.keys() <= set(table.columns):
-        rows = table[np.logical_and.reduce([table[key] == value for key, value in drawn.items()])]
-        found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
-    rows = table[table.metric.isin(["psnr", "ssim", *names]) & (table.split == "val")] if "split" in table else table[:0]
-    return found | {names.get(m, m): v for m, v in zip(rows.metric, rows.value)}
+    drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
+    rows = _where(scores(run), **drawn, reference_count=REFERENCE)
+    found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
+    rows = _where(scores(run), split="val", images=REFERENCE, step=last)
+    own = rows[~rows.metric.str.startswith(("rfd_", "rfid")) | rows.metric.isin(names)]
+    return found | {names.get(m, m): v for m, v in zip(own.metric, own.value) if names.get(m, m) in TITLES}
 
 
-def quality(pattern, count=SAMPLES):
-    """Return what runs scored at every step and guidance they were evaluated at: run, seed, step, cfg_scale, metric, value.
+def _where(table, **wanted):
+    """Return the lines of a table that have these values; none where it lacks a column."""
+    if not wanted.keys() <= set(table.columns):
+        return table[:0].astype({"metric": str})
+    return table[np.logical_and.reduce([table[key] == value for key, value in wanted.items()])]
 
-    Raises UserError naming the first run that has no scores of `count` samples, and the command that makes them.
+
+def quality(pattern, count=SAMPLES, steps=(), scales=(1.0,)):
+    """Return what runs scored without guidance at `steps`, and at the last one with each of `scales`.
+
+    Columns: run, seed, step, cfg_scale, metric, value. Raises UserError naming the first run that lacks one of these scores,
+    and the command that makes them.
     """
     lines = []
     for run in open_runs(pattern):
-        table, config = scores(run), run.config
-        drawn = table[table["count"] == count] if "count" in table else table[:0]
-        if drawn.empty:
-            network = space(config["recipe"])
-            command = f"gear evaluate {run.name} --network {network} --both --count {count}"
-            raise UserError(f"no run '{run.name}' with scores of {count} samples: {command}")
-        for step, scale in sorted(set(zip(drawn.step, drawn.cfg_scale))):
-            values = measured(run.name, config["recipe"], count, scale, int(step))
-            lines += [(run.name, config["seed"], int(step), scale, metric, value) for metric, value in values.items()]
+        config, preset = run.config, run.config["recipe"]
+        for step, scale in sorted({*((s, 1.0) for s in steps), *((config["steps"], s) for s in scales)}):
+            values = measured(run.name, preset, count, scale, step)
+            if "fd" not in values:
+                what = f"--steps {step}" if scale == 1 else f"--sweep cfg_scale={','.join(f'{s:g}' for s in scales)}"
+                command = f"gear evaluate {run.name} --network {space(preset)} --both --count {count} {what}"
+                raise UserError(
+                    f"no run '{run.name}' with scores of {count} samples at step {step}, guidance {scale:g}: {command}"
+                )
+            lines += [(run.name, config["seed"], step, scale, metric, value) for metric, value in values.items()]
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
@@ -78,6 +88,7 @@ def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
         lines += [(member.cell.title, member.role, member.seed, member.name, m, v) for m, v in values.items()]
     if lacking:
         command = f"gear sweep {name} --preset {preset} --seeds {','.join(map(str, seeds))}"
+        command += f" --count {count}" if count != SAMPLES else ""
         raise UserError(f"the study '{name}' needs {', '.join(lacking)}, trained and scored: {command}")
     return pd.DataFrame(lines, columns=["cell", "role", "seed", "run", "metric", "value"])
 
@@ -110,7 +121,8 @@ def directions(table, name, preset="scenes"):
     Columns: cell, against, metric, paper (its difference), seeds, agree (seeds that move as the paper does), difference, low,
     high (mean and 95 % interval over seeds, paired, Student's t), verdict: "as in the paper" if all seeds agree and the
     interval excludes zero, "the other way" if it excludes zero on the other side, else "undecided". A difference is that of a
-    cell from the study's reference, or where each cell has a baseline, of GEAR from that.
+    cell from the study's reference, or where each cell has a baseline, of GEAR from that; where the paper's table prints one
+    baseline for all, from that, too.
     """
     chosen = study(name)
     reference = next((c.title for c in chosen.cells(preset) if c.published == chosen.reference), None)
@@ -118,18 +130,19 @@ def directions(table, name, preset="scenes"):
     theirs = printed(name, preset).set_index(["metric", "cell", "role"]).value
     lines = []
     for cell in chosen.cells(preset):
-        other = (cell.title, "baseline") if chosen.own_baseline else (reference, "gear")
-        if other == (cell.title, "gear"):
-            continue
-        for metric in TITLES:
-            if (metric, cell.title, "gear") not in ours or (metric, *other) not in ours:
+        others = {"its baseline": (cell.title, "baseline")} if chosen.own_baseline else {reference: (reference, "gear")}
+        if chosen.published_baseline:
+            others["LlamaGen-REPA"] = ("LlamaGen-REPA", "baseline")
+        for (against, other), metric in itertools.product(others.items(), TITLES):
+            own = metric, cell.title, "gear"
+            if other == own[1:] or own not in ours or (metric, *other) not in ours:
                 continue
-            paper = theirs.get((metric, cell.title, "gear"), math.nan) - theirs.get((metric, *other), math.nan)
-            difference = (ours[metric, cell.title, "gear"] - ours[(metric, *other)]).dropna()
+            paper = theirs.get(own, math.nan) - theirs.get((metric, *other), math.nan)
+            difference = (ours[own] - ours[(metric, *other)]).dropna()
             mean, _, low, high = interval(difference)
             agree = int((np.sign(difference) == np.sign(paper)).sum()) if paper == paper else math.nan
-            line = cell.title, "its baseline" if chosen.own_baseline else reference, metric, paper, len(difference), agree
-            lines.append((*line, mean, low, high, _verdict(paper, difference, low, high)))
+            line = cell.title, against, metric, paper, len(difference), agree, mean, low, high
+            lines.append((*line, _verdict(paper, difference, low, high)))
     columns = ["cell", "against", "metric", "paper", "seeds", "agree", "difference", "low", "high", "verdict"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -156,8 +169,9 @@ def summary(table):
 def told(found):
     """Count verdicts of `directions` in words, and name what goes as in the paper and what the other way."""
     judged = found[found.verdict != ""]
-    lines = [f"{len(judged)} differences that the paper's table has, too:"]
+    lines = [f"{len(judged)} differences that the paper's table has, too, each tested by itself:"]
     for verdict, rows in judged.groupby("verdict", sort=True):
-        where = "; ".join(f"{cell}: {', '.join(part.metric)}" for cell, part in rows.groupby("cell", sort=False))
+        groups = rows.groupby(["cell", "against"], sort=False)
+        where = "; ".join(f"{cell} against {other}: {', '.join(part.metric)}" for (cell, other), part in groups)
         lines.append(f"  {verdict} ({len(rows)}): {where}")
     return "\n".join(lines)

@@ -124,8 +124,9 @@ def _teacher(preset):
     printed = {"dinov2-b": "DINOv2-B", "dinov3-b": "DINOv3-B", "siglip2-b": "SigLIPv2-B", "vjepa2-l": "V-JEPA2.1-B"}
     own = RECIPES[f"{preset}-gear"].teacher
     names = ("scenes", "efficientnet-lite0") if preset == "scenes" else dict.fromkeys([own, *printed])
+    titles = {"vjepa2-l": "vjepa2-l (the paper: V-JEPA 2.1 B)"}  # whose weights we can open
     return [
-        Cell(name, "" if name == own else name, f"{printed[name]}, +GEAR" if name in printed else "",
+        Cell(titles.get(name, name), "" if name == own else name, f"{printed[name]}, +GEAR" if name in printed else "",
              {} if name == own else dict(teacher=name))
         for name in names
     ]  # fmt: skip

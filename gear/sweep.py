@@ -1,10 +1,12 @@
 """Run a study: train what is missing of its cells, score it, and say whether the paper's direction holds."""
 
+import json
 import os
 from collections import Counter
 
 import torch
 
+from gear.config import UserError, to_dict
 from gear.home import check_writable, runs_dir
 from gear.jobs import Task, training, work
 from gear.price import GPUS, price
@@ -27,6 +29,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
     planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
     missing = {n: c for n, c in planned.items() if n not in settled and not is_trained(Run(runs_dir() / n), c)}
+    _check_weights(found, missing, preset, count)
     tasks = _tasks(found, missing, preset, count, runtime)
     tell(_cost(name, found, missing, tasks))
     if not tasks:
@@ -51,11 +54,15 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     return found
 
 
-def commands(name, preset="scenes", seeds=(0, 1, 2)):
-    """Return one command a cell and seed, to be run anywhere and in any order: what several share, the first one trains."""
-    found = members(name, preset, seeds)
-    cells = list(dict.fromkeys((key, member.seed) for member in found for key in [_key(name, member)] if key))
-    return [f"gear sweep {name} --preset {preset} --seeds {seed} --cells {key} --jobs 1" for key, seed in cells]
+def commands(name, preset="scenes", seeds=(0, 1, 2), cells=None, words=()):
+    """Return one command a cell and seed, to be run anywhere and in any order: what several share, the first one trains.
+
+    `words` end each of them, as in ("--count", "5000").
+    """
+    found = members(name, preset, seeds, cells)
+    chosen = dict.fromkeys((key, member.seed) for member in found for key in [_key(name, member)] if key)
+    end = " ".join(["--jobs 1", *words])
+    return [f"gear sweep {name} --preset {preset} --seeds {seed} --cells {key} {end}" for key, seed in chosen]
 
 
 def _key(name, member):
@@ -64,12 +71,27 @@ def _key(name, member):
     return None if shared else cell_name(member.cell)
 
 
+def _check_weights(found, missing, preset, count):
+    """Raise UserError if a run is to be scored that came without its weights, as tracked ones do."""
+    for member in found:
+        run = Run(runs_dir() / member.name)
+        if member.name not in missing and not run.checkpoint_steps() and not _is_scored(member, preset, count):
+            raise UserError(
+                f"run '{run.name}' has come without its weights and has no scores of {count} samples: sweep in another folder, "
+                f"export GEAR_RUNS=runs/again."
+            )
+
+
+def _is_scored(member, preset, count):
+    return measured(member.name, preset, count).keys() >= SCORED
+
+
 def _tasks(found, missing, preset, count, runtime):
     """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained."""
     words = {n: _words(member, n) for member in found for n, _ in member.planned}
     tasks = [training(n, config, (*words[n], "--wait"), runtime) for n, config in missing.items()]
     for member in found:
-        if member.name in missing or not measured(member.name, preset, count).keys() >= SCORED:
+        if member.name in missing or not _is_scored(member, preset, count):
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")
             tasks.append(Task(f"scores of {member.name}", command + _device(runtime), member.name, 0))
     return tasks
@@ -115,23 +137,29 @@ def _shape(config):
 
 
 def _here(missing):
-    """Estimate the time on this machine from the pace of runs trained here, of the same stage and image size."""
+    """Estimate the time on this machine from the pace of runs trained here, of the same stage and size."""
     seconds, unknown = 0.0, set()
     paces = {}
     for name in run_names():
         run = Run.open(name)
         timing, config = run.metrics("timing.jsonl"), run.config
         if not timing.empty:
-            paces.setdefault((config["stage"], config["data"]["image_size"]), []).append(timing.images_per_second.median())
+            paces.setdefault(_size(config), []).append(timing.images_per_second.median())
     for config in missing.values():
-        pace = paces.get((config.stage, config.data.image_size))
+        pace = paces.get(_size(to_dict(config)))
         if pace is None:
             unknown.add(config.stage)
         else:
             seconds += config.steps * config.batch_size / (sum(pace) / len(pace))
     if unknown:
         return f"not known before a run of the stage {', '.join(sorted(unknown))} was trained; the bar will tell"
-    return f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs"
+    return f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs; scores not counted"
+
+
+def _size(config):
+    """Return what a run's pace depends on: its stage, its networks, its images."""
+    networks = {part: {k: v for k, v in config[part].items() if k != "num_classes"} for part in ("tokenizer", "generator")}
+    return json.dumps([config["stage"], config["teacher"], config["data"]["image_size"], networks], sort_keys=True)
 
 
 def _line(member, preset, count):

@@ -100,9 +100,10 @@ def recorded(name, config, scores=(), **metrics):
     (run.path / "metrics.jsonl").unlink(missing_ok=True)
     run.append({"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}})
     base = {"network": "scenes", "weights_of": name}
-    drawn = base | {"count": 100, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    drawn = base | {"count": 100, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "reference_count": 2_000}
+    rebuilt = base | {"split": "val", "images": 2_000, "step": config.steps}
     records = [
-        record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else base | {"split": "val"})
+        record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else rebuilt)
         for step, scale, values in scores
         for metric, value in values.items()
     ]

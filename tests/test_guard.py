@@ -154,7 +154,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(number, home, monkeypatch, capsys):
-    def start(name, runtime):
+    def start(command):
+        name = command[1]
         log = open(home / f"{name}.log", "w+b")
         return subprocess.Popen([sys.executable, "-S", "-c", SAVES_WHEN_TOLD, name], cwd=home, stderr=log), log
 

@@ -30,14 +30,12 @@ def test_a_change_that_concerns_the_joint_stage_alone_leaves_the_warm_up_shared(
     assert planned[1][1].objective.tau == 0.3 and planned[2][1].tokenizer_run == "tiny-joint-x"
 
 
-@pytest.mark.slow
-def test_how_runs_are_executed_is_handed_on(monkeypatch):
+def test_how_runs_are_executed_is_handed_on():
     """Every flag that is not as it is by default, as the command line takes it; sharding is not for several."""
     runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, rebuild=True)
-    seen = []
-    monkeypatch.setattr(jobs.subprocess, "Popen", lambda command, **_: seen.append(command))
-    jobs._start("tiny", runtime)
-    assert _parse(TrainOptions(recipe("tiny")), seen[0][5:]).runtime == replace(runtime, quiet=True, threads=1)
+    command = jobs.training("tiny", recipe("tiny"), ("tiny",), runtime).command
+    assert command[:2] == ("train", "tiny")
+    assert _parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(runtime, quiet=True, threads=1)
     with pytest.raises(UserError, match="--shard is for one run"):
         jobs.train_many(["tiny"], 1, Runtime(shard=True))
 

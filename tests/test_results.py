@@ -20,15 +20,31 @@ def test_scores_are_read_at_their_step_and_guidance():
     wanted = {(r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"] for r in records}
     found = results.measured("tiny-gear-s0", "tiny", 100, 1.5, 12)
     assert found["fd"] == wanted[12, 1.5, "fd_scenes"] and found["precision"] == wanted[12, 1.5, "precision"]
-    assert found["psnr"] == wanted[None, None, "psnr"] and found["rfd"] == wanted[None, None, "rfd_scenes"]
+    assert found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
     assert "ntp_loss" not in found, "nothing was logged at that step"
     last = results.measured("tiny-gear-s0", "tiny", 100)
     assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
     assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), "another number of samples is another score"
-    table = results.quality("tiny-gear-s[0]", 100)
-    assert set(zip(table.step, table.cfg_scale)) == {(s, c) for s in (12, 24) for c in (1.0, 1.5, 2.0)}
-    with pytest.raises(UserError, match="no run 'tiny-gear-s0' with scores of 7 samples: gear evaluate tiny-gear-s0"):
-        results.quality("tiny-gear-s0", 7)
+    table = results.quality("tiny-gear-s[0]", 100, steps=(12, 24), scales=(1.0, 2.0))
+    assert set(zip(table.step, table.cfg_scale)) == {(12, 1.0), (24, 1.0), (24, 2.0)}
+    for arguments, said in (
+        ((7,), "scores of 7 samples at step 24, guidance 1: gear evaluate tiny-gear-s0 --network scenes --both --count 7"),
+        ((100, (6, 24)), "at step 6, guidance 1: .*--steps 6"),
+        ((100, (), (1.0, 9.0)), "guidance 9: .*--sweep cfg_scale=1,9"),
+    ):
+        with pytest.raises(
+            UserError, match=f"no run 'tiny-gear-s0' with {'.*' if said[0] == 'a' or said[0] == 'g' else ''}{said}"
+        ):
+            results.quality("tiny-gear-s0", *arguments)
+
+
+def test_scores_of_another_protocol_do_not_count():
+    run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    records = json.loads((run.path / "metrics.json").read_text())
+    for r in records:
+        r["protocol"] |= {"reference_count": 50, "images": 50}
+    (run.path / "metrics.json").write_text(json.dumps(records))
+    assert not {"fd", "psnr", "rfd"} & results.measured("tiny-gear-s0", "tiny", 100).keys()
 
 
 def test_a_missing_or_unscored_run_is_named():
@@ -38,8 +54,8 @@ def test_a_missing_or_unscored_run_is_named():
     (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
         results.results("depth", "tiny", count=100)
-    said = "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny"
-    assert said in str(error.value)
+    said = "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny --seeds 0,1,2"
+    assert f"{said} --count 100" in str(error.value)
 
 
 def verdicts(name, **options):
@@ -68,6 +84,17 @@ def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
     assert set(found[found.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
 
 
+def test_from_nothing_is_compared_with_the_frozen_baseline_too():
+    """Table 12 prints LlamaGen-REPA beside both: does GEAR without a warm-up still beat it?"""
+    record_study("initialisation")
+    found = verdicts("initialisation").query("metric == 'fd'").set_index(["cell", "against"])
+    assert set(found.index) == {
+        ("from nothing", "from the warm-up"), ("from nothing", "LlamaGen-REPA"), ("from the warm-up", "LlamaGen-REPA"),
+    }  # fmt: skip
+    assert found.paper["from nothing", "LlamaGen-REPA"] == pytest.approx(13.435 - 14.719)
+    assert found.verdict["from nothing", "LlamaGen-REPA"] == "as in the paper"
+
+
 def test_two_seeds_are_no_verdict():
     record_study("depth")
     assert set(verdicts("depth", seeds=(0, 1)).query("metric == 'fd'").verdict) == {"not testable: 2 seeds"}
@@ -86,7 +113,7 @@ def test_in_words():
     record_study("depth")
     table = results.results("depth", "tiny", count=100)
     text = results.told(results.directions(table, "depth", "tiny"))
-    assert "as in the paper" in text and "layer 1 of 3: " in text
+    assert "as in the paper" in text and "layer 1 of 3 against its baseline: " in text
     summary = results.summary(table)
     assert summary.loc[("layer 1 of 3", "gear"), "Fréchet distance"].count("+-") == 1
 
@@ -95,4 +122,4 @@ def test_a_run_of_another_step_does_not_count():
     config = recipe("tiny-gear-s0")
     run = record_scored("tiny-gear-s0", config)
     Run.create(run.name, run.config | {"steps": 999})
-    assert results.measured("tiny-gear-s0", "tiny", 100).keys() == {"psnr", "ssim", "rfd"}
+    assert not results.measured("tiny-gear-s0", "tiny", 100)

@@ -12,6 +12,7 @@ from helpers import record_study
 
 from gear import sweep
 from gear.__main__ import main
+from gear.config import UserError
 from gear.home import runs_dir
 from gear.recipes import recipe
 from gear.run import Run, run_names
@@ -23,6 +24,9 @@ def test_one_command_a_cell_and_seed(capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = ["tau-0.5", "tau-0.1", "tau-0.05", "default", "tau-0.01", "tau-0.005"]
     assert [shlex.split(line)[-3] for line in lines] == [cell for cell in cells for _ in (0, 2)]
+    main(["sweep", "temperature", "--preset", "tiny", "--seeds", "0", "--cells", "tau-0.1", "--count", "50", "--list"])
+    (one,) = capsys.readouterr().out.splitlines()
+    assert one == "gear sweep temperature --preset tiny --seeds 0 --cells tau-0.1 --jobs 1 --count 50"
     covered = set()
     for line in lines:
         words = shlex.split(line)
@@ -42,9 +46,16 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
     assert "as in the paper" in out and "layer 2 of 3" in out and "+-" in out
 
 
+def test_runs_without_weights_cannot_be_scored_again():
+    record_study("depth", seeds=(0,))
+    with pytest.raises(UserError, match="'tiny-llamagen-repa-s0-tap-0' has come without its weights and has no scores of 77"):
+        sweep.sweep("depth", "tiny", (0,), count=77)
+
+
 def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     record_study("depth", seeds=(0,))
     (runs_dir() / "tiny-gear-s0" / "metrics.json").unlink()
+    (runs_dir() / "tiny-gear-s0" / "checkpoints" / "0000024").mkdir(parents=True)  # it has weights
     seen, told = {}, []
     monkeypatch.setattr(
         sweep, "work", lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs)

@@ -64,7 +64,13 @@ def evaluate(name, options=EvaluateOptions()):
     run, settings = Run.open(name), _swept(options)
     if options.steps and (options.samples or options.reconstruction):
         raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
-    if options.export and len(settings) > 1:
+    if gone := set(options.steps) - set(run.checkpoint_steps()):
+        there = ", ".join(map(str, run.checkpoint_steps())) or "none"
+        raise UserError(
+            f"run '{name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it has {there}. A run keeps its "
+            f"newest two and the best while it trains, more with --keep."
+        )
+    if options.export and len(settings) * max(1, len(options.steps)) > 1:
         raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
     clip = None
     if options.captions:  # what is wrong with them is said before anything is drawn

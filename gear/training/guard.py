@@ -90,13 +90,16 @@ def exclusive(run, wait=False):
     run.path.mkdir(parents=True, exist_ok=True)
     with open(run.path / "lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"run '{run.name}' is being trained by process {file.read() or '?'}. Wait for it, or stop it (kill saves "
-                f"first); the same command then goes on from there."
-            ) from None
+            holder = f"run '{run.name}' is being trained by process {file.read() or '?'}"
+            if not wait:
+                raise UserError(
+                    f"{holder}. Wait for it, or stop it (kill saves first); the same command then goes on from there."
+                ) from None
+            print(f"{holder}: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks, as some network ones are: the run trains all the same
         file.truncate(0)

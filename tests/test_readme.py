@@ -14,6 +14,7 @@ from PIL import Image
 
 import gear
 from gear.__main__ import main
+from gear import results
 from gear.analysis import claims
 from gear.generator.model import GENERATORS, Generator, GeneratorConfig
 from gear.home import ROOT
@@ -146,3 +147,13 @@ def test_claims_are_those_that_the_tracked_runs_bear_out(monkeypatch):
         assert again[column].tolist() == table[column].tolist()
     assert again.difference.tolist() == pytest.approx(table.difference.tolist(), rel=1e-5)
     assert claims.markdown(table) in README
+
+
+def test_ablations_are_those_that_the_tracked_runs_bear_out(monkeypatch):
+    """The README counts what each study's differences say; counted again on the tracked runs, it is that."""
+    monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
+    rows = re.findall(r"^\| `(\w+)` \| Table \d+ \| (\d+).*?\| (\d+).*?\| (\d+) \|$", README, re.M)
+    assert {name for name, *_ in rows} == {"temperature", "weight", "components", "tokenizer", "depth", "initialisation"}
+    for name, *counts in rows:
+        found = results.directions(results.results(name), name).verdict
+        assert counts == [str((found == said).sum()) for said in ("as in the paper", "the other way", "undecided")], name

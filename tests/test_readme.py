@@ -13,8 +13,8 @@ from helpers import record_study
 from PIL import Image
 
 import gear
-from gear.__main__ import main
 from gear import results
+from gear.__main__ import main
 from gear.analysis import claims
 from gear.generator.model import GENERATORS, Generator, GeneratorConfig
 from gear.home import ROOT

@@ -1,6 +1,7 @@
 """How figures look, and how they are kept: PDF, PNG and the CSV of what is drawn, byte for byte the same each time."""
 
 import json
+import math
 import textwrap
 
 import matplotlib
@@ -75,12 +76,14 @@ def panels(layout, width=9.0, height=2.6):
 
 
 def legend(fig):
-    """Put one legend above all panels: every label once, in the order of first appearance."""
+    """Put one legend above all panels: every label once, in the order of first appearance, in as many lines as it takes."""
     found = {}
     for axis in fig.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found))
+    wide = sum(len(label) + 8 for label in found)  # characters, handles and gaps among them; about 13 go to an inch
+    lines = max(1, math.ceil(wide / (13 * fig.get_figwidth())))
+    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=math.ceil(len(found) / lines))
 
 
 def scale(runs):

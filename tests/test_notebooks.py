@@ -252,10 +252,10 @@ def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch)
     for old, new in {"tiny": "scenes-gear-s0", "tiny-joint": "scenes-joint-s0", "tiny-tokenizer": "scenes-control-s0"}.items():
         (tiny / old).rename(tiny / new)
     shutil.copytree(tiny / "scenes-control-s0", tiny / "scenes-tokenizer-half-s0")
-    render.render(["codebook_usage"])
-    render.render(["codebook_usage"])
+    render.render(["codebook_usage"], seeds=[0])
+    render.render(["codebook_usage"], seeds=[0])
     assert "codebook_usage: up to date" in capsys.readouterr().out
     (tiny / "scenes-joint-s0" / "metrics.jsonl").open("a").write('{"step": 25}\n')
     monkeypatch.setattr(render, "execute", lambda *_: print("drawn again"))
-    render.render(["codebook_usage"])
+    render.render(["codebook_usage"], seeds=[0])
     assert "drawn again" in capsys.readouterr().out

@@ -176,4 +176,4 @@ def test_a_figure_of_what_is_no_run_has_its_provenance_and_face(home):
     figures.save(fig, "test", [subject], pd.DataFrame({"x": [1.0]}), n="8", interval="none", face="8 images")
     head = (home / "figures" / "test.csv").read_text().splitlines()[0]
     assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": None, "config": "0123456789ab"}}
-    assert fig.get_supxlabel() == "8 images"
+    assert fig.get_supxlabel() == "8 images\nn: 8. interval: none. null: none."

@@ -31,7 +31,7 @@ figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 red
 	$(BIN)/python -m gear claims
 
 reference: setup  ## trains and scores everything that is tracked again, three seeds, under runs/again
-	@echo "This takes about two hours on two cores; it writes runs/again, beside the tracked runs."
+	@echo "This takes two to three hours on two cores (an estimate); it writes runs/again, beside the tracked runs."
 	$(AGAIN) $(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --keep 9
 	for study in $(STUDIES); do $(AGAIN) $(BIN)/python -m gear sweep $$study || exit 1; done
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --both --steps 50 100 150 200

@@ -89,7 +89,7 @@ def execute(name, parameters=None):
 
     product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
     source = notebooks()[notebook]
-    known = papermill.inspect_notebook(str(source))
+    known = _parameters(notebook)
     types = {key: TYPES[value["inferred_type_name"]] for key, value in known.items()}
     parameters = {key: _typed(notebook, types, key, value) for key, value in parameters.items()}
     check_writable(figures_dir(), "GEAR_FIGURES")
@@ -110,6 +110,13 @@ def execute(name, parameters=None):
         raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
     _keep_words(product, known, parameters, _printed(out))
     return out
+
+
+def _parameters(notebook):
+    """Return what papermill says of a notebook's parameters: {name: {"default", "inferred_type_name", "help", ...}}."""
+    import papermill  # optional: training works without it
+
+    return papermill.inspect_notebook(str(notebooks()[notebook]))
 
 
 def _cells(path):
@@ -155,13 +162,11 @@ def _scale(table):
 
 def seeded(notebook, seeds):
     """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, "-s[012]", and its `seeds`."""
-    import papermill
-
     if len(seeds) > 1 and max(seeds) > 9:
         raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
     ending = "-s[{}]" if len(seeds) > 1 else "-s{}"
     ending = ending.format("".join(map(str, seeds)))
-    known = papermill.inspect_notebook(str(notebooks()[notebook]))
+    known = _parameters(notebook)
     defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
     changed = {k: v.replace("-s[012]", ending) for k, v in defaults.items() if isinstance(v, str) and "-s[012]" in v}
     return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})

@@ -20,7 +20,6 @@ TITLES = {
     "rfd": "Fréchet, reconstructions", "ntp_loss": "next-token loss (nats)", "predictable": "H - NTP (nats)",
     "align_loss": "alignment loss", "usage_entropy": "usage H (nats)",
 }  # fmt: skip
-BETTER = {"fd": -1, "precision": 1, "recall": 1, "psnr": 1, "ssim": 1, "rfd": -1, "predictable": 1, "align_loss": -1}
 
 
 def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
@@ -30,7 +29,7 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     REFERENCE images of its own; as many are reconstructed, at the last step.
     """
     run = Run.open(name)
-    network, last, log = space(preset), run.config["steps"], run.metrics()
+    network, last, log, table = space(preset), run.config["steps"], run.metrics(), scores(run)
     at, found = step or last, {}
     for row in log[log.step == at].to_dict("records"):
         found = {key: row[f"val/{key}"] for key in ("ntp_loss", "align_loss", "usage_entropy") if f"val/{key}" in row}
@@ -39,9 +38,9 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     inception = network == "inception"
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
-    rows = _where(scores(run), **drawn, reference_count=REFERENCE)
+    rows = _where(table, **drawn, reference_count=REFERENCE)
     found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
-    rows = _where(scores(run), split="val", images=REFERENCE, step=last)
+    rows = _where(table, split="val", images=REFERENCE, step=last)
     own = rows[~rows.metric.str.startswith(("rfd_", "rfid")) | rows.metric.isin(names)]
     return found | {names.get(m, m): v for m, v in zip(own.metric, own.value) if names.get(m, m) in TITLES}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gear.config import UserError, flatten, nearest
-from gear.generator.model import GENERATORS, GeneratorConfig
+from gear.generator.model import GENERATORS
 from gear.presets import change
 from gear.recipes import RECIPES, plan, recipe
 
@@ -133,7 +133,7 @@ def _teacher(preset):
 
 
 def _depth(preset):
-    generator: GeneratorConfig = RECIPES[f"{preset}-gear"].generator
+    generator = RECIPES[f"{preset}-gear"].generator
     step = max(1, generator.layers // 12)  # 2 of 24 layers
     rows = {-step: "6th layer, +GEAR", 0: "8th layer, +GEAR", step: "10th layer, +GEAR"}
     return [

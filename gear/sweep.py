@@ -45,12 +45,8 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                 if not left[member.name]:
                     tell(_line(member, preset, count))
 
-    work(
-        tasks,
-        settled | planned.keys() - missing.keys(),
-        jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0))),
-        done,
-    )
+    jobs = jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0)))
+    work(tasks, settled | planned.keys() - missing.keys(), jobs, done)
     return found
 
 
@@ -121,7 +117,7 @@ def _cost(name, found, missing, tasks):
     images = sum(config.steps * config.batch_size for config in missing.values())
     prices = {}
     for config in missing.values():
-        prices.setdefault(repr(_shape(config)), [price(config), 0])[1] += config.steps * config.batch_size
+        prices.setdefault(_shape(to_dict(config)), [price(config), 0])[1] += config.steps * config.batch_size
     flop = sum(n * sum(p.training for p in cost.passes) for cost, n in prices.values())
     hours = sum(cost.hours(n, "h100", 0.4) for cost, n in prices.values())
     lines = [head, f"  {', '.join(f'{n} {stage}' for stage, n in stages.items())}: {images:,} images, {flop:.2g} FLOP"]
@@ -130,23 +126,24 @@ def _cost(name, found, missing, tasks):
 
 
 def _shape(config):
-    """Return what a run's price depends on."""
-    objective = config.objective
-    terms = objective.bridge, objective.gan_weight > 0, objective.align_weight > 0, objective.lpips_weight > 0
-    return config.stage, config.batch_size, config.teacher, config.tokenizer, config.generator, config.data.image_size, terms
+    """Return what a run's price and pace depend on, of its configuration as a dict: stage, networks, terms, images."""
+    generator = {k: v for k, v in config["generator"].items() if k != "num_classes"}
+    terms = {k: v > 0 for k, v in config["objective"].items() if k in ("gan_weight", "align_weight", "lpips_weight")}
+    sizes = config["stage"], config["batch_size"], config["data"]["image_size"], config["objective"]["bridge"]
+    return json.dumps([sizes, config["teacher"], config["tokenizer"], generator, terms], sort_keys=True)
 
 
 def _here(missing):
-    """Estimate the time on this machine from the pace of runs trained here, of the same stage and size."""
+    """Estimate the time on this machine from the pace of runs trained here, of the same shape."""
     seconds, unknown = 0.0, set()
     paces = {}
     for name in run_names():
         run = Run.open(name)
         timing, config = run.metrics("timing.jsonl"), run.config
         if not timing.empty:
-            paces.setdefault(_size(config), []).append(timing.images_per_second.median())
+            paces.setdefault(_shape(config), []).append(timing.images_per_second.median())
     for config in missing.values():
-        pace = paces.get(_size(to_dict(config)))
+        pace = paces.get(_shape(to_dict(config)))
         if pace is None:
             unknown.add(config.stage)
         else:
@@ -154,12 +151,6 @@ def _here(missing):
     if unknown:
         return f"not known before a run of the stage {', '.join(sorted(unknown))} was trained; the bar will tell"
     return f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs; scores not counted"
-
-
-def _size(config):
-    """Return what a run's pace depends on: its stage, its networks, its images."""
-    networks = {part: {k: v for k, v in config[part].items() if k != "num_classes"} for part in ("tokenizer", "generator")}
-    return json.dumps([config["stage"], config["teacher"], config["data"]["image_size"], networks], sort_keys=True)
 
 
 def _line(member, preset, count):

@@ -36,13 +36,25 @@ class Task:
     at: Callable[[], str] = lambda: "not done"  # how far it came, in words
 
 
-def training(name, config, words, runtime=Runtime()):
-    """Return the Task that trains a run: `gear train WORDS`, and nothing else about it is asked for."""
-    run = Run(runs_dir() / name)
+def training(planned, words, runtime=Runtime()):
+    """Return the Task that trains `planned`, a run after such of its ancestors as nothing else waits for: `gear train WORDS`.
+
+    planned: (name, Config) each, in the order of `recipes.plan`.
+    """
+    runs, name = [(Run(runs_dir() / name), config) for name, config in planned], planned[-1][0]
+
+    def at():
+        run = next((run for run, _ in reversed(runs) if run.exists), runs[-1][0])
+        return f"at step {run.step}" + (f" of its parent '{run.name}'" if run.name != name else "")
+
     return Task(
-        name, ("train", *words, *_flags(runtime)), config.tokenizer_run, config.steps * config.batch_size,
-        lambda: run.logged_step * config.batch_size, lambda: f"at step {run.step}",
-    )  # fmt: skip
+        name,
+        ("train", *words, *_flags(runtime)),
+        planned[0][1].tokenizer_run,
+        sum(config.steps * config.batch_size for _, config in runs),
+        lambda: sum(run.logged_step * config.batch_size for run, config in runs),
+        at,
+    )
 
 
 def train_many(names, jobs, runtime=Runtime()):
@@ -59,7 +71,7 @@ def train_many(names, jobs, runtime=Runtime()):
     check_teachers(waiting.values())
     if waiting:
         check_writable(runs_dir(), "GEAR_RUNS")
-    work([training(n, config, (n,), runtime) for n, config in waiting.items()], finished, jobs)
+    work([training([one], (one[0],), runtime) for one in waiting.items()], finished, jobs)
 
 
 def work(tasks, finished, jobs, done=lambda name: None):

@@ -1,5 +1,6 @@
 """What a study's runs say: every cell's scores over seeds, and whether they move as the paper's table does."""
 
+import functools
 import itertools
 import math
 
@@ -8,8 +9,10 @@ import pandas as pd
 
 from gear.analysis.claims import MIN_SEEDS, interval
 from gear.analysis.tables import published
-from gear.config import UserError
+from gear.config import UserError, from_dict
+from gear.data import DataConfig, open_source
 from gear.evaluation.evaluate import EvaluateOptions, scores
+from gear.folders import DOWNLOADS
 from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
@@ -26,10 +29,11 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     """Return {metric of TITLES: value} of a run, whatever of it is there: logged while it trained, and in metrics.json.
 
     Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default: the last one), against
-    REFERENCE images of its own; as many are reconstructed, at the last step.
+    REFERENCE images of its own; as many are reconstructed, at the last step. A source with fewer gives all it has.
     """
     run = Run.open(name)
     network, last, log, table = space(preset), run.config["steps"], run.metrics(), scores(run)
+    data = from_dict(DataConfig, run.config["data"])
     at, found = step or last, {}
     for row in log[log.step == at].to_dict("records"):
         found = {key: row[f"val/{key}"] for key in ("ntp_loss", "align_loss", "usage_entropy") if f"val/{key}" in row}
@@ -38,11 +42,27 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     inception = network == "inception"
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
-    rows = _where(table, **drawn, reference_count=REFERENCE)
+    rows = _of_all(table, drawn, "reference_count", DataConfig(data.source, data.image_size), "train")
     found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
-    rows = _where(table, split="val", images=REFERENCE, step=last)
+    rows = _of_all(table, dict(split="val", step=last), "images", data, "val")
     own = rows[~rows.metric.str.startswith(("rfd_", "rfid")) | rows.metric.isin(names)]
     return found | {names.get(m, m): v for m, v in zip(own.metric, own.value) if names.get(m, m) in TITLES}
+
+
+def _of_all(table, wanted, counted, config, split):
+    """Return the lines of a table that have the values `wanted` and count REFERENCE images, or all that the split has."""
+    rows = _where(table, **wanted, **{counted: REFERENCE})
+    if len(rows) or config.source in DOWNLOADS:
+        return rows
+    try:
+        return _where(table, **wanted, **{counted: min(REFERENCE, _length(config, split))})
+    except UserError:  # the source is not on this machine
+        return rows
+
+
+@functools.cache
+def _length(config, split):
+    return len(open_source(config, split))
 
 
 def _where(table, **wanted):

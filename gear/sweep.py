@@ -83,9 +83,19 @@ def _is_scored(member, preset, count):
 
 
 def _tasks(found, missing, preset, count, runtime):
-    """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained."""
+    """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained.
+
+    An ancestor that one member alone starts from is trained by that member's command: a process fewer to start.
+    """
     words = {n: _words(member, n) for member in found for n, _ in member.planned}
-    tasks = [training(n, config, (*words[n], "--wait"), runtime) for n, config in missing.items()]
+    heirs = Counter(n for member in found if member.name in missing for n, _ in member.planned)
+    own = {n for n in missing if heirs[n] == 1} - {member.name for member in found}
+    lines = {member.name: member.planned for member in found}
+    tasks = []
+    for n, config in missing.items():
+        if n not in own:
+            before = [(a, c) for a, c in lines.get(n, ()) if a in own]
+            tasks.append(training([*before, (n, config)], (*words[n], "--wait"), runtime))
     for member in found:
         if member.name in missing or not _is_scored(member, preset, count):
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")

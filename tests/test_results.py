@@ -123,3 +123,15 @@ def test_a_run_of_another_step_does_not_count():
     run = record_scored("tiny-gear-s0", config)
     Run.create(run.name, run.config | {"steps": 999})
     assert not results.measured("tiny-gear-s0", "tiny", 100)
+
+
+def test_a_source_with_fewer_images_gives_all_it_has():
+    """tiny's validation split has 128: of them all the scores count, of 127 of them they do not."""
+    run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    assert {"fd", "psnr"} <= results.measured("tiny-gear-s0", "tiny", 100).keys()
+    records = json.loads((run.path / "metrics.json").read_text())
+    assert {r["protocol"]["images"] for r in records if "images" in r["protocol"]} == {128}
+    for r in records:
+        r["protocol"] |= {"images": 127} if "images" in r["protocol"] else {}
+    (run.path / "metrics.json").write_text(json.dumps(records))
+    assert "psnr" not in results.measured("tiny-gear-s0", "tiny", 100)

@@ -63,15 +63,15 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     sweep.sweep("depth", "tiny", (0, 1), ["default", "tap-0"], count=100, tell=told.append)
     names = [task.name for task in seen["tasks"]]
     assert names == [
-        "tiny-tokenizer-s1", "tiny-llamagen-repa-s1-tap-0", "tiny-joint-s1-tap-0", "tiny-gear-s1-tap-0",
-        "tiny-llamagen-repa-s1", "tiny-joint-s1", "tiny-gear-s1",
+        "tiny-tokenizer-s1", "tiny-llamagen-repa-s1-tap-0", "tiny-gear-s1-tap-0", "tiny-llamagen-repa-s1", "tiny-gear-s1",
         "scores of tiny-llamagen-repa-s1-tap-0", "scores of tiny-gear-s1-tap-0",
         "scores of tiny-gear-s0", "scores of tiny-llamagen-repa-s1", "scores of tiny-gear-s1",
     ]  # fmt: skip
     by_name = {task.name: task for task in seen["tasks"]}
-    joint = by_name["tiny-joint-s1-tap-0"]
-    assert joint.command[:6] == ("train", "tiny-joint-s1", "--tap-layer", "0", "--label", "tap-0")
-    assert joint.needs == "tiny-tokenizer-s1" and by_name["tiny-gear-s1-tap-0"].needs == "tiny-joint-s1-tap-0"
+    chain, planned = by_name["tiny-gear-s1-tap-0"], dict(members("depth", "tiny", [1], ["tap-0"])[1].planned)
+    assert chain.command[:6] == ("train", "tiny-gear-s1", "--tap-layer", "0", "--label", "tap-0")  # its joint stage, too:
+    assert chain.images == sum(planned[n].steps * planned[n].batch_size for n in ("tiny-joint-s1-tap-0", chain.name))
+    assert chain.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs and by_name[chain.needs].needs == ""
     assert by_name["scores of tiny-gear-s0"].needs in seen["finished"] and seen["jobs"] >= 1
     images = sum(config.steps * config.batch_size for m in members("depth", "tiny", [1], ["default", "tap-0"])
                  for n, config in dict(m.planned).items() if n in names and n.startswith("tiny"))  # fmt: skip
@@ -93,29 +93,15 @@ def test_mistakes_are_told_before_anything_runs(capsys, home):
     assert not (home / "runs").exists()
 
 
-SWEEP = [
-    sys.executable,
-    "-m",
-    "gear",
-    "sweep",
-    "initialisation",
-    "--preset",
-    "tiny",
-    "--seeds",
-    "0",
-    "--count",
-    "70",
-    "--jobs",
-    "2",
-]
+SWEEP = [sys.executable, "-m", "gear", *"sweep initialisation --preset tiny --seeds 0 --count 70 --jobs 2".split()]
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(home):
-    """kill -9 while runs train: they end with it, and the same command does what is left, once."""
+    """kill -9 while a run trains on a shared warm-up: it ends with it, and the same command does what is left, once."""
     process = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    while not any(Run.open(n).logged_step > 2 for n in run_names("tiny-joint*")):
+    while not any(Run.open(n).logged_step > 2 for n in run_names("tiny-joint-s0")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

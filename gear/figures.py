@@ -86,6 +86,24 @@ def legend(fig):
     fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=math.ceil(len(found) / lines))
 
 
+def focus(axis, values, heights):
+    """Fit the x axis to points (values, heights) but for a few that lie far off, which are named at the edge, by their mean.
+
+    Far off: at most a quarter of the points, without which the rest span less than an eighth.
+    """
+    values, heights = np.asarray(values, float), np.asarray(heights, float)
+    order = np.argsort(np.abs(values - np.median(values)))
+    for n in range(len(values) - 1, math.ceil(0.75 * len(values)) - 1, -1):
+        near, far = values[order[:n]], order[n:]
+        if 0 < 8 * np.ptp(near) < np.ptp(values):
+            axis.set_xlim(near.min() - 0.15 * np.ptp(near), near.max() + 0.15 * np.ptp(near))
+            for height in np.unique(heights[far]):
+                mean = values[far][heights[far] == height].mean()
+                x, side, text = (1, "right", f"{mean:.4g} →") if mean > near.max() else (0, "left", f"← {mean:.4g}")
+                axis.text(x, height, text, transform=axis.get_yaxis_transform(), ha=side, va="center", fontsize=7.5)
+            return
+
+
 def scale(runs):
     """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds; where runs differ, each value."""
     configs = [run.config for run in runs]

@@ -146,7 +146,7 @@ def _section(product, words):
 alt="{escape(words["title"])}. {escape(words["scale"])}"></a>
 <figcaption>{links}</figcaption>
 </figure>
-<div class="said">
+{_gone(words["needs"])}<div class="said">
 {_said(words["said"])}
 </div>
 {_runs(product)}
@@ -154,6 +154,15 @@ alt="{escape(words["title"])}. {escape(words["scale"])}"></a>
 {_parameters(words["parameters"])}
 </details>
 </section>"""
+
+
+def _gone(needs):
+    """Return what a figure that stands would need to be drawn again, where some of its runs are gone."""
+    return f'<p class="small">Drawn when all its runs were there. Now {_asked(needs)}</p>\n' if needs else ""
+
+
+def _asked(needs):
+    return re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", escape(needs, quote=False))
 
 
 def _said(lines):
@@ -217,7 +226,7 @@ def _needs(lacking):
     for product, words in lacking.items():
         weights = " It needs weights, which tracked runs come without: <code>make demo</code>." * (product in NEEDS_WEIGHTS)
         command = f"Drawn by <code>{escape(words['command'])}</code>.{weights}"
-        said = re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", escape(words["needs"], quote=False)) or command
+        said = _asked(words["needs"]) or command
         place = f'<span class="place">{escape(words["place"])}</span>'
         items.append(f'<li id="{product}">{place} <strong>{_inline(words["title"])}</strong><br>{said}</li>')
     return "\n".join(['<section id="needs">', "<h2>Not drawn yet</h2>", '<ul class="needs">', *items, "</ul>", "</section>"])

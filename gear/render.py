@@ -132,10 +132,13 @@ def _printed(path):
 def _keep_words(product, known, parameters, said=(), needs=""):
     """Write figures_dir()/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
 
-    `known` is what papermill says of the parameters. Of a figure that could not be drawn, what it `needs`, unless it is there.
+    `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not again, what it `needs`.
     """
-    if product in INTERACTIVE or needs and (figures_dir() / f"{product}.png").exists():
+    if product in INTERACTIVE:
         return
+    path = figures_dir() / f"{product}.json"
+    # where runs were looked for, and what else was there, is this machine's affair
+    needs = re.sub(rf" in {re.escape(str(runs_dir()))}[\w/-]*| Did you mean '[^']*'\?", "", needs)
     own = products()[product][1]
     given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
     words = about(product) | {
@@ -146,11 +149,13 @@ def _keep_words(product, known, parameters, said=(), needs=""):
         },
         "said": list(said),
         "scale": "" if needs else _scale(figures_dir() / f"{product}.csv"),
-        # where runs were looked for, and what else was there, is this machine's affair
-        "needs": re.sub(rf" in {re.escape(str(runs_dir()))}[\w/-]*| Did you mean '[^']*'\?", "", needs),
+        "needs": needs,
     }
+    if needs and path.exists() and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
+        drawn = json.loads(path.read_text(encoding="utf-8"))
+        words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
     text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(figures_dir() / f"{product}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _scale(table):
@@ -248,6 +253,7 @@ def _render(product, notebook, parameters, force):
         execute(product, parameters)
     except NeedsRuns as failure:
         print(f"{product}: needs runs: {str(failure).splitlines()[0].partition('UserError: ')[2]}")
+        stamp.unlink(missing_ok=True)  # when they are there again it is drawn again
         return failure
     except TrainingStopped as failure:
         print(f"{product}: failed")

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
 REFERENCE = EvaluateOptions.reference_count  # images that samples are compared with, and that are reconstructed
+DECIDED = "as in the paper", "the other way"
+SCORED = {"fd", "precision", "recall", "psnr", "ssim", "rfd"}  # what an evaluation of samples and reconstructions leaves
 PUBLISHED = {"fd": "gFID", "precision": "Prec.", "recall": "Rec.", "psnr": "PSNR", "ssim": "SSIM", "rfd": "rFID"}
 TITLES = {
     "fd": "Fréchet distance", "precision": "precision", "recall": "recall", "psnr": "PSNR (dB)", "ssim": "SSIM",
@@ -42,6 +45,7 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     inception = network == "inception"
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
+    drawn["reference"] = Path(data.source).name
     rows = _of_all(table, drawn, "reference_count", DataConfig(data.source, data.image_size), "train")
     found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
     rows = _of_all(table, dict(split="val", step=last), "images", data, "val")
@@ -52,7 +56,7 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
 def _of_all(table, wanted, counted, config, split):
     """Return the lines of a table that have the values `wanted` and count REFERENCE images, or all that the split has."""
     rows = _where(table, **wanted, **{counted: REFERENCE})
-    if len(rows) or config.source in DOWNLOADS:
+    if len(rows) or not wanted.keys() <= set(table.columns) or config.source in DOWNLOADS:
         return rows
     try:
         return _where(table, **wanted, **{counted: min(REFERENCE, _length(config, split))})
@@ -93,6 +97,12 @@ def quality(pattern, count=SAMPLES, steps=(), scales=(1.0,)):
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
+def counted(runs):
+    """Return how many images the scores of runs count: (training images compared with, validation images reconstructed)."""
+    found = pd.concat([scores(run) for run in runs])
+    return tuple(int(found[key][found[key] <= REFERENCE].max()) for key in ("reference_count", "images"))
+
+
 def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
     """Return what a study's runs measured, a line each: cell, role, seed, run, metric, value.
 
@@ -103,7 +113,7 @@ def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
     lines = []
     for member in found:
         values = measured(member.name, preset, count) if member.name in there else {}
-        lacking += [member.name] if not {"fd", "psnr", "ntp_loss"} <= values.keys() else []
+        lacking += [member.name] if not SCORED | {"ntp_loss"} <= values.keys() else []
         lines += [(member.cell.title, member.role, member.seed, member.name, m, v) for m, v in values.items()]
     if lacking:
         command = f"gear sweep {name} --preset {preset} --seeds {','.join(map(str, seeds))}"
@@ -174,7 +184,7 @@ def _verdict(paper, difference, low, high):
     if low <= 0 <= high:
         return "undecided"
     agrees = bool((np.sign(difference) == np.sign(paper)).all())
-    return "as in the paper" if agrees else "the other way" if np.sign(difference.mean()) != np.sign(paper) else "undecided"
+    return DECIDED[0] if agrees else DECIDED[1] if np.sign(difference.mean()) != np.sign(paper) else "undecided"
 
 
 def summary(table):
@@ -186,11 +196,30 @@ def summary(table):
 
 
 def told(found):
-    """Count verdicts of `directions` in words, and name what goes as in the paper and what the other way."""
+    """Count verdicts of `directions` in words, and name what goes as in the paper and what the other way, with its interval."""
     judged = found[found.verdict != ""]
     lines = [f"{len(judged)} differences that the paper's table has, too, each tested by itself:"]
     for verdict, rows in judged.groupby("verdict", sort=True):
-        groups = rows.groupby(["cell", "against"], sort=False)
-        where = "; ".join(f"{cell} against {other}: {', '.join(part.metric)}" for (cell, other), part in groups)
-        lines.append(f"  {verdict} ({len(rows)}): {where}")
+        sized = verdict in DECIDED
+        values = [f" {r.difference:+.2g} [{r.low:+.2g}, {r.high:+.2g}]" if sized else "" for r in rows.itertuples()]
+        lines.append(f"  {verdict} ({len(rows)}): {_named(rows.assign(metric=rows.metric + values))}")
+    return "\n".join(lines)
+
+
+def _named(rows, against=True):
+    """Name lines of `directions`, those of a cell together."""
+    groups = rows.groupby(["cell", "against"], sort=False)
+    return "; ".join(
+        f"{cell}{f' against {other}' if against else ''}: {', '.join(part.metric)}" for (cell, other), part in groups
+    )
+
+
+def markdown(studies, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
+    """Return how the differences of `studies` went, as a Markdown table, a study a line: the README's."""
+    lines = [f"| study | in the paper | {' | '.join(DECIDED)} | undecided |", "|---|---|---|---|---|"]
+    for name in studies:
+        found = directions(results(name, preset, seeds, count), name, preset)
+        parts = [found[found.verdict == verdict] for verdict in DECIDED]
+        told = [f"{len(part)} ({_named(part, found.against.nunique() > 1)})" if len(part) else "0" for part in parts]
+        lines.append(f"| `{name}` | Table {study(name).table} | {' | '.join(told)} | {sum(found.verdict == 'undecided')} |")
     return "\n".join(lines)

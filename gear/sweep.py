@@ -11,12 +11,10 @@ from gear.home import check_writable, runs_dir
 from gear.jobs import Task, training, work
 from gear.price import GPUS, price
 from gear.recipes import check_teachers
-from gear.results import TITLES, measured
+from gear.results import SCORED, TITLES, measured
 from gear.run import Run, run_names
 from gear.studies import SAMPLES, cell_name, members, space, study
 from gear.training.loop import Runtime, is_trained
-
-SCORED = {"fd", "psnr"}  # a metric of samples and one of reconstructions: where they are, all are
 
 
 def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMPLES, runtime=Runtime(), tell=print):
@@ -28,7 +26,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     found = members(name, preset, seeds, cells)
     settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
     planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
-    missing = {n: c for n, c in planned.items() if n not in settled and not is_trained(Run(runs_dir() / n), c)}
+    missing = {n: c for n, c in planned.items() if n not in settled and not is_trained(Run(runs_dir() / n), c, record=True)}
     _check_weights(found, missing, preset, count)
     tasks = _tasks(found, missing, preset, count, runtime)
     tell(_cost(name, found, missing, tasks))
@@ -68,13 +66,17 @@ def _key(name, member):
 
 
 def _check_weights(found, missing, preset, count):
-    """Raise UserError if a run is to be scored that came without its weights, as tracked ones do."""
+    """Raise UserError if a run is to be scored, or started from, that came without its weights, as tracked ones do."""
+    wanted = {}
     for member in found:
-        run = Run(runs_dir() / member.name)
-        if member.name not in missing and not run.checkpoint_steps() and not _is_scored(member, preset, count):
+        if member.name in missing:
+            wanted |= {n: f"'{member.name}' starts from it" for n, _ in member.planned if n not in missing}
+        elif not _is_scored(member, preset, count):
+            wanted[member.name] = f"it has no scores of {count} samples"
+    for name, why in wanted.items():
+        if not Run(runs_dir() / name).checkpoint_steps():
             raise UserError(
-                f"run '{run.name}' has come without its weights and has no scores of {count} samples: sweep in another folder, "
-                f"export GEAR_RUNS=runs/again."
+                f"run '{name}' has come without its weights, and {why}: sweep in another folder, export GEAR_RUNS=runs/again."
             )
 
 

@@ -101,6 +101,7 @@ def recorded(name, config, scores=(), **metrics):
     run.append({"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}})
     base = {"network": "scenes", "weights_of": name}
     drawn = base | {"count": 100, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "reference_count": 2_000}
+    drawn["reference"] = config.data.source
     rebuilt = base | {"split": "val", "images": min(2_000, config.data.val_images), "step": config.steps}
     records = [
         record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else rebuilt)

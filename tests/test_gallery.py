@@ -181,7 +181,30 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(noteb
     drawn(notebooks, "one")
     with pytest.raises(render.NeedsRuns):
         render.execute("one")
-    assert json.loads((notebooks / "one.json").read_text())["said"] == ["It is 3."], "an older figure keeps its words"
+    words = json.loads((notebooks / "one.json").read_text())
+    assert words["said"] == ["It is 3."] and words["needs"] == "no run 'x-s1'. Train it: gear train x-s1"
+    page = gallery.write_gallery().read_text()
+    assert (
+        "all its runs were there. Now no run 'x-s1'. Train it: <code>gear train x-s1</code></p>" in page and "It is 3." in page
+    )
+    drawn(notebooks, "one")
+    with pytest.raises(render.NeedsRuns):
+        render.execute("one", {"runs": "x-s1"})
+    assert json.loads((notebooks / "one.json").read_text())["needs"] == "", "asked with other parameters, nothing is said of it"
+
+
+def test_a_figure_is_drawn_again_when_its_runs_are_back(notebooks, home, monkeypatch, capsys):
+    ends(monkeypatch, lambda product: [])
+    drawn(notebooks, "one")
+    main(["figures"])
+    ends(monkeypatch, lambda product: stop("no run 'x-s1'. Train it: gear train x-s1"))
+    main(["figures", "--force"])
+    ends(monkeypatch, lambda product: [("stdout", "It is back.\n")])
+    capsys.readouterr()
+    main(["figures"])
+    assert "one: 0 s" in capsys.readouterr().out
+    words = json.loads((notebooks / "one.json").read_text())
+    assert (words["needs"], words["said"]) == ("", ["It is back."])
 
 
 @pytest.mark.parametrize(

@@ -27,24 +27,27 @@ def test_scores_are_read_at_their_step_and_guidance():
     assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), "another number of samples is another score"
     table = results.quality("tiny-gear-s[0]", 100, steps=(12, 24), scales=(1.0, 2.0))
     assert set(zip(table.step, table.cfg_scale)) == {(12, 1.0), (24, 1.0), (24, 2.0)}
+    lacks = "^no run 'tiny-gear-s0' with scores of "
     for arguments, said in (
-        ((7,), "scores of 7 samples at step 24, guidance 1: gear evaluate tiny-gear-s0 --network scenes --both --count 7"),
-        ((100, (6, 24)), "at step 6, guidance 1: .*--steps 6"),
-        ((100, (), (1.0, 9.0)), "guidance 9: .*--sweep cfg_scale=1,9"),
+        ((7,), "7 samples at step 24, guidance 1: gear evaluate tiny-gear-s0 --network scenes --both --count 7"),
+        ((100, (6, 24)), "100 samples at step 6, guidance 1: .*--steps 6"),
+        ((100, (), (1.0, 9.0)), "100 samples at step 24, guidance 9: .*--sweep cfg_scale=1,9"),
     ):
-        with pytest.raises(
-            UserError, match=f"no run 'tiny-gear-s0' with {'.*' if said[0] == 'a' or said[0] == 'g' else ''}{said}"
-        ):
+        with pytest.raises(UserError, match=lacks + said):
             results.quality("tiny-gear-s0", *arguments)
 
 
-def test_scores_of_another_protocol_do_not_count():
+@pytest.mark.parametrize("other", ({"reference_count": 50, "images": 50}, {"reference": "zoo.zip", "split": "train"}))
+def test_scores_of_another_protocol_do_not_count(other):
+    """Neither beside the right ones, whichever was written last, nor in their place."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
-    records = json.loads((run.path / "metrics.json").read_text())
-    for r in records:
-        r["protocol"] |= {"reference_count": 50, "images": 50}
-    (run.path / "metrics.json").write_text(json.dumps(records))
-    assert not {"fd", "psnr", "rfd"} & results.measured("tiny-gear-s0", "tiny", 100).keys()
+    right, records = results.measured("tiny-gear-s0", "tiny", 100), json.loads((run.path / "metrics.json").read_text())
+    wrong = [r | {"value": -1.0, "protocol": r["protocol"] | other} for r in records]
+    for both in (records + wrong, wrong + records):
+        (run.path / "metrics.json").write_text(json.dumps(both))
+        assert results.measured("tiny-gear-s0", "tiny", 100) == right
+    (run.path / "metrics.json").write_text(json.dumps(wrong))
+    assert not results.SCORED & results.measured("tiny-gear-s0", "tiny", 100).keys()
 
 
 def test_a_missing_or_unscored_run_is_named():
@@ -135,3 +138,20 @@ def test_a_source_with_fewer_images_gives_all_it_has():
         r["protocol"] |= {"images": 127} if "images" in r["protocol"] else {}
     (run.path / "metrics.json").write_text(json.dumps(records))
     assert "psnr" not in results.measured("tiny-gear-s0", "tiny", 100)
+
+
+def test_images_are_counted_from_the_scores(home):
+    runs = [record_scored(name, recipe(name)) for name in ("tiny-gear-s0", "scenes-gear-s0")]
+    assert results.counted(runs[:1]) == (2_000, 128) and results.counted(runs) == (2_000, 2_000)
+
+
+def test_the_table_of_studies_names_what_is_decided():
+    record_study("depth")
+    text = results.markdown(["depth"], "tiny", count=100)
+    found = results.directions(results.results("depth", "tiny", count=100), "depth", "tiny")
+    assert text.startswith("| study | in the paper | as in the paper | the other way | undecided |\n|---")
+    line = text.splitlines()[2].split(" | ")
+    assert line[0] == "| `depth`" and line[1] == "Table 11" and line[4] == f"{(found.verdict == 'undecided').sum()} |"
+    agreed = found[found.verdict == "as in the paper"]
+    assert len(agreed) and line[2].startswith(f"{len(agreed)} (") and all(cell in line[2] for cell in agreed.cell)
+    assert " [" in results.told(found)

@@ -2,13 +2,14 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import record_study
+from helpers import record_study, recorded
 
 from gear import sweep
 from gear.__main__ import main
@@ -48,8 +49,20 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
 
 def test_runs_without_weights_cannot_be_scored_again():
     record_study("depth", seeds=(0,))
-    with pytest.raises(UserError, match="'tiny-llamagen-repa-s0-tap-0' has come without its weights and has no scores of 77"):
+    with pytest.raises(
+        UserError, match="'tiny-llamagen-repa-s0-tap-0' has come without its weights, and it has no scores of 77"
+    ):
         sweep.sweep("depth", "tiny", (0,), count=77)
+
+
+def test_runs_without_weights_cannot_be_started_from():
+    """As in a clone, where the warm-up is tracked: of a cell that is gone it is said before anything else is asked for."""
+    record_study("depth", seeds=(0,))
+    warm_up = dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"]
+    recorded("tiny-tokenizer-s0", warm_up)
+    shutil.rmtree(runs_dir() / "tiny-gear-s0-tap-0")
+    with pytest.raises(UserError, match="'tiny-tokenizer-s0' has come without .*'tiny-gear-s0-tap-0' starts .*GEAR_RUNS="):
+        sweep.sweep("depth", "tiny", (0,), count=100)
 
 
 def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
@@ -73,10 +86,10 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     assert chain.images == sum(planned[n].steps * planned[n].batch_size for n in ("tiny-joint-s1-tap-0", chain.name))
     assert chain.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs and by_name[chain.needs].needs == ""
     assert by_name["scores of tiny-gear-s0"].needs in seen["finished"] and seen["jobs"] >= 1
-    images = sum(config.steps * config.batch_size for m in members("depth", "tiny", [1], ["default", "tap-0"])
-                 for n, config in dict(m.planned).items() if n in names and n.startswith("tiny"))  # fmt: skip
+    every = {n: config for m in members("depth", "tiny", [1], ["default", "tap-0"]) for n, config in m.planned}
+    images = sum(config.steps * config.batch_size for config in every.values())
     assert "7 to train with their parents, 5 sets of scores" in told[0] and "FLOP" in told[0] and "h100" in told[0]
-    assert images > 0 and "not known before a run of the stage" in told[0]
+    assert f"{images:,} images" in told[0] and len(every) == 7 and "not known before a run of the stage" in told[0]
 
 
 def test_mistakes_are_told_before_anything_runs(capsys, home):
@@ -106,15 +119,19 @@ def test_a_killed_sweep_goes_on_where_it_was(home):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    warm_up = Run.open("tiny-tokenizer-s0")
-    began = warm_up.path.stat().st_ino, (warm_up.path / "config.json").stat().st_mtime
+    deadline = time.time() + 20  # long before what trains would end by itself, were the machine idle
+    while orphans := [p for p in os.listdir("/proc") if p.isdigit() and _belongs(p, str(home))]:
+        assert time.time() < deadline, f"{orphans} train on"
+        time.sleep(0.1)
+    joint, warm_up = Run.open("tiny-joint-s0"), Run.open("tiny-tokenizer-s0")
+    assert not joint.is_finished and warm_up.is_finished
+    began = [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)]
     done = subprocess.run(SWEEP, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert (warm_up.path.stat().st_ino, (warm_up.path / "config.json").stat().st_mtime) == began
+    assert [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)] == began, "neither has begun again"
     assert "not testable: 1 seed" in done.stdout and "from nothing" in done.stdout
     again = subprocess.run(SWEEP, capture_output=True, text=True, timeout=100)
     assert "0 to train with their parents, 0 sets of scores" in again.stdout
-    assert not [p for p in os.listdir("/proc") if p.isdigit() and _belongs(p, str(home))], "no orphan trains on"
     assert recipe("tiny-joint-no-init-s0").tokenizer_run == "" and Run.open("tiny-joint-no-init-s0").is_finished
 
 

@@ -171,3 +171,11 @@ def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
     assert set(table.layer) == {"pre", "post", "teacher"} and set(table.level) == {"image", "patch", "content", "map"}
     ties = table[table.metric == "ties"].value.item()
     assert 0.5 < ties <= 1  # 64 codes for 64 tokens: many are equal
+
+
+def test_more_images_than_there_are_is_an_error(tiny):
+    """Tables of two sizes that hold the same images would be told apart by their names alone."""
+    run = Run.open("tiny")
+    assert len(tables.observed(run, "val", 128)[0]) == 128
+    with pytest.raises(UserError, match="'tiny' has 128 images in its split 'val', not 200: -p images asks for fewer"):
+        tables.observed(run, "val", 200)

@@ -46,5 +46,6 @@ def test_every_product_comes_from_the_tracked_runs_the_same_each_time(linked, ho
     render.render(jobs=2)
     told = [line for line in capsys.readouterr().out.splitlines() if gone in line]
     assert [line.partition(":")[0] for line in told] == ["ablations_components"] and "gear sweep components" in told[0]
+    assert gone in json.loads((home / "figures" / "ablations_components.json").read_text())["needs"]
     for path in (home / "figures").glob("*.png"):
         assert path.read_bytes() == (ROOT / "figures" / path.name).read_bytes(), path.name

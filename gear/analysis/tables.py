@@ -111,10 +111,15 @@ def _alignment_floors(run, images):
 
 
 def observed(run, split, count):
-    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several."""
+    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several.
+
+    Raises UserError where the split has fewer.
+    """
     config = run.config
     source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
+    if len(images) < count:
+        raise UserError(f"'{run.name}' has {len(images)} images in its split '{split}', not {count}: -p images asks for fewer.")
     return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
 
 

@@ -87,19 +87,21 @@ def legend(fig):
 
 
 def focus(axis, values, heights):
-    """Fit the x axis to points (values, heights) but for a few that lie far off, which are named at the edge, by their mean.
+    """Fit the x axis to points but for the lines that lie far off, which are named at its edge, by their mean.
 
-    Far off: at most a quarter of the points, without which the rest span less than an eighth.
+    Points at one height are a line. Far off: at most a quarter of the lines, without which the rest span less than a fifth.
     """
     values, heights = np.asarray(values, float), np.asarray(heights, float)
-    order = np.argsort(np.abs(values - np.median(values)))
-    for n in range(len(values) - 1, math.ceil(0.75 * len(values)) - 1, -1):
-        near, far = values[order[:n]], order[n:]
-        if 0 < 8 * np.ptp(near) < np.ptp(values):
-            axis.set_xlim(near.min() - 0.15 * np.ptp(near), near.max() + 0.15 * np.ptp(near))
-            for height in np.unique(heights[far]):
-                mean = values[far][heights[far] == height].mean()
-                x, side, text = (1, "right", f"{mean:.4g} →") if mean > near.max() else (0, "left", f"← {mean:.4g}")
+    means = {height: values[heights == height].mean() for height in np.unique(heights)}
+    far = sorted(means, key=lambda height: abs(means[height] - np.median(values)), reverse=True)
+    for n in range(1, len(far) // 4 + 1):
+        near = values[~np.isin(heights, far[:n])]
+        low, high, span = near.min(), near.max(), np.ptp(near)
+        if 0 < 5 * span < np.ptp(values):
+            axis.set_xlim(low - 0.15 * span, high + 0.15 * span)
+            for height in far[:n]:
+                text, x, side = f"{means[height]:.4g}", *((0.98, "right") if means[height] > high else (0.02, "left"))
+                text = f"{text} →" if side == "right" else f"← {text}"
                 axis.text(x, height, text, transform=axis.get_yaxis_transform(), ha=side, va="center", fontsize=7.5)
             return
 

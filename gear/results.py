@@ -97,6 +97,18 @@ def quality(pattern, count=SAMPLES, steps=(), scales=(1.0,)):
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
+def by_size(preset, seeds, count=SAMPLES, scales=(1.0,), every=True):
+    """Return `quality` of the runs of the size study, or of its own size alone: its columns, and cell, role and width."""
+    if every:
+        results("size", preset, seeds, count)  # names all that is missing at once
+    chosen = [member for member in members("size", preset, seeds) if every or not member.cell.label]
+    tables = [
+        quality(m.name, count, scales=scales).assign(cell=m.cell.title, role=m.role, width=m.planned[-1][1].generator.width)
+        for m in chosen
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
 def counted(runs):
     """Return how many images the scores of runs count: (training images compared with, validation images reconstructed)."""
     found = pd.concat([scores(run) for run in runs])

@@ -71,22 +71,22 @@ def test_the_scale_is_on_the_figures_face(home):
 
 
 @pytest.mark.parametrize(
-    "values, limits, text",
+    "far, limits, text",
     (
-        ([3.5, 4.0, 4.5, 115.0, 117.0], (3.35, 4.65), "116 →"),
-        ([3.5, 4.0, 4.5, -50.0, -50.0], (3.35, 4.65), "← -50"),
-        ([3.5, 4.0, 4.5, 8.0, 9.0], None, None),  # not far
-        ([3.5, 114.0, 115.0, 116.0, 117.0], None, None),  # too many to be few
+        ([115.0, 117.0], (3.35, 4.65), ["116 →"]),
+        ([-50.0, -50.0], (3.35, 4.65), ["← -50"]),
+        ([7.5, 8.0], None, []),  # not far
+        ([4.0, 117.0], (3.35, 4.65), ["60.5 →"]),  # a line is far or near as a whole
     ),
 )
-def test_a_few_points_far_off_do_not_set_the_axis(values, limits, text):
+def test_a_line_far_off_does_not_set_the_axis(far, limits, text):
     fig, (axis,) = figures.panels("a")
-    values, heights = [3.5, 3.7, 4.0, 4.2, 4.4, 4.5, *values[:1], *values], [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    values, heights = np.array([3.5, 3.7, 4.0, 4.2, 4.4, 4.5, *far]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
     axis.scatter(values, heights)
     before = axis.get_xlim()
     figures.focus(axis, values, heights)
-    said = [t.get_text() for t in axis.texts if t.get_text() != "(a)"]
-    if limits is None:
-        assert axis.get_xlim() == before and said == []
-    else:
-        assert axis.get_xlim() == pytest.approx(limits) and said == [text]
+    assert [t.get_text() for t in axis.texts if t.get_text() != "(a)"] == text
+    assert axis.get_xlim() == (before if limits is None else pytest.approx(limits))
+    fig, (axis,) = figures.panels("a")
+    figures.focus(axis, values[2:], heights[2:])  # one line of three is not few
+    assert len(axis.texts) == 1

@@ -173,9 +173,19 @@ def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
     assert 0.5 < ties <= 1  # 64 codes for 64 tokens: many are equal
 
 
-def test_more_images_than_there_are_is_an_error(tiny):
-    """Tables of two sizes that hold the same images would be told apart by their names alone."""
-    run = Run.open("tiny")
-    assert len(tables.observed(run, "val", 128)[0]) == 128
-    with pytest.raises(UserError, match="'tiny' has 128 images in its split 'val', not 200: -p images asks for fewer"):
-        tables.observed(run, "val", 200)
+def test_twice_the_images_have_to_be_there(tiny):
+    """Or two of the settings would hold the same images under two names."""
+    with pytest.raises(UserError, match="'tiny' has 128 validation images, not 2 x 65: -p images 64"):
+        generator_sensitivity(Run.open("tiny"), images=65)
+
+
+def test_speedups_of_seeds_are_each_seeds_own():
+    """Baselines end at 2 after 100 steps; one seed's method is there at 50, another's at once, a third's never."""
+    steps = list(range(10, 101, 10))
+    ends = {0: [4 - 0.04 * s for s in steps], 1: [1.0] * 10, 2: [3.0] * 10}
+    lines = [("fd", s, v, "b", seed) for seed in ends for s, v in zip(steps, [12 - 0.1 * s for s in steps])]
+    lines += [("fd", s, v, "m", seed) for seed, values in ends.items() for s, v in zip(steps, values)]
+    curves = pd.DataFrame(lines, columns=["metric", "step", "value", "method", "seed"])
+    table = tables.speedups_by_seed(curves, "b", "m", ["fd"]).set_index("seed")
+    assert table.value[0] == pytest.approx(2.0) and table.value.isna().tolist() == [False, False, True]
+    assert table.value[1] >= 10 and table.over.tolist() == [False, True, False] and set(table.target) == {2.0}

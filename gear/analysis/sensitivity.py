@@ -5,6 +5,7 @@ import pandas as pd
 from gear.analysis.features import generator_features, tokenizer_features
 from gear.analysis.tables import CHOICES, COLUMNS, alignments, observed
 from gear.checkpoints import load_generator, load_tokenizer
+from gear.config import UserError
 
 ONLY = {"k": "cknna", "estimator": "cka"}  # the metric that a choice bears on, where it is not both
 
@@ -27,7 +28,7 @@ def tokenizer_sensitivity(run, images=1_000, k=10):
 
 
 def _of_generator(run, images, k):
-    pictures, labels, target = observed(run, "val", 2 * images)
+    pictures, labels, target = _twice(run, images)
     generator = load_generator(run.name)
     layers = {"tap": generator.config.tap_layer, "last": generator.config.layers}
     hidden = generator_features(generator, load_tokenizer(run.name), pictures, labels, sorted(set(layers.values())))
@@ -35,9 +36,17 @@ def _of_generator(run, images, k):
 
 
 def _of_tokenizer(run, images, k):
-    pictures, _, target = observed(run, "val", 2 * images)
+    pictures, _, target = _twice(run, images)
     choices = {name: values for name, values in CHOICES.items() if name != "pairing"}
     return sensitivity(tokenizer_features(load_tokenizer(run.name), pictures), target, images, k, choices)
+
+
+def _twice(run, images):
+    """Return twice as many validation images as asked for, as `observed` does: UserError if there are not as many."""
+    seen = observed(run, "val", 2 * images)
+    if len(seen[0]) < 2 * images:
+        raise UserError(f"'{run.name}' has {len(seen[0])} validation images, not 2 x {images}: -p images {len(seen[0]) // 2}.")
+    return seen
 
 
 def sensitivity(features, target, images, k, choices):

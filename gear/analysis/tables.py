@@ -1,6 +1,7 @@
 """Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the weights where not."""
 
 import contextlib
+import math
 from functools import partial
 
 import pandas as pd
@@ -111,15 +112,10 @@ def _alignment_floors(run, images):
 
 
 def observed(run, split, count):
-    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several.
-
-    Raises UserError where the split has fewer.
-    """
+    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several."""
     config = run.config
     source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
-    if len(images) < count:
-        raise UserError(f"'{run.name}' has {len(images)} images in its split '{split}', not {count}: -p images asks for fewer.")
     return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
 
 
@@ -211,6 +207,16 @@ def speedups(curves, baseline, method, metrics):
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "target"]).astype(
         {c: float for c in ("value", "low", "high")}
     )
+
+
+def speedups_by_seed(curves, baseline, method, metrics):
+    """Return `speedups` of each seed, from a tidy table with a column seed: seed, metric, value, target, over.
+
+    `over` says that the end is reached before the first step there is: the value is a lower bound.
+    """
+    tables = [speedups(group, baseline, method, metrics).assign(seed=seed) for seed, group in curves.groupby("seed")]
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(over=table.high == math.inf)[["seed", "metric", "value", "target", "over"]]
 
 
 def published(table=None):

@@ -98,7 +98,7 @@ def focus(axis, values, heights):
         near = values[~np.isin(heights, far[:n])]
         low, high, span = near.min(), near.max(), np.ptp(near)
         if 0 < 5 * span < np.ptp(values):
-            axis.set_xlim(low - 0.15 * span, high + 0.15 * span)
+            axis.set_xlim(low - 0.25 * span, high + 0.25 * span)  # room for a standard deviation of three points
             for height in far[:n]:
                 text, x, side = f"{means[height]:.4g}", *((0.98, "right") if means[height] > high else (0.02, "left"))
                 text = f"{text} →" if side == "right" else f"← {text}"

@@ -47,19 +47,22 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
     drawn["reference"] = Path(data.source).name
     rows = _of_all(table, drawn, "reference_count", DataConfig(data.source, data.image_size), "train")
-    found |= {names.get(m, m): v for m, v in zip(rows.metric, rows.value) if names.get(m, m) in TITLES}
+    found |= _scores(rows, names | {"precision": "precision", "recall": "recall"})
     rows = _of_all(table, dict(split="val", step=last), "images", data, "val")
-    own = rows[~rows.metric.str.startswith(("rfd_", "rfid")) | rows.metric.isin(names)]
-    return found | {names.get(m, m): v for m, v in zip(own.metric, own.value) if names.get(m, m) in TITLES}
+    return found | _scores(rows, names | {"psnr": "psnr", "ssim": "ssim"})
 
 
-def _of_all(table, wanted, counted, config, split):
-    """Return the lines of a table that have the values `wanted` and count REFERENCE images, or all that the split has."""
-    rows = _where(table, **wanted, **{counted: REFERENCE})
+def _scores(rows, names):
+    return {names[metric]: value for metric, value in zip(rows.metric, rows.value) if metric in names}
+
+
+def _of_all(table, wanted, key, config, split):
+    """Return the lines of a table that have the values `wanted` and, as `key`, REFERENCE images or all that the split has."""
+    rows = _where(table, **wanted, **{key: REFERENCE})
     if len(rows) or not wanted.keys() <= set(table.columns) or config.source in DOWNLOADS:
         return rows
     try:
-        return _where(table, **wanted, **{counted: min(REFERENCE, _length(config, split))})
+        return _where(table, **wanted, **{key: min(REFERENCE, _length(config, split))})
     except UserError:  # the source is not on this machine
         return rows
 
@@ -76,43 +79,44 @@ def _where(table, **wanted):
     return table[np.logical_and.reduce([table[key] == value for key, value in wanted.items()])]
 
 
-def quality(pattern, count=SAMPLES, steps=(), scales=(1.0,)):
-    """Return what runs scored without guidance at `steps`, and at the last one with each of `scales`.
+def quality(runs, count=SAMPLES, steps=(), scales=(1.0,)):
+    """Return what runs, a pattern or Runs, scored without guidance at `steps`, and at the last one with each of `scales`.
 
-    Columns: run, seed, step, cfg_scale, metric, value. Raises UserError naming the first run that lacks one of these scores,
-    and the command that makes them.
+    Columns: run, seed, step, cfg_scale, metric, value. Raises UserError for the first of these scores that is missing, naming
+    the runs that lack it and the command that makes them.
     """
-    lines = []
-    for run in open_runs(pattern):
+    lines, lacking = [], {}
+    for run in open_runs(runs) if isinstance(runs, str) else runs:
         config, preset = run.config, run.config["recipe"]
         for step, scale in sorted({*((s, 1.0) for s in steps), *((config["steps"], s) for s in scales)}):
             values = measured(run.name, preset, count, scale, step)
             if "fd" not in values:
-                what = f"--steps {step}" if scale == 1 else f"--sweep cfg_scale={','.join(f'{s:g}' for s in scales)}"
-                command = f"gear evaluate {run.name} --network {space(preset)} --both --count {count} {what}"
-                raise UserError(
-                    f"no run '{run.name}' with scores of {count} samples at step {step}, guidance {scale:g}: {command}"
-                )
+                lacking.setdefault((space(preset), step, scale), []).append(run.name)
             lines += [(run.name, config["seed"], step, scale, metric, value) for metric, value in values.items()]
+    for (network, step, scale), names in lacking.items():
+        what = f"--steps {step}" if scale == 1 else f"--sweep cfg_scale={','.join(f'{s:g}' for s in scales)}"
+        command = f"gear evaluate {' '.join(names)} --network {network} --both --count {count} {what}"
+        told = ", ".join(f"'{name}'" for name in names)
+        raise UserError(f"no run {told} with scores of {count} samples at step {step}, guidance {scale:g}: {command}")
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
-def by_size(preset, seeds, count=SAMPLES, scales=(1.0,), every=True):
-    """Return `quality` of the runs of the size study, or of its own size alone: its columns, and cell, role and width."""
-    if every:
-        results("size", preset, seeds, count)  # names all that is missing at once
-    chosen = [member for member in members("size", preset, seeds) if every or not member.cell.label]
-    tables = [
-        quality(m.name, count, scales=scales).assign(cell=m.cell.title, role=m.role, width=m.planned[-1][1].generator.width)
-        for m in chosen
-    ]
-    return pd.concat(tables, ignore_index=True)
+def by_size(preset, seeds, count=SAMPLES, scales=(1.0,)):
+    """Return `quality` of the runs of the size study: its columns, and cell, role and width. Raises as `results` does, too."""
+    results("size", preset, seeds, count)
+    study = {member.name: member for member in members("size", preset, seeds)}
+    table = quality([Run.open(name) for name in study], count, scales=scales)
+    width = {name: member.planned[-1][1].generator.width for name, member in study.items()}
+    cell, role = ({name: of(member) for name, member in study.items()} for of in (lambda m: m.cell.title, lambda m: m.role))
+    return table.assign(cell=table.run.map(cell), role=table.run.map(role), width=table.run.map(width))
 
 
 def counted(runs):
-    """Return how many images the scores of runs count: (training images compared with, validation images reconstructed)."""
-    found = pd.concat([scores(run) for run in runs])
-    return tuple(int(found[key][found[key] <= REFERENCE].max()) for key in ("reference_count", "images"))
+    """Say how many images scores count, in words: (training images compared with, validation images reconstructed)."""
+    tables = {run: scores(run) for run in runs}
+    own = [t[(t.reference == Path(run.config["data"]["source"]).name) | (t.metric == "psnr")] for run, t in tables.items()]
+    numbers = [sorted({t[key][t[key] <= REFERENCE].max() for t in own}) for key in ("reference_count", "images")]
+    return tuple(" and ".join(f"{number:.0f}" for number in found) for found in numbers)
 
 
 def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
@@ -226,12 +230,12 @@ def _named(rows, against=True):
     )
 
 
-def markdown(studies, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
-    """Return how the differences of `studies` went, as a Markdown table, a study a line: the README's."""
+def markdown(studies, preset="scenes", count=SAMPLES):
+    """Return how the differences of `studies` went over seeds 0, 1, 2, as a Markdown table, a study a line: the README's."""
     lines = [f"| study | in the paper | {' | '.join(DECIDED)} | undecided |", "|---|---|---|---|---|"]
     for name in studies:
-        found = directions(results(name, preset, seeds, count), name, preset)
+        found = directions(results(name, preset, count=count), name, preset)
         parts = [found[found.verdict == verdict] for verdict in DECIDED]
-        told = [f"{len(part)} ({_named(part, found.against.nunique() > 1)})" if len(part) else "0" for part in parts]
-        lines.append(f"| `{name}` | Table {study(name).table} | {' | '.join(told)} | {sum(found.verdict == 'undecided')} |")
+        words = [f"{len(part)} ({_named(part, found.against.nunique() > 1)})" if len(part) else "0" for part in parts]
+        lines.append(f"| `{name}` | Table {study(name).table} | {' | '.join(words)} | {sum(found.verdict == 'undecided')} |")
     return "\n".join(lines)

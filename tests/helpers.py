@@ -108,6 +108,8 @@ def recorded(name, config, scores=(), **metrics):
         for step, scale, values in scores
         for metric, value in values.items()
     ]
+    seen = {"weights_of": name, "split": "val", "images": min(config.eval_images, config.data.val_images), "step": config.steps}
+    records += [record(metric, 99.0, seen) for metric in ("ntp_loss", "usage_entropy", "predictable")]  # the log's count
     (run.path / "metrics.json").write_text(json.dumps(records))
     return run
 

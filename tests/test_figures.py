@@ -73,10 +73,10 @@ def test_the_scale_is_on_the_figures_face(home):
 @pytest.mark.parametrize(
     "far, limits, text",
     (
-        ([115.0, 117.0], (3.35, 4.65), ["116 →"]),
-        ([-50.0, -50.0], (3.35, 4.65), ["← -50"]),
+        ([115.0, 117.0], (3.25, 4.75), ["116 →"]),
+        ([-50.0, -50.0], (3.25, 4.75), ["← -50"]),
         ([7.5, 8.0], None, []),  # not far
-        ([4.0, 117.0], (3.35, 4.65), ["60.5 →"]),  # a line is far or near as a whole
+        ([4.0, 117.0], (3.25, 4.75), ["60.5 →"]),  # a line is far or near as a whole
     ),
 )
 def test_a_line_far_off_does_not_set_the_axis(far, limits, text):

@@ -23,6 +23,7 @@ def test_scores_are_read_at_their_step_and_guidance():
     assert found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
     assert "ntp_loss" not in found, "nothing was logged at that step"
     last = results.measured("tiny-gear-s0", "tiny", 100)
+    assert last["ntp_loss"] < 5, "the log's, not the evaluation's"
     assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
     assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), "another number of samples is another score"
     table = results.quality("tiny-gear-s[0]", 100, steps=(12, 24), scales=(1.0, 2.0))
@@ -35,6 +36,11 @@ def test_scores_are_read_at_their_step_and_guidance():
     ):
         with pytest.raises(UserError, match=lacks + said):
             results.quality("tiny-gear-s0", *arguments)
+    record_study("size", seeds=(0,))
+    table = results.by_size("tiny", (0,), 100, (1.0, 2.0))
+    assert len(table.run.unique()) == 6 and set(table.width) == {16, 32, 48} and set(table.role) == {"gear", "baseline"}
+    with pytest.raises(UserError, match="no run ('tiny-[^']*', ){5}'tiny-[^']*' with .* evaluate (tiny-[^ ]* ){6}--network"):
+        results.by_size("tiny", (0,), 100, (1.0, 9.0))
 
 
 @pytest.mark.parametrize("other", ({"reference_count": 50, "images": 50}, {"reference": "zoo.zip", "split": "train"}))
@@ -133,7 +139,7 @@ def test_a_source_with_fewer_images_gives_all_it_has():
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
     assert {"fd", "psnr"} <= results.measured("tiny-gear-s0", "tiny", 100).keys()
     records = json.loads((run.path / "metrics.json").read_text())
-    assert {r["protocol"]["images"] for r in records if "images" in r["protocol"]} == {128}
+    assert {r["protocol"]["images"] for r in records if r["metric"] == "psnr"} == {128}
     for r in records:
         r["protocol"] |= {"images": 127} if "images" in r["protocol"] else {}
     (run.path / "metrics.json").write_text(json.dumps(records))
@@ -142,7 +148,7 @@ def test_a_source_with_fewer_images_gives_all_it_has():
 
 def test_images_are_counted_from_the_scores(home):
     runs = [record_scored(name, recipe(name)) for name in ("tiny-gear-s0", "scenes-gear-s0")]
-    assert results.counted(runs[:1]) == (2_000, 128) and results.counted(runs) == (2_000, 2_000)
+    assert results.counted(runs[:1]) == ("2000", "128") and results.counted(runs) == ("2000", "128 and 2000")
 
 
 def test_the_table_of_studies_names_what_is_decided():

@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from helpers import record_study, recorded
+from helpers import record_scored, record_study, recorded
 
 from gear import sweep
 from gear.__main__ import main
-from gear.config import UserError
+from gear.config import UserError, to_dict
 from gear.home import runs_dir
 from gear.recipes import recipe
 from gear.run import Run, run_names
@@ -90,6 +90,39 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     images = sum(config.steps * config.batch_size for config in every.values())
     assert "7 to train with their parents, 5 sets of scores" in told[0] and "FLOP" in told[0] and "h100" in told[0]
     assert f"{images:,} images" in told[0] and len(every) == 7 and "not known before a run of the stage" in told[0]
+
+
+def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
+    """Whatever is there: every task waits for another one or for what is finished, and a run is trained once."""
+    seen = {}
+    monkeypatch.setattr(sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished))
+
+    def chains(**settled):
+        for name, config in settled.items():
+            (recorded(name.replace("_", "-"), config).path / "checkpoints" / "0000024").mkdir(parents=True)
+        sweep.sweep("depth", "tiny", (0,), ["tap-0"], count=100, tell=lambda _: None)
+        names = {task.name for task in seen["tasks"]}
+        assert all(not task.needs or task.needs in names | set(seen["finished"]) for task in seen["tasks"])
+        return {task.name: (task.images, task.needs) for task in seen["tasks"] if task.images}
+
+    baseline, gear = members("depth", "tiny", [0], ["tap-0"])
+    assert (baseline.name, gear.name) == ("tiny-llamagen-repa-s0-tap-0", "tiny-gear-s0-tap-0")
+    images = {name: config.steps * config.batch_size for name, config in gear.planned + baseline.planned}
+    both = images["tiny-joint-s0-tap-0"] + images[gear.name]
+    assert chains() == {
+        "tiny-tokenizer-s0": (images["tiny-tokenizer-s0"], ""),
+        baseline.name: (images[baseline.name], "tiny-tokenizer-s0"),
+        gear.name: (both, "tiny-tokenizer-s0"),
+    }
+    record_scored(baseline.name, baseline.planned[-1][1])  # GEAR alone starts from the warm-up then
+    assert chains() == {gear.name: (images["tiny-tokenizer-s0"] + both, "")}
+    assert chains(tiny_tokenizer_s0=gear.planned[0][1]) == {gear.name: (both, "tiny-tokenizer-s0")}
+    joint = dict(gear.planned)["tiny-joint-s0-tap-0"]
+    task = next(task for task in seen["tasks"] if task.images)
+    Run.create("tiny-joint-s0-tap-0", to_dict(joint))
+    assert task.at() == "at step 0 of its parent 'tiny-joint-s0-tap-0'"
+    shutil.rmtree(runs_dir() / "tiny-joint-s0-tap-0")
+    assert chains(**{"tiny-joint-s0-tap-0": joint}) == {gear.name: (images[gear.name], "tiny-joint-s0-tap-0")}
 
 
 def test_mistakes_are_told_before_anything_runs(capsys, home):

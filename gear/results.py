@@ -46,7 +46,8 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
     drawn["reference"] = Path(data.source).name
-    rows = _of_all(table, drawn, "reference_count", DataConfig(data.source, data.image_size), "train")
+    whole = DataConfig(data.source, data.image_size)  # as an evaluation opens its reference
+    rows = _of_all(table, drawn, "reference_count", whole, "train")
     found |= _scores(rows, names | {"precision": "precision", "recall": "recall"})
     rows = _of_all(table, dict(split="val", step=last), "images", data, "val")
     return found | _scores(rows, names | {"psnr": "psnr", "ssim": "ssim"})
@@ -104,17 +105,18 @@ def quality(runs, count=SAMPLES, steps=(), scales=(1.0,)):
 def by_size(preset, seeds, count=SAMPLES, scales=(1.0,)):
     """Return `quality` of the runs of the size study: its columns, and cell, role and width. Raises as `results` does, too."""
     results("size", preset, seeds, count)
-    study = {member.name: member for member in members("size", preset, seeds)}
-    table = quality([Run.open(name) for name in study], count, scales=scales)
-    width = {name: member.planned[-1][1].generator.width for name, member in study.items()}
-    cell, role = ({name: of(member) for name, member in study.items()} for of in (lambda m: m.cell.title, lambda m: m.role))
-    return table.assign(cell=table.run.map(cell), role=table.run.map(role), width=table.run.map(width))
+    found = members("size", preset, seeds)
+    sizes = [(m.name, m.cell.title, m.role, m.planned[-1][1].generator.width) for m in found]
+    table = quality([Run.open(member.name) for member in found], count, scales=scales)
+    return table.merge(pd.DataFrame(sizes, columns=["run", "cell", "role", "width"]), on="run")
 
 
 def counted(runs):
     """Say how many images scores count, in words: (training images compared with, validation images reconstructed)."""
-    tables = {run: scores(run) for run in runs}
-    own = [t[(t.reference == Path(run.config["data"]["source"]).name) | (t.metric == "psnr")] for run, t in tables.items()]
+    own = []
+    for run in runs:
+        table, source = scores(run), Path(run.config["data"]["source"]).name
+        own.append(table[(table.reference == source) | (table.metric == "psnr")])
     numbers = [sorted({t[key][t[key] <= REFERENCE].max() for t in own}) for key in ("reference_count", "images")]
     return tuple(" and ".join(f"{number:.0f}" for number in found) for found in numbers)
 

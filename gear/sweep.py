@@ -92,11 +92,10 @@ def _tasks(found, missing, preset, count, runtime):
     words = {n: _words(member, n) for member in found for n, _ in member.planned}
     heirs = Counter(n for member in found if member.name in missing for n, _ in member.planned)
     own = {n for n in missing if heirs[n] == 1} - {member.name for member in found}
-    lines = {member.name: member.planned for member in found}
-    tasks = []
+    planned, tasks = {member.name: member.planned for member in found}, []
     for n, config in missing.items():
         if n not in own:
-            before = [(a, c) for a, c in lines.get(n, ()) if a in own]
+            before = [(a, c) for a, c in planned.get(n, ()) if a in own]
             tasks.append(training([*before, (n, config)], (*words[n], "--wait"), runtime))
     for member in found:
         if member.name in missing or not _is_scored(member, preset, count):

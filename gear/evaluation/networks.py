@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from gear.config import UserError
 from gear.data import to_float, to_uint8
@@ -41,17 +43,14 @@ class Inception:
     name = "inception"
 
     def __init__(self, path="", offline=False, resize="tf1"):
-        import torch_fidelity.feature_extractor_inceptionv3 as library  # optional: only Inception metrics need it
-        import torch_fidelity.interpolate_compat_tensorflow as compat
-
         path = find_inception(path, offline)
         read_tensors(path)  # the library unpickles whatever a file holds: only one of tensors gets there
         try:
-            self.network = library.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         except (RuntimeError, TypeError):
             raise UserError(f"the tensors in {path} do not fit Inception: {INCEPTION} is expected.") from None
         self.network.eval().requires_grad_(False)
-        self.enlarge, self.resize = compat.interpolate_bilinear_2d_like_tensorflow1x, resize
+        self.enlarge, self.resize = interpolate_bilinear_2d_like_tensorflow1x, resize
         self.protocol = {
             "network": "inception",
             "weights": file_hash(path),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lpips
 import torch
 import torch.nn.functional as F
 
@@ -53,8 +54,6 @@ def load_lpips(device="cpu"):
         return None
     if not file_hash(lpips_backbone()).startswith("397923af"):
         raise UserError(f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and fetch it again.")
-    import lpips  # optional: only those who have the backbone need it
-
     network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     return full_precision(lambda x, y: network(x, y).flatten())
 

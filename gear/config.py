@@ -1,5 +1,6 @@
 """Configurations: frozen dataclasses to JSON and back, and the one exception a user's mistake raises."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -23,6 +24,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message, number):
         super().__init__(message)
         self.number = number
+
+
+@contextlib.contextmanager
+def given_by(option):
+    """Name the `option` whose value a UserError is about: the library does not know how it was asked."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def nearest(name, names):

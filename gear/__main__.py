@@ -22,7 +22,7 @@ from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.generator.sampling import sample
 from gear.home import check_writable, write_atomically
 from gear.jobs import train_many
-from gear.options import ClaimOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
+from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.price import dry_run
 from gear.recipes import RECIPES, known, plan, recipe, train_with_parents
 from gear.results import directions, results, summary, told
@@ -120,12 +120,12 @@ def reconstruct_command(names, arguments):
     checkpoint = open_checkpoint(names[0])
     own = data.DataConfig(source="", image_size=256)  # a file has no images of its own
     if checkpoint.container == "run":
-        own = from_dict(data.DataConfig, Run.open(names[0]).config["data"])
+        own = _own_images(Run.open(names[0]), options.images)
     if not (options.images or own.source):
         raise UserError("a file has no images of its own: give --images a folder, a zip or an image.")
     split, size = "all" if options.images else "val", options.image_size or own.image_size
     changes = {"source": options.images or own.source, "interpolation": options.interpolation or own.interpolation}
-    images_of = replace(own, image_size=size, **changes)
+    images_of = replace(own, image_size=size, labels="class", **changes)
     tokenizer = load_tokenizer(names[0], options.ema)
     check_divides((size, size), tokenizer.config.downsampling)
     images, _ = data.load(images_of, split, options.count)
@@ -152,6 +152,11 @@ def reconstruct_command(names, arguments):
     )
 
 
+def _own_images(run, other):
+    """Return the DataConfig of a run's images; where `other` ones are looked at, its own need not be there."""
+    return from_dict(data.DataConfig, run.config["data"]) if other else data.trained_on(run)
+
+
 def _check_png(path):
     """Raise UserError unless a picture can be written to `path`: before anything is computed."""
     if path.suffix.lower() != ".png" or path.is_dir():
@@ -174,6 +179,16 @@ def export_command(names, arguments):
         raise UserError(f"'{names[1]}' ends in neither .safetensors nor .pt: which of the two is asked for?")
     left_out = export(open_checkpoint(names[0]), names[1])
     print(Path(names[1]).resolve(), f"without {', '.join(left_out)}: no public layout has names for them" if left_out else "")
+
+
+def data_command(names, arguments):
+    """Say what a source of images holds: classes with their numbers, counts, sizes, modes, and what is left out."""
+    if len(names) != 1:
+        raise UserError("name one source: gear data SOURCE, a folder, a zip, tar shards, 'scenes' or a data set's name.")
+    options = _parse(DataOptions(), arguments)
+    print(data.data_report(data.DataConfig(names[0], labels=options.labels), options.count))
+    for run in open_runs(options.moved) if options.moved else ():
+        print(f"{run.name}: its images lie in {data.trained_on(run, names[0]).source}")
 
 
 def figures_command(names, arguments):
@@ -226,13 +241,13 @@ def teacher_command(names, arguments):
     """Package a run of the recipe teacher-scenes as the scenes teacher (make teacher)."""
     run = Run.open(names[0] if names else "teacher-scenes")
     teacher = load_module(ScenesTeacher(), network(load_networks(run), "teacher", run.name), run.name).eval()
-    images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "train", 4_000)
+    images, _ = data.load(data.trained_on(run), "train", 4_000)
     kept = teacher.standardise(images)
     losses = run.metrics().iloc[-1].filter(like="val/").round(4).to_dict()
     package(teacher, {
         "recipe": run.config["recipe"], "config_hash": run.config_hash, "steps": run.step, "variance_kept": round(kept, 4),
         "validation_nats_a_patch": losses, "config": run.config,
-        "made": "supervised on the factors of gear/scenes.py, per patch; standardised, 64 principal components",
+        "made": "supervised on the factors of gear/data/scenes.py, per patch; standardised, 64 principal components",
     })  # fmt: skip
     print(f"packaged {run.name}: {kept:.1%} of the standardised variance in 64 components")
 
@@ -244,6 +259,7 @@ COMMANDS = {
     "reconstruct": reconstruct_command,
     "inspect": inspect_command,
     "export": export_command,
+    "data": data_command,
     "evaluate": evaluate_command,
     "figures": figures_command,
     "claims": claims_command,

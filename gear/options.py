@@ -61,6 +61,13 @@ class ReconstructOptions:
 
 
 @dataclass(frozen=True)
+class DataOptions:
+    labels: str = "class"  # or a file that numbers the class folders: a folder a line, or "folder,number"
+    count: int = 1_000  # images that are opened, a sample of all classes; 0: all
+    moved: str = ""  # runs, by name or pattern, whose images lie at the source now
+
+
+@dataclass(frozen=True)
 class FigureOptions:
     force: bool = False  # redraw what is up to date too
     jobs: int = 1  # notebooks executed at once

@@ -8,8 +8,8 @@ import dataclasses
 import re
 from dataclasses import replace
 
-from gear.config import UserError, from_dict, nearest
-from gear.data import DataConfig, num_classes
+from gear.config import UserError, from_dict, given_by, nearest
+from gear.data import DataConfig, absolute, num_classes
 from gear.presets import (
     CIFAR10,
     CIFAR10_IBQ,
@@ -160,10 +160,15 @@ def plan(config, name=None, base=None, label=None, dry=False):
     The number of classes is the source's; in a `dry` plan a folder that is not there has as many as the preset says.
 
     Where `config` changes its recipe in a section that an ancestor shares, that ancestor is another run too: it takes the
-    change and `label` at the end of its name. An ancestor that is no recipe must exist.
+    change and `label` at the end of its name. An ancestor that is no recipe must exist. Paths of data become absolute.
     """
-    name = name or config.recipe
-    classes = num_classes(config.data, config.generator.num_classes if dry else None)
+    planned = _plan(config, name or config.recipe, base, label, dry)
+    return [(name, replace(config, data=absolute(config.data))) for name, config in planned]
+
+
+def _plan(config, name, base, label, dry):
+    with given_by("--source"):
+        classes = num_classes(config.data, config.generator.num_classes if dry else None)
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
         return [(name, config)]
@@ -184,7 +189,7 @@ def plan(config, name=None, base=None, label=None, dry=False):
         if not label:
             raise UserError("these changes also change the run's parents: give them a label, e.g. --label mine.")
         parent_name = f"{parent_name}-{label}"
-    before = plan(parent, parent_name, original, label, dry)
+    before = _plan(parent, parent_name, original, label, dry)
     return [*before, (name, replace(config, tokenizer_run=parent_name, tokenizer=before[-1][1].tokenizer))]
 
 

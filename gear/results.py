@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from gear.analysis.claims import MIN_SEEDS, interval
 from gear.analysis.tables import published
 from gear.config import UserError, from_dict
 from gear.data import DataConfig, open_source
+from gear.data.stores import DOWNLOADS
+from gear.data.trained import place_of
 from gear.evaluation.evaluate import EvaluateOptions, scores
-from gear.folders import DOWNLOADS
 from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
@@ -46,6 +48,7 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)
     drawn["reference"] = Path(data.source).name
+    data = replace(data, source=place_of(run))
     whole = DataConfig(data.source, data.image_size)  # as an evaluation opens its reference
     rows = _of_all(table, drawn, "reference_count", whole, "train")
     found |= _scores(rows, names | {"precision": "precision", "recall": "recall"})

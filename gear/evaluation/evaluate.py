@@ -1,5 +1,6 @@
 """Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 
 from gear.analysis.codes import usage
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import UserError, from_dict, nearest
-from gear.data import DataConfig, load
+from gear.config import UserError, given_by, nearest
+from gear.data import load, trained_on
 from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.networks import load_network_by_name
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, psnr, reconstruct, ssim
@@ -52,6 +53,7 @@ class EvaluateOptions:
     reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
     both: bool = False  # samples and reconstruction
     steps: tuple[int, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
+    source: str = ""  # where the run's own images lie, if they have moved
     device: str = "cpu"
     quiet: bool = False
 
@@ -77,7 +79,8 @@ def evaluate(name, options=EvaluateOptions()):
         for sampling in settings:
             read_captions(options.captions, None if options.samples else sampling.count)
         clip = CLIP(options.clip, options.offline).to(options.device)
-    config = from_dict(DataConfig, run.config["data"])
+    with given_by("--source") if options.source else contextlib.nullcontext():
+        config = trained_on(run, options.source)
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
     records = []
@@ -92,6 +95,8 @@ def evaluate(name, options=EvaluateOptions()):
             options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
             config.interpolation,
         )  # fmt: skip
+        if not options.reference:
+            real.name = run.config["data"]["source"]  # wherever its images have moved
         for step in options.steps or (run.step,):
             for sampling in settings:
                 records += _generation(run, step, config, network, real, options, sampling, clip)

@@ -6,8 +6,7 @@ import pandas as pd
 import torch
 
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import from_dict
-from gear.data import DataConfig
+from gear.data import trained_on
 from gear.evaluation.evaluate import Sampling
 from gear.evaluation.networks import EfficientNet, load_network_by_name
 from gear.evaluation.scores import compare, extract
@@ -29,7 +28,7 @@ def sensitivity(run, count=500, network="scenes"):
 
 
 def _sensitivity(run, count, name):
-    config, rows = from_dict(DataConfig, run.config["data"]), []
+    config, rows = trained_on(run), []
     space, filters = load_network_by_name(name), {f: EfficientNet(resize=f) for f in ("bicubic", "bilinear", "nearest")}
     real = torch.cat(list(read_images(config.source, config.image_size, count, "train", config.interpolation)))
     drawn = _draw(run, Sampling(count))

@@ -1,7 +1,7 @@
 """The packaged teacher of the procedural scenes: a small CNN that was told what each patch shows.
 
 It stands in for DINOv2 where nothing can be downloaded, and it is supervised, not self-supervised: its features know the
-factors that `gear.scenes` paints with. Recipe `teacher-scenes` trains it; `make teacher` writes the packaged file.
+factors that `gear.data.scenes` paints with. Recipe `teacher-scenes` trains it; `make teacher` writes the packaged file.
 """
 
 import json
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gear.config import UserError
+from gear.data.scenes import FACTORS
 from gear.home import write_atomically
-from gear.scenes import FACTORS
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
 PACKAGED = Path(__file__).with_name("scenes.safetensors")

@@ -2,12 +2,13 @@
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gear import data
-from gear.config import Interrupted, UserError, __version__, from_dict, to_dict
+from gear.config import Interrupted, UserError, __version__, from_dict, given_by, to_dict
+from gear.data.trained import note
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.home import check_writable, write_atomically
 from gear.run import Run, run_path
@@ -125,6 +126,7 @@ def _begin(run, state, meter, validation):
     elif state.processes.measures:
         if state.processes.main:
             Run.create(run.name, to_dict(config) | {"version": __version__})
+            note(run, config.data)
             run.rewind(-1)
         record = validation()
         if state.processes.main:
@@ -140,6 +142,7 @@ def is_trained(run, config, rebuild=False, record=False):
     """
     if not run.exists:
         return False
+    config = _as_it_began(run, config)
     before = run.config.get("generator", {}).get("num_classes", config.generator.num_classes)
     if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):  # the folder has changed
         data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
@@ -151,6 +154,17 @@ def is_trained(run, config, rebuild=False, record=False):
             f"Train it in another folder (export GEAR_RUNS=runs/demo), or here with --rebuild."
         )
     return run.is_finished or without_weights and record
+
+
+def _as_it_began(run, config):
+    """Return a Config whose data are called as in the run's own, if they are the same images in another place."""
+    began = from_dict(data.DataConfig, run.config["data"])
+    if replace(config.data, source=began.source, labels=began.labels) != began:
+        return config
+    if config.data != began:
+        with given_by("--source"):
+            data.trained_on(run, config.data.source)
+    return replace(config, data=began)
 
 
 def _record(run, state, meter, validation, progress, runtime):

@@ -1,11 +1,12 @@
-"""Images: where they come from, which of them training may see, and a stream that can start at any sample.
+"""A source of images, which of them training may see, and a stream that can start at any sample.
 
 A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and `order(rng)`, that of an epoch.
 Sample n of the stream is a function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
+import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gear.config import UserError
-from gear.folders import DOWNLOADS, Folder
-from gear.scenes import NUM_CLASSES, Scenes
+from gear.config import UserError, nearest
+from gear.data.folders import Folder
+from gear.data.scenes import NUM_CLASSES, Scenes
+from gear.data.stores import DOWNLOADS
 
 PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
+LABELS = ("class", "factors")  # what is no file
+SPLITS = ("train", "val", "all")
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,37 @@ class DataConfig:
     val_images: int = 2_000  # scenes only
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
     flip: bool = True  # mirror half of a folder's training images; scenes stay, their captions say left and right
-    labels: Literal["class", "factors"] = "class"  # "factors": what each patch shows (scenes; trains the teacher)
+    labels: str = "class"  # a sub-folder a class; or a file that numbers them: a folder a line, or "folder,number";
+    # or "factors": what each patch shows (scenes; trains the teacher)
 
 
 def open_source(config, split):
-    """Open the "train" or "val" split of a DataConfig, no image being in both, or "all": a folder's two splits together."""
+    """Open the "train" or "val" split of a DataConfig, no image being in both, or "all".
+
+    "all" is a folder's two splits together; of scenes, which have no end, those of "val". Raises UserError for
+    another split, and where there is no such source.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
     if config.source == "scenes":  # disjoint ranges of scene numbers
+        if config.labels not in LABELS:
+            raise UserError(f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for folders.")
         first, length = (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
         return Scenes(first, length, config.image_size)
     if config.labels == "factors":
         raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")
     return Folder(config.source, split, config)
+
+
+def absolute(config):
+    """Return a DataConfig whose paths mean the same from any working directory."""
+    path = lambda text: os.path.abspath(os.path.expanduser(text))  # noqa: E731
+    source, labels = config.source, config.labels
+    return replace(
+        config,
+        source=source if source == "scenes" or source in DOWNLOADS else path(source),
+        labels=labels if labels in LABELS else path(labels),
+    )
 
 
 def num_classes(config, absent=None):

@@ -1,0 +1,23 @@
+"""Images: where they come from, which of them training may see, and a stream that can start at any sample."""
+
+from gear.data.report import report as data_report
+from gear.data.stream import (
+    DataConfig,
+    Stream,
+    absolute,
+    check_classes,
+    load,
+    loaded,
+    num_classes,
+    open_source,
+    read,
+    stream,
+    to_float,
+    to_uint8,
+)
+from gear.data.trained import trained_on
+
+__all__ = [
+    "DataConfig", "Stream", "absolute", "check_classes", "data_report", "load", "loaded", "num_classes", "open_source", "read", "stream",
+    "to_float", "to_uint8", "trained_on",
+]  # fmt: skip

@@ -1,0 +1,278 @@
+"""Tar shards, read in place: where each image lies is looked up once, by Python's `tarfile`, and kept.
+
+Any sample of a shard can then be read by its number, so that sample n of the stream stays a function
+of (seed, n) and a run resumes at any sample without reading what went before.
+
+An image and the files that go with it share their name up to the extension: KEY.png, KEY.cls,
+KEY.json. They may lie apart. What follows the first dot may be the extension, too: KEY.seg.png goes
+with KEY.png where that is there, and is an image of its own where it is not.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import posixpath
+import tarfile
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+from tqdm import tqdm
+
+from gear.config import UserError
+from gear.data.pixels import is_hidden
+from gear.data.stores import Census, named, tidy
+from gear.home import cache_dir, write_atomically
+
+GROUP = 16  # shards that are read at a time: an epoch mixes samples among so many
+BLOCK = 512  # bytes: a tar consists of such blocks
+
+
+class Shards:
+    """The images of shards, named LABEL/SHARD/KEY; without labels as in a zip, several shards' SHARD:KEY.
+
+    A label is what KEY.cls holds, or "label" in KEY.json. Raises UserError where a shard is missing or
+    cut short, and where only some images have a label.
+    """
+
+    def __init__(self, source):
+        self.paths, self.census, self.folders, self.top = _paths(source), Census(), [], ""
+        self._descriptors = functools.lru_cache(2 * GROUP)(_Descriptor)
+        bar = tqdm(self.paths, "reading shards", delay=2, leave=False)
+        listings = [_Listing(path, self.census) for path in bar]
+        if any(label is not None for listing in listings for label in listing.labels.values()):
+            groups = [listing.by_label() for listing in listings]
+        else:
+            groups = [listing.by_path(len(listings) > 1) for listing in listings]
+        entries = {name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()}
+        if groups == [listings[0].images]:
+            entries, self.top = named(entries, source)
+        self.entries, self.names = entries, list(entries)
+
+    def open(self, name):
+        number, offset, length = self.entries[name]
+        return io.BytesIO(self._descriptors(self.paths[number], os.getpid()).read(offset, length))
+
+    def length(self, name):
+        return self.entries[name][2]
+
+    def stamp(self, name):
+        return _stamp(self.paths[self.entries[name][0]])
+
+    def order(self, names, rng):
+        """Return an epoch's order of `names`: shards in a random order, samples mixed among GROUP of them at a time."""
+        shards = np.array([self.entries[name][0] for name in names])
+        turn = rng.permutation(len(self.paths))[shards] // GROUP
+        return np.lexsort((rng.random(len(names)), turn))
+
+
+class _Descriptor:
+    """An open shard. A read says where it begins, so that processes may share the descriptor."""
+
+    def __init__(self, path, process):
+        self.file = open(path, "rb")
+
+    def read(self, offset, length):
+        return os.pread(self.file.fileno(), length, offset)
+
+
+class _Listing:
+    """The images of one shard, {tidy path: (offset, length)}, and their labels, {tidy path: number or None}."""
+
+    def __init__(self, path, census):
+        self.path, self.images = path, {}
+        files = _files(path, census)
+        read = _Descriptor(path, os.getpid()).read
+        take = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
+        images = [name for name in files if not name.endswith((".cls", ".json")) and take(name)]
+        stems = {_stem(name) for name in images}
+        for name in images:
+            if _stem(name) != _key(name) and _key(name) in stems:
+                census.leave_out(f"{path.name}/{name}", "it goes with an image")
+            else:
+                self.images[name] = files[name]
+        self.labels = {name: self._label(name, files, read) for name in self.images}
+        labelled = {stem for name in self.images for stem in (_stem(name), _key(name))}
+        for name in files:
+            if name.endswith(".cls") and _stem(name) not in labelled:
+                census.leave_out(f"{path.name}/{name}", "a label without its image", is_loss=True)
+
+    def _label(self, name, files, read):
+        """Return an image's label, or None. Raises UserError for one that is no class number."""
+        for stem in dict.fromkeys((_stem(name), _key(name))):
+            try:
+                if f"{stem}.cls" in files:
+                    return int(read(*files[f"{stem}.cls"]).decode("utf-8-sig"))
+                if f"{stem}.json" in files:
+                    label = json.loads(read(*files[f"{stem}.json"])).get("label")
+                    if label is not None:
+                        return _class_number(label)
+            except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
+                raise UserError(f"{self.path}: the label of sample '{stem}' is no number ({error}).") from None
+        return None
+
+    def by_label(self):
+        """Return {LABEL/SHARD/KEY: place} of every image; raises UserError for one without a label."""
+        places = {}
+        for path, label in self.labels.items():
+            if label is None:
+                raise UserError(
+                    f"{self.path}: sample '{_stem(path)}' has no label, others have. Add {_stem(path)}.cls, the number "
+                    f"of its class."
+                )
+            if label < 0:
+                raise UserError(f"{self.path}: the label of sample '{_stem(path)}' is {label}: classes begin at 0.")
+            shard = f"{label:05d}/{self.path.name}"
+            key = _stem(path) if f"{shard}/{_stem(path)}" not in places else path  # 0.png beside 0.jpg
+            places[f"{shard}/{key}"] = self.images[path]
+        return places
+
+    def by_path(self, several):
+        """Return {name: place} of images without labels: their paths, of `several` shards with the shard's name."""
+        if not several:
+            return self.images
+        parts = ((*path.rpartition("/")[::2], place) for path, place in self.images.items())
+        return {posixpath.join(folder, f"{self.path.name}:{file}"): place for folder, file, place in parts}
+
+
+def _class_number(label):
+    """Return a label of JSON as an int; raises ValueError for true, 3.5 and the like."""
+    number = int(label)
+    if isinstance(label, bool) or number != float(label):
+        raise ValueError(f"{label!r}")
+    return number
+
+
+def _stem(name):
+    """Return a name without its extension."""
+    return posixpath.splitext(name)[0]
+
+
+def _key(name):
+    """Return a name up to the first dot of its last part: WebDataset's key."""
+    folder, _, file = name.rpartition("/")
+    return posixpath.join(folder, file.partition(".")[0])
+
+
+def _paths(source):
+    root = Path(source).expanduser()
+    if root.is_dir():
+        return sorted(root.glob("*.tar"))
+    try:
+        paths = [root] if root.is_file() else [Path(p).expanduser() for p in braceexpand.braceexpand(str(source))]
+    except braceexpand.UnbalancedBracesError:
+        paths = [root]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} shards of '{source}' are not there ({', '.join(missing[:3])}): a folder of "
+            f".tar files or a list of them is expected, as in 'shards/{{000000..000009}}.tar'."
+        )
+    if len({path.name for path in paths}) < len(paths):
+        raise UserError(f"shards of '{source}' share a file name, by which samples are told apart: rename one.")
+    return paths
+
+
+def _stamp(path):
+    there = path.stat()
+    return there.st_size, there.st_mtime_ns
+
+
+def _files(path, census):
+    """Return the files of a shard, {tidy path: (offset, length)}: links stand for what they link to, later copies win."""
+    files, links = {}, {}
+    for name, *place in _members(path, *_stamp(path)):
+        name = tidy(name)
+        if is_hidden(name):
+            census.leave_out(f"{path.name}/{name}", "hidden by a system")
+            continue
+        if name in files or name in links:
+            census.leave_out(f"{path.name}/{name}", "an earlier copy of what stands there twice")
+            links.pop(name, None)
+        if len(place) == 2:
+            files[name] = tuple(place)
+        else:
+            files.pop(name, None)
+            links[name] = tidy(place[0])
+    for name, target in links.items():
+        for _ in range(len(links)):  # a link to a link
+            target = links.get(target, target)
+        if target in files:
+            files[name] = files[target]
+        else:
+            census.leave_out(f"{path.name}/{name}", "a link to nothing, or no plain file", is_loss=True)
+    return files
+
+
+@functools.lru_cache(None)
+def _members(path, size, mtime):
+    """List a shard's files, (name, offset, length), and links, (name, target); kept in the cache folder."""
+    key = hashlib.sha256(f"{os.fsencode(path.resolve())} {size} {mtime}".encode()).hexdigest()[:24]
+    cached = cache_dir() / "shards" / f"{key}.json"
+    try:
+        digest, _, text = cached.read_text().partition("\n")
+        if digest == hashlib.sha256(text.encode()).hexdigest():
+            return json.loads(text)
+    except (OSError, ValueError):  # not there yet, or damaged
+        pass
+    members = _read_members(path, size)
+    text = json.dumps(members)
+    try:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_atomically(cached, lambda p: p.write_text(f"{digest}\n{text}"))
+    except OSError:
+        pass  # then it is read again next time
+    return members
+
+
+def _read_members(path, size):
+    """Read the headers of a tar, or of several in one file, as `cat a.tar b.tar` makes."""
+    members, start = [], 0
+    with open(path, "rb") as file:
+        file.seek(-min(2 * BLOCK, size), os.SEEK_END)
+        end = file.read()
+        if len(end) < 2 * BLOCK or any(end):  # a tar ends with two blocks of zeros
+            raise UserError(f"the shard {path} is cut short, or is no plain tar: it has no end mark. Copy or write it again.")
+        while start < size:
+            file.seek(start)
+            try:
+                archive = tarfile.open(fileobj=file, mode="r:")
+                members += filter(None, map(_member, archive.getmembers()))
+            except Exception as error:  # headers are numbers in text, and anything may stand there
+                raise _unreadable(path, error) from None
+            start = _next_archive(file, archive.offset)
+            if start == archive.offset:  # tarfile ends without a word at what is no header
+                raise _unreadable(path, f"no header at byte {start}")
+    if any(offset < 0 or length < 0 or offset + length > size for _, offset, length in filter(_is_file, members)):
+        raise _unreadable(path, "a file in it is longer than the shard")
+    return members
+
+
+def _unreadable(path, why):
+    return UserError(f"the shard {path} cannot be read ({why}). Copy or write it again.")
+
+
+def _is_file(member):
+    return len(member) == 3
+
+
+def _member(info):
+    """Return (name, offset, length) of a file, (name, target) of a link, None of a folder."""
+    if info.isdir():
+        return None
+    if info.isreg() and not info.issparse():
+        return info.name, info.offset_data, info.size
+    if info.issym():
+        return info.name, posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+    return info.name, info.linkname  # a hard link; of a device or a sparse file it is empty
+
+
+def _next_archive(file, start):
+    """Return where after `start` the zeros that end an archive end, too."""
+    file.seek(start)
+    while block := file.read(1 << 16):
+        if rest := block.lstrip(b"\0"):
+            return start + (len(block) - len(rest)) // BLOCK * BLOCK
+        start += len(block)
+    return start

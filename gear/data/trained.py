@@ -1,0 +1,110 @@
+"""What a run was trained on, where that lies today, and whether it is still the same: one door for all who ask.
+
+runs/NAME/data.json     where the images lie, their classes, and by what the images are told from others
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+
+from gear.config import UserError, from_dict
+from gear.data.stores import DOWNLOADS
+from gear.data.stream import DataConfig, absolute, check_classes, open_source
+from gear.home import write_atomically
+
+FACTS = {"source": str, "classes": list, "images": int, "names": str, "bytes": int}
+
+
+def trained_on(run, source=""):
+    """Return the DataConfig of a run's images, its source being where they lie today.
+
+    `source` says where they have moved to; that is remembered. Raises UserError where there are no images, where
+    their classes are not those that the run was trained on, and where a new place holds other images.
+    """
+    config = from_dict(DataConfig, run.config["data"])
+    if config.source == "scenes" or config.source in DOWNLOADS:
+        if source not in ("", config.source):
+            raise UserError(f"run '{run.name}' was trained on '{config.source}', which does not move to '{source}'.")
+        return config
+    before = _facts(run)
+    place = absolute(DataConfig(source)).source if source else place_of(run)
+    config = replace(absolute(config), source=place)
+    if not (source or os.path.exists(place) or any(c in place for c in "{,")):
+        raise UserError(
+            f"the images of run '{run.name}' are not at '{place}' any more. Where have they moved? "
+            f"gear data NEW --moved {run.name}"
+        )
+    images = open_source(config, "all")
+    check_classes(config, images.classes, before.get("classes", run.config["generator"]["num_classes"]))
+    if before:
+        _compare(run, before, images, place)
+    if source and place != before.get("source"):
+        note(run, config)
+    return config
+
+
+def place_of(run):
+    """Return where a run's images lie as far as is known, without a look at them: an absolute path or a data set's name."""
+    began = absolute(DataConfig(run.config["data"]["source"])).source
+    last = _facts(run).get("source", began)
+    return began if os.path.exists(began) and not os.path.exists(last) else last  # they may have moved back
+
+
+def note(run, config):
+    """Write down what a run is trained on; for images that are nobody's, as scenes, there is nothing to write."""
+    if config.source == "scenes" or config.source in DOWNLOADS:
+        return
+    images = open_source(config, "all")
+    facts = {
+        "source": config.source, "classes": images.classes, "images": len(images),
+        "names": _digest(images), "bytes": _bytes(images),
+    }  # fmt: skip
+    text = json.dumps(facts, indent=1) + "\n"
+    try:
+        write_atomically(run.path / "data.json", lambda path: path.write_text(text))
+    except OSError as error:
+        print(f"{run.path / 'data.json'} cannot be written ({error.strerror}).", file=sys.stderr)
+
+
+def _facts(run):
+    """Return what `note` wrote, {} for a run from before it did."""
+    path = run.path / "data.json"
+    try:
+        facts = json.loads(path.read_text())
+        if {key: type(facts.get(key)) for key in FACTS} != FACTS:
+            raise ValueError(f"it does not say {', '.join(FACTS)}")
+        return facts
+    except FileNotFoundError:
+        return {}
+    except (AttributeError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Restore it, or remove it: then nothing is compared.") from None
+
+
+def _compare(run, before, images, place):
+    """Raise UserError where a new place holds other images; say it where the old one has changed."""
+    same_names = before["names"] == _digest(images)
+    numbers = f"{len(images)} images, {before['images']} when the run was trained"
+    if place == before["source"]:
+        if not same_names:
+            _say(f"'{place}' has changed since run '{run.name}' was trained: {numbers}.")
+    elif not (same_names and before["bytes"] == _bytes(images)):
+        raise UserError(
+            f"run '{run.name}' was trained on '{before['source']}', and '{place}' holds other images ({numbers}; their "
+            f"names and sizes are compared). For other images train another run (--label, --name)."
+        )
+
+
+@functools.cache
+def _say(line):
+    print(line, file=sys.stderr)
+
+
+def _digest(images):
+    return hashlib.sha256(b"\0".join(map(os.fsencode, images.names))).hexdigest()
+
+
+def _bytes(images):
+    return sum(map(images.store.length, images.names))

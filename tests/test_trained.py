@@ -1,0 +1,167 @@
+"""A run meets its data again with the checks it was trained under, wherever one stands and wherever the data moved."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import assert_same_run
+from PIL import Image
+
+from gear import data
+from gear.__main__ import main
+from gear.analysis.tables import observed
+from gear.config import UserError
+from gear.data import DataConfig, trained_on
+from gear.recipes import plan, recipe, train_with_parents
+from gear.run import Run
+from gear.training.loop import Runtime, train
+
+QUIET = Runtime(device="cpu", quiet=True)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = tmp_path / "pets" / "bcd"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    return tmp_path / "pets"
+
+
+def short(source, **changes):
+    config = recipe("tiny-tokenizer")
+    config = replace(config, steps=4, eval_every=2, save_every=2, eval_images=4, data=replace(config.data, source=str(source)))
+    return replace(config, tokenizer=replace(config.tokenizer, init_from_data=False), **changes)
+
+
+def trained(source, name="pets", **changes):
+    planned = plan(short(source, **changes), name)
+    return train(planned[-1][1], name, QUIET)
+
+
+def test_a_run_finds_its_images_from_any_folder(pets, monkeypatch, tmp_path):
+    """A relative path means another folder elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    run = trained("pets")
+    assert run.config["data"]["source"] == str(pets)
+    (tmp_path / "x" / "pets" / "k").mkdir(parents=True)
+    shutil.copy(pets / "b" / "0.png", tmp_path / "x" / "pets" / "k" / "0.png")
+    before = data.load(trained_on(run), "val")[0]
+    monkeypatch.chdir(tmp_path / "x")
+    assert trained_on(run).source == str(pets) and (data.load(trained_on(run), "val")[0] == before).all()
+
+
+@pytest.mark.parametrize("change", ("added", "removed", "renamed"))
+def test_classes_that_changed_are_an_error_for_whoever_asks(pets, change):
+    run = trained(pets)
+    if change == "added":
+        shutil.copytree(pets / "b", pets / "a")
+    elif change == "removed":
+        shutil.rmtree(pets / "b")
+    else:
+        (pets / "b").rename(pets / "a")
+    for ask in (trained_on, lambda run: observed(run, "val", 4)):
+        with pytest.raises(UserError, match=r"classes in '.*pets': .*this run has 3 \(b, c, d\)"):
+            ask(run)
+
+
+def test_images_that_moved_are_the_same_run(pets, tmp_path, capsys):
+    run = trained(pets)
+    moved = pets.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="the images of run 'pets' are not at '.*/pets' any more.*gear data NEW --moved pets"):
+        trained_on(run)
+    assert trained_on(run, str(moved)).source == str(moved)
+    assert trained_on(run).source == str(moved)  # it is remembered
+    assert trained(moved).config["data"]["source"] == str(pets)  # and no other run
+    moved.rename(pets)
+    assert trained_on(run).source == str(pets)
+
+
+def test_a_run_resumes_on_images_that_moved_to_the_same_bytes(pets, tmp_path):
+    for name in ("whole", "cut"):
+        trained(pets, name)
+    shutil.rmtree(tmp_path / "runs" / "cut" / "checkpoints" / "0000004")
+    shutil.move(pets, tmp_path / "moved")
+    assert Run.open("cut").step == 2
+    trained(tmp_path / "moved", "cut")
+    assert_same_run(tmp_path / "runs" / "cut", tmp_path / "runs" / "whole")
+
+
+@pytest.mark.parametrize("change", ("another image", "one more", "another size"))
+def test_other_images_elsewhere_are_not_the_run(pets, tmp_path, change):
+    run = trained(pets)
+    other = shutil.copytree(pets, tmp_path / "other")
+    if change == "one more":
+        shutil.copy(pets / "b" / "0.png", other / "b" / "new.png")
+    else:
+        name = "x.png" if change == "another image" else "0.png"
+        (other / "b" / "0.png").unlink()
+        Image.new("RGB", (32, 32)).save(other / "b" / name)
+    for ask in (lambda: trained_on(run, str(other)), lambda: trained(other)):
+        with pytest.raises(UserError, match=f"run 'pets' was trained on '{pets}', and '{other}' holds other images"):
+            ask()
+    assert trained_on(run).source == str(pets)
+
+
+def test_images_that_changed_in_their_place_are_said_to(pets, capsys):
+    run = trained(pets)
+    shutil.copy(pets / "b" / "0.png", pets / "b" / "new.png")
+    trained_on(run)
+    said = f"'{pets}' has changed since run 'pets' was trained: 61 images, 60 images when the run was trained"
+    assert said.replace("60 images when", "60 when") in capsys.readouterr().err
+
+
+def test_what_does_not_move_and_what_was_never_noted(pets, tiny, tmp_path):
+    with pytest.raises(UserError, match="was trained on 'scenes', which does not move to"):
+        trained_on(Run.open("tiny"), str(pets))
+    assert trained_on(Run.open("tiny")) == DataConfig(train_images=512, val_images=128)
+    run = trained(pets)
+    (run.path / "data.json").unlink()  # as of a run from before it was written
+    shutil.copytree(pets / "b", pets / "a")
+    with pytest.raises(UserError, match="this run has 3 .generator.num_classes"):
+        trained_on(run)
+    for damage in ("", "[]", "{}", '{"source": 3}', "\0"):
+        (run.path / "data.json").write_text(damage)
+        with pytest.raises(UserError, match="data.json cannot be read"):
+            trained_on(run)
+
+
+def test_the_command_line_says_where_data_moved_to(pets, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained("pets", "pets-a")
+    trained("pets", "pets-b")
+    pets.rename(tmp_path / "moved")
+    main(["data", "moved", "--moved", "pets-*"])
+    said = capsys.readouterr().out
+    assert "moved: 60 images" in said and said.count(f"its images lie in {tmp_path / 'moved'}") == 2
+    assert json.loads((tmp_path / "runs" / "pets-b" / "data.json").read_text())["source"] == str(tmp_path / "moved")
+    for words in (["data", "nowhere"], ["data", "moved", "--moved", "none"], ["data"], ["data", "moved", "--labels", "no.txt"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, monkeypatch):
+    base = recipe("tiny")
+    config = replace(base, data=replace(base.data, source=str(pets)), eval_images=4)
+    train_with_parents(config, "tiny-pets", base, "pets", QUIET)
+    words = ["evaluate", "tiny-pets", "--count", "8", "--quiet", "--network", "scenes", "--metrics", "fd_scenes"]
+    main(words)
+    first = capsys.readouterr().out
+    shutil.copytree(pets / "b", pets / "a")
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and "4 (a, b, c, d); this run has 3 (b, c, d)" in capsys.readouterr().err
+    shutil.rmtree(pets / "a")
+    pets.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--source", "nowhere"])
+    assert end.value.code == 2 and "--source: there are no images at" in capsys.readouterr().err
+    main([*words, "--source", str(tmp_path / "moved")])
+    assert capsys.readouterr().out == first
+    assert not os.path.exists(pets)

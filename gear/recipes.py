@@ -138,7 +138,7 @@ def known():
 
 def recipe(name):
     """Return the Config of the run `name`: a recipe's name, with `-sN` for seed N; its parents carry the same seed."""
-    stem, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", name).groups()
+    stem, seed = re.fullmatch(r"(?s)(.*?)(?:-s(0|-?[1-9][0-9]*))?", name).groups()
     if stem not in RECIPES:
         raise UserError(f"unknown recipe '{stem}'.{nearest(stem, RECIPES)} Known: {known()}.")
     config = RECIPES[stem]
@@ -163,7 +163,9 @@ def plan(config, name=None, base=None, label=None, dry=False):
     change and `label` at the end of its name. An ancestor that is no recipe must exist.
     """
     name = name or config.recipe
-    classes = num_classes(config.data, config.generator.num_classes if dry else None)
+    classes, asked = num_classes(config.data, config.generator.num_classes if dry else None), config.generator.num_classes
+    if asked not in (classes, (base or config).generator.num_classes):
+        raise UserError(f"num_classes is {asked}: a run has as many as its images, which are {classes}. Leave it out.")
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
         return [(name, config)]
@@ -176,9 +178,8 @@ def plan(config, name=None, base=None, label=None, dry=False):
         raise UserError(
             f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the stage tokenizer or joint."
         )
-    for section in SHARED[parent.stage]:
-        parent = replace(parent, **{section: _carry(getattr(base or recipe(name), section), getattr(config, section),
-                                                    getattr(parent, section))})  # fmt: skip
+    sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in SHARED[parent.stage]}
+    parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
     parent_name = config.tokenizer_run
     if parent != original:
         if not label:

@@ -83,7 +83,7 @@ NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, without=1)]
 Tau = Annotated[float, Range(1e-6)]  # of a soft read-out, which is hard at lower ones, where its quotients overflow
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def check_value(name, value, kind):
@@ -102,10 +102,11 @@ def check_value(name, value, kind):
             choices = ", ".join(map(repr, arguments))
             raise UserError(f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}")
     elif origin is tuple:
-        if not isinstance(value, tuple):
-            raise UserError(f"{name} is {value!r}: it has to be a tuple.")
-        for element in value:
-            check_value(name, element, arguments[0])
+        kinds = arguments if arguments[-1] is not ... else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
+        if not isinstance(value, tuple) or len(value) != len(kinds):
+            raise UserError(f"{name} is {value!r}: it has to be a tuple{f' of {len(kinds)}' if kinds else ''}.")
+        for element, of_element in zip(value, kinds):
+            check_value(name, element, of_element)
     elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) and kind is not bool:
         raise UserError(f"{name} is {value!r}: it has to be {WORDS.get(kind, f'a {kind.__name__}')}.")
 

@@ -165,7 +165,7 @@ def plan(config, name=None, base=None, label=None, dry=False):
     name = name or config.recipe
     classes, asked = num_classes(config.data, config.generator.num_classes if dry else None), config.generator.num_classes
     if asked not in (classes, (base or config).generator.num_classes):
-        raise UserError(f"num_classes is {asked}: a run has as many as its images, which are {classes}. Leave it out.")
+        raise UserError(f"num_classes is {asked}: the images have {classes} classes, and a run takes theirs. Leave it out.")
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
         return [(name, config)]
@@ -180,6 +180,9 @@ def plan(config, name=None, base=None, label=None, dry=False):
         )
     sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in SHARED[parent.stage]}
     parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
+    if parent.stage == "tokenizer":  # whose discriminator the joint stage goes on with
+        sizes = {name: getattr(config.objective, name) for name in ("disc_channels", "disc_layers")}
+        parent = replace(parent, objective=replace(parent.objective, **sizes))
     parent_name = config.tokenizer_run
     if parent != original:
         if not label:

@@ -57,6 +57,7 @@ def generate(
     settings = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     for name, value in settings.items():
         check_value(name, value, RANGES[name])
+    check_value("cfg_interval", cfg_interval or (0, 0), tuple[Whole, Whole])
     generator.eval()
     if dtype not in (None, generator.embedding.dtype):
         generator = copy.deepcopy(generator).to(dtype)

@@ -15,7 +15,7 @@ from gear import data, figures, gallery, render
 from gear.analysis import claims
 from gear.analysis.codes import usage
 from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
-from gear.config import Interrupted, TrainingStopped, UserError, from_dict, nearest
+from gear.config import Interrupted, TrainingStopped, UserError, from_dict, given_by, nearest
 from gear.containers import export
 from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
 from gear.evaluation.reconstruction import l1, psnr, reconstruct
@@ -41,6 +41,8 @@ def train_command(names, arguments):
     base = recipe(names[0])
     options = _parse(TrainOptions(base), arguments)
     if options.config.seed != base.seed:  # the seed is part of the name
+        if named := [name for name in names if name not in RECIPES]:
+            raise UserError(f"--seed {options.config.seed}: '{named[0]}' names a seed already. Give one of the two.")
         seeded = [f"{name}-s{options.config.seed}" for name in names]
         return train_command(seeded, arguments)
     if len(names) > 1:
@@ -65,7 +67,9 @@ def sweep_command(names, arguments):
     if len(names) != 1:
         raise UserError(f"name one study: gear sweep STUDY. Known: {', '.join(STUDIES)}.")
     options = _parse(SweepOptions(), arguments)
-    seeds, cells = seeds_of(options.seeds), [c for c in options.cells.split(",") if c] or None
+    with given_by("--seeds"):
+        seeds = seeds_of(options.seeds)
+    cells = [c for c in options.cells.split(",") if c] or None
     if options.list:
         given = {"count": options.count, "device": options.device, "workers": options.workers}
         more = [w for key, value in given.items() if value != getattr(SweepOptions, key) for w in (f"--{key}", str(value))]
@@ -114,8 +118,6 @@ def reconstruct_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one run or file: gear reconstruct FILE --images PATH.")
     options = _parse(ReconstructOptions(), arguments)
-    if options.count < 1 or options.image_size < 0:
-        raise UserError(f"count is {options.count}, image_size {options.image_size}: at least one image, of a positive size.")
     _check_png(options.out)
     checkpoint = open_checkpoint(names[0])
     own = data.DataConfig(source="", image_size=256)  # a file has no images of its own
@@ -194,7 +196,8 @@ def data_command(names, arguments):
 def figures_command(names, arguments):
     """Execute the notebooks, or those named, and write their figures; skip what is up to date. Then the page of all figures."""
     options, stopped = _parse(FigureOptions(), arguments), None
-    seeds = seeds_of(options.seeds) if options.seeds else ()
+    with given_by("--seeds"):
+        seeds = seeds_of(options.seeds) if options.seeds else ()
     try:
         render.render(names, options.force, dict(options.parameters), options.jobs, seeds)
     except TrainingStopped as failures:  # what could be drawn is shown all the same

@@ -1,16 +1,19 @@
-"""Configurations: frozen dataclasses to JSON and back, and the one exception a user's mistake raises."""
+"""Configurations: frozen dataclasses whose fields declare their ranges, to JSON and back, and what a mistake raises."""
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
+import sys
 import typing
+from typing import Annotated
 
 __version__ = "0.1.0"
 
 
-class UserError(ValueError):
+class UserError(Exception):  # no ValueError: tyro would box those, and cut their lines
     """Say what was wrong, what was expected and what to do; the command line prints it without a traceback, exit code 2."""
 
 
@@ -50,13 +53,111 @@ def check_range(values, bound, what):
         raise UserError(f"{what} run from {low} to {high}: they have to lie in [0, {bound}).")
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, with both ends but the one named `without`; NaN and the infinities are in no range."""
+
+    low: float
+    high: float = sys.float_info.max
+    without: float | None = None
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high and value != self.without
+
+    def __str__(self):
+        lower = f"{'above' if self.low == self.without else 'at least'} {self.low:,}"
+        upper = f" and {'below' if self.high == self.without else 'at most'} {self.high:,}"
+        return lower + (upper if self.high < sys.float_info.max else "")
+
+
+MOST = 1_000_000_000  # of whatever is counted
+Count = Annotated[int, Range(1, MOST)]
+Whole = Annotated[int, Range(0, MOST)]  # a count whose field says what 0 means
+Samples = Annotated[int, Range(2, MOST)]  # of which statistics are taken: one has none
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # scikit-learn's range; torch and NumPy take what is derived from it, too
+Parallel = Annotated[int, Range(0, 1_024)]  # processes or threads
+Jobs = Annotated[int, Range(1, 1_024)]
+Pixels = Annotated[int, Range(1, 16_384)]  # of a side
+Positive = Annotated[float, Range(0, without=0)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, without=1)]
+Tau = Annotated[float, Range(1e-6)]  # of a soft read-out, which is hard at lower ones, where its quotients overflow
+WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+
+
+def check_value(name, value, kind):
+    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices, of a tuple's elements.
+
+    An int will do for a float, and a bool for neither.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        check_value(name, value, arguments[0])
+        for bounds in arguments[1:]:
+            if isinstance(bounds, Range) and value not in bounds:
+                raise UserError(f"{name} is {value}: it has to be {bounds} ({WORDS[arguments[0]]}).")
+    elif origin is typing.Literal:
+        if value not in arguments:
+            choices = ", ".join(map(repr, arguments))
+            raise UserError(f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}")
+    elif origin is tuple:
+        kinds = arguments if arguments[-1] is not ... else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
+        if not isinstance(value, tuple) or len(value) != len(kinds):
+            raise UserError(f"{name} is {value!r}: it has to be a tuple{f' of {len(kinds)}' if kinds else ''}.")
+        for element, of_element in zip(value, kinds):
+            check_value(name, element, of_element)
+    elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) and kind is not bool:
+        raise UserError(f"{name} is {value!r}: it has to be {WORDS.get(kind, f'a {kind.__name__}')}.")
+
+
+def require(rule, message):
+    """Raise UserError with `message` unless a `rule` between fields holds."""
+    if not rule:
+        raise UserError(message)
+
+
+def read_numbers(name, text, kind):
+    """Read "0,1,2" as a list of numbers of `kind`, an annotation with a Range; raises UserError for anything else."""
+    number = typing.get_args(kind)[0]
+    try:
+        values = [number(value) for value in text.split(",")]
+    except ValueError:
+        raise UserError(f"{name} are '{text}': numbers with commas between are expected, as in 0,1,2.") from None
+    for value in values:
+        check_value(name, value, kind)
+    return values
+
+
+class Checked:
+    """A dataclass that checks, wherever it is built, that each field has the type and the range of its annotation.
+
+    Raises UserError naming the field. A class with rules between fields adds them to `__post_init__`, after this one's.
+    """
+
+    def __post_init__(self):
+        for name, kind in _kinds(type(self)).items():
+            check_value(name, getattr(self, name), kind)
+
+
+@functools.cache
+def _kinds(cls):
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def to_dict(config):
     """Turn a (nested) dataclass into plain JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls, values, where=""):
-    """Build dataclass `cls` from `values`: a missing key takes its default, an unknown one raises UserError."""
+    """Build dataclass `cls` from `values`, a dict: a missing key takes its default.
+
+    Raises UserError for an unknown key, and for a value that its field cannot have.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.') or 'the configuration'} is {values!r}: it has to be a table of fields.")
     fields = {f.name for f in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
     for key in values:

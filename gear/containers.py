@@ -199,7 +199,7 @@ def read_safetensors(path):
         if groups or card["container"] not in CONTAINERS:
             raise UserError(f"it does not speak of {', '.join(groups) or card['container']}")
         return checkpoint
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
         raise UserError(f"the card of '{path.name}' does not fit its tensors: {error}. Export it again.") from None
 
 

@@ -11,10 +11,10 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from gear.config import UserError
+from gear.config import UserError, check_value
 from gear.data import to_uint8
 from gear.figures import PALETTE, use_style
-from gear.generator.sampling import generate
+from gear.generator.sampling import Guidance, generate
 from gear.tokenizer.readout import hard_indices, soft_assignment
 from gear.widgets import Panel, TokenGrid, ink
 
@@ -237,9 +237,11 @@ def readout(tokenizer, images, tau, position=0):
 
 def samples(generator, tokenizer, grid, classes, cfg_scale=1.5):
     """Show samples of any class: a Panel with the controls `label`, `cfg_scale`, `temperature` and `seed`."""
+    check_value("cfg_scale", cfg_scale, Guidance)
+    scales = dict(min=0, max=max(6, cfg_scale), step=0.25)
     controls = {
         "label": widgets.Dropdown(options=[(name, i) for i, name in enumerate(classes)], description="class c"),
-        "cfg_scale": widgets.FloatSlider(cfg_scale, min=1, max=6, step=0.25, description="cfg_scale", continuous_update=False),
+        "cfg_scale": widgets.FloatSlider(cfg_scale, **scales, description="cfg_scale", continuous_update=False),
         "temperature": widgets.FloatSlider(1, min=0, max=1.5, step=0.05, description="temp.", continuous_update=False),
         "seed": widgets.BoundedIntText(0, min=0, max=2**31, description="seed"),
     }

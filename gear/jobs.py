@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm
 
-from gear.config import Interrupted, TrainingStopped, UserError
+from gear.config import Interrupted, Jobs, TrainingStopped, UserError, check_value
+from gear.device import find_device
 from gear.home import check_writable, runs_dir
 from gear.recipes import check_teachers, plan, recipe
 from gear.run import Run
@@ -65,6 +66,7 @@ def train_many(names, jobs, runtime=Runtime()):
     """
     if runtime.shard:
         raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
+    find_device(runtime.device)
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
     finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config, runtime.rebuild)}
     waiting = {n: config for n, config in configs.items() if n not in finished}
@@ -79,8 +81,7 @@ def work(tasks, finished, jobs, done=lambda name: None):
 
     `done(name)` is called after each that succeeded. Raises as `train_many` does.
     """
-    if jobs < 1:
-        raise UserError(f"{jobs} runs at a time is none: --jobs has to be at least 1.")
+    check_value("jobs", jobs, Jobs)
     waiting, finished, running, failures = {task.name: task for task in tasks}, set(finished), {}, {}
     ours = dict(waiting)
     bar = tqdm(

@@ -6,10 +6,10 @@ torch.utils.flop_counter counts them: a multiplication and an addition are two, 
 
 import textwrap
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from gear import counts
-from gear.config import UserError, nearest, to_dict
+from gear.config import Range, UserError, check_value, nearest, to_dict
 from gear.counts import Count
 from gear.run import Run, run_path
 from gear.teachers import split
@@ -33,6 +33,7 @@ GPUS = {  # from the makers' data sheets
     "rtx4090": GPU(165.2, 82.6, 82.6, 24),
 }
 TRAINED, WEIGHT = 16, 4  # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged one
+Utilisation = Annotated[float, Range(0, 1, without=0)]  # the share of a GPU's data sheet that is reached
 USABLE = 0.9  # of a GPU's memory: the rest goes to its libraries and to fragments
 
 
@@ -257,8 +258,7 @@ def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
     """
     if gpu not in (*GPUS, "cpu"):
         raise UserError(f"unknown GPU '{gpu}'.{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}; cpu gives no hours.")
-    if not 0 < utilisation <= 1:
-        raise UserError(f"utilisation is {utilisation}: it is the share of a GPU's data sheet that is reached, in (0, 1].")
+    check_value("utilisation", utilisation, Utilisation)
     hours = 0.0
     for name, config in planned:
         run = Run(run_path(name))

@@ -138,7 +138,7 @@ def known():
 
 def recipe(name):
     """Return the Config of the run `name`: a recipe's name, with `-sN` for seed N; its parents carry the same seed."""
-    stem, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", name).groups()
+    stem, seed = re.fullmatch(r"(?s)(.*?)(?:-s(0|-?[1-9][0-9]*))?", name).groups()
     if stem not in RECIPES:
         raise UserError(f"unknown recipe '{stem}'.{nearest(stem, RECIPES)} Known: {known()}.")
     config = RECIPES[stem]
@@ -167,8 +167,11 @@ def plan(config, name=None, base=None, label=None, dry=False):
 
 
 def _plan(config, name, base, label, dry):
+    asked = config.generator.num_classes
     with given_by("--source"):
-        classes = num_classes(config.data, config.generator.num_classes if dry else None)
+        classes = num_classes(config.data, asked if dry else None)
+    if asked not in (classes, (base or config).generator.num_classes):
+        raise UserError(f"num_classes is {asked}: the images have {classes} classes, and a run takes theirs. Leave it out.")
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
         return [(name, config)]
@@ -181,9 +184,11 @@ def _plan(config, name, base, label, dry):
         raise UserError(
             f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the stage tokenizer or joint."
         )
-    for section in SHARED[parent.stage]:
-        parent = replace(parent, **{section: _carry(getattr(base or recipe(name), section), getattr(config, section),
-                                                    getattr(parent, section))})  # fmt: skip
+    sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in SHARED[parent.stage]}
+    parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
+    if parent.stage == "tokenizer":  # whose discriminator the joint stage goes on with
+        sizes = {name: getattr(config.objective, name) for name in ("disc_channels", "disc_layers")}
+        parent = replace(parent, objective=replace(parent.objective, **sizes))
     parent_name = config.tokenizer_run
     if parent != original:
         if not label:

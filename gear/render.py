@@ -9,9 +9,10 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from gear.config import TrainingStopped, UserError, nearest
+from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
 from gear.figures import scale
 from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
+from gear.parameters import check_parameter
 from gear.run import Run, run_names
 from gear.studies import STUDIES
 
@@ -189,8 +190,7 @@ def check_parameters(namespace):
         for target in node.targets if isinstance(node, ast.Assign) else ():
             _check_known("this notebook", types, target.id)
     for key, kind in types.items():
-        if not _is_of(namespace.get(key), kind):
-            raise _mistyped("this notebook", key, kind, namespace.get(key))
+        _check_value("this notebook", key, kind, namespace.get(key))
 
 
 def _typed(notebook, types, key, value):
@@ -202,9 +202,15 @@ def _typed(notebook, types, key, value):
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             pass  # still text, and said to be
-    if not _is_of(value, kind):
-        raise _mistyped(notebook, key, kind, value)
+    _check_value(notebook, key, kind, value)
     return value
+
+
+def _check_value(notebook, key, kind, value):
+    if not _is_of(value, kind):
+        raise UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
+    with given_by(f"notebook '{notebook}', parameter '{key}'"):
+        check_parameter(key, value)
 
 
 def _check_known(notebook, types, key):
@@ -217,10 +223,6 @@ def _is_of(value, kind):
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _mistyped(notebook, key, kind, value):
-    return UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
-
-
 def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
     """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose inputs have not changed.
 
@@ -229,8 +231,7 @@ def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
     end. Runs that are missing are a failure of what is named; where all are drawn, it is said what needs them.
     """
     targets = _targets(names or figure_notebooks(), parameters or {})
-    if jobs < 1:
-        raise UserError(f"{jobs} notebooks at a time is none: --jobs has to be at least 1.")
+    check_value("jobs", jobs, Jobs)
     if seeds:
         targets = {product: (notebook, seeded(notebook, seeds) | given) for product, (notebook, given) in targets.items()}
     with ThreadPoolExecutor(jobs) as pool:  # a kernel is a process of its own; the threads wait for theirs

@@ -11,11 +11,12 @@ import pandas as pd
 
 from gear.analysis.claims import MIN_SEEDS, interval
 from gear.analysis.tables import published
-from gear.config import UserError, from_dict
+from gear.config import Count, Samples, UserError, check_value, from_dict
 from gear.data import DataConfig, open_source
 from gear.data.stores import DOWNLOADS
 from gear.data.trained import place_of
 from gear.evaluation.evaluate import EvaluateOptions, scores
+from gear.generator.sampling import Guidance
 from gear.run import Run, open_runs, run_names
 from gear.studies import SAMPLES, members, space, study
 
@@ -89,6 +90,9 @@ def quality(runs, count=SAMPLES, steps=(), scales=(1.0,)):
     Columns: run, seed, step, cfg_scale, metric, value. Raises UserError for the first of these scores that is missing, naming
     the runs that lack it and the command that makes them.
     """
+    check_value("count", count, Samples)
+    check_value("steps", tuple(steps), tuple[Count, ...])
+    check_value("cfg_scale", tuple(scales), tuple[Guidance, ...])
     lines, lacking = [], {}
     for run in open_runs(runs) if isinstance(runs, str) else runs:
         config, preset = run.config, run.config["recipe"]
@@ -129,6 +133,7 @@ def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
 
     Raises UserError naming the runs that are missing, or not scored, and the command that makes them.
     """
+    check_value("count", count, Samples)
     found = members(name, preset, seeds)
     there, lacking = set(run_names()), []
     lines = []

@@ -8,7 +8,7 @@ too, the cell has a LlamaGen-REPA of its own; else all cells share the preset's.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gear.config import UserError, flatten, nearest
+from gear.config import Seed, UserError, flatten, nearest, read_numbers
 from gear.generator.model import GENERATORS
 from gear.presets import change
 from gear.recipes import RECIPES, plan, recipe
@@ -184,10 +184,7 @@ def space(preset):
 
 def seeds_of(text):
     """Read "0,1,2"; raises UserError for anything else."""
-    try:
-        return sorted({int(seed) for seed in str(text).split(",")})
-    except ValueError:
-        raise UserError(f"seeds are '{text}': numbers with commas between are expected, as in 0,1,2.") from None
+    return sorted(set(read_numbers("seeds", text, Seed)))
 
 
 def members(name, preset, seeds, labels=None):

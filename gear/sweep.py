@@ -4,9 +4,8 @@ import json
 import os
 from collections import Counter
 
-import torch
-
 from gear.config import UserError, to_dict
+from gear.device import find_device
 from gear.home import check_writable, runs_dir
 from gear.jobs import Task, training, work
 from gear.price import GPUS, price
@@ -23,6 +22,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     Tells the cost before it starts, and what a member measured as soon as it has. The same call goes on after a kill.
     Raises as `jobs.train_many` does.
     """
+    evaluated_on = _device(runtime)
     found = members(name, preset, seeds, cells)
     settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
     planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
@@ -43,7 +43,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                 if not left[member.name]:
                     tell(_line(member, preset, count))
 
-    jobs = jobs or (1 if _device(runtime) else len(os.sched_getaffinity(0)))
+    jobs = jobs or (1 if evaluated_on else len(os.sched_getaffinity(0)))
     work(tasks, settled | planned.keys() - missing.keys(), jobs, done)
     return found
 
@@ -105,9 +105,9 @@ def _tasks(found, missing, preset, count, runtime):
 
 
 def _device(runtime):
-    """Return what an evaluation is told of the device: nothing on a CPU."""
-    on_gpu = runtime.device.startswith("cuda") or runtime.device == "auto" and torch.cuda.is_available()
-    return ("--device", "cuda") if on_gpu else ()
+    """Return what an evaluation is told of the device: nothing on a CPU. Raises UserError for one that is not here."""
+    device = find_device(runtime.device)
+    return () if device.type == "cpu" else ("--device", str(device))
 
 
 def _words(member, name):

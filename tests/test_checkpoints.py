@@ -425,7 +425,7 @@ def test_inputs_out_of_range(file):
     with pytest.raises(UserError, match="nothing to sample"):
         gear.sample(ar, vq, [], (2, 2))
     for bad in (dict(top_p=-1.0), dict(temperature=-1.0), dict(top_k=-3)):
-        with pytest.raises(UserError, match="have to be 0 or more"):
+        with pytest.raises(UserError, match=f"{next(iter(bad))} is -.*: it has to be at least 0"):
             gear.sample(ar, vq, [0], (2, 2), **bad)
     for images in (torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)):
         with pytest.raises(UserError, match="images are .B, 3, H, W. floats"):
@@ -471,8 +471,8 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
         ([str(path), "--images", "nowhere"], "no folder or zip of images at 'nowhere'"),
-        ([str(path), "--images", str(picture), "--count", "0"], "at least one image"),
-        ([str(path), "--images", str(picture), "--image-size", "-16"], "of a positive size"),
+        ([str(path), "--images", str(picture), "--count", "0"], "count is 0: it has to be at least 1"),
+        ([str(path), "--images", str(picture), "--image-size", "-16"], "image_size is -16: it has to be at least 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["reconstruct", *arguments, "--out", str(home / "no.png")])

@@ -88,11 +88,11 @@ def test_images_that_cannot_be_read(capsys, home):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--device", "gpu"], "no device 'gpu' here"),
-        (["--device", "cuda:99"], "Try --device cpu, or auto"),
+        (["--device", "gpu"], "no device 'gpu' here: there is auto, cpu"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--steps", 0], "steps is 0: it has to be at least 1"),
         (["--batch-size", -1], "batch_size is -1: it has to be at least 1"),
-        (["--workers", -1], "workers are -1"),
+        (["--workers", -1], "workers is -1: it has to be at least 0"),
         (["--name", "some/where"], "'some/where' is a path; a run is opened by name"),
     ],
 )
@@ -102,7 +102,7 @@ def test_options_that_cannot_be(options, said, capsys, home):
 
 
 def test_no_run_at_a_time(capsys, home):
-    assert "--jobs has to be at least 1" in mistake(capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0)
+    assert "jobs is 0: it has to be at least 1" in mistake(capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0)
     assert not (home / "runs").exists()
 
 

@@ -557,7 +557,7 @@ def test_the_command_says_a_mistake(tiny, capsys):
         (dict(sweep="cfg_scale=1,high"), "are no numbers of cfg_scale"),
         (dict(sweep="cfg_scale"), "as in cfg_scale=1,1.25,1.5"),
         (dict(sweep="weights=1,2"), "one of count, cfg_scale"),
-        (dict(sampling={"count": 1}), "two at least"),
+        (dict(sampling={"count": 1}), "count is 1: it has to be at least 2"),
         (dict(sampling={"count": 4}, metrics=("prdc",)), "k = 5 neighbours of 4 samples"),
         (dict(sampling={"temperature": -1.0}), "temperature"),
         (dict(samples="nowhere.npz"), "there is no file nowhere.npz"),

@@ -222,7 +222,7 @@ def greedy(generator, labels, side, cfg_scale=1.0):
     indices = torch.zeros(len(labels), side * side, dtype=torch.long)
     for i in range(side * side):
         logits = generator(indices, labels)[:, i]
-        if cfg_scale > 1:
+        if cfg_scale != 1:
             none = generator(indices, torch.full_like(labels, generator.no_class))[:, i]
             logits = none + cfg_scale * (logits - none)
         indices[:, i] = logits.argmax(-1)
@@ -230,7 +230,7 @@ def greedy(generator, labels, side, cfg_scale=1.0):
 
 
 @pytest.mark.parametrize("rotation", ("identity", "zero"))
-@pytest.mark.parametrize("cfg_scale", (1.0, 3.0))
+@pytest.mark.parametrize("cfg_scale", (0.0, 0.3, 1.0, 3.0))
 def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation):
     generator = tiny_generator(condition_rotation=rotation)
     got = generate(generator, LABELS, (4, 4), cfg_scale=cfg_scale, temperature=0)
@@ -244,6 +244,48 @@ def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generat
     generator.class_embedding.weight.data[:] = generator.class_embedding.weight.data[3]
     plain, guided = (generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0))
     assert torch.equal(plain, guided)
+
+
+def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator):
+    """Whatever the label: that of no class alone; between 0 and 1, and at both, as the formula's probabilities have it."""
+    unconditional = greedy(generator, torch.full_like(LABELS, generator.no_class), 4)
+    assert torch.equal(generate(generator, LABELS, (4, 4), cfg_scale=0, temperature=0), unconditional)
+    assert not torch.equal(generate(generator, LABELS, (4, 4), temperature=0), unconditional)
+    for interval in ((0, 7), (4, 16)):  # elsewhere the condition holds: a pair is needed
+        indices = torch.zeros(len(LABELS), 16, dtype=torch.long)
+        for i in range(16):
+            labels = torch.full_like(LABELS, generator.no_class) if interval[0] <= i < interval[1] else LABELS
+            indices[:, i] = generator(indices, labels)[:, i].argmax(-1)
+        got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
+        assert torch.equal(got.flatten(1), indices)
+    labels = torch.full((6000,), 3)
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in (generator.no_class, 3))
+    for scale in (0, 0.5):
+        drawn = torch.bincount(generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K) / 6000
+        torch.testing.assert_close(drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025)
+
+
+@pytest.mark.parametrize("name", ("cfg_scale", "temperature", "top_k", "top_p", "seed"))
+@pytest.mark.parametrize("value", (-1, float("nan"), float("inf"), "1", None, True, 10**30))
+def test_settings_out_of_range_are_refused(name, value, generator):
+    with pytest.raises(UserError, match=f"{name} is "):
+        generate(generator, LABELS, (4, 4), **{name: value})
+
+
+@pytest.mark.parametrize("interval", ((-1, 3), (float("nan"), 3), (0, 1, 2), "ab", 3))
+def test_an_interval_is_two_places_of_tokens(interval, generator):
+    with pytest.raises(UserError, match="cfg_interval is "):
+        generate(generator, LABELS, (4, 4), cfg_scale=2, cfg_interval=interval)
+
+
+def test_the_extremes_of_the_ranges_have_their_meaning(generator):
+    """A temperature so low that logits over it overflow takes the arg-max; the largest scale guides, the largest seed draws."""
+    cold = generate(generator, LABELS, (4, 4), temperature=1e-40)
+    assert torch.equal(cold, generate(generator, LABELS, (4, 4), temperature=0))
+    assert torch.equal(generate(generator, LABELS, (4, 4), temperature=1e-19), cold)
+    guided = generate(generator, LABELS, (4, 4), cfg_scale=1e6, temperature=1e-19)
+    assert torch.equal(guided, greedy(generator, LABELS, 4, 1e6))
+    assert generate(generator, LABELS, (4, 4), temperature=1e6, seed=2**63 - 1).unique().tolist() == list(range(K))
 
 
 def test_scale_one_ignores_the_null_class(generator):

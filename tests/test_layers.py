@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "home", "run"],
+    ["config", "device", "home", "run"],
     [
         "data.pixels",
         "data.stores",
@@ -68,7 +68,7 @@ LAYERS = [
         "training.loop",
     ],
     ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
-    ["figures", "widgets", "explore", "monitor", "render", "gallery"],
+    ["figures", "widgets", "explore", "monitor", "parameters", "render", "gallery"],
     ["options", "__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}

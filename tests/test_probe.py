@@ -128,12 +128,12 @@ def test_what_cannot_be_read_together_is_said(home, images):
         probe.open_generator(generator_file(home / "t2i.pt", text_slots=300, text_dim=8), tokenizer)
     with pytest.raises(UserError, match="c2i.pt' knows 32 codes, tokenizer of vq.pt .* has 64: give the one it reads"):
         probe.open_generator(generator_file(home / "c2i.pt", codebook_size=32), tokenizer)
-    with pytest.raises(UserError, match="tau = 0: a temperature is positive"):
+    with pytest.raises(UserError, match="tau is 0.0: it has to be at least 1e-06"):
         probe.probe_tokenizer(tokenizer, images[0], 0.0, None, K)
-    with pytest.raises(UserError, match="1 images of 'scenes' are too few: take 2"):
+    with pytest.raises(UserError, match="count is 1: it has to be at least 2"):
         probe.load_images(CONFIG, 1)
     for k in (0, 63):
-        with pytest.raises(UserError, match=f"k = {k}: with 64 tokens an image, from 1 to 62 neighbours"):
+        with pytest.raises(UserError, match=f"with 64 tokens an image: k is {k}: it has to be at least 1 and at most 62"):
             probe.teacher_targets("", CONFIG, images[0], [4], k)
 
 

@@ -194,12 +194,22 @@ def test_weights_of_one():
     assert not [f for f in RECIPES["imagenet256-l-joint"].objective.__dict__ if f.startswith(("ntp", "recon"))]
 
 
+OTHER = {  # where twice as much, or another word, is no value of the field
+    "stage": "generator", "teacher": "dinov3-b", "precision": "float32", "data.image_size": 512, "tokenizer.quantizer": "ibq",
+    "tokenizer.backbone": "magvit2", "generator.width": 2048, "generator.heads": 32, "generator.tap_layer": 9,
+    "generator.condition_rotation": "zero", "objective.bridge": "none", "objective.disc_layers": 4,
+}  # fmt: skip
+FIXED = {"tokenizer.init_from_data", "generator.text_slots", "generator.dual_layers"}  # what these runs cannot have otherwise
+
+
 def changed(field, value):
     """Return another value of a field."""
+    if field in OTHER:
+        return OTHER[field]
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"teacher": "dinov3-b", "precision": "float32", "objective.bridge": "none"}.get(field, f"{value}-other")
+        return f"{value}-other"
     if isinstance(value, float):
         return value / 2 + 0.003
     return (*value, 1) if isinstance(value, list) else 2 * value + 1
@@ -208,7 +218,7 @@ def changed(field, value):
 FIELDS = flatten(to_dict(of_study("Temp. Tab. 5")))
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", [field for field in FIELDS if field not in FIXED])
 def test_a_changed_field_is_noticed(field):
     """Whichever field of the recipe changes, a line of the tables differs, or what is pinned beside them."""
     config = of_study("Temp. Tab. 5")

@@ -148,7 +148,7 @@ def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
     indices = torch.zeros(len(text), 16, dtype=torch.long)
     for i in range(16):
         logits = generator(indices, text, mask, text_attention)[:, i]
-        if cfg_scale > 1 and interval[0] <= i < interval[1]:
+        if cfg_scale != 1 and interval[0] <= i < interval[1]:
             uncond = generator(indices, *none, text_attention)[:, i]
             logits = uncond + cfg_scale * (logits - uncond)
         indices[:, i] = logits.argmax(-1)
@@ -160,6 +160,9 @@ def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
     ("right", "causal", 1.0, (0, 16)),
     ("left", "causal", 3.0, (0, 16)),
     ("right", "prefix", 3.0, (4, 9)),
+    ("left", "causal", 0.0, (0, 16)),
+    ("right", "prefix", 0.0, (4, 9)),
+    ("left", "causal", 0.5, (0, 16)),
     ("left", "prefix", 3.0, (0, 5)),
 ))  # fmt: skip
 @torch.no_grad()
@@ -169,7 +172,7 @@ def test_cached_generation_is_the_uncached_arg_max_loop(side, text_attention, cf
     got = generate(
         generator, TEXT, (4, 4), mask, cfg_scale=cfg_scale, cfg_interval=interval, temperature=0, text_attention=text_attention
     )
-    assert torch.equal(got, want) and len(got.unique()) > 3
+    assert torch.equal(got, want) and len(got.unique()) > 2
 
 
 def test_what_no_caption_is_has_to_be_told():
@@ -179,6 +182,8 @@ def test_what_no_caption_is_has_to_be_told():
     generate(generator, TEXT, (4, 4), RIGHT)  # nothing unconditional in it
     for call in (
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=2.0),
+        lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=0.5),
+        lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=0.0),
         lambda: generator.train()(TOKENS, TEXT, RIGHT),
     ):
         with pytest.raises(UserError, match="Set generator.no_caption"):

@@ -55,7 +55,7 @@ def assignment(affinity, tau: float) -> Assignment:
     """
     totals, count = 0, 0
     for block in [affinity] if isinstance(affinity, torch.Tensor) else affinity:
-        if tau <= 0 or block.ndim != 2 or block.numel() == 0:
+        if not 0 < tau < math.inf or block.ndim != 2 or block.numel() == 0:
             raise ValueError(f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(block.shape)}")
         for rows in block.split(max(1, CHUNK // block.shape[1])):
             totals, count = totals + _row_totals((rows.double() / tau).softmax(1)), count + len(rows)

@@ -11,9 +11,9 @@ import torch
 from gear import data
 from gear.analysis import codes
 from gear.analysis.features import generator_features, teacher_features, tokenizer_features
-from gear.analysis.tables import COLUMNS, profile, tokenizer_table
+from gear.analysis.tables import COLUMNS, check_neighbours, profile, tokenizer_table
 from gear.checkpoints import load_generator, load_tokenizer, open_checkpoint
-from gear.config import UserError
+from gear.config import Samples, Tau, UserError, check_value
 from gear.data.trained import place_of
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
@@ -83,9 +83,10 @@ def _subject(source, checkpoint, *networks):
 
 def load_images(config, count):
     """Return the first `count` images of a DataConfig's source, all splits, and their classes; UserError for fewer than 2."""
-    images, labels = data.load(config, "all", max(count, 1))
-    if min(count, len(images)) < 2:
-        raise UserError(f"{min(count, len(images))} images of '{config.source}' are too few: take 2 at least, better 100.")
+    check_value("count", count, Samples)
+    images, labels = data.load(config, "all", count)
+    if len(images) < 2:
+        raise UserError(f"{len(images)} images of '{config.source}' are too few: take 2 at least, better 100.")
     return images, labels
 
 
@@ -97,8 +98,7 @@ def teacher_targets(name, config, images, strides, k):
     targets, size = dict.fromkeys(sorted(set(strides))), config.image_size
     for stride in targets:
         check_divides((size, size), stride)
-        if not (tokens := (size // stride) ** 2) - 2 >= k >= 1:
-            raise UserError(f"k = {k}: with {tokens} tokens an image, from 1 to {tokens - 2} neighbours can be compared.")
+        check_neighbours(k, (size // stride) ** 2)
         if name:
             teacher = load_teacher(name, config, stride)
             check_grid(teacher, size, stride)
@@ -114,8 +114,7 @@ def probe_tokenizer(tokenizer, images, tau, target, k):
     codes; "token" the entropy in nats of softmax(A_i / tau), and at 1: assignment_tau, _one, with its "quantile" x; then the
     features before and after quantisation as in `tokenizer_profile`, against the teacher's (None: their maps alone).
     """
-    if tau <= 0:
-        raise UserError(f"tau = {tau:g}: a temperature is positive; the assignment becomes hard as it falls to 0.")
+    check_value("tau", tau, Tau)
     quantizer, grid, parts = tokenizer.quantizer, [side // tokenizer.config.downsampling for side in images.shape[-2:]], []
     for x in images.split(FEW):
         features = tokenizer_features(tokenizer, x)

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from gear.analysis.features import generator_features, tokenizer_features
-from gear.analysis.tables import CHOICES, COLUMNS, alignments, observed
+from gear.analysis.tables import CHOICES, COLUMNS, alignments, check_observed, observed
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import UserError
 
@@ -17,13 +17,15 @@ def generator_sensitivity(run, images=1_000, k=10):
     is `layer_profile`'s: `images`, `k` and the first of each of `CHOICES`. One choice at a time is changed: images to an
     eighth, a quarter, half and twice as many (of the validation images, from the first on), k to half, twice and four times
     as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
-    that it bears on. Raises UserError where there are not twice as many images.
+    that it bears on. Raises UserError where there are not twice as many images, or an eighth is fewer than two.
     """
+    check_observed(run, images, k, least=16)
     return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k))
 
 
 def tokenizer_sensitivity(run, images=1_000, k=10):
     """The same of a tokenizer's features, `layer` "pre" or "post" quantisation, for which there is no choice of pairing."""
+    check_observed(run, images, k, least=16)
     return run.table("tokenizer_sensitivity", {"images": images, "k": k}, lambda: _of_tokenizer(run, images, k))
 
 

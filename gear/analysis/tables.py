@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -12,8 +13,8 @@ from gear.analysis.alignment import Null, cka, cknna, l2_normalise, null, tie_fr
 from gear.analysis.dynamics import speedup
 from gear.analysis.features import generator_features, teacher_features, to_grid, tokenizer_features
 from gear.analysis.spatial import high_frequency_ratio, morans_i
-from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import UserError, from_dict, nearest
+from gear.checkpoints import load_generator, load_tokenizer, token_grid
+from gear.config import MOST, Count, Range, UserError, check_value, from_dict, given_by, nearest
 from gear.home import ROOT
 from gear.teachers import load_teachers
 from gear.tokenizer.autoencoder import TokenizerConfig
@@ -41,9 +42,9 @@ def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased",
       "map"     describes a layer's maps, its spread that of images.
     Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in the form `estimator`; with
     the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows.
-    UserError for a choice that is not there.
+    UserError for a choice that is not there, and for an image, or images, without k neighbours.
     """
-    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator, pairing=pairing)
+    parameters, choices = _parameters(run, images, k, normalise=normalise, estimator=estimator, pairing=pairing)
     return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, **choices))
 
 
@@ -53,7 +54,7 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
     The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
     the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
     """
-    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
+    parameters, choices = _parameters(run, images, k, normalise=normalise, estimator=estimator)
     return run.table("tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, **choices))
 
 
@@ -64,11 +65,26 @@ def alignment_floors(run, images=4_000):
     one "constant", one a "position", one a "class and position"; the value is minus the mean cosine on the run's validation
     images. What a generator reaches beyond these is content.
     """
+    check_value("images", images, Count)
     return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images))
 
 
-def _parameters(images, k, **choices):
+def check_neighbours(k, tokens):
+    """Raise UserError unless a token of an image has a k-th neighbour among the others, and one after it to tell ties by."""
+    with given_by(f"with {tokens} tokens an image"):
+        check_value("k", k, Annotated[int, Range(1, tokens - 2)])
+
+
+def check_observed(run, images, k, least=4):
+    """Raise UserError unless `images`, `least` of them or more, and their tokens have k neighbours each."""
+    h, w = token_grid(run.config)
+    check_neighbours(k, h * w)
+    check_value("images", images, Annotated[int, Range(max(least, k + 1), MOST)])
+
+
+def _parameters(run, images, k, **choices):
     """Return the parameters that name a table, and the choices; a default is not named: tables from before it still fit."""
+    check_observed(run, images, k)
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise UserError(f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: {', '.join(CHOICES[name])}.")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gear.config import UserError, nearest
+from gear.config import Checked, Count, Pixels, UserError, nearest
 from gear.data.folders import Folder
 from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
@@ -25,11 +25,11 @@ SPLITS = ("train", "val", "all")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     source: str = "scenes"  # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar shards
-    image_size: int = 32  # pixels
-    train_images: int = 12_000  # scenes only
-    val_images: int = 2_000  # scenes only
+    image_size: Pixels = 32  # of a side
+    train_images: Count = 12_000  # scenes only
+    val_images: Count = 2_000  # scenes only
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
     flip: bool = True  # mirror half of a folder's training images; scenes stay, their captions say left and right
     labels: str = "class"  # a sub-folder a class; or a file that numbers them: a folder a line, or "folder,number";

@@ -12,39 +12,41 @@ import torch.nn.functional as F
 
 from gear.analysis.codes import usage
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import UserError, given_by, nearest
+from gear.config import Checked, Count, Samples, Seed, Share, UserError, Whole, given_by, nearest
 from gear.data import load, trained_on
+from gear.device import open_device
 from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.networks import load_network_by_name
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, psnr, reconstruct, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
+from gear.generator.sampling import Guidance, Temperature
 from gear.home import write_atomically
 from gear.run import Run
 from gear.teachers.weights import file_hash
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How samples are drawn: part of every generation metric's protocol."""
 
-    count: int = 1_000
-    cfg_scale: float = 1.0  # guidance; 1 is none
-    temperature: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
-    seed: int = 0
+    count: Samples = 1_000
+    cfg_scale: Guidance = 1.0  # guidance; 1 is none, 0 unconditional
+    temperature: Temperature = 1.0  # 0 takes the likeliest
+    top_k: Whole = 0  # 0 keeps all
+    top_p: Share = 1.0  # 1 keeps all
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Checked):
     sampling: Sampling = Sampling()
     network: str = ""  # feature network: inception, dinov2-l, efficientnet-lite0, scenes; "": the run's teacher's
     weights: str = ""  # the network's weight file, if not in a cache
     offline: bool = False  # make no network call
     metrics: tuple[str, ...] = ()  # none named: all that can be had
     reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
-    reference_count: int = 2_000  # of images taken from a folder, a zip or the run
+    reference_count: Samples = 2_000  # of images taken from a folder, a zip or the run
     samples: str = ""  # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
     captions: str = ""  # a text file, a caption a line in the samples' order: adds the CLIP score
     clip: str = ""  # the folder of CLIP's files, if not in the hub's cache
@@ -52,9 +54,9 @@ class EvaluateOptions:
     sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
     reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
     both: bool = False  # samples and reconstruction
-    steps: tuple[int, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
+    steps: tuple[Count, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
     source: str = ""  # where the run's own images lie, if they have moved
-    device: str = "cpu"
+    device: str = "cpu"  # or "cuda", "cuda:1", or "auto": the GPU if there is one
     quiet: bool = False
 
 
@@ -64,6 +66,7 @@ def evaluate(name, options=EvaluateOptions()):
     Killed at any moment, the same call goes on from the samples that are there; twice with one seed it writes the same bytes.
     """
     run, settings = Run.open(name), _swept(options)
+    options = replace(options, device=str(open_device(options.device)))
     if options.steps and (options.samples or options.reconstruction):
         raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
     if gone := set(options.steps) - set(run.checkpoint_steps()):
@@ -113,11 +116,13 @@ def _swept(options):
     known = {f.name: f.type for f in fields(Sampling)}
     if key not in known or not values:
         raise UserError(f"--sweep {options.sweep}: one of {', '.join(known)}, as in cfg_scale=1,1.25,1.5.{nearest(key, known)}")
-    kind = type(getattr(options.sampling, key))
+    kind = type(getattr(Sampling, key))
     try:
-        return [replace(options.sampling, **{key: kind(value)}) for value in values.split(",")]
+        numbers = [kind(value) for value in values.split(",")]
     except ValueError:
         raise UserError(f"--sweep {options.sweep}: '{values}' are no numbers of {key}.") from None
+    with given_by(f"--sweep {options.sweep}"):
+        return [replace(options.sampling, **{key: number}) for number in numbers]
 
 
 def _generation(run, step, config, network, real, options, sampling, clip):
@@ -126,8 +131,6 @@ def _generation(run, step, config, network, real, options, sampling, clip):
         drawn = {"samples": Path(options.samples).name}
         batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
     else:
-        if sampling.count < 2:
-            raise UserError(f"{sampling.count} samples: two at least have statistics.")
         generator, tokenizer = (load(run.name, step=step).to(options.device) for load in (load_generator, load_tokenizer))
         drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step}
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)

@@ -1,11 +1,13 @@
 """How much each choice of a protocol moves each number, for one and the same run: why a number needs its protocol."""
 
 from dataclasses import asdict
+from typing import Annotated
 
 import pandas as pd
 import torch
 
 from gear.checkpoints import load_generator, load_tokenizer
+from gear.config import MOST, Range, check_value
 from gear.data import trained_on
 from gear.evaluation.evaluate import Sampling
 from gear.evaluation.networks import EfficientNet, load_network_by_name
@@ -21,8 +23,10 @@ def sensitivity(run, count=500, network="scenes"):
 
     Columns: choice, setting, metric, value. The base is `count` samples of seed 0 without guidance against `count` training
     images, in the space of `network`; each other setting changes one thing: the seed (noise), how many samples, the guidance,
-    the resize filter before EfficientNet, the order of the file (a class score in ten splits), the feature space.
+    the resize filter before EfficientNet, the order of the file (a class score in ten splits), the feature space. Raises
+    UserError for fewer than eight samples, a quarter of which have no statistics.
     """
+    check_value("count", count, Annotated[int, Range(8, MOST)])
     parameters = {"count": count, "network": network}
     return run.table("protocols", parameters, lambda: _sensitivity(run, count, network))
 

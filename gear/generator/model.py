@@ -7,27 +7,36 @@ from typing import Literal
 import torch
 from torch import nn
 
-from gear.config import UserError, check_range
+from gear.config import BelowOne, Checked, Count, NonNegative, Share, UserError, Whole, check_range, require
 from gear.generator.transformer import Block, Blocks, RMSNorm, rotation_table, visible
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
+class GeneratorConfig(Checked):
     """The defaults are LlamaGen-L; see `GENERATORS` for the other public sizes."""
 
-    width: int = 1024  # D
-    layers: int = 24
-    heads: int = 16
-    num_classes: int = 1000
-    tap_layer: int = 8  # 1-based: the residual stream after this block is aligned; a third of the depth
-    projector_dim: int = 2048
-    class_dropout: float = 0.1  # share of conditions replaced by "none", for guidance
-    dropout: float = 0.1  # of embeddings, attention output and feed-forward output
-    embed_std: float = 0.02  # initial spread of the token embedding; the soft read-out averages it
+    width: Count = 1024  # D
+    layers: Count = 24
+    heads: Count = 16
+    num_classes: Count = 1000  # in a run those of its images
+    tap_layer: Whole = 8  # the residual stream after this block is aligned, 0: what enters the first; a third of the depth
+    projector_dim: Count = 2048
+    class_dropout: Share = 0.1  # share of conditions replaced by "none", for guidance
+    dropout: BelowOne = 0.1  # of embeddings, attention output and feed-forward output
+    embed_std: NonNegative = 0.02  # initial spread of the token embedding; the soft read-out averages it
     condition_rotation: Literal["identity", "zero"] = "identity"  # "zero" for the public checkpoints
-    text_slots: int = 0  # largest number of a caption's tokens; 0: conditioned on a class
-    text_dim: int = 2048  # width of a caption's features
-    dual_layers: int = 0  # the first layers, in which text and image have projections of their own (Appendix B)
+    text_slots: Whole = 0  # largest number of a caption's tokens; 0: conditioned on a class
+    text_dim: Count = 2048  # width of a caption's features
+    dual_layers: Whole = 0  # the first layers, in which text and image have projections of their own (Appendix B)
+
+    def __post_init__(self):
+        super().__post_init__()
+        head = f"width {self.width} over {self.heads} heads: 2-D RoPE needs a head width divisible by 4."
+        require(self.width % (4 * self.heads) == 0, head)
+        for name in ("tap_layer", "dual_layers"):
+            layer = getattr(self, name)
+            require(layer <= self.layers, f"{name} is {layer}: it has to be at most {self.layers}, the number of layers.")
+        require(self.text_slots or not self.dual_layers, f"dual_layers is {self.dual_layers}: without text_slots none is.")
 
 
 GENERATORS = {
@@ -55,8 +64,6 @@ class Generator(nn.Module):
 
     def __init__(self, config, codebook_size):
         super().__init__()
-        if config.width % (4 * config.heads):
-            raise UserError(f"width {config.width} over {config.heads} heads: 2-D RoPE needs a head width divisible by 4.")
         self.config, self.codebook_size = config, codebook_size
         self.uniform = torch.rand  # draws which conditions are dropped
         self.checkpointing = False  # whether blocks are computed again in backward, to save memory

@@ -1,12 +1,24 @@
 """Sampling a grid of indices: guidance, temperature, top-k, top-p, with a KV cache."""
 
 import copy
+from typing import Annotated
 
 import torch
 
-from gear.config import UserError
+from gear.config import Range, Share, UserError, Whole, check_value
 from gear.data import to_uint8
 from gear.generator.transformer import KVCache, visible
+
+Guidance = Annotated[float, Range(0, 1_000_000)]  # beyond these two, logits overflow
+Temperature = Annotated[float, Range(0, 1_000_000)]
+RANGES = {
+    "cfg_scale": Guidance,
+    "temperature": Temperature,
+    "top_k": Whole,
+    "top_p": Share,
+    "seed": Annotated[int, Range(0, 2**63 - 1)],  # also those that an evaluation derives from its own
+}
+COLD = 1e-20  # a temperature below which a quotient overflows, and the arg-max is all that is ever drawn
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -32,27 +44,32 @@ def generate(
 ):  # fmt: skip
     """Sample index grids (B, h, w) for labels (B,), or captions (B, T, F) with their `mask`, token by token.
 
-    Guidance, for cfg_scale > 1, combines logits as uncond + cfg_scale * (cond - uncond) before temperature, top-k and
-    top-p; `cfg_interval` = (i, j) guides tokens i <= n < j only (default: all). temperature 0 takes the arg-max. `dtype` is
-    that of weights, cache and logits, by default the generator's (bfloat16 halves what a step reads; norms and rotations
-    stay float32 inside). The result is a function of `seed` on one kind of device. The generator is left in evaluation mode.
-    Raises UserError unless h = w, for settings out of range, and for guidance where captions have no `no_caption`.
+    Guidance combines logits as uncond + cfg_scale * (cond - uncond), before temperature, top-k and top-p: 0 is
+    unconditional, 1 the condition alone. `cfg_interval` = (i, j) guides tokens i <= n < j (default: all), the others follow
+    the condition alone. temperature 0 takes the arg-max. `dtype` is that of weights, cache and logits, by default the
+    generator's (bfloat16 halves what a step reads; norms and rotations stay float32 inside). The result is a function of
+    `seed` on one kind of device. The generator is left in evaluation mode.
+    Raises UserError unless h = w, for settings out of RANGES, and for guidance where captions have no `no_caption`.
     """
     h, w = grid or generator.grid
     if h != w or h < 1:
         raise UserError(f"a grid of {h} x {w} tokens is not square.")
-    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise UserError(f"temperature {temperature} and top_k {top_k} have to be 0 or more, top_p {top_p} in [0, 1].")
+    settings = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for name, value in settings.items():
+        check_value(name, value, RANGES[name])
+    check_value("cfg_interval", cfg_interval or (0, 0), tuple[Whole, Whole])
     generator.eval()
     if dtype not in (None, generator.embedding.dtype):
         generator = copy.deepcopy(generator).to(dtype)
     config, device, count, length = generator.config, generator.embedding.device, len(condition), h * w
     first, last = cfg_interval or (0, length)
-    guided = cfg_scale > 1 and last > max(first, 0)
+    guided = cfg_scale != 1 and last > max(first, 0)
     condition, mask = generator.check_condition(condition.to(device), None if mask is None else mask.to(device))
     if guided:
-        pair = (condition, mask), generator.no_condition(condition, mask)
-        condition, mask = (None if parts[0] is None else torch.cat(parts) for parts in zip(*pair))
+        none = generator.no_condition(condition, mask)
+        guided = cfg_scale > 0 or first > 0 or last < length  # else the condition has no part in it
+        pair = zip((condition, mask), none)
+        condition, mask = (None if c is None else torch.cat([c, n]) for c, n in pair) if guided else none
     x = generator.embed_condition(condition)  # (B or 2 B, C, D)
     slots, head_dim = x.shape[1], config.width // config.heads
     table, sees = generator.rotation(length, device, slots), None if mask is None else visible(mask, length - 1, text_attention)
@@ -72,7 +89,7 @@ def generate(
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond) if i >= first else cond
-        if temperature == 0:
+        if temperature < COLD:
             indices[:, i] = logits.argmax(-1)
         else:
             p = filter_logits(logits / temperature, top_k, top_p).softmax(-1)

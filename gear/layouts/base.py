@@ -40,6 +40,8 @@ class Layout:
             sizes.insert(0, self.read(needed))
         except LookupError as error:  # a tensor that alone tells a size
             untold = f"missing {error.args[0]}"
+        except UserError as error:  # sizes that contradict each other
+            untold = str(error)
         for size in sizes:  # the size the shapes speak of, then the released ones
             try:
                 names, expected = self.names(size)

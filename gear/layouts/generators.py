@@ -60,7 +60,7 @@ def _projector_size(shapes):
 
 
 def _projectors(size):
-    return Projectors(Projector(GeneratorConfig(width=width, projector_dim=hidden), out) for width, hidden, out in size)
+    return Projectors(Projector(GeneratorConfig(width, heads=1, projector_dim=hidden), out) for width, hidden, out in size)
 
 
 def _discriminator_size(shapes):

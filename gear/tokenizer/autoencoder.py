@@ -1,34 +1,43 @@
 """Convolutional encoder and decoder, images <-> latents: the VQGAN (LlamaGen, IBQ) and MAGVIT-2 (Open-MAGVIT2) backbones."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import nn
 
-from gear.config import UserError
+from gear.config import MOST, Checked, Count, Range, UserError, Whole, require
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Checked):
     """The defaults are LlamaGen's VQ-16; see `TOKENIZERS` for the other public ones."""
 
     quantizer: Literal["vq", "lfq", "ibq"] = "vq"
     backbone: Literal["vqgan", "magvit2"] = "vqgan"
-    codebook_size: int = 16_384  # K
-    code_dim: int = 8  # width of a code
-    channels: int = 128  # of the first level
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # a level each; every level but the last halves the resolution
-    latent_channels: int = 256  # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
-    res_blocks: int = 2  # a level in the encoder; VQGAN's decoder has one more
+    codebook_size: Annotated[int, Range(2, MOST)] = 16_384  # K
+    code_dim: Count = 8  # width of a code
+    channels: Count = 128  # of the first level
+    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)  # a level each; every level but the last halves the resolution
+    latent_channels: Count = 256  # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
+    res_blocks: Whole = 2  # a level in the encoder; VQGAN's decoder has one more
     linear_skip: bool = False  # add one linear map from patch to latent and one back, past both networks
     init_from_data: bool = False  # PCA encoder, codebook of the patches, least-squares decoder on the linear skip
 
     def __post_init__(self):
-        if self.quantizer == "lfq" and self.codebook_size != 2**self.code_dim:
-            raise UserError(
-                f"LFQ has a code for every sign of {self.code_dim} bits: {2**self.code_dim}, not {self.codebook_size}."
-            )
+        super().__post_init__()
+        require(self.channel_mult, "channel_mult is empty: one level at least is needed.")
+        require(self.res_blocks or set(self.channel_mult) == {1}, "res_blocks is 0: then channel_mult has to be ones, too.")
+        if self.quantizer == "lfq":
+            k, bits = self.codebook_size, self.code_dim
+            require(math.log2(k) == bits, f"LFQ has a code for every sign of {bits} bits (code_dim): 2**{bits}, not {k}.")
+        if self.init_from_data:
+            require(self.linear_skip, "init_from_data starts the linear skip: set linear_skip too.")
+            least, most = (1, 0) if self.quantizer == "lfq" else (2, 1)  # a constant beside the principal components
+            most += 3 * self.downsampling**2
+            fits = f"init_from_data fills {least} to {most} channels of a code from a patch"
+            require(least <= self.code_dim <= most, f"code_dim is {self.code_dim}: {fits}.")
 
     @property
     def downsampling(self):
@@ -50,8 +59,8 @@ TOKENIZERS = {
 
 
 def group_norm(channels, affine=True):
-    """GroupNorm with the public networks' 32 groups; narrow networks keep at least four channels a group."""
-    return nn.GroupNorm(min(32, max(1, channels // 4)), channels, eps=1e-6, affine=affine)
+    """GroupNorm with the public networks' 32 groups; narrow and odd ones have fewer, of at least four channels each."""
+    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6, affine=affine)
 
 
 class ResBlock(nn.Module):

@@ -100,8 +100,6 @@ def initialise_from_data(tokenizer, images, seed=0):
     """
     config, quantizer = tokenizer.config, tokenizer.quantizer
     f, d = config.downsampling, config.code_dim
-    if not config.linear_skip:
-        raise UserError("init_from_data starts the linear skip: set linear_skip too.")
     patches = F.unfold(images.cpu(), f, stride=f).transpose(1, 2).flatten(0, 1)  # (N, 3 f f), in (channel, row, column) order
     if len(patches) < config.codebook_size:
         raise UserError(

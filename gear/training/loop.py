@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from gear import data
-from gear.config import Interrupted, UserError, __version__, from_dict, given_by, to_dict
+from gear.config import Checked, Count, Interrupted, Parallel, UserError, Whole, __version__, from_dict, given_by, to_dict
 from gear.data.trained import note
+from gear.device import open_device
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.home import check_writable, write_atomically
 from gear.run import Run, run_path
@@ -23,29 +24,22 @@ from gear.training.validate import Validation
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Checked):
     """How a run is executed, which does not change what it computes."""
 
-    device: str = "auto"  # "cpu", "cuda", or "auto": the GPU if there is one
-    workers: int = 0  # processes that prepare images
-    threads: int = 0  # CPU threads of torch; 0 leaves it as it is
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one
+    workers: Parallel = 0  # processes that prepare images; 0: this one does
+    threads: Parallel = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
-    accumulate: int = 1  # parts of a batch, one after another: less memory, the same step
+    accumulate: Count = 1  # parts of a batch, one after another: less memory, the same step
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
     compile: bool = False  # compile the networks (torch.compile)
-    keep: int = 2  # newest checkpoints that are kept, besides the best
-    skip: int = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
+    keep: Count = 2  # newest checkpoints that are kept, besides the best
+    skip: Whole = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
     tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
     cached: bool = False  # look up codes and teacher features in the stage `generator`, computed once: see training.cached
     shard: bool = False  # spread the generator's blocks over the processes that torchrun started: less memory, the same step
-
-    def __post_init__(self):
-        if min(self.workers, self.threads, self.skip) < 0:
-            found = f"workers are {self.workers}, threads {self.threads} and skip {self.skip}"
-            raise UserError(f"{found}: none can be negative.")
-        if min(self.accumulate, self.keep) < 1:
-            raise UserError(f"accumulate is {self.accumulate} and keep {self.keep}: each has to be at least 1.")
 
 
 def train(config, name=None, runtime=Runtime(), wait=False):
@@ -56,13 +50,14 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted after SIGINT or SIGTERM, once the
     step is saved; the last checkpoint then stands.
     """
+    device = open_device(runtime.device)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     run = Run(run_path(name or config.recipe))
     if is_trained(run, config, runtime.rebuild):
         return run
     check_writable(run.path, "GEAR_RUNS")
-    processes = Processes(_device(runtime.device), config.batch_size, runtime.accumulate, runtime.shard)
+    processes = Processes(device, config.batch_size, runtime.accumulate, runtime.shard)
     torch.manual_seed(step_seed(config.seed, -1))
     state, meter = State(config, processes.device, runtime.accumulate, processes), Meter(processes)
     validation = Validation(state)
@@ -220,12 +215,3 @@ def _check_lpips(run, state):
             f"run '{run.name}' began with a perceptual weight of {began} and would go on with {now}: LPIPS's VGG16 weights "
             f"({LPIPS_BACKBONE} in torch's cache) came or went. Restore that, or start another run (--name)."
         )
-
-
-def _device(name):
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one type for each way
-        raise UserError(f"no device '{name}' here ({str(error).splitlines()[0]}). Try --device cpu, or auto.") from None
-    return device

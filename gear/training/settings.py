@@ -1,49 +1,50 @@
 """What defines a run: one stage of one method, with everything that its result depends on."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from gear.config import UserError
+from gear.config import Checked, Count, NonNegative, Range, Seed, Share, Tau, require
 from gear.data import DataConfig
 from gear.generator.model import GeneratorConfig
 from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.model import check_divides
 from gear.training.optim import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
     """Weights of Eqs. 2, 11 and 12; L_rec, the codebook term and L_NTP have weight 1."""
 
-    lpips_weight: float = 0.1
-    gan_weight: float = 0.1
-    gan_start: float = 0.0  # share of the steps before the adversarial term sets in
-    entropy_weight: float = 0.05
-    commit_weight: float = 0.25
-    align_weight: float = 0.5  # lambda
-    tau: float = 0.1  # guidance temperature of the soft read-out
+    lpips_weight: NonNegative = 0.1
+    gan_weight: NonNegative = 0.1
+    gan_start: Share = 0.0  # share of the steps before the adversarial term sets in
+    entropy_weight: NonNegative = 0.05
+    commit_weight: NonNegative = 0.25
+    align_weight: NonNegative = 0.5  # lambda
+    tau: Tau = 0.1  # guidance temperature of the soft read-out
     bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = (
         "soft"  # what reaches the tokenizer in the stage `joint`
     )
-    disc_channels: int = 64
-    disc_layers: int = 3
+    disc_channels: Count = 64
+    disc_layers: Count = 3
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One run: one stage of one method. Composed in gear/recipes.py."""
 
     recipe: str
     stage: Literal["tokenizer", "joint", "generator", "teacher"]
-    steps: int
-    seed: int = 0
-    batch_size: int = 256
+    steps: Annotated[int, Range(1, 9_999_999)]  # a checkpoint's name has seven digits
+    seed: Seed = 0
+    batch_size: Count = 256
     precision: Literal["float32", "bf16"] = "float32"  # of the networks' products; quantizer, read-outs and losses: float32
     tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
     teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
-    log_every: int = 100  # steps; a logged loss is the mean since the last line
-    eval_every: int = 5000
-    save_every: int = 5000
-    eval_images: int = 512
+    log_every: Count = 100  # steps; a logged loss is the mean since the last line
+    eval_every: Count = 5000
+    save_every: Count = 5000
+    eval_images: Count = 512
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -51,6 +52,16 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it has to be at least 1.")
+        super().__post_init__()
+        size, halvings, slots = self.data.image_size, self.objective.disc_layers, self.generator.text_slots
+        if self.stage != "teacher":
+            check_divides((size, size), self.tokenizer.downsampling)
+            spread = self.tokenizer.backbone != "magvit2" or size > self.tokenizer.downsampling
+            require(spread, f"image_size is {size}: a MAGVIT-2 decoder needs two tokens at least, and that is one.")
+        if self.stage in ("tokenizer", "joint"):
+            sees = (
+                f"disc_layers is {halvings}: so often halved, images of {size} px do not leave the discriminator three pixels."
+            )
+            require(size >> halvings >= 3, sees)
+        if self.stage in ("joint", "generator"):
+            require(slots == 0, f"text_slots is {slots}: a run is conditioned on classes, and it has to be 0.")

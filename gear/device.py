@@ -1,0 +1,28 @@
+"""The devices that networks run on, by the names that a command takes."""
+
+import torch
+
+from gear.config import UserError
+
+
+def find_device(name):
+    """Return the torch.device called `name`: "cpu", "cuda", "cuda:1", or "auto", the GPU if there is one.
+
+    Raises UserError for any other name, and for a GPU that is not here. The device is left alone: other processes may use it.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = {"auto": "cuda" if count else "cpu", "cpu": "cpu"} | ({"cuda": "cuda"} if count else {})
+    devices |= {f"cuda:{i}": f"cuda:{i}" for i in range(count)}
+    if name not in devices:
+        raise UserError(f"no device '{name}' here: there is {', '.join(devices)}.")
+    return torch.device(devices[name])
+
+
+def open_device(name):
+    """Return what `find_device` does, once this process has the device; raises UserError too where it cannot have it."""
+    device = find_device(name)
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait for it, or take cpu.") from None
+    return device

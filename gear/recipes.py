@@ -160,10 +160,11 @@ def plan(config, name=None, base=None, label=None, dry=False):
     The number of classes is the source's; in a `dry` plan a folder that is not there has as many as the preset says.
 
     Where `config` changes its recipe in a section that an ancestor shares, that ancestor is another run too: it takes the
-    change and `label` at the end of its name. An ancestor that is no recipe must exist. Paths of data become absolute.
+    change and `label` at the end of its name. An ancestor that is no recipe must exist. Paths of data become absolute,
+    but for those of a `dry` plan, which may be nowhere.
     """
     planned = _plan(config, name or config.recipe, base, label, dry)
-    return [(name, replace(config, data=absolute(config.data))) for name, config in planned]
+    return planned if dry else [(name, replace(config, data=absolute(config.data))) for name, config in planned]
 
 
 def _plan(config, name, base, label, dry):

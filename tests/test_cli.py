@@ -57,7 +57,7 @@ def test_unknown_override_suggests_the_nearest(capsys, home):
 
 def test_missing_folder(capsys, home):
     message = mistake(capsys, "train", "tiny-tokenizer", "--source", home / "nowhere")
-    assert f"no folder or zip of images at '{home / 'nowhere'}'" in message
+    assert f"there are no images at '{home / 'nowhere'}'" in message
     assert not (home / "runs").exists()
 
 

@@ -197,7 +197,7 @@ def test_weights_of_one():
 OTHER = {  # where twice as much, or another word, is no value of the field
     "stage": "generator", "teacher": "dinov3-b", "precision": "float32", "data.image_size": 512, "tokenizer.quantizer": "ibq",
     "tokenizer.backbone": "magvit2", "generator.width": 2048, "generator.heads": 32, "generator.tap_layer": 9,
-    "generator.condition_rotation": "zero", "objective.bridge": "none", "objective.disc_layers": 4,
+    "generator.condition_rotation": "zero", "objective.bridge": "none", "objective.disc_layers": 4, "data.interpolation": "box",
 }  # fmt: skip
 FIXED = {"tokenizer.init_from_data", "generator.text_slots", "generator.dual_layers"}  # what these runs cannot have otherwise
 

@@ -1,8 +1,8 @@
-"""One joint step at the public sizes gives the numbers that it gave when it was the public trainer's.
+"""One joint step at the public sizes gives the numbers of the public trainer's.
 
-When they were recorded, the public quantizers, losses and order of updates, over these layers, gave the
-same: losses to 1e-6, norms of gradients to 4e-4, zeros and indices exactly. The layers themselves have
-recorded outputs of the public code to answer to (parity/cases), as do the indices and the losses.
+When they were recorded, the public quantizers, losses and order of updates, over these layers, gave
+the same: losses to 1e-6, norms of gradients to 4e-4, zeros and indices exactly. For the layers, the
+indices and the losses there are recorded outputs of the public code, too (parity/cases).
 """
 
 import json
@@ -12,8 +12,8 @@ from joint_step import GOLDEN, SIZES, measure
 from test_parity import case
 
 WANT = json.loads(GOLDEN.read_text())
-# |A| is about 100 for LFQ and IBQ: temperatures of .01 and .1 magnify its rounding. BatchNorm of two
-# images and the kinks of leaky ReLUs magnify the reconstruction's. CPUs differ by up to 6e-3.
+# |A| is about 100 for LFQ and IBQ: temperatures of .01 and .1 magnify its rounding. BatchNorm of
+# two images and the kinks of leaky ReLUs magnify the reconstruction's. CPUs differ by up to 6e-3.
 MAGNIFIED = {"entropy_loss", "soft_align_loss", "gan_loss", "encoder", "codebook", "decoder"}
 
 

@@ -18,12 +18,13 @@ from gear.__main__ import main
 from gear.analysis import probe, tables
 from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivity
 from gear.config import MOST, Checked, Range, UserError, check_value, from_dict, read_numbers, to_dict
+from gear.data import DataConfig
 from gear.device import find_device, open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, read_metrics
 from gear.evaluation.protocols import sensitivity
 from gear.generator.model import GeneratorConfig
 from gear.jobs import train_many
-from gear.options import ClaimOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
+from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.parameters import RANGES, READ
 from gear.recipes import RECIPES, plan, recipe
 from gear.run import Run
@@ -83,6 +84,8 @@ TABLE = {
     ReconstructOptions: (ReconstructOptions(), {"image_size": (-1, 0, 16_384, 16_385), "count": COUNT}),
     FigureOptions: (FigureOptions(), {"jobs": JOBS}),
     ClaimOptions: (ClaimOptions(), {}),
+    DataConfig: (DataConfig(), {"image_size": (0, 1, 16_384, 16_385), "train_images": COUNT, "val_images": COUNT}),
+    DataOptions: (DataOptions(), {"count": WHOLE}),
 }  # fmt: skip
 ROWS = [(cls, name) for cls, (_, rows) in TABLE.items() for name in rows]
 IDS = [f"{cls.__name__}.{name}" for cls, name in ROWS]

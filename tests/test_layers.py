@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "home", "scenes", "shards", "folders", "data", "run"],
+    ["config", "home", "images", "scenes", "shards", "folders", "data", "catalogue", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
     ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
@@ -57,8 +57,8 @@ LAYERS = [
         "training.loop",
     ],
     ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
-    ["figures", "widgets", "explore", "monitor", "render", "gallery"],
-    ["options", "__main__"],
+    ["figures", "widgets", "explore", "monitor", "kernel", "execution", "render", "gallery"],
+    ["console", "options", "__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them

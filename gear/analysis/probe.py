@@ -16,9 +16,10 @@ from gear.checkpoints import load_generator, load_tokenizer, open_checkpoint
 from gear.config import UserError
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
+from gear.images import check_divides
 from gear.run import Run
 from gear.teachers import check_grid, load_teacher
-from gear.tokenizer.model import Tokenizer, check_divides
+from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.readout import soft_assignment
 
 FEW = 4  # images seen at once: at 256 px a public tokenizer takes 0.4 GB for each, its (L, K) affinity included

@@ -15,22 +15,23 @@ from gear import data, figures, gallery, render
 from gear.analysis import claims
 from gear.analysis.codes import usage
 from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
-from gear.config import Interrupted, TrainingStopped, UserError, from_dict, given_by, nearest
+from gear.config import TrainingStopped, UserError, __version__, from_dict, given_by, nearest
+from gear.console import console
 from gear.containers import export
 from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
 from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.generator.sampling import sample
-from gear.home import check_writable, write_atomically
+from gear.home import check_target, check_writable, write_atomically
+from gear.images import check_divides
 from gear.jobs import train_many
 from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.price import dry_run
-from gear.recipes import RECIPES, known, plan, recipe, train_with_parents
+from gear.recipes import RECIPES, check_teachers, known, plan, recipe, train_with_parents
 from gear.results import directions, results, summary, told
-from gear.run import Run, open_runs, run_names
+from gear.run import Run, open_runs, run_names, run_path
 from gear.studies import STUDIES, seeds_of
 from gear.sweep import commands, sweep
 from gear.teachers.scenes import ScenesTeacher, package
-from gear.tokenizer.model import check_divides
 from gear.training.loop import Runtime
 
 
@@ -55,11 +56,27 @@ def train_command(names, arguments):
             return dry_run(planned.items(), options.gpu, options.utilisation, options.runtime.accumulate)
         return train_many(names, options.jobs, options.runtime)
     name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
+    with given_by("--name" if options.name else "--label"):
+        run_path(name)
+    _check_parent(options.config, base)
     if options.dry_run:
         planned = plan(options.config, name, base, options.label, dry=True)
         return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
+    if options.config.teacher != base.teacher:
+        with given_by("--teacher"):
+            check_teachers([options.config])
     run = train_with_parents(options.config, name, base, options.label, options.runtime, options.wait)
     print(f"{run.name}: step {run.step}, {run.path}")
+
+
+def _check_parent(config, base):
+    """Raise UserError unless the parent that --tokenizer-run names is a recipe, or there."""
+    if config.tokenizer_run and config.tokenizer_run != base.tokenizer_run:
+        with given_by("--tokenizer-run"):
+            try:
+                recipe(config.tokenizer_run)
+            except UserError:
+                Run.open(config.tokenizer_run)
 
 
 def sweep_command(names, arguments):
@@ -90,11 +107,13 @@ def sample_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one generator, a run or a file: gear sample RUN.")
     options = _parse(SampleOptions(), arguments)
-    _check_png(options.out)
+    with given_by("--out"):
+        out = check_target(options.out, ".png")
     generator = load_generator(names[0])
     if generator.config.text_slots:
         raise UserError("this generator is conditioned on captions' features: give them to gear.sample, in Python.")
-    tokenizer = load_tokenizer(options.tokenizer or names[0])
+    with given_by(options.tokenizer and "--tokenizer"):
+        tokenizer = load_tokenizer(options.tokenizer or names[0])
     if generator.codebook_size != tokenizer.config.codebook_size:
         known, there = generator.codebook_size, tokenizer.config.codebook_size
         raise UserError(f"the generator knows {known} codes, the tokenizer has {there}: give the one it was trained on.")
@@ -109,8 +128,8 @@ def sample_command(names, arguments):
     )  # fmt: skip
     grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
     sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    write_atomically(options.out, lambda path: sheet.save(path, "PNG"))
-    print(f"{len(images)} samples of {names[0]}: {options.out.resolve()}")
+    write_atomically(out, lambda path: sheet.save(path, "PNG"))
+    print(f"{len(images)} samples of {names[0]}: {out.resolve()}")
 
 
 def reconstruct_command(names, arguments):
@@ -118,7 +137,9 @@ def reconstruct_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one run or file: gear reconstruct FILE --images PATH.")
     options = _parse(ReconstructOptions(), arguments)
-    _check_png(options.out)
+    with given_by("--out"):
+        out = check_target(options.out, ".png")
+        path = check_target(out.with_suffix(".json"))
     checkpoint = open_checkpoint(names[0])
     own = data.DataConfig(source="", image_size=256)  # a file has no images of its own
     if checkpoint.container == "run":
@@ -130,7 +151,8 @@ def reconstruct_command(names, arguments):
     images_of = replace(own, image_size=size, labels="class", **changes)
     tokenizer = load_tokenizer(names[0], options.ema)
     check_divides((size, size), tokenizer.config.downsampling)
-    images, _ = data.load(images_of, split, options.count)
+    with given_by(options.images and "--images"):
+        images, _ = data.load(images_of, split, options.count)
     decoded, indices = reconstruct(tokenizer, images)
     used = usage(indices, tokenizer.config.codebook_size)
     metrics = {
@@ -145,25 +167,18 @@ def reconstruct_command(names, arguments):
     rows = [x for pair in zip(images.split(8), decoded.split(8)) for x in pair]
     rows = [torch.cat([x, x.new_ones(8 - len(x), *x.shape[1:])]) for x in rows] if len(images) > 8 else rows
     grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=min(8, len(images)), padding=2, pad_value=1.0)
-    sheet, path = Image.fromarray(data.to_uint8(grid[None])[0].numpy()), options.out.with_suffix(".json")
-    write_atomically(options.out, lambda temporary: sheet.save(temporary, "PNG"))
+    sheet = Image.fromarray(data.to_uint8(grid[None])[0].numpy())
+    write_atomically(out, lambda temporary: sheet.save(temporary, "PNG"))
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
     print(
         f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {used.entropy:.2f} nats, "
-        f"{len(images)} images of {size} px: {options.out.resolve()}, {path.name}"
+        f"{len(images)} images of {size} px: {out.resolve()}, {path.name}"
     )
 
 
 def _own_images(run, other):
     """Return the DataConfig of a run's images; where `other` ones are looked at, its own need not be there."""
     return from_dict(data.DataConfig, run.config["data"]) if other else data.trained_on(run)
-
-
-def _check_png(path):
-    """Raise UserError unless a picture can be written to `path`: before anything is computed."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--out {path} {'is a folder' if path.is_dir() else 'does not end in .png'}: name a PNG to write.")
-    check_writable(path.absolute().parent, None)
 
 
 def inspect_command(names, arguments):
@@ -234,10 +249,11 @@ def claims_command(names, arguments):
 
 def runs_command(names, arguments):
     """List the runs: name, stage, step, and whether they are finished."""
-    for name in run_names(names[0] if names else "*"):
-        run = Run.open(name)
+    if arguments:
+        raise UserError(f"gear runs takes names or patterns of runs, and no {arguments[0]}.")
+    for run in [run for name in names for run in open_runs(name)] if names else map(Run.open, run_names()):
         weights = "" if run.checkpoint_steps() else "  (no weights)"
-        print(f"{name:36} {run.config['stage']:10} {run.step:>7} / {run.config['steps']}{weights}")
+        print(f"{run.name:36} {run.config.get('stage', ''):10} {run.step:>7} / {run.config['steps']}{weights}")
 
 
 def teacher_command(names, arguments):
@@ -281,30 +297,16 @@ def main(arguments=None):
     if not arguments or arguments[0] in ("-h", "--help"):
         print("\n".join(f"gear {name:8} {c.__doc__.splitlines()[0]}" for name, c in COMMANDS.items()))
         return
+    if arguments == ["--version"]:
+        print(f"gear {__version__}")
+        return
     name, rest = arguments[0], arguments[1:]
-    positional = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
-    try:
+    first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    last = rest.index("--") if "--" in rest else len(rest)  # names follow it, which may begin with a dash
+    with console():
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'.{nearest(name, COMMANDS)} Known: {', '.join(COMMANDS)}.")
-        COMMANDS[name](rest[:positional], rest[positional:])
-    except UserError as error:
-        print(f"gear: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingStopped as error:
-        print(f"gear: {error}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # whoever read what is printed has read enough
-        sys.stderr.close()
-        sys.exit(141)
-    except OSError as error:  # a full disk, a folder without access
-        print(f"gear: {error}. Make room or restore access, and give the same command again.", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as error:
-        print(f"gear: {error}", file=sys.stderr)
-        sys.exit(128 + error.number)
-    except KeyboardInterrupt:
-        print("gear: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        COMMANDS[name](rest[:first] + rest[last + 1 :], rest[first:last])
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def given_by(option):
-    """Name the `option` whose value a UserError is about: the library does not know how it was asked."""
+    """Name the `option` whose value a UserError is about, if any: the library does not know how it was asked."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{option}: {error}") from None
+        raise UserError(f"{option}: {error}" if option else str(error)) from None
 
 
 def nearest(name, names):

@@ -81,7 +81,7 @@ def write_gallery():
         _needs({product: words[product] for product in lacking}), "</html>\n",
     ])  # fmt: skip
     path = figures_dir() / "index.html"
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
     return path
 
 

@@ -34,13 +34,36 @@ def cache_dir():
     return Path(os.environ.get("GEAR_CACHE") or "~/.cache/gear").expanduser()
 
 
+def is_utf8(path):
+    """Tell whether a path's bytes are UTF-8, which some libraries ask for."""
+    return os.fsencode(path) == str(path).encode(errors="replace")
+
+
+def child_environment():
+    """Return the environment of a Python process that imports this gear, and nothing that lies in the working directory."""
+    checkout = [str(ROOT)] if (ROOT / "pyproject.toml").exists() else []
+    path = os.pathsep.join([*checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
 def check_writable(folder, variable):
     """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves it, if any."""
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "cannot be written to" if there.is_dir() else "is a file, not a folder"
+        why = why if there.exists() else "is a link that leads nowhere"
         remedy = f"Set ${variable} to a folder of your own" if variable else "Name another place"
         raise UserError(f"nothing can be kept in {folder}: {there} {why}. {remedy}.")
+
+
+def check_target(path, suffix=""):
+    """Return `path`, ~ expanded, if a file can be written to it; raises UserError if not, or if it does not end in `suffix`."""
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix.lower() != (suffix or path.suffix.lower()):
+        what = "is a folder" if path.is_dir() else f"does not end in {suffix}"
+        raise UserError(f"{path} {what}: name a file to write.")
+    check_writable(path.absolute().parent, None)
+    return path
 
 
 def write_atomically(path, write):

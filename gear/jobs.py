@@ -1,7 +1,6 @@
 """Several commands at once: each a process of its own, nothing before what it needs, what is shared once."""
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from gear.config import Interrupted, Jobs, TrainingStopped, UserError, check_value
 from gear.device import find_device
-from gear.home import check_writable, runs_dir
+from gear.home import check_writable, child_environment, runs_dir
 from gear.recipes import check_teachers, plan, recipe
 from gear.run import Run
 from gear.training.guard import deferred_signals
@@ -126,7 +125,7 @@ def work(tasks, finished, jobs, done=lambda name: None):
 
 def _start(command):
     log, words = tempfile.TemporaryFile(), [sys.executable, "-m", "gear", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = child_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stdout=log, stderr=log, env=environment, preexec_fn=_end_with_parent), log
 
 

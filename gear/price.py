@@ -11,9 +11,9 @@ from typing import Annotated, NamedTuple
 from gear import counts
 from gear.config import Range, UserError, check_value, nearest, to_dict
 from gear.counts import Count
+from gear.images import check_divides
 from gear.run import Run, run_path
 from gear.teachers import split
-from gear.tokenizer.model import check_divides
 from gear.tokenizer.readout import WHOLE
 
 

@@ -10,8 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
+from gear.execution import parameters_of, run_notebook
 from gear.figures import scale
-from gear.home import ROOT, check_writable, figures_dir, runs_dir, write_atomically
+from gear.home import ROOT, check_writable, figures_dir, is_utf8, runs_dir, write_atomically
 from gear.parameters import check_parameter
 from gear.run import Run, run_names
 from gear.studies import STUDIES
@@ -97,12 +98,10 @@ def execute(name, parameters=None):
     out = figures_dir() / "executed" / f"{product}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            str(source), str(out), parameters, progress_bar=False, kernel_name="python3",
-            extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
+        run_notebook(source, out, parameters)
     except papermill.PapermillExecutionError as error:
-        what = f"notebook '{product}', cell {error.cell_index}: {error.ename}: {error.evalue}\n  executed as {out}"
+        asked = "".join(f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue)
+        what = f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: {error.evalue}\n  executed as {out}"
         if error.ename == "UserError" and MADE_BY.search(error.evalue):
             _keep_words(product, known, parameters, needs=error.evalue)
             raise NeedsRuns(what) from None
@@ -115,9 +114,7 @@ def execute(name, parameters=None):
 
 def _parameters(notebook):
     """Return what papermill says of a notebook's parameters: {name: {"default", "inferred_type_name", "help", ...}}."""
-    import papermill  # as in `execute`
-
-    return papermill.inspect_notebook(str(notebooks()[notebook]))
+    return parameters_of(notebooks()[notebook])
 
 
 def _cells(path):
@@ -155,8 +152,8 @@ def _keep_words(product, known, parameters, said=(), needs=""):
     if needs and path.exists() and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
         drawn = json.loads(path.read_text(encoding="utf-8"))
         words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
-    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"  # a byte of a path that is no UTF-8 becomes JSON's escape
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 def _scale(table):
@@ -203,6 +200,8 @@ def _typed(notebook, types, key, value):
         except (KeyError, ValueError):
             pass  # still text, and said to be
     _check_value(notebook, key, kind, value)
+    if kind is str and not is_utf8(value):
+        raise UserError(f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, which notebooks are written in.")
     return value
 
 
@@ -275,9 +274,10 @@ def _inputs(name, parameters):
     sources = sorted((ROOT / "gear").rglob("*.py"))
     runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
     for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
-        digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
+        if path.is_file():  # and not a folder among the runs that is none
+            digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())
     for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):
         if os.path.exists(path):
             there = os.stat(path)
-            digest.update(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}"))
     return {"inputs": digest.hexdigest(), "parameters": parameters}

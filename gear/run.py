@@ -10,8 +10,8 @@ runs/NAME/config.json          the complete configuration, with the library vers
 """
 
 import contextlib
-import fnmatch
 import json
+import math
 import os
 import re
 import shutil
@@ -20,19 +20,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
+from gear.catalogue import configuration, read_lines, run_names, run_path
 from gear.config import UserError, config_hash, differences, nearest
-from gear.home import flush, runs_dir, write_atomically
+from gear.home import flush, is_utf8, runs_dir, write_atomically
 
 PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
-
-
-def run_path(name):
-    """Return the folder of the run `name`; raises UserError for a path: runs are opened by name."""
-    if str(name) != Path(name).name:
-        raise UserError(f"'{name}' is a path; a run is opened by name, that of its folder in {runs_dir()} ($GEAR_RUNS).")
-    return runs_dir() / name
 
 
 class Run:
@@ -49,11 +43,12 @@ class Run:
 
     @classmethod
     def open(cls, name):
-        """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none."""
+        """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none, or no run."""
         run = cls(run_path(name))
         if not run.exists:
             here = f" What is called '{name}' here is a path: a run is opened by name." if Path(name).exists() else ""
             raise UserError(f"no run '{name}' in {runs_dir()}.{here}{nearest(name, run_names())} Train it: gear train {name}")
+        _ = run.config  # what is no run is said at once
         return run
 
     @classmethod
@@ -82,14 +77,13 @@ class Run:
 
     @property
     def config(self):
-        path = self.path / "config.json"
         try:
-            config = dict(json.loads(path.read_text()))
-            if not config.keys() >= {"recipe", "steps"}:
-                raise ValueError("it is not the configuration of a run")
-            return config
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}). Restore it, or remove {self.path} and train again.") from None
+            return configuration(self.path)
+        except (OSError, RecursionError, ValueError) as error:
+            raise UserError(
+                f"{self.path / 'config.json'} cannot be read ({error}). Restore it, or if the folder is none of gear's runs, "
+                f"choose another name."
+            ) from None
 
     @property
     def config_hash(self):
@@ -98,12 +92,16 @@ class Run:
     # -- metrics ---------------------------------------------------------------------------------------------
 
     def append(self, record, file="metrics.jsonl"):
+        """Add a line to a file; raises FloatingPointError naming a value that is not finite, and then writes nothing."""
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"'{name}' is {value} at step {record['step']}")
         with open(self.path / file, "a") as out:
             out.write(json.dumps(record) + "\n")
 
     def metrics(self, file="metrics.jsonl"):
         """Return metrics.jsonl as a DataFrame indexed by row, sorted by `step`; several lines of one step are merged."""
-        table = pd.DataFrame(_read_lines(self.path / file))
+        table = pd.DataFrame(read_lines(self.path / file))
         return table if table.empty else table.groupby("step", as_index=False).first()
 
     def rewind(self, step):
@@ -120,13 +118,13 @@ class Run:
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
             if path.exists():
-                kept = [json.dumps(r) + "\n" for r in _read_lines(path) if r["step"] <= step]
+                kept = [json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= step]
                 write_atomically(path, lambda p, text="".join(kept): p.write_text(text))
 
     @property
     def logged_step(self):
         """The last step in metrics.jsonl, 0 for a new run."""
-        return max((r["step"] for r in _read_lines(self.path / "metrics.jsonl")), default=0)
+        return max((r["step"] for r in read_lines(self.path / "metrics.jsonl")), default=0)
 
     @property
     def step(self):
@@ -141,7 +139,7 @@ class Run:
 
     def checkpoint_steps(self):
         """Return the steps of the complete checkpoints, ascending (an interrupted save has a temporary name)."""
-        return sorted(int(p.name) for p in (self.path / "checkpoints").glob("[0-9]" * 7))
+        return sorted(int(p.name) for p in (self.path / "checkpoints").glob("[0-9]" * 7) if p.is_dir())
 
     @property
     def best_step(self):
@@ -165,7 +163,8 @@ class Run:
         temporary.mkdir(parents=True)
         try:
             for name, values in tensors.items():
-                save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
+                whole = {k: v.detach().cpu().contiguous() for k, v in values.items()}
+                _write_tensors(whole, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
             for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
                 if path.exists():
@@ -187,7 +186,7 @@ class Run:
         """
         folder = self._checkpoint(step)
         try:
-            return load_file(folder / f"{file}.safetensors")
+            return _read_tensors(folder / f"{file}.safetensors")
         except Exception as error:  # safetensors raises its own Rust exception type
             raise UserError(
                 f"checkpoint {folder / file}.safetensors cannot be read ({error}): it is truncated or not a checkpoint. "
@@ -249,20 +248,14 @@ class Run:
         return frame
 
 
-def run_names(pattern="*"):
-    """Return the names of the runs that match the shell `pattern`, sorted."""
-    found = (path.parent.name for path in runs_dir().glob("*/config.json"))
-    return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
-
-
 def open_runs(pattern):
-    """Open every run that matches the shell `pattern` (a plain name is one); raises UserError when there is none.
+    """Open the run called `pattern`, or every run that matches the shell `pattern`; raises UserError when there is none.
 
     A list of digits such as `-s[012]` asks for each of them: UserError names the first that is missing.
     """
-    if listed := re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern):
+    names, listed = run_names(pattern), re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern)
+    if listed and names != [pattern]:
         return [Run.open(f"{listed[1]}{digit}{listed[3]}") for digit in listed[2]]
-    names = run_names(pattern)
     return [Run.open(name) for name in names] if names else [Run.open(pattern)]
 
 
@@ -284,17 +277,14 @@ def load_runs(pattern="*"):
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
+def _write_tensors(tensors, path):
+    """Write a safetensors file; the library itself opens paths in UTF-8 alone."""
+    save_file(tensors, path) if is_utf8(path) else path.write_bytes(save(tensors))
+
+
+def _read_tensors(path):
+    return load_file(path) if is_utf8(path) else load(path.read_bytes())
+
+
 def _science(config):
     return {k: v for k, v in config.items() if k != "version"}
-
-
-def _read_lines(path):
-    """Read JSON lines; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"])})
-        except (KeyError, TypeError, ValueError):
-            break
-    return records

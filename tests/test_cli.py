@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -337,3 +338,92 @@ def test_claims_of_an_unknown_preset(capsys, home):
     assert "unknown preset 'scnes'. Did you mean 'scenes'? Known: scenes, " in mistake(capsys, "claims", "scnes")
     main(["claims", "cifar10"])
     assert [p.name for p in (home / "figures").iterdir()] == ["claims-cifar10.csv"]  # claims.csv is that of the scenes
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--foo"], "unknown command '--foo'"),
+        ([""], "unknown command ''"),
+        (["train", ""], "unknown recipe ''"),
+        (["train", "--foo"], "name a recipe"),
+        (["train", "--", "-x"], "unknown recipe '-x'"),
+        (["evaluate", ""], "'' is no name of a folder"),
+        (["sample", ""], "a run is opened by name"),
+        (["evaluate", "--", "-x"], "no run '-x'"),
+        (["runs", "--foo"], "no --foo"),
+        (["runs", "tinny"], "no run 'tinny'"),
+        (["runs", ".."], "'..' is a path"),
+    ],
+)
+def test_words_that_are_none(arguments, said, capsys, home):
+    assert said in mistake(capsys, *arguments)
+    assert list(home.iterdir()) == []
+
+
+def test_the_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"gear {gear.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, option",
+    [
+        (["sample", "tiny", "--tokenizer", "nowhere.pt"], "--tokenizer"),
+        (["sample", "tiny", "--out", "x.jpg"], "--out"),
+        (["sample", "tiny", "--out", "file/x.png"], "--out"),
+        (["sample", "tiny", "--out", "broken/x.png"], "--out"),
+        (["reconstruct", "tiny", "--images", "nowhere"], "--images"),
+        (["reconstruct", "tiny", "--out", "x.jpg"], "--out"),
+        (["reconstruct", "tiny", "--out", "taken.png"], "--out"),
+        (["train", "tiny", "--teacher", "dinov2-b=/nowhere", "--label", "t"], "--teacher"),
+        (["train", "tiny", "--teacher", "dinov9", "--label", "t"], "--teacher"),
+        (["train", "tiny", "--tokenizer-run", "nowhere", "--name", "t"], "--tokenizer-run"),
+        (["train", "tiny", "--tokenizer-run", "a/b", "--name", "t"], "--tokenizer-run"),
+        (["train", "tiny", "--name", "a/b"], "--name"),
+        (["train", "tiny", "--label", "a/b"], "--label"),
+    ],
+)
+def test_a_value_that_is_none_is_reported_with_its_option(arguments, option, capsys, tiny, home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "file").touch()
+    (home / "broken").symlink_to("nowhere")
+    (home / "taken.json").mkdir()
+    before = fingerprint(home)
+    assert mistake(capsys, *arguments).startswith(f"gear: {option}: ")
+    assert fingerprint(home) == before
+
+
+def test_runs_are_listed_beside_a_folder_that_is_none(tiny, capsys):
+    (tiny / "vit").mkdir()
+    (tiny / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    (tiny / "tiny").rename(tiny / "tiny[1] *")
+    main(["runs"])
+    said = capsys.readouterr()
+    assert [line[:14].strip() for line in said.out.splitlines()] == ["tiny-joint", "tiny-tokenizer", "tiny[1] *"]
+    assert "vit: not a run of gear" in said.err and "remove" not in said.err
+    main(["runs", "tiny[1] *"])
+    assert capsys.readouterr().out.startswith("tiny[1] *  ") and "vit" not in capsys.readouterr().err
+    assert "config.json cannot be read" in mistake(capsys, "runs", "vit")
+
+
+def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
+    """No traceback at either end: a closed pipe, and bytes that standard output's encoding has not."""
+    command = [sys.executable, "-m", "gear", "runs"]
+    done = subprocess.run(f"{shlex.join(command)} | head -c 0", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    moved = os.fsencode(home) + b"/caf\xe9"
+    os.rename(home / "runs", moved)
+    environment = os.environ | {"GEAR_RUNS": os.fsdecode(moved), "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*command[:3], "runs", "tinny"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no run 'tinny' in " in done.stderr and r"caf\udce9" in done.stderr
+    arguments = [*command[:3], "sample", "tiny", "--labels", "0", "--out", os.fsdecode(moved) + "/x.png"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and r"caf\udce9/x.png" in done.stdout, done.stderr
+
+
+def test_a_working_directory_that_is_gone(home):
+    command = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -P -m gear runs"
+    environment = os.environ | {"PYTHONPATH": str(Path(gear.__file__).parent.parent)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=home, env=environment)
+    assert done.returncode == 2 and "the working directory is gone" in done.stderr and "Traceback" not in done.stderr

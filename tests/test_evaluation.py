@@ -19,7 +19,7 @@ from gear.evaluation import evaluate as evaluation
 from gear.evaluation import neighbours, networks, scores, sources
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, metrics_table, read_metrics
 from gear.evaluation.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
-from gear.evaluation.reconstruction import l1, psnr, ssim
+from gear.evaluation.reconstruction import l1, load_lpips, psnr, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
 from gear.evaluation.statistics import ROWS, InceptionScore, Moments, frechet_distance
@@ -372,7 +372,7 @@ def test_a_reference_with_statistics_and_images(home):
 def test_a_reference_with_statistics_only(home):
     np.savez(home / "ref.npz", **STATISTICS)
     found, fake = reference(home / "ref.npz", Stub(), 32), extract("fake", pixels(2_030, seed=1).split(64), Stub())
-    assert found.count == 0 and found.rows is None
+    assert found.count == 0 and found.rows is None and found.size == "not stated" and fake.size == "32 x 32"
     assert compare(fake, found, Stub()).keys() == {"gfid", "sfid", "inception_score"}  # not asked for: left out
     for metric in ("precision_recall", "prdc", "kid"):
         with pytest.raises(UserError, match="neighbours"):
@@ -380,6 +380,40 @@ def test_a_reference_with_statistics_only(home):
     np.savez(home / "pool.npz", mu=STATISTICS["mu"], sigma=STATISTICS["sigma"])
     with pytest.raises(UserError, match="no spatial statistics"):
         compare(fake, reference(home / "pool.npz", Stub(), 32), Stub(), ["sfid"])
+
+
+def entry(array, position, value):
+    array = array.copy()
+    array[position] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    (
+        ({"mu": entry(STATISTICS["mu"], 3, math.nan)}, "mu and sigma of '.*ref.npz': .* not finite"),
+        ({"sigma": entry(STATISTICS["sigma"], (2, 2), math.inf)}, "mu and sigma of .* not finite"),
+        ({"sigma": entry(STATISTICS["sigma"], (2, 3), 0.5)}, "mu and sigma of .* is not symmetric"),
+        ({"mu": np.zeros((1, 12))}, r"of shapes \(1, 12\) and \(12, 12\)"),
+        ({"mu": np.array(0.25)}, r"of shapes \(\) and \(12, 12\)"),
+        ({"sigma": np.ones(12)}, r"of shapes \(12,\) and \(12,\)"),
+        ({"mu": np.full(12, "0.25")}, "arrays of <U4: numbers are expected"),
+        ({"sigma": np.eye(12, dtype=complex)}, "arrays of complex128"),
+        ({"mu_s": np.zeros(9)}, r"mu_s and sigma_s of .* shapes \(9,\) and \(4, 4\)"),
+    ),
+)
+def test_statistics_that_are_none(arrays, said, home):
+    """Though no metric was asked for by name, which would leave out what cannot be had."""
+    np.savez(home / "ref.npz", **STATISTICS | arrays)
+    refused(said, reference, home / "ref.npz", Stub(), 32)
+
+
+def test_statistics_of_another_network_are_not_left_out(home):
+    np.savez(home / "ref.npz", mu=np.zeros(7), sigma=np.eye(7))
+    fake = extract("fake", pixels(20).split(64), Stub())
+    refused("12 and 7 features", compare, fake, reference(home / "ref.npz", Stub(), 32), Stub())
+    np.savez(home / "ref.npz", mu=STATISTICS["mu"], sigma=-STATISTICS["sigma"])
+    refused("covariance has the eigenvalue", compare, fake, reference(home / "ref.npz", Stub(), 32), Stub())
 
 
 def test_a_reference_with_neither(home):
@@ -511,6 +545,84 @@ def test_export_and_samples_of_a_file(tiny, home):
     assert same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6) and same["prdc_coverage"]["value"] == 1
 
 
+def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
+    """Samples of twice the reference's resolution are another thing, and so is a reference of the run's: both are said."""
+    images = pixels(40, 32)
+    np.savez(home / "s32.npz", images)
+    np.savez(home / "s64.npz", images.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    sizes = {}
+    for given in (dict(), dict(samples="s32.npz"), dict(samples="s64.npz"), dict(reference="s64.npz"),
+                  dict(samples="s64.npz", reference="s32.npz"), dict(samples="s64.npz", reference="s64.npz")):  # fmt: skip
+        paths = {option: str(home / file) for option, file in given.items()}
+        protocol = by_metric(evaluate("tiny", few(metrics=("fd_scenes",), **paths)))["fd_scenes"]["protocol"]
+        said, unlike = capsys.readouterr().err, protocol["samples_size"] != protocol["reference_size"]
+        told = f"samples of {protocol['samples_size']} px are compared with a reference of {protocol['reference_size']} px"
+        assert (said.count(told) == 1) if unlike else (said == "")
+        assert ("image_size" in protocol) == (protocol["samples_size"] == "32 x 32")
+        sizes[tuple(given.values())] = protocol["samples_size"][:2], protocol["reference_size"][:2]
+    assert list(sizes.values()) == [("32", "32"), ("32", "32"), ("64", "32"), ("32", "64"), ("64", "32"), ("64", "64")]
+    evaluation.report([Run.open("tiny")])
+    assert capsys.readouterr().out.count("samples of 64 x 64 px are compared with a reference of 32 x 32 px") == 2
+
+
+@pytest.mark.parametrize(
+    "array, said",
+    (
+        (np.zeros((9, 32, 32), np.uint8), r"\(9, 32, 32\) uint8"),
+        (np.zeros((9, 32, 32, 1), np.uint8), r"\(9, 32, 32, 1\) uint8"),
+        (np.zeros((9, 32, 32, 4), np.uint8), r"\(9, 32, 32, 4\) uint8"),
+        (np.zeros((9, 32, 32, 3), np.float32), "float32"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "holds no images"),
+        (np.zeros((1, 32, 32, 3), np.uint8), "nothing can be measured"),
+    ),
+)
+def test_arrays_that_are_no_samples_and_no_reference(array, said, tiny, home):
+    np.savez(home / "x.npz", array)
+    for option in ("samples", "reference"):
+        if said == "nothing can be measured" and option == "reference":
+            continue  # the class score of samples needs no other set
+        refused(said, evaluate, "tiny", few(**{option: str(home / "x.npz")}))
+    assert not (tiny / "tiny" / "metrics.json").exists()
+
+
+OPTIONS = {
+    "--reference": ["stats.npy", "nowhere", "nowhere.npz", "text.npz"],
+    "--samples": ["samples.npy", "nowhere", "nowhere.npz", "text.npz"],
+    "--captions": ["nowhere", "empty.txt"],
+    "--export": [".", "text.npz/x.npz"],
+    "--network": ["inceptoin"],
+    "--metrics": ["gfid"],
+}
+
+
+@pytest.mark.parametrize("option, value", [(option, value) for option, values in OPTIONS.items() for value in values])
+def test_a_value_that_is_none_is_reported_with_its_option(option, value, tiny, home, capsys, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "text.npz").write_text("text")
+    (home / "empty.txt").write_text("\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "tiny", "--network", "scenes", "--count", "4", "--quiet", option, value])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith(f"gear: {option}: ") and "Traceback" not in said
+    assert not value.endswith(".npy") or "a .npy holds one array" in said
+    assert not (tiny / "tiny" / "metrics.json").exists()
+    assert option == "--metrics" or not (tiny / "tiny" / "evaluation").exists() or option == "--samples"
+
+
+def test_weights_that_are_none_are_reported_with_their_option(tiny, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "tiny", "--network", "inception", "--weights", "nowhere", "--count", "4"])
+    assert capsys.readouterr().err.startswith("gear: --weights: ")
+
+
+def test_a_folder_may_be_called_npz(tiny, home):
+    (home / "x.npz").mkdir()
+    for i, image in enumerate(pixels(12).numpy()):
+        networks.Image.fromarray(image).save(home / "x.npz" / f"{i}.png")
+    protocol = by_metric(evaluate("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",))))["fd_scenes"]["protocol"]
+    assert protocol["samples_count"] == 12
+
+
 def test_reconstruction_of_a_run(tiny):
     found = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
     assert found.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
@@ -611,8 +723,9 @@ def test_floats_out_of_range(name):
     network = networks.load_network_by_name(name)
     images = torch.rand(2, 3, 32, 32)
     assert network(images)["pool"].shape[0] == 2
-    for wrong in (images * 255, images - 2):
-        refused("are expected", network, wrong)
+    assert torch.equal(network(images.double())["pool"], network(images)["pool"])
+    for wrong in (images * 255, images - 2, images * math.nan, (images * 255).to(torch.uint8), pixels(2).long()):
+        refused("expected", network, wrong)
 
 
 def test_reconstruction_refuses_another_range():
@@ -620,7 +733,23 @@ def test_reconstruction_refuses_another_range():
     for metric in (l1, psnr, ssim):
         refused("are expected", metric, images, images * 255)
         refused("are expected", metric, images, (images * 255).to(torch.uint8))
+        refused("are expected", metric, images, images * math.nan)
+        refused("reconstructions hold values that are not finite", metric, images * math.inf, images)
+        refused("one shape", metric, images[:1], images)
+        assert torch.isfinite(metric(images * 3, images)).all()  # a reconstruction is clamped
     refused("too small", ssim, images[..., :5, :5], images[..., :5, :5])
+
+
+def test_lpips_looks_at_what_no_gradient_is_asked_of(monkeypatch, home):
+    """Training computes it at every step, and must not wait."""
+    monkeypatch.setattr("gear.evaluation.reconstruction.lpips_backbone", lambda: home)
+    monkeypatch.setattr("gear.evaluation.reconstruction.file_hash", lambda path: "397923af")
+    monkeypatch.setattr("gear.evaluation.reconstruction.lpips.LPIPS", lambda **options: torch.nn.PairwiseDistance())
+    distance, images = load_lpips(), torch.rand(2, 3, 16, 16)
+    assert distance(images, images).shape == (2 * 3 * 16,)
+    refused("are expected", distance, images, images * 255)
+    refused("not finite", distance, images * math.nan, images)
+    assert distance((images * math.nan).requires_grad_(), images).isnan().all()
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
@@ -628,9 +757,41 @@ def test_features_that_are_no_numbers(value):
     refused("not finite", extract, "set", [pixels(3)], Stub(value=value))
     refused("not finite", Moments(3).update, torch.full((2, 3), value))
 
+    refused("not finite", InceptionScore().update, torch.full((2, 3), value))
+    rows, sick = gaussian(0), gaussian(1)
+    sick[3, 1] = value
+    for sets in ((rows, sick), (sick, rows)):
+        refused("not finite", precision_recall, *sets)
+        refused("not finite", prdc, *sets)
+        refused("not finite", polynomial_mmd, *sets, 2, 10)
 
-def test_a_number_that_is_none_is_not_written():
+
+def test_a_number_that_is_none_is_not_written(monkeypatch):
     refused("gfid is nan", record, "gfid", math.nan, {})
+    sets = [extract("some", pixels(20, seed=seed).split(64), Stub("scenes")) for seed in (0, 1)]
+    monkeypatch.setattr(scores, "frechet_distance", lambda *sets: math.inf)
+    for wanted in (None, ["fd_scenes"]):
+        refused("fd_scenes of 'some' is inf", compare, *sets, Stub("scenes"), wanted, subsets=1, subset_size=9)
+
+
+@pytest.mark.parametrize("count", (0, 1))
+def test_no_sample_and_one(count):
+    few, rows = gaussian(1, 40)[:count], gaussian(0, 40)
+    for sets in ((few, rows), (rows, few)):
+        refused(f"neighbours of {count} samples: 4 samples at least are needed", precision_recall, *sets)
+        refused(f"neighbours of {count} samples: 6 samples at least are needed", prdc, *sets)
+        refused("need as many samples", polynomial_mmd, *sets, 2, 2)
+    refused("0 subsets of 9 samples", polynomial_mmd, rows, rows, 0, 9)
+    refused(r"features have shape \(40,\)", prdc, rows[:, 0], rows)
+
+
+def test_a_set_of_which_nothing_can_be_measured():
+    """One sample has no statistics, and no neighbours: nothing at all is no success."""
+    one, some = extract("one", [pixels(1)], Stub("scenes")), extract("some", [pixels(30)], Stub("scenes"))
+    one.inception_score = None
+    refused(
+        "nothing can be measured of 'one' against 'some': 'one' has 1 samples: 2 at least", compare, one, some, Stub("scenes")
+    )
 
 
 @pytest.mark.parametrize("value", (-0.5, math.nan, math.inf))

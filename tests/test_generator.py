@@ -356,6 +356,26 @@ def test_rows_are_filtered_apart():
     assert torch.isfinite(filter_logits(logits, top_p=0.5)).tolist() == [[True, False, False], [False, False, True]]
 
 
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_logits_that_are_no_numbers_draw_nothing(value, temperature):
+    """An arg-max of NaN is an index too; the class of one row alone is sick."""
+    generator = tiny_generator()
+    generator.class_embedding.weight.data[3, 0] = value
+    assert generate(generator, torch.tensor([0, 4]), (4, 4), temperature=temperature).shape == (2, 4, 4)
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(generator, torch.tensor([0, 3]), (4, 4), temperature=temperature)
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample(generator, tiny_tokenizer(codebook_size=K), [0, 3], (4, 4), temperature=temperature)
+
+
+def test_a_sample_that_is_no_image_is_no_byte_either():
+    tokenizer = tiny_tokenizer(codebook_size=K).eval()
+    tokenizer.decoder.conv_out.bias.data[0] = math.nan
+    with pytest.raises(UserError, match="decoded images hold values that are not finite"):
+        sample(tiny_generator(), tokenizer, [0, 3], (4, 4))
+
+
 def test_sample_renders_what_generate_draws():
     generator, tokenizer = tiny_generator(), tiny_tokenizer(codebook_size=K)
     images = sample(generator, tokenizer, [0, 3], (4, 4), seed=4, temperature=0.8)

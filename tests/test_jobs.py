@@ -9,7 +9,7 @@ import pytest
 
 from gear import jobs
 from gear.__main__ import _parse
-from gear.config import TrainingStopped, UserError
+from gear.config import TrainingStopped, UserError, __version__
 from gear.options import TrainOptions
 from gear.recipes import plan, recipe
 from gear.run import Run
@@ -93,3 +93,13 @@ def test_a_source_of_as_many_classes_changes_the_parents_by_the_source_alone(hom
         assert replace(config, data=original.data, tokenizer_run=original.tokenizer_run) == original
     with pytest.raises(UserError, match="--label"):
         plan(changed, "cifar10-smoke-gear-s0", base)
+
+
+def test_a_run_started_here_imports_nothing_that_lies_here(home, monkeypatch):
+    for module in ("gear", "random", "torch"):
+        (home / f"{module}.py").write_text("raise SystemExit('taken for the library')")
+    monkeypatch.chdir(home)
+    process, log = jobs._start(("--version",))
+    assert process.wait() == 0
+    log.seek(0)
+    assert log.read().decode().strip() == f"gear {__version__}"

@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "device", "home", "run"],
+    ["config", "device", "home", "images", "catalogue", "run"],
     [
         "data.pixels",
         "data.stores",
@@ -68,8 +68,8 @@ LAYERS = [
         "training.loop",
     ],
     ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
-    ["figures", "widgets", "explore", "monitor", "parameters", "render", "gallery"],
-    ["options", "__main__"],
+    ["figures", "widgets", "explore", "monitor", "parameters", "kernel", "execution", "render", "gallery"],
+    ["console", "options", "__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them

@@ -255,3 +255,13 @@ def test_metrics_are_read_again_when_there_are_more(home):
     assert monitor.metrics("a") is monitor.metrics("a") and len(monitor.metrics("a")) == 2
     run.append(json.loads('{"step": 3, "ntp_loss": 0.5}'))
     assert len(monitor.metrics("a")) == 3
+
+
+def test_a_folder_that_is_no_run_hides_none(home):
+    for name in ("a", "b"):
+        make(name)
+    (home / "runs" / "vit").mkdir()
+    (home / "runs" / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    assert list(monitor.overview(monitor.run_names()).index) == ["a", "b"]
+    assert list(monitor.Compare().controls["names"].options) == ["a", "b"]
+    assert sorted(monitor.Follow().controls["name"].options) == ["a", "b"]

@@ -231,6 +231,27 @@ def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_parameter_that_is_a_path_to_nothing_is_named(tiny, home, capsys):
+    given = {"checkpoint": "tiny-tokenizer", "other": "", "generator": "", "images": "nowhere"}
+    with pytest.raises(SystemExit) as stop:
+        main(["figures", "probe", *(word for key, value in given.items() for word in ("-p", key, value))])
+    assert stop.value.code == 1 and ", -p images: UserError: " in capsys.readouterr().err
+
+
+def test_a_parameter_that_is_no_utf8_is_caught_before_anything_runs(home):
+    with pytest.raises(UserError, match="parameter 'checkpoint': .* is no UTF-8"):
+        render.execute("probe", {"checkpoint": "caf\udce9.pt"})
+    assert not (home / "figures").exists()
+
+
+def test_a_folder_that_is_no_run_is_no_input(home):
+    (home / "runs" / "d" / "config.json").mkdir(parents=True)
+    (home / "runs" / "caf\udce9").mkdir()
+    (home / "runs" / "caf\udce9" / "config.json").write_text("{}")
+    assert render._inputs("probe", {"checkpoint": "x"})["parameters"] == {"checkpoint": "x"}
+
+
 def test_parameters_are_those_of_one_notebook(home, capsys):
     for names in ([], ["codebook_usage", "training_dynamics"]):
         with pytest.raises(SystemExit) as stop:

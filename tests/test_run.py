@@ -1,13 +1,16 @@
 """A run directory keeps what it is given, whole, and says what it misses."""
 
 import json
+import math
+import os
 
 import pandas as pd
 import pytest
 import torch
 
 from gear.config import UserError
-from gear.run import Run, load_runs, open_runs
+from gear.home import runs_dir
+from gear.run import Run, load_runs, open_runs, run_names
 
 CONFIG = {"recipe": "r", "seed": 0, "steps": 4, "tau": 0.1, "version": "1"}
 
@@ -113,3 +116,115 @@ def test_what_is_no_configuration_is_said():
     run = Run.create("r", {})
     with pytest.raises(UserError, match="config.json cannot be read .it is not the configuration of a run.*Restore it"):
         _ = run.config
+
+
+FOREIGN = {  # what makes of a folder no run, and what is said of it
+    "of something else": (lambda p: (p / "config.json").write_text('{"model_type": "vit"}'), "has a recipe and steps"),
+    "steps in words": (
+        lambda p: (p / "config.json").write_text('{"recipe": "r", "steps": "4"}'),
+        "has a recipe and steps",
+    ),
+    "a list": (lambda p: (p / "config.json").write_text("[1]"), "has a recipe and steps"),
+    "nothing": (lambda p: (p / "config.json").write_text("null"), "has a recipe and steps"),
+    "empty": (lambda p: (p / "config.json").touch(), "Expecting value"),
+    "no JSON": (lambda p: (p / "config.json").write_text("recipe: r"), "Expecting value"),
+    "no text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\0"), "can't decode byte"),
+    "nested without end": (lambda p: (p / "config.json").write_text("[" * 100_000), "recursion"),
+    "a folder": (lambda p: (p / "config.json").mkdir(), "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_that_is_no_run_hides_none(kind, home, capsys):
+    """It is named once, nobody is told to remove what is not gear's, and by its own name it is still an error."""
+    spoil, said = FOREIGN[kind]
+    for name in ("a", "z"):
+        Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
+    (runs_dir() / "m").mkdir()
+    spoil(runs_dir() / "m")
+    for _ in range(2):
+        assert run_names() == [run.name for run in open_runs("*")] == list(load_runs().run.unique()) == ["a", "z"]
+    told = capsys.readouterr().err
+    assert told.count(f"{runs_dir() / 'm'}: not a run of gear (config.json: ") == 1 and said in told and "left out" in told
+    for open_it in (Run.open, open_runs, load_runs):
+        with pytest.raises(UserError, match="config.json cannot be read") as error:
+            open_it("m")
+        assert said in str(error.value) and "remove" not in str(error.value)
+
+
+def test_what_else_lies_among_the_runs(home, capsys):
+    run = Run.create("a", CONFIG)
+    (runs_dir() / "file").touch()
+    (runs_dir() / "broken").symlink_to("nowhere")
+    (runs_dir() / "empty").mkdir()
+    assert run_names() == ["a"] and capsys.readouterr().err == ""
+    Run.create("b", CONFIG)
+    (runs_dir() / "b" / "metrics.jsonl").mkdir()
+    assert run_names() == ["a"] and "b: not a run of gear (metrics.jsonl: it is a folder)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read .Is a directory"):
+        Run.open("b").metrics()
+    for foreign in ("old", "best", ".0000009.tmp"):
+        (run.path / "checkpoints" / foreign).mkdir(parents=True)
+    (run.path / "checkpoints" / "0000007").touch()
+    assert run.checkpoint_steps() == [] and run.step == 0
+
+
+NAMES = "a b,a[1],x*y,what?,-s0,it's,ä日,{x},two\nlines,$HOME,5%,#,~".split(",")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_may_be_called_anything(name, home):
+    """Its exact name goes before what that would match as a pattern."""
+    for other in ("a1", "xzy", "whats", name):
+        Run.create(other, CONFIG).append({"step": 1, "loss": 0.5})
+    assert [run.name for run in open_runs(name)] == run_names(name) == list(load_runs(name).run.unique()) == [name]
+    assert name in run_names() and len(run_names()) == 4
+    run = Run.open(name)
+    run.save_checkpoint(1, {"networks": {"a.w": torch.ones(2)}}, {"step": 1})
+    assert torch.equal(run.load_checkpoint("networks")["a.w"], torch.ones(2))
+
+
+def test_a_list_of_digits_asks_for_each_unless_a_run_has_that_name(home):
+    for name in ("r-s0", "r-s1"):
+        Run.create(name, CONFIG)
+    assert [run.name for run in open_runs("r-s[10]")] == ["r-s1", "r-s0"]
+    with pytest.raises(UserError, match="no run 'r-s2'"):
+        open_runs("r-s[012]")
+    Run.create("r-s[012]", CONFIG)
+    assert [run.name for run in open_runs("r-s[012]")] == ["r-s[012]"]
+
+
+@pytest.mark.parametrize("name", ("", ".", "..", "a/b", "/a", "a/", "n" * 256, "\udcff"))
+def test_what_names_no_run(name, home):
+    for use in (Run.open, lambda name: Run.create(name, CONFIG)):
+        with pytest.raises(UserError, match="a run is opened by name"):
+            use(name)
+    assert list(home.iterdir()) == []
+
+
+def test_a_folder_whose_name_is_no_utf8_is_named(home, capsys):
+    Run.create("a", CONFIG)
+    os.rename(os.fsencode(runs_dir() / "a"), os.fsencode(runs_dir()) + b"/caf\xe9")
+    assert run_names() == [] and "its name is no UTF-8" in capsys.readouterr().err
+
+
+def test_runs_may_lie_where_the_path_is_no_utf8(home, monkeypatch):
+    """Safetensors opens paths in UTF-8 alone; what is written is the same."""
+    tensors = {"networks": {"a.w": torch.arange(6.0).view(2, 3), "a.b": torch.zeros(())}}
+    written = []
+    for folder in (b"plain", b"caf\xe9 {x} [0]*"):
+        monkeypatch.setenv("GEAR_RUNS", os.fsdecode(os.fsencode(home) + b"/" + folder))
+        run = Run.create("r", CONFIG)
+        run.save_checkpoint(1, tensors, {"step": 1})
+        assert torch.equal(run.load_checkpoint("networks")["a.w"], tensors["networks"]["a.w"]) and run_names() == ["r"]
+        written.append((run.path / "checkpoints" / "0000001" / "networks.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_a_value_that_is_none_is_not_logged(value, home):
+    run = Run.create("r", CONFIG)
+    run.append({"step": 1, "loss": 0.5})
+    with pytest.raises(FloatingPointError, match=f"'val/psnr' is {value} at step 2"):
+        run.append({"step": 2, "loss": 0.25, "val/psnr": value})
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'

@@ -305,3 +305,29 @@ def test_discriminator_sees_patches():
     """Three halvings give the public 30 x 30 logits at 256 px."""
     with torch.device("meta"):
         assert Discriminator()(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+
+
+# -- values that are none --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+@pytest.mark.parametrize("family", ({}, {"quantizer": "ibq"}, {"quantizer": "lfq", "codebook_size": 16}))
+def test_latents_that_are_no_numbers_have_no_index(family, value):
+    tokenizer, latents = tiny_tokenizer(**family).eval(), gaussian(2, 4, 3, 3)
+    latents[1, 2, 0, 1] = value
+    for face in (tokenizer.quantizer.indices, tokenizer.decode_latents):
+        with pytest.raises(UserError, match="not finite"):
+            face(latents)
+    tokenizer.quantizer.train().indices(latents)  # a step does not look: its loss tells
+
+
+def test_weights_that_are_no_numbers_give_neither_codes_nor_images():
+    tokenizer = tiny_tokenizer().eval()
+    indices = tokenizer.encode(IMAGES)
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias[1] = math.nan
+        with pytest.raises(UserError, match="decoded images hold values that are not finite.*weights"):
+            tokenizer.decode(indices)
+        tokenizer.encoder.conv_in.bias[0] = math.nan
+        with pytest.raises(UserError, match="latents hold values that are not finite.*weights"):
+            tokenizer.encode(IMAGES)

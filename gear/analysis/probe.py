@@ -17,9 +17,10 @@ from gear.config import Samples, Tau, UserError, check_value
 from gear.data.trained import place_of
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
+from gear.images import check_divides
 from gear.run import Run
 from gear.teachers import check_grid, load_teacher
-from gear.tokenizer.model import Tokenizer, check_divides
+from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.readout import soft_assignment
 
 FEW = 4  # images seen at once: at 256 px a public tokenizer takes 0.4 GB for each, its (L, K) affinity included

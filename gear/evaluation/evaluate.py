@@ -1,6 +1,5 @@
 """Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
 
-import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,7 +20,7 @@ from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
 from gear.generator.sampling import Guidance, Temperature
-from gear.home import write_atomically
+from gear.home import check_target, write_atomically
 from gear.run import Run
 from gear.teachers.weights import file_hash
 
@@ -77,27 +76,32 @@ def evaluate(name, options=EvaluateOptions()):
         )
     if options.export and len(settings) * max(1, len(options.steps)) > 1:
         raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
-    clip = None
-    if options.captions:  # what is wrong with them is said before anything is drawn
+    clip = None  # what is wrong with any option is said before anything is drawn
+    if options.captions:
         for sampling in settings:
-            read_captions(options.captions, None if options.samples else sampling.count)
-        clip = CLIP(options.clip, options.offline).to(options.device)
-    with given_by("--source") if options.source else contextlib.nullcontext():
+            with given_by("--captions"):
+                read_captions(options.captions, None if options.samples else sampling.count)
+        with given_by("--clip"):
+            clip = CLIP(options.clip, options.offline).to(options.device)
+    if options.export:
+        with given_by("--export"):
+            check_target(options.export)
+    with given_by(options.source and "--source"):
         config = trained_on(run, options.source)
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
     records = []
     if options.reconstruction or options.both:
         resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
-        network = load_network_by_name(space, options.weights, options.offline, **resize).to(options.device)
+        network = _network(space, options, **resize)
         records += _reconstruction(run, config, network, options)
     if not options.reconstruction:
-        network = load_network_by_name(space, options.weights, options.offline).to(options.device)
-        split = "all" if options.reference else "train"
-        real = reference(
-            options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
-            config.interpolation,
-        )  # fmt: skip
+        network, split = _network(space, options), "all" if options.reference else "train"
+        with given_by(options.reference and "--reference"):
+            real = reference(
+                options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
+                config.interpolation,
+            )  # fmt: skip
         if not options.reference:
             real.name = run.config["data"]["source"]  # wherever its images have moved
         for step in options.steps or (run.step,):
@@ -105,7 +109,22 @@ def evaluate(name, options=EvaluateOptions()):
                 records += _generation(run, step, config, network, real, options, sampling, clip)
             records += _likelihood(run, step, config) if not options.samples else []
     _keep(run, records)
+    for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
+        print(line, file=sys.stderr)
     return records
+
+
+def _network(name, options, **settings):
+    with given_by("--weights" if options.weights else "--network"):
+        return load_network_by_name(name, options.weights, options.offline, **settings).to(options.device)
+
+
+def unlike_sizes(protocol):
+    """Say that a protocol's samples and reference are of different size, "" where they are not."""
+    samples, reference = (protocol.get(f"{of}_size", "not stated") for of in ("samples", "reference"))
+    if samples == reference or "not stated" in (samples, reference):
+        return ""
+    return f"samples of {samples} px are compared with a reference of {reference} px"
 
 
 def _swept(options):
@@ -139,15 +158,19 @@ def _generation(run, step, config, network, real, options, sampling, clip):
         batches = lambda: draw_samples(  # noqa: E731
             folder, generator, tokenizer, labels, sampling.seed, options.device, options.quiet, grid=generator.grid, **how
         )
-    fake = extract(options.samples or run.name, batches(), network, options.device)
+    with given_by(options.samples and "--samples"):
+        fake = extract(options.samples or run.name, batches(), network, options.device)
     if options.export:
-        write_atomically(Path(options.export), lambda temporary: write_npz(temporary, batches(), fake.count))
+        write_atomically(Path(options.export).expanduser(), lambda temporary: write_npz(temporary, batches(), fake.count))
     protocol = {
         **network.protocol, **drawn, "rounding": "uint8", "samples_count": fake.count, "samples_hash": fake.pixels,
         "reference": Path(real.name).name, "reference_count": real.count, "reference_hash": real.pixels,
-        "image_size": config.image_size, "resize": config.interpolation,
+        "resize": config.interpolation, "samples_size": fake.size, "reference_size": real.size,
     }  # fmt: skip
-    found = compare(fake, real, network, options.metrics or None)
+    if fake.size == f"{config.image_size} x {config.image_size}":  # the run's own; another's samples are what they are
+        protocol["image_size"] = config.image_size
+    with given_by("--metrics" if options.metrics else ""):
+        found = compare(fake, real, network, options.metrics or None)
     records = [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
@@ -247,4 +270,5 @@ def report(runs):
     table, protocols = metrics_table(runs)
     print(table.T.to_string(float_format=lambda value: f"{value:.5g}", na_rep=""))
     for key, protocol in protocols.items():
-        print(f"[{key}] " + ", ".join(f"{name} {value}" for name, value in sorted(protocol.items())))
+        words = [f"{name} {value}" for name, value in sorted(protocol.items())]
+        print(f"[{key}] " + ", ".join(words + list(filter(None, [unlike_sizes(protocol)]))))

@@ -10,6 +10,7 @@ import torch
 
 from gear.config import UserError
 from gear.evaluation.statistics import gram
+from gear.images import check_finite
 
 BLOCK = 2**22  # distances held at once: what a cache holds
 
@@ -39,7 +40,8 @@ def _blocks(x, y, half):
 def radii(x, k, half=False):
     """Return each row's squared distance to its k-th neighbour, itself not counted: (N, D) -> (N,). UserError unless k < N."""
     if not 1 <= k < len(x):
-        raise UserError(f"k = {k} neighbours of {len(x)} samples: k has to lie in [1, {len(x) - 1}].")
+        limits = f"k has to lie in [1, {len(x) - 1}]" if len(x) > 1 else f"{k + 1} samples at least are needed"
+        raise UserError(f"k = {k} neighbours of {len(x)} samples: {limits}.")
     nearest = x.new_full((len(x), k + 1), torch.inf)
     parts = torch.arange(len(x), device=x.device).split(max(1, math.isqrt(BLOCK)))
     for i, rows in enumerate(parts):
@@ -57,13 +59,21 @@ def _least(nearest, distances):
     return torch.cat([nearest, least.to(nearest)], 1).topk(nearest.shape[1], dim=1, largest=False).values
 
 
+def _rows(features):
+    """Return features as they are; raises UserError unless they are finite rows (N, D)."""
+    if features.ndim != 2:
+        raise UserError(f"features have shape {tuple(features.shape)}: rows (N, D) are expected.")
+    check_finite(features, "the features", "look at the images, or at the feature network")
+    return features
+
+
 def precision_recall(real, fake, k=3, half=True):
     """Return (precision, recall) by the ADM protocol: d <= radius, distances squared and in float16 unless `half` is false.
 
     Precision is the share of `fake` (M, D) in the union of the real balls, recall that of `real` (N, D) in the union of the
     fake balls, a ball's radius being the distance to the k-th neighbour within its own set. Both depend on N and M.
     """
-    real, fake = real.float(), fake.float()
+    real, fake = _rows(real).float(), _rows(fake).float()
     r, f = radii(real, k, half), radii(fake, k, half)
     precise, recalled = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
     for rows, block in _blocks(real, fake, half):
@@ -78,7 +88,7 @@ def prdc(real, fake, k=5):
     Strict d < radius in float64. Density, mean_j #{i: d(r_i, f_j) < R_i} / k, may exceed 1; coverage is the share of real
     balls that hold a fake sample.
     """
-    real, fake = real.double(), fake.double()
+    real, fake = _rows(real).double(), _rows(fake).double()
     r, f = radii(real, k), radii(fake, k)
     inside, recalled, covered = torch.zeros(len(fake), dtype=torch.long, device=fake.device), [], []
     for rows, block in _blocks(real, fake, half=False):
@@ -99,8 +109,11 @@ def polynomial_mmd(real, fake, subsets=100, size=1_000, seed=0):
     (N, D), (M, D). Each subset draws `size` of each set without replacement. May be negative. Not multiplied by 1,000. Raises
     UserError where a set has fewer than `size` samples.
     """
+    real, fake = _rows(real), _rows(fake)
     if min(len(real), len(fake)) < max(size, 2):
         raise UserError(f"subsets of {size} need as many samples: there are {len(real)} and {len(fake)}.")
+    if subsets < 1 or size < 2:
+        raise UserError(f"{subsets} subsets of {size} samples: one at least, of two at least, is needed.")
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):

@@ -17,6 +17,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from gear.config import UserError
 from gear.data import to_float, to_uint8
 from gear.home import cache_dir
+from gear.images import check_images
 from gear.teachers.efficientnet import load_network
 from gear.teachers.networks import VITS, build
 from gear.teachers.scenes import load_scenes_teacher
@@ -202,12 +203,15 @@ def load_network_by_name(name, path="", offline=False, **settings):
 def as_floats(images):
     """Return images as (B, 3, H, W) float32 in [-1, 1]; raises UserError for another kind or range."""
     if images.dtype == torch.uint8:
-        return to_float(images)
-    if images.abs().max() > 1 + 1e-3:
-        raise UserError(f"images reach {float(images.abs().max()):.3g}: floats in [-1, 1] are expected, or uint8.")
+        return to_float(as_pixels(images))
+    check_images(images)
     return images.float()
 
 
 def as_pixels(images):
     """Return images as (B, H, W, 3) uint8, floats in [-1, 1] rounded; raises UserError for another kind or range."""
-    return images if images.dtype == torch.uint8 else to_uint8(as_floats(images))
+    if images.dtype != torch.uint8:
+        return to_uint8(as_floats(images))
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"images are {tuple(images.shape)} uint8: (B, H, W, 3) is expected, or floats (B, 3, H, W) in [-1, 1].")
+    return images

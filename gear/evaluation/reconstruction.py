@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gear.config import UserError
+from gear.images import check_finite, check_images
 from gear.teachers.weights import file_hash
 from gear.tokenizer.readout import full_precision
 
@@ -34,7 +35,7 @@ def ssim(reconstruction, images):
     A 7 x 7 uniform window, sample covariances, no padding, mean over channels, data range 1 (scikit-image's definition; a data
     range of 2 on [0, 1] images inflates it). Raises UserError for images smaller than the window.
     """
-    _check(images)
+    _check(reconstruction, images)
     if min(images.shape[-2:]) < WINDOW:
         raise UserError(f"SSIM has a window of {WINDOW} px: images of {tuple(images.shape[-2:])} px are too small.")
     x, y = ((z.double().clamp(-1, 1) + 1) / 2 for z in (reconstruction, images))
@@ -48,14 +49,21 @@ def ssim(reconstruction, images):
 def load_lpips(device="cpu"):
     """Return LPIPS-VGG16 as a function of two (N, 3, H, W) in [-1, 1] -> (N,), or None without its backbone on this machine.
 
-    The package would download the backbone at construction; a random one would run and mean nothing.
+    The package would download the backbone at construction; a random one would run and mean nothing. Images are looked at
+    as for `psnr`, but where the reconstruction has a gradient: a step of training must not wait for the device.
     """
     if not lpips_backbone().exists():
         return None
     if not file_hash(lpips_backbone()).startswith("397923af"):
         raise UserError(f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and fetch it again.")
     network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
-    return full_precision(lambda x, y: network(x, y).flatten())
+
+    def distance(reconstruction, images):
+        if not reconstruction.requires_grad:
+            _check(reconstruction, images)
+        return network(reconstruction, images).flatten()
+
+    return full_precision(distance)
 
 
 def lpips_backbone():
@@ -70,12 +78,15 @@ def reconstruct(tokenizer, images, batch=8):
     return torch.cat([tokenizer.decode(grid) for grid in indices]), torch.cat(indices)
 
 
-def _check(images):
-    """Raise UserError unless images are floats in [-1, 1]."""
-    if not images.is_floating_point() or images.numel() and images.abs().max() > 1 + 1e-3:
-        raise UserError(f"images are {images.dtype} and reach {float(images.abs().max()):.3g}: floats in [-1, 1] are expected.")
+def _check(reconstruction, images):
+    """Raise UserError unless images are floats in [-1, 1] and the reconstruction, which may exceed that, is of their shape."""
+    check_images(images)
+    if reconstruction.shape != images.shape:
+        shapes = f"{tuple(reconstruction.shape)} and {tuple(images.shape)}"
+        raise UserError(f"a reconstruction and its images have one shape, not {shapes}.")
+    check_finite(reconstruction, "the reconstructions", "look at the tokenizer's weights")
 
 
 def _difference(reconstruction, images):
-    _check(images)
+    _check(reconstruction, images)
     return (reconstruction.float().clamp(-1, 1) - images.float()) / 2

@@ -19,6 +19,10 @@ OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")  # what two number
 SPATIAL_SAMPLES = 2_024  # sFID's 2,023 features need more samples than that for a covariance of full rank
 
 
+class Unavailable(UserError):
+    """Say why two sets do not allow a metric."""
+
+
 @dataclass
 class FeatureSet:
     """What is kept of a set of images: rows for neighbours, moments for Fréchet distances, the score of its logits."""
@@ -30,6 +34,7 @@ class FeatureSet:
     rows: torch.Tensor | None = None  # (N, D) float32
     inception_score: float | None = None
     given: tuple = ()  # kinds of moments that a file brought, of as many samples as its author had
+    size: str = "not stated"  # height x width in pixels, which statistics alone do not say
 
 
 def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT):
@@ -57,14 +62,16 @@ def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT
         raise UserError(f"'{name}' holds no images.")
     moments = {kind: (m.mean, m.covariance) for kind, m in moments.items()} if count > 1 else {}
     kept = torch.cat(rows) if rows else None
-    return FeatureSet(name, digest.hexdigest()[:12], count, moments, kept, score.value() if score.seen else None)
+    height, width = size[:2] if images.dtype == torch.uint8 else size[1:]
+    score = score.value() if score.seen else None
+    return FeatureSet(name, digest.hexdigest()[:12], count, moments, kept, score, size=f"{height} x {width}")
 
 
 def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0):
     """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a reference.
 
     `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that cannot be had raises
-    UserError saying why, and one that was not is left out.
+    UserError saying why, and one that was not is left out, unless none is left. So does one that comes out not finite.
     """
     inception = network.name == "inception"
     fid, kernel = ("gfid", "kid") if inception else (f"fd_{network.name}", f"mmd_{network.name}")
@@ -79,49 +86,61 @@ def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1
     possible["inception_score" if inception else f"score_{network.name}"] = lambda: (_score(fake), {"is_split": IS_SPLIT})
     if unknown := set(wanted or ()) - possible.keys():
         raise UserError(f"unknown metrics {', '.join(sorted(unknown))} in this feature space. Known: {', '.join(possible)}.")
-    found = {}
+    found, reasons = {}, []
     for name in wanted or possible:
         try:
             value, details = possible[name]()
-        except UserError:
+        except Unavailable as reason:
             if wanted:
                 raise
+            reasons.append(str(reason))
             continue
         found |= {key: (v, details) for key, v in value.items()} if isinstance(value, dict) else {name: (value, details)}
+    for name, (value, _) in found.items():
+        if not np.isfinite(value):
+            raise UserError(f"{name} of '{fake.name}' is {value}, which is no number: look at the images and the reference.")
+    if not found:
+        raise UserError(f"nothing can be measured of '{fake.name}' against '{real.name}': {' '.join(dict.fromkeys(reasons))}")
     return found
 
 
 def _moments(features, kind):
     least = SPATIAL_SAMPLES if kind == "spatial" else 2
     if kind not in features.given and features.count and features.count < least:
-        raise UserError(f"'{features.name}' has {features.count} samples: {least} at least are needed for {kind} statistics.")
+        raise Unavailable(f"'{features.name}' has {features.count} samples: {least} at least are needed for {kind} statistics.")
     if kind not in features.moments:
-        raise UserError(f"'{features.name}' brings no {kind} statistics of this feature network.")
+        raise Unavailable(f"'{features.name}' brings no {kind} statistics of this feature network.")
     return features.moments[kind]
 
 
 def _score(features):
     if features.inception_score is None:
-        raise UserError("this feature network has no logits: an Inception Score needs some.")
+        raise Unavailable("this feature network has no logits: an Inception Score needs some.")
     return features.inception_score
 
 
 def _rows(features):
     if features.rows is None:
-        raise UserError(f"'{features.name}' brings statistics, but no images or features: neighbours need those.")
+        raise Unavailable(f"'{features.name}' brings statistics, but no images or features: neighbours need those.")
     return features.rows
 
 
 def _pairs(function, names, fake, real, k):
-    values = function(_rows(real), _rows(fake), k)
+    sets = _rows(real), _rows(fake)
+    for features in (real, fake):
+        if 0 < features.count <= k:
+            raise Unavailable(f"k = {k} neighbours of {features.count} samples of '{features.name}': more are needed.")
+    values = function(*sets, k)
     if names is None:
         return {f"prdc_{name}": value for name, value in values.items()}, {"k": k, "distance": "float64, d < r"}
     return dict(zip(names, values)), {"k": k, "distance": "squared, float16, d <= r"}
 
 
 def _mmd(fake, real, subsets, size, seed):
-    size = min(size, fake.count, real.count)
-    mean, std = polynomial_mmd(_rows(real), _rows(fake), subsets, size, seed)
+    sets, size = (_rows(real), _rows(fake)), min(size, fake.count, real.count)
+    if size < 2:
+        raise Unavailable("one sample has no distance to others of its set: two at least are needed.")
+    mean, std = polynomial_mmd(*sets, subsets, size, seed)
     return mean, {"subsets": subsets, "subset_size": size, "subset_seed": seed, "spread": std}
 
 

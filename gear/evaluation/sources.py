@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gear.config import UserError
+from gear.config import UserError, given_by
 from gear.data import DataConfig, open_source, to_uint8
 from gear.evaluation.scores import BATCH, FeatureSet, extract
+from gear.evaluation.statistics import check_statistics
 from gear.generator.sampling import generate
 from gear.home import write_atomically
 
@@ -61,14 +62,34 @@ def read_images(source, image_size, count=None, split="all", interpolation="bicu
         yield torch.from_numpy(images.images(np.arange(start, min(start + BATCH, total))))
 
 
+def is_npz(source):
+    """Tell a .npz from what else images lie in; raises UserError for a .npy."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".npy" and not path.is_dir():
+        raise _one_array(source)
+    return path.suffix.lower() == ".npz" and not path.is_dir()
+
+
+def _one_array(source):
+    return UserError(
+        f"'{source}' cannot be read as .npz: a .npy holds one array. Save images as numpy.savez(PATH, images), statistics as "
+        f"numpy.savez(PATH, mu=mean, sigma=covariance), or give a folder of images."
+    )
+
+
 def read_npz(path):
     """Return the arrays of a .npz as {name: array}; raises UserError for what is none, or cut short. No pickle is read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        content = np.load(Path(path).expanduser(), allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise _one_array(path)
+        with content as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"there is no file {path}.") from None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # TypeError: a .npy
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{path}' cannot be read as .npz ({why}): it is cut short, or another file.") from None
 
@@ -97,7 +118,7 @@ def write_npz(path, batches, count):
 
 def open_images(source, image_size, count=None, split="all", interpolation="bicubic"):
     """Yield uint8 batches of a .npz or of what `read_images` takes, `count` images at most."""
-    if Path(source).suffix != ".npz":
+    if not is_npz(source):
         yield from read_images(source, image_size, count, split, interpolation)
         return
     left = count
@@ -108,18 +129,27 @@ def open_images(source, image_size, count=None, split="all", interpolation="bicu
             return
 
 
+def _statistics(source, arrays, names):
+    """Return the mean and the covariance that a file calls `names`, in float64."""
+    pair = [arrays[name] for name in names]
+    with given_by(f"{' and '.join(names)} of '{source}'"):
+        if kinds := [str(a.dtype) for a in pair if a.dtype.kind not in "fiu"]:
+            raise UserError(f"arrays of {', '.join(kinds)}: numbers are expected.")
+        return check_statistics(*pair)
+
+
 def reference(source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"):
     """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or images.
 
     Statistics in a file stand as they are (ADM's are of the whole training set); its images serve the metrics from neighbours.
-    Raises UserError for a file that has neither.
+    Raises UserError for a file that has neither, and for statistics that are none.
     """
-    if Path(source).suffix != ".npz":
+    if not is_npz(source):
         batches = read_images(source, image_size, count, split, interpolation)
         return extract(str(source), batches, network, device)
     arrays = read_npz(source)
     names = STATISTICS.get(network.name, {})
-    found = {kind: tuple(arrays[n] for n in pair) for kind, pair in names.items() if set(pair) <= arrays.keys()}
+    found = {kind: _statistics(source, arrays, pair) for kind, pair in names.items() if set(pair) <= arrays.keys()}
     if "arr_0" in arrays:
         features = extract(Path(source).name, npz_images(source, arrays), network, device)
     elif found:

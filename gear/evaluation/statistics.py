@@ -3,8 +3,10 @@
 import torch
 
 from gear.config import UserError
+from gear.images import check_finite
 
 ROWS = 4_096  # features that wait for their product
+ASYMMETRY = 1e-5  # of a covariance, relative to its largest entry: rounding in float32
 IS_SPLIT = 5_000  # samples a split of the Inception Score, in the order of the file (ADM)
 
 
@@ -31,8 +33,7 @@ class Moments:
 
     def update(self, features):
         """Take in features (N, D). Raises UserError for a value that is not finite."""
-        if not torch.isfinite(features).all():
-            raise UserError("the features hold values that are not finite: look at the images, or at the feature network.")
+        check_finite(features, "the features", "look at the images, or at the feature network")
         self._waiting.append(features.detach().to(self.sum.device, torch.float64))
         if sum(map(len, self._waiting)) >= ROWS:  # the product of many rows costs little more than that of few
             self._fold()
@@ -82,18 +83,28 @@ def frechet_distance(one, other):
     """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D, D)): a float >= 0.
 
     The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which are real. Raises UserError
-    for statistics of another width, and for a covariance with an eigenvalue clearly below zero.
+    for what are no statistics, for those of another width, and for a covariance with an eigenvalue clearly below zero.
     """
-    (m1, s1), (m2, s2) = ((torch.as_tensor(t, dtype=torch.float64) for t in pair) for pair in (one, other))
-    if s1.shape != s2.shape or m1.shape != m2.shape or s1.shape != (len(m1), len(m1)):
-        shapes = f"{tuple(m1.shape)}, {tuple(s1.shape)} and {tuple(m2.shape)}, {tuple(s2.shape)}"
-        raise UserError(f"statistics of shapes {shapes} cannot be compared: both have to come from one feature network.")
-    if not all(torch.isfinite(t).all() for t in (m1, s1, m2, s2)):
-        raise UserError("a mean or covariance holds values that are not finite: look at what it was computed from.")
+    (m1, s1), (m2, s2) = (check_statistics(*pair) for pair in (one, other))
+    if m1.shape != m2.shape:
+        widths = f"{len(m1)} and {len(m2)} features"
+        raise UserError(f"statistics of {widths} cannot be compared: both have to come from one feature network.")
     root = _root(s1)
     values = _non_negative(torch.linalg.eigvalsh(root.T @ s2 @ root))
     distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * values.sqrt().sum()
     return max(float(distance), 0.0)
+
+
+def check_statistics(mean, covariance):
+    """Return a mean (D,) and a covariance (D, D) in float64; raises UserError for what is none."""
+    mean, covariance = (torch.as_tensor(t, dtype=torch.float64) for t in (mean, covariance))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+        raise UserError(f"a mean and a covariance of shapes {shapes}: (D,) and (D, D) are expected.")
+    check_finite(torch.cat([mean[None], covariance]), "a mean and a covariance", "look at what they were computed from")
+    if (covariance - covariance.T).abs().max() > ASYMMETRY * covariance.abs().max():
+        raise UserError("a covariance is not symmetric: it is not that of any features.")
+    return mean, covariance
 
 
 def _root(covariance):
@@ -126,7 +137,8 @@ class InceptionScore:
         self.count, self.negentropy, self.mean = 0, 0.0, 0.0
 
     def update(self, logits):
-        """Take in logits (N, classes)."""
+        """Take in logits (N, classes). Raises UserError for a value that is not finite."""
+        check_finite(logits, "the logits", "look at the images, or at the feature network")
         logp = logits.double().log_softmax(-1)
         self.seen += len(logp)
         while len(logp):

@@ -74,7 +74,7 @@ def generate(
     slots, head_dim = x.shape[1], config.width // config.heads
     table, sees = generator.rotation(length, device, slots), None if mask is None else visible(mask, length - 1, text_attention)
     caches = [KVCache(len(x), config.heads, slots + length - 1, head_dim, device, x.dtype) for _ in generator.blocks]
-    rng = torch.Generator(device).manual_seed(seed)
+    rng, finite = torch.Generator(device).manual_seed(seed), torch.ones((), dtype=torch.bool, device=device)
     indices = torch.zeros(count, length, dtype=torch.long, device=device)
     start, end = 0, slots
     for i in range(length):
@@ -89,13 +89,16 @@ def generate(
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond) if i >= first else cond
+        finite &= torch.isfinite(logits).all()  # read once, at the end: the device is not waited for at every token
         if temperature < COLD:
             indices[:, i] = logits.argmax(-1)
         else:
-            p = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+            p = filter_logits(logits / temperature, top_k, top_p).softmax(-1).nan_to_num(1.0)
             indices[:, i] = torch.multinomial(p, 1, generator=rng)[:, 0]
         x = generator.token_embedding(indices[:, i : i + 1].repeat(1 + guided, 1))
         start, end = end, end + 1
+    if not finite:
+        raise UserError("the generator's logits are not finite: look at its weights, and at the range of their type.")
     return indices.view(-1, h, w)
 
 

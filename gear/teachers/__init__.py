@@ -1,4 +1,7 @@
-"""Frozen vision encoders. One face: `teacher(images)` -> patch features (B, L, dim) on a grid of `teacher.grid(size)`."""
+"""Frozen vision encoders. One face: `teacher(images)` -> patch features (B, L, dim) on a grid of `teacher.grid(size)`.
+
+Images are looked at first, see `check_images`; a step of training leaves out the `check` of values.
+"""
 
 import torch
 from torch import nn
@@ -37,8 +40,8 @@ class SideBySide(nn.Module):
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
 
-    def forward(self, images):
-        return torch.cat([teacher(images) for teacher in self.teachers], -1)
+    def forward(self, images, check=True):
+        return torch.cat([teacher(images, check) for teacher in self.teachers], -1)
 
 
 def side_by_side(teachers):

@@ -10,6 +10,7 @@ from torch import nn
 
 from gear.config import UserError
 from gear.data import load
+from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 
 NAME = "efficientnet-lite0"
@@ -47,7 +48,9 @@ class EfficientNetTeacher(nn.Module):
         maps = self.network.forward_intermediates(images, indices=[STAGE], stop_early=True, intermediates_only=True)
         return maps[0].flatten(2).transpose(1, 2)
 
-    def forward(self, images):
+    def forward(self, images, check=True):
+        check_images(images, check)
+        images = images.to(self.mean.dtype)
         raw = self.cached(images) if images.device.type == "cpu" else self.raw(images)
         return (raw.float() - self.mean) / self.std
 

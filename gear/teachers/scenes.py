@@ -15,6 +15,7 @@ from torch import nn
 from gear.config import UserError
 from gear.data.scenes import FACTORS
 from gear.home import write_atomically
+from gear.images import check_images
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
 PACKAGED = Path(__file__).with_name("scenes.safetensors")
@@ -50,8 +51,9 @@ class ScenesTeacher(nn.Module):
         far = F.interpolate(self.far(near), size=near.shape[-2:], mode="bilinear", align_corners=False)
         return torch.cat([near, far], 1)
 
-    def forward(self, images):
-        rows = self.channels(images).flatten(2).transpose(1, 2)  # (B, L, 144)
+    def forward(self, images, check=True):
+        check_images(images, check)
+        rows = self.channels(images.to(self.mean.dtype)).flatten(2).transpose(1, 2)  # (B, L, 144)
         return ((rows - self.mean) / self.std) @ self.components.T
 
     def factor_losses(self, images, factors):

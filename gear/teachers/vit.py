@@ -12,6 +12,7 @@ from torch import nn
 
 from gear.checkpoints import check_fit
 from gear.config import UserError
+from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
 from gear.teachers.weights import file_hash, find_weights, read_tensors
@@ -72,9 +73,11 @@ class ViTTeacher(nn.Module):
         raw = self.raw(images).float()
         return spatially_normalised(raw) if self.vit.spatial else raw
 
-    def forward(self, images):
+    def forward(self, images, check=True):
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(f"a teacher of {self.image_size} px images got {images.shape[-2]} x {images.shape[-1]} px.")
+        check_images(images, check)
+        images = images.to(self.mean.dtype)
         return self.cached(images).float() if images.device.type == "cpu" else self.features(images)
 
 

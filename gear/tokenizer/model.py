@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
+from gear.images import check_divides, check_finite, check_images
 from gear.tokenizer.autoencoder import Decoder, Encoder
 from gear.tokenizer.quantize import QUANTIZERS, Quantized
 
@@ -21,7 +22,11 @@ class Tokenized:
 
 
 class Tokenizer(nn.Module):
-    """VQ, LFQ or IBQ. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling."""
+    """VQ, LFQ or IBQ. Images are (B, 3, H, W) in [-1, 1], indices (B, h, w) int64 in [0, K), h = H / downsampling.
+
+    Images of any float type are taken as the network's own. In evaluation mode an image out of range and a value that is not
+    finite raise UserError; training, and a frozen tokenizer in it (`check` false), must not wait for the device to say so.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -34,12 +39,11 @@ class Tokenizer(nn.Module):
         self.skip_in = nn.Conv2d(3, d, f, f) if config.linear_skip else None
         self.skip_out = nn.ConvTranspose2d(d, 3, f, f) if config.linear_skip else None
 
-    def latents(self, images):
-        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError for a shape that it cannot take."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
-            found = f"{tuple(images.shape)} {images.dtype}"
-            raise UserError(f"images are (B, 3, H, W) floats in [-1, 1], not {found}: uint8 / 127.5 - 1, as gear.data does.")
+    def latents(self, images, check=True):
+        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError for images that it cannot take."""
+        check_images(images, check and not self.training)
         check_divides(images.shape[-2:], self.config.downsampling)
+        images = images.to(self.encoder.conv_in.weight.dtype)
         z = self.quant_conv(self._run(self.encoder, images))
         return z if self.skip_in is None else z + self.skip_in(images)
 
@@ -55,10 +59,10 @@ class Tokenizer(nn.Module):
         """Prepare for a batch in parts: `whole` turns a part's mean use of the codes, (K,), into that of all of it."""
         self.quantizer.whole = whole
 
-    def encode(self, images):
+    def encode(self, images, check=True):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
-        z = self.latents(images)
-        return self.quantizer.indices(z).unflatten(1, z.shape[-2:])
+        z = self.latents(images, check)
+        return self.quantizer.indices(z, check).unflatten(1, z.shape[-2:])
 
     def decode(self, indices):
         """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]. Raises UserError for an index out of range."""
@@ -68,8 +72,12 @@ class Tokenizer(nn.Module):
         return self.decode_latents(self.quantizer.lookup(indices))
 
     def decode_latents(self, latents):
-        image = self._run(self.decoder, self.post_quant_conv(latents))
-        return image if self.skip_out is None else image + self.skip_out(latents)
+        """Render latents (B, code_dim, h, w): (B, 3, H, W). Raises UserError for images that are not finite."""
+        images = self._run(self.decoder, self.post_quant_conv(latents))
+        images = images if self.skip_out is None else images + self.skip_out(latents)
+        if not self.training:
+            check_finite(images, "the decoded images", "look at the latents, or at the tokenizer's weights")
+        return images
 
     def _run(self, network, x):
         if self.checkpointing and torch.is_grad_enabled():
@@ -80,15 +88,6 @@ class Tokenizer(nn.Module):
         """Encode, quantise and decode once; returns a Tokenized with gradients and loss terms."""
         quantized = self.quantizer(self.latents(images))
         return Tokenized(self.decode_latents(quantized.latents), quantized)
-
-
-def check_divides(size, downsampling):
-    """Raise UserError unless the image size (H, W) is a multiple of the tokenizer's downsampling."""
-    if any(side % downsampling for side in size):
-        raise UserError(
-            f"the image size {size[0]} x {size[1]} is not divisible by the tokenizer's downsampling {downsampling}: "
-            f"use a multiple of {downsampling}."
-        )
 
 
 @torch.no_grad()

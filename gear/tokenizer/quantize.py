@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
+from gear.images import check_finite
 from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, entropies, full, full_precision, hard_indices, soft_readout
 
 
@@ -46,8 +47,13 @@ class Quantizer(nn.Module):
         """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
         return Affinity(self._rows(latents), self.codes(), *self.affine)
 
-    def indices(self, latents):
-        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64."""
+    def indices(self, latents, check=True):
+        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64. UserError for latents not finite."""
+        if check and not self.training:
+            check_finite(latents, "the latents", "look at the images, or at the tokenizer's weights")
+        return self._nearest(latents)
+
+    def _nearest(self, latents):
         return hard_indices(self.affinity(latents))
 
     @full_precision
@@ -168,8 +174,7 @@ class LookupFreeQuantizer(Quantizer):
         """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
         return bit_entropies(as_rows(latents))[1]
 
-    def indices(self, latents):
-        """Return the index of each position from its signs: (B, D, h, w) -> (B, L) int64."""
+    def _nearest(self, latents):
         return _pack(as_rows(latents) > 0)
 
     def codes(self):

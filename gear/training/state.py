@@ -9,11 +9,12 @@ from gear.config import UserError
 from gear.data import load
 from gear.evaluation.reconstruction import load_lpips
 from gear.generator.model import Generator, Projector, Projectors
+from gear.images import check_divides
 from gear.run import Run
 from gear.teachers import check_grid, load_teachers, side_by_side
 from gear.teachers.scenes import ScenesTeacher
 from gear.tokenizer.discriminator import Discriminator
-from gear.tokenizer.model import Tokenized, Tokenizer, check_divides, initialise_from_data
+from gear.tokenizer.model import Tokenized, Tokenizer, initialise_from_data
 from gear.training.optim import EMA, Optimizer, learning_rate_factor
 from gear.training.processes import Processes
 from gear.training.shards import spread, spread_like
@@ -193,10 +194,10 @@ class State:
             return batch
         if self.teacher_features is not None:
             with torch.no_grad():
-                batch.target = self.teacher_features(batch.images)
+                batch.target = self.teacher_features(batch.images, check=False)
         if self.config.stage == "generator":
             with torch.no_grad():
-                batch.indices = self.tokenizer.encode(batch.images).flatten(1)
+                batch.indices = self.tokenizer.encode(batch.images, check=False).flatten(1)
         elif self.config.stage in ("tokenizer", "joint"):
             with self.autocast():
                 batch.tokenized = self.tokenizer(batch.images)

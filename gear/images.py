@@ -1,0 +1,36 @@
+"""What an image is inside the library: floats (B, 3, H, W) in [-1, 1], x = uint8 / 127.5 - 1."""
+
+import torch
+
+from gear.config import UserError
+
+TOLERANCE = 1e-3  # beyond [-1, 1], for what rounding adds
+
+
+def check_images(images, values=True):
+    """Raise UserError unless images are floats (B, 3, H, W) in [-1, 1]; NaN lies in no range.
+
+    Without `values` only type and shape are looked at: reading values waits for the device, which a training step must not.
+    """
+    expected = "floats (B, 3, H, W) in [-1, 1] are expected, uint8 / 127.5 - 1 as gear.data gives them"
+    if not isinstance(images, torch.Tensor):
+        raise UserError(f"images are a {type(images).__name__}: a tensor of {expected}.")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
+        raise UserError(f"images are {tuple(images.shape)} {images.dtype}: {expected}.")
+    if values and not images.is_meta and not (reach := float(images.detach().abs().max())) <= 1 + TOLERANCE:
+        raise UserError(f"images reach {reach:.3g}: {expected}.")
+
+
+def check_finite(values, what, remedy):
+    """Raise UserError, naming `what` a tensor is and the `remedy`, if a value of it is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise UserError(f"{what} hold values that are not finite: {remedy}.")
+
+
+def check_divides(size, downsampling):
+    """Raise UserError unless the image size (H, W) is a multiple of the tokenizer's downsampling."""
+    if any(side % downsampling for side in size):
+        raise UserError(
+            f"the image size {size[0]} x {size[1]} is not divisible by the tokenizer's downsampling {downsampling}: "
+            f"use a multiple of {downsampling}."
+        )

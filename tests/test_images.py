@@ -1,0 +1,80 @@
+"""What is no image is refused at the public face: by type, by shape, by range; and a step of training does not look."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import scenes, tiny_state, tiny_tokenizer
+
+from gear.config import UserError
+from gear.data import DataConfig
+from gear.images import check_images
+from gear.recipes import recipe
+from gear.teachers import load_teacher, side_by_side
+from gear.tokenizer import model, quantize
+from gear.training.state import State
+
+IMAGES = scenes(2)[0]
+NONE = {  # what is given in place of images, and what is said of it
+    "0 to 255": ((IMAGES + 1) * 127.5, "images reach 2[0-9]{2}"),
+    "0 to 2": (IMAGES + 1, "images reach [12]"),
+    "one NaN": (IMAGES.clone().index_put_((torch.tensor(1), torch.tensor(2), torch.tensor(3)), torch.tensor(torch.nan)), "nan"),
+    "infinite": (IMAGES / 0, "images reach (inf|nan)"),
+    "bytes": (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "torch.uint8: floats"),
+    "integers": (torch.zeros(2, 3, 32, 32, dtype=torch.long), "torch.int64: floats"),
+    "channels last": (IMAGES.permute(0, 2, 3, 1), r"\(2, 32, 32, 3\)"),
+    "grey": (IMAGES[:, :1], r"\(2, 1, 32, 32\)"),
+    "with alpha": (IMAGES[:, [0, 1, 2, 0]], r"\(2, 4, 32, 32\)"),
+    "one": (IMAGES[0], r"\(3, 32, 32\)"),
+    "no": (IMAGES[:0], r"\(0, 3, 32, 32\)"),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("scenes", DataConfig(), 4)
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_what_is_no_image(kind, teacher):
+    images, said = NONE[kind]
+    tokenizer = tiny_tokenizer().eval()
+    faces = [check_images, teacher, side_by_side([teacher, teacher])]
+    for face in [*faces, *(getattr(tokenizer, name) for name in ("encode", "latents", "affinity", "mean_use", "forward"))]:
+        with pytest.raises(UserError, match=f"{said}.*are expected"):
+            face(images)
+
+
+def test_an_array_is_no_tensor():
+    with pytest.raises(UserError, match="images are a ndarray: a tensor"):
+        tiny_tokenizer().eval().encode(np.zeros((1, 3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16))
+def test_every_float_type_is_taken_as_the_networks_own(dtype, teacher):
+    tokenizer, images = tiny_tokenizer().eval(), IMAGES.to(dtype)
+    for face in (tokenizer.encode, tokenizer.affinity, teacher):
+        assert torch.equal(face(images), face(images.float()))
+    double = tiny_tokenizer().double().eval()
+    assert torch.equal(double.encode(IMAGES), double.encode(IMAGES.double()))
+
+
+def test_what_rounding_adds_is_no_fault():
+    assert tiny_tokenizer().eval().encode(IMAGES.sign() * 1.0009).shape == (2, 8, 8)
+
+
+def test_training_does_not_wait_for_values(tiny, monkeypatch):
+    """Neither does the frozen tokenizer of the stage `generator`, which is in evaluation mode, nor the teacher."""
+    looked = []
+    look = lambda images, values=True: looked.append(values)  # noqa: E731
+    monkeypatch.setattr(model, "check_images", look)
+    monkeypatch.setattr("gear.teachers.scenes.check_images", look)
+    for module in (model, quantize):
+        monkeypatch.setattr(module, "check_finite", lambda *arguments: looked.append(True))
+    labels = torch.zeros(2, dtype=torch.long)
+    tiny_state("joint").observe(IMAGES, labels)
+    state = State(recipe("tiny"), torch.device("cpu"))
+    assert not state.tokenizer.training
+    state.observe(IMAGES, labels)
+    assert len(looked) == 4 and not any(looked)
+    state.tokenizer.encode(IMAGES)
+    assert any(looked)

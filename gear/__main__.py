@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from gear import data, figures, gallery, render
 from gear.analysis import claims
-from gear.analysis.codes import usage
 from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
 from gear.config import TrainingStopped, UserError, __version__, from_dict, given_by, nearest
 from gear.console import console
 from gear.containers import export
 from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
-from gear.evaluation.reconstruction import l1, psnr, reconstruct
+from gear.evaluation.sheets import reconstruction_sheet
 from gear.generator.sampling import sample
 from gear.home import check_target, check_writable, write_atomically
 from gear.images import check_divides
@@ -153,26 +152,18 @@ def reconstruct_command(names, arguments):
     check_divides((size, size), tokenizer.config.downsampling)
     with given_by(options.images and "--images"):
         images, _ = data.load(images_of, split, options.count)
-    decoded, indices = reconstruct(tokenizer, images)
-    used = usage(indices, tokenizer.config.codebook_size)
-    metrics = {
-        "psnr": float(psnr(decoded, images).mean()), "l1": float(l1(decoded, images).mean()), "usage_entropy": used.entropy,
-        "codes_used": tokenizer.config.codebook_size - used.dead, "images": len(images), "tokens": used.n,
-        "protocol": {
-            "weights": tokenizer.source, "source": images_of.source, "split": split, "image_size": size, "crop": "centre",
-            "interpolation": images_of.interpolation, "l1": "[0, 1] units",
-            "psnr": "dB, mean over images, clamped, not rounded",
-        },
+    sheet, metrics = reconstruction_sheet(tokenizer, images)
+    protocol = {
+        "weights": tokenizer.source, "source": images_of.source, "split": split, "image_size": size, "crop": "centre",
+        "interpolation": images_of.interpolation, "l1": "[0, 1] units",
+        "psnr": "dB, mean over images, clamped, not rounded",
     }  # fmt: skip
-    rows = [x for pair in zip(images.split(8), decoded.split(8)) for x in pair]
-    rows = [torch.cat([x, x.new_ones(8 - len(x), *x.shape[1:])]) for x in rows] if len(images) > 8 else rows
-    grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=min(8, len(images)), padding=2, pad_value=1.0)
-    sheet = Image.fromarray(data.to_uint8(grid[None])[0].numpy())
+    text = json.dumps(metrics | {"protocol": protocol}, indent=1) + "\n"
     write_atomically(out, lambda temporary: sheet.save(temporary, "PNG"))
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(metrics, indent=1) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     print(
-        f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {used.entropy:.2f} nats, "
-        f"{len(images)} images of {size} px: {out.resolve()}, {path.name}"
+        f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {metrics['usage_entropy']:.2f} "
+        f"nats, {len(images)} images of {size} px: {out.resolve()}, {path.name}"
     )
 
 

@@ -52,7 +52,7 @@ LAYERS = [
         "analysis.probe",
         "analysis.claims",
     ],
-    ["evaluation.evaluate", "evaluation.protocols"],
+    ["evaluation.evaluate", "evaluation.protocols", "evaluation.sheets"],
     [
         "training.losses",
         "training.shards",

@@ -18,6 +18,18 @@ from gear.data.stream import (
 from gear.data.trained import trained_on
 
 __all__ = [
-    "DataConfig", "Stream", "absolute", "check_classes", "data_report", "load", "loaded", "num_classes", "open_source", "read", "stream",
-    "to_float", "to_uint8", "trained_on",
-]  # fmt: skip
+    "DataConfig",
+    "Stream",
+    "absolute",
+    "check_classes",
+    "data_report",
+    "load",
+    "loaded",
+    "num_classes",
+    "open_source",
+    "read",
+    "stream",
+    "to_float",
+    "to_uint8",
+    "trained_on",
+]

@@ -37,6 +37,21 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
+def _check_settings(cfg_interval, **settings):
+    """Raise UserError for a setting out of RANGES."""
+    for name, value in settings.items():
+        check_value(name, value, RANGES[name])
+    check_value("cfg_interval", cfg_interval or (0, 0), tuple[Whole, Whole])
+
+
+def _draw(logits, temperature, top_k, top_p, rng):
+    """Draw an index from each row of logits: (B, K) -> (B,). What is no number draws any: `generate` tells at its end."""
+    if temperature < COLD:
+        return logits.argmax(-1)
+    p = filter_logits(logits / temperature, top_k, top_p).softmax(-1).nan_to_num(1.0)
+    return torch.multinomial(p, 1, generator=rng)[:, 0]
+
+
 @torch.no_grad()
 def generate(
     generator, condition, grid=None, mask=None, *, cfg_scale=1.0, cfg_interval=None, temperature=1.0, top_k=0, top_p=1.0,
@@ -54,10 +69,7 @@ def generate(
     h, w = grid or generator.grid
     if h != w or h < 1:
         raise UserError(f"a grid of {h} x {w} tokens is not square.")
-    settings = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for name, value in settings.items():
-        check_value(name, value, RANGES[name])
-    check_value("cfg_interval", cfg_interval or (0, 0), tuple[Whole, Whole])
+    _check_settings(cfg_interval, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     generator.eval()
     if dtype not in (None, generator.embedding.dtype):
         generator = copy.deepcopy(generator).to(dtype)
@@ -90,11 +102,7 @@ def generate(
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond) if i >= first else cond
         finite &= torch.isfinite(logits).all()  # read once, at the end: the device is not waited for at every token
-        if temperature < COLD:
-            indices[:, i] = logits.argmax(-1)
-        else:
-            p = filter_logits(logits / temperature, top_k, top_p).softmax(-1).nan_to_num(1.0)
-            indices[:, i] = torch.multinomial(p, 1, generator=rng)[:, 0]
+        indices[:, i] = _draw(logits, temperature, top_k, top_p, rng)
         x = generator.token_embedding(indices[:, i : i + 1].repeat(1 + guided, 1))
         start, end = end, end + 1
     if not finite:

@@ -1,0 +1,34 @@
+"""Images above their reconstructions on one sheet, and what was lost."""
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from gear.analysis.codes import usage
+from gear.data import to_uint8
+from gear.evaluation.reconstruction import l1, psnr, reconstruct
+
+COLUMNS = 8
+
+
+def reconstruction_sheet(tokenizer, images):
+    """Return a picture of images (N, 3, H, W) above their reconstructions, and {metric: value}.
+
+    PSNR in dB, mean over images; L1 in [0, 1] units; the entropy of code usage in nats.
+    """
+    decoded, indices = reconstruct(tokenizer, images)
+    used = usage(indices, tokenizer.config.codebook_size)
+    metrics = {
+        "psnr": float(psnr(decoded, images).mean()),
+        "l1": float(l1(decoded, images).mean()),
+        "usage_entropy": used.entropy,
+        "codes_used": tokenizer.config.codebook_size - used.dead,
+        "images": len(images),
+        "tokens": used.n,
+    }
+    rows = [x for pair in zip(images.split(COLUMNS), decoded.split(COLUMNS)) for x in pair]
+    if len(images) > COLUMNS:  # the last row may be short: white fills it
+        rows = [torch.cat([x, x.new_ones(COLUMNS - len(x), *x.shape[1:])]) for x in rows]
+    columns = min(COLUMNS, len(images))
+    grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=columns, padding=2, pad_value=1.0)
+    return Image.fromarray(to_uint8(grid[None])[0].numpy()), metrics

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.ticker import LogFormatter
 from PIL import Image
 
-from gear.config import UserError, flatten
+from gear.config import NonNegative, UserError, check_value, flatten
 from gear.figures import PALETTE, use_style
 from gear.run import Run, run_names
 from gear.widgets import Panel
@@ -153,6 +153,7 @@ class Compare(Panel):
     """
 
     def __init__(self, pattern="*", metric="val/ntp_loss", smooth=0.0):
+        check_value("smooth", smooth, NonNegative)
         self.filters = {
             "pattern": widgets.Text(pattern, description="runs", placeholder="scenes-*-s0", continuous_update=False),
             "stage": widgets.Dropdown(options=[ALL], description="stage"),
@@ -162,7 +163,7 @@ class Compare(Panel):
             "names": widgets.SelectMultiple(rows=9, layout={"width": "300px"}),
             "above": widgets.Dropdown(options=[metric], description="above"),
             "below": widgets.Dropdown(options=[metric.removeprefix("val/")], description="below"),
-            "smooth": widgets.FloatSlider(smooth, min=0, max=100, step=5, description="smoothing", readout_format=".0f"),
+            "smooth": widgets.FloatSlider(smooth, max=max(100, smooth), step=5, description="smoothing", readout_format=".0f"),
             "scale": widgets.Dropdown(options=["linear", "log step", "log value"], description="axes"),
         }
         super().__init__(draw_curves, controls)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from gear import counts
-from gear.config import Range, UserError, check_value, nearest, to_dict
+from gear.config import Range, UserError, check_value, nearest, require, to_dict
 from gear.counts import Count
 from gear.images import check_divides
 from gear.run import Run, run_path
@@ -261,6 +261,8 @@ def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
     check_value("utilisation", utilisation, Utilisation)
     hours = 0.0
     for name, config in planned:
+        divides = f"accumulate is {accumulate}: it has to divide batch_size, which is {config.batch_size} in {name}."
+        require(config.batch_size % accumulate == 0, divides)
         run = Run(run_path(name))
         if run.exists and run.is_finished:
             print(f"{name}: finished\n")

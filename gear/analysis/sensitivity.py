@@ -19,18 +19,16 @@ def generator_sensitivity(run, images=1_000, k=10):
     as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
     that it bears on. Raises UserError where there are not twice as many images, or an eighth is fewer than two.
     """
-    check_observed(run, images, k, least=16)
     return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k))
 
 
 def tokenizer_sensitivity(run, images=1_000, k=10):
     """The same of a tokenizer's features, `layer` "pre" or "post" quantisation, for which there is no choice of pairing."""
-    check_observed(run, images, k, least=16)
     return run.table("tokenizer_sensitivity", {"images": images, "k": k}, lambda: _of_tokenizer(run, images, k))
 
 
 def _of_generator(run, images, k):
-    pictures, labels, target = _twice(run, images)
+    pictures, labels, target = _twice(run, images, k)
     generator = load_generator(run.name)
     layers = {"tap": generator.config.tap_layer, "last": generator.config.layers}
     hidden = generator_features(generator, load_tokenizer(run.name), pictures, labels, sorted(set(layers.values())))
@@ -38,13 +36,14 @@ def _of_generator(run, images, k):
 
 
 def _of_tokenizer(run, images, k):
-    pictures, _, target = _twice(run, images)
+    pictures, _, target = _twice(run, images, k)
     choices = {name: values for name, values in CHOICES.items() if name != "pairing"}
     return sensitivity(tokenizer_features(load_tokenizer(run.name), pictures), target, images, k, choices)
 
 
-def _twice(run, images):
+def _twice(run, images, k):
     """Return twice as many validation images as asked for, as `observed` does: UserError if there are not as many."""
+    check_observed(run, images, k, least=16)
     seen = observed(run, "val", 2 * images)
     if len(seen[0]) < 2 * images:
         raise UserError(f"'{run.name}' has {len(seen[0])} validation images, not 2 x {images}: -p images {len(seen[0]) // 2}.")

@@ -44,7 +44,7 @@ def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased",
     the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows.
     UserError for a choice that is not there, and for an image, or images, without k neighbours.
     """
-    parameters, choices = _parameters(run, images, k, normalise=normalise, estimator=estimator, pairing=pairing)
+    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator, pairing=pairing)
     return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, **choices))
 
 
@@ -54,7 +54,7 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
     The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
     the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
     """
-    parameters, choices = _parameters(run, images, k, normalise=normalise, estimator=estimator)
+    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
     return run.table("tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, **choices))
 
 
@@ -82,9 +82,8 @@ def check_observed(run, images, k, least=4):
     check_value("images", images, Annotated[int, Range(max(least, k + 1), MOST)])
 
 
-def _parameters(run, images, k, **choices):
+def _parameters(images, k, **choices):
     """Return the parameters that name a table, and the choices; a default is not named: tables from before it still fit."""
-    check_observed(run, images, k)
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise UserError(f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: {', '.join(CHOICES[name])}.")
@@ -92,6 +91,7 @@ def _parameters(run, images, k, **choices):
 
 
 def _layer_profile(run, images, k, **choices):
+    check_observed(run, images, k)
     pictures, labels, target = observed(run, "val", images)
     tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
     layers = list(range(generator.config.layers + 1))
@@ -100,6 +100,7 @@ def _layer_profile(run, images, k, **choices):
 
 
 def _tokenizer_profile(run, images, k, **choices):
+    check_observed(run, images, k)
     pictures, _, target = observed(run, "val", images)
     return tokenizer_table(tokenizer_features(load_tokenizer(run.name), pictures), target, k, **choices)
 

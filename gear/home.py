@@ -1,11 +1,20 @@
-"""Where gear keeps things, and how a file gets there whole."""
+"""Where gear keeps things, how a file gets there whole, and how it is checked when it is read."""
 
+import codecs
+import hashlib
+import json
 import os
 from pathlib import Path
+
+import numpy as np
 
 from gear.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKS = (  # byte order marks; one of UTF-32 begins as one of UTF-16 does
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
 
 
 def runs_dir():
@@ -55,3 +64,85 @@ def flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """Return a text file's content: UTF-8, or UTF-16 or UTF-32 with a byte order mark; every line ends in "\\n".
+
+    Raises UserError for a file that cannot be read, for one that is no text, and for another encoding, which is not guessed:
+    the same bytes are other letters in Windows-1252 and in Windows-1251.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): a text file is expected.") from None
+    mark, encoding = next((pair for pair in MARKS if content.startswith(pair[0])), (b"", "utf-8"))
+    if b"\0" in content and not mark:
+        raise UserError(f"{path} is not a text file: it holds zero bytes. UTF-16 has to begin with a byte order mark.")
+    try:
+        text = content[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02x} in line {error.object[: error.start].count(10) + 1}"
+        raise UserError(
+            f"{path} is not in {encoding.upper()}: {where}. Save it as UTF-8; if it is in Windows-1252 or Latin-1, "
+            f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} does that."
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{path} is not a text file: it holds zero characters.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path):
+    """Return the lines of a text file, without blank ones at its end; see `read_text`.
+
+    A line ends where an editor ends it: not at U+2028 and the other characters at which str.splitlines does, too.
+    """
+    text = read_text(path).rstrip()
+    return text.split("\n") if text else []
+
+
+def read_json(path, **options):
+    """Return what a JSON file holds, in any encoding of `read_text`; raises ValueError for what is none."""
+    try:
+        return json.loads(read_text(path), **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def kept_json(path):
+    """Return what a JSON file holds, or None where it is absent or damaged: for what can be made again."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def write_array(path, array):
+    """Write an array as .npy with the SHA-256 of the file's bytes behind it, which np.load passes over; see `read_array`."""
+
+    def write(temporary):
+        with open(temporary, "w+b") as file:
+            np.save(file, array)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest)
+
+    write_atomically(path, write)
+
+
+def read_array(path, mapped=False):
+    """Return an array that `write_array` wrote, or None where it is absent, cut short or changed, by one bit or more."""
+    try:
+        content = np.memmap(path, np.uint8, "r")
+        digest = hashlib.sha256(content[:-32]).digest()
+        return np.load(path, mmap_mode="r" if mapped else None) if digest == content[-32:].tobytes() else None
+    except (OSError, ValueError, EOFError):  # absent, empty
+        return None

@@ -161,7 +161,7 @@ def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, m
     count = computed(monkeypatch)
     Cached(state_of(), quiet=True)
     assert count == [2] and {p: p.read_bytes() for p in files(home)} == before and not leftover.exists()
-    assert capsys.readouterr().err.count("files are missing, cut short or yet to come.") == 1
+    assert capsys.readouterr().err.count("files are missing, damaged or yet to come.") == 1
 
 
 def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):

@@ -121,7 +121,7 @@ def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monke
     """Names without dots cannot be told apart by themselves: they are looked up in the released sizes."""
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
-    monkeypatch.setattr("gear.containers.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
+    monkeypatch.setattr("gear.wrappings.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
     loaded = gear.load_tokenizer(file({"state_dict": dotless(public(averaged, "IBQ"))}))
     assert same_outputs(loaded, averaged)
 
@@ -250,7 +250,7 @@ def test_what_is_no_checkpoint(file, home):
     refused(file({"resnet.conv.weight": torch.zeros(3)}), "unknown layout (it begins with resnet.conv.weight)")
     refused(file({"cls_embedding.uncond_embedding": torch.zeros(1)}), "LlamaGen's own text-to-image model")
     (home / "x.safetensors").write_bytes(b"\x00" * 20)
-    refused(home / "x.safetensors", "'x.safetensors' cannot be read")
+    refused(home / "x.safetensors", "'x.safetensors' is not a checkpoint.")
 
 
 def test_what_is_cut_short(file, home):
@@ -347,7 +347,7 @@ def test_a_card_that_does_not_fit(file, home):
     """Cards and tensors of our own files are held against each other when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
-    with gear.containers.safe_open(path, "pt") as whole:
+    with gear.tensorfiles.safe_open(path, "pt") as whole:
         tensors, card = {n: whole.get_tensor(n) for n in whole.keys()}, json.loads(whole.metadata()["gear"])
     name = next(iter(tensors))
 

@@ -8,10 +8,10 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "home", "scenes", "shards", "folders", "data", "run"],
+    ["config", "home", "tensorfiles", "scenes", "shards", "folders", "data", "records", "run"],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
-    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
+    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "wrappings", "checkpoints"],
     [
         "teachers.cache",
         "teachers.weights",

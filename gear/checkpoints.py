@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from gear.config import UserError, from_dict
-from gear.containers import CONTAINERS, Checkpoint, Part, grouped
+from gear.containers import CONTAINERS, Checkpoint, Part, check_depth, grouped
 from gear.generator.model import Generator, GeneratorConfig
 from gear.layouts import public_layout
 from gear.layouts.base import listed, mismatches
 from gear.run import Run, run_names
-from gear.tensorfiles import WEIGHTS, not_finite, odd_tensors
+from gear.tensorfiles import WEIGHTS, first_line, not_finite, odd_tensors
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.wrappings import read_checkpoint
@@ -122,14 +122,21 @@ def load_networks(run, file="networks", step=None):
 
 
 def _of_run(run, step=None):
-    tokenizer = from_dict(TokenizerConfig, run.config["tokenizer"])
-    generator = from_dict(GeneratorConfig, run.config["generator"]), tokenizer.codebook_size
-    sizes = {"tokenizer": tokenizer, "generator": generator}
-    parts = {}
-    for name, tensors in load_networks(run, step=step).items():
-        kind = name.removesuffix("_ema")
-        parts[name] = Part(tensors, sizes.get(kind), public_layout(kind, sizes.get(kind)))
-    return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(run.config))
+    groups, config = load_networks(run, step=step), run.config
+    try:
+        tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
+        sizes = {"tokenizer": tokenizer}
+        sizes["generator"] = from_dict(GeneratorConfig, config["generator"]), tokenizer.codebook_size
+        parts = {}
+        for name, tensors in groups.items():
+            size = sizes.get(name.removesuffix("_ema"))
+            check_depth(size, tensors)
+            parts[name] = Part(tensors, size, public_layout(name.removesuffix("_ema"), size))
+        return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(config))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:  # sizes that no network has
+        raise UserError(
+            f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove the run and train it again."
+        ) from None
 
 
 def network(groups, name, source):

@@ -83,7 +83,7 @@ def read_card(tensors, card, source):
         if groups or card["container"] not in CONTAINERS:
             raise UserError(f"it does not speak of {', '.join(groups) or card['container']}")
         return checkpoint
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
         raise UserError(f"the card of '{source}' does not fit its tensors: {error}. Export it again.") from None
 
 
@@ -92,6 +92,7 @@ def _part_of_card(name, made_of, tensors, extras):
     if layout is not None:
         layout = {layout.name: layout for layout in LAYOUTS}[layout]
     size = _size_from_json(kind, made_of["size"])
+    check_depth(size, tensors)
     build = layout.build if layout else {"tokenizer": Tokenizer, "generator": lambda size: Generator(*size)}.get(kind)
     if build is not None:
         with torch.device("meta"):
@@ -102,7 +103,17 @@ def _part_of_card(name, made_of, tensors, extras):
     return Part(tensors, size, layout, extras)
 
 
+def check_depth(size, tensors):
+    """Raise UserError for a size of more layers than there are tensors: to build them would take forever."""
+    configs = size if isinstance(size, tuple) else (size,)
+    for config in configs:
+        depth = max(getattr(config, name, 0) for name in ("layers", "res_blocks"))
+        if depth > len(tensors):
+            raise UserError(f"{depth} layers are spoken of, and there are {len(tensors)} tensors")
+
+
 def grouped(tensors):
+    """Group {"a.b": tensor} by the first part of a name: {"a": {"b": tensor}}."""
     groups = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")

@@ -196,7 +196,7 @@ def runs_of(path):
     try:
         runs = json.loads(read_text(path).partition("\n")[0].removeprefix("# "))["runs"]
         return runs if all(made.keys() >= {"step", "config"} for made in runs.values()) else {}
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (AttributeError, LookupError, RecursionError, TypeError, UserError, ValueError):
         return {}
 
 

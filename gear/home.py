@@ -108,9 +108,21 @@ def read_lines(path):
 def read_json(path, **options):
     """Return what a JSON file holds, in any encoding of `read_text`; raises ValueError for what is none."""
     try:
-        return json.loads(read_text(path), **options)
+        text = read_text(path)
+    except UserError as error:
+        raise ValueError(f"{error}".rstrip(".")) from None
+    return parse_json(text, **options)
+
+
+def parse_json(text, **options):
+    """Return the value of a JSON text; raises ValueError, also for nesting too deep and for halves of characters."""
+    try:
+        values = json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():  # half a character, alone, can be neither printed nor written
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
 
 
 def kept_json(path):

@@ -6,7 +6,7 @@ import math
 import pyarrow.parquet as pq
 
 from gear.config import UserError
-from gear.home import read_json
+from gear.home import parse_json, read_json
 
 FIELDS = {  # of a configuration, and what they are
     "recipe": str, "stage": str, "teacher": str, "tokenizer_run": str, "steps": int, "seed": int, "batch_size": int,
@@ -46,13 +46,13 @@ def read_log(path):
     for number, line in enumerate(lines, 1):
         try:
             records.append(_record(line))
-        except (RecursionError, ValueError) as error:
+        except ValueError as error:
             return records, "" if number == len(lines) else f"line {number} is damaged: {error}"
     return records, ""
 
 
 def _record(line):
-    record = json.loads(line)
+    record = parse_json(line)
     if not isinstance(record, dict) or not _is_of(record.get("step"), int):
         raise ValueError("an object with a `step` is expected")
     wrong = [k for k, v in record.items() if not (v is None or isinstance(v, (bool, float)) or _is_of(v, int))]

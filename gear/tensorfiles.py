@@ -65,6 +65,9 @@ def read_content(path):
         raise NotWeights(f"is not a checkpoint. It is {what}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
+            if path.suffix == ".safetensors":  # by which torch.load is misled, unless it is given an open file
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         held = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -91,9 +91,10 @@ def networks(content, source):
                 names = [name for name in group if name.startswith(place) and not name.startswith(deeper)]
                 own = {name.removeprefix(place): group[name] for name in names}
                 swa = own.pop("n_averaged", None) is not None  # torch.optim.swa_utils.AveragedModel
-                swa |= keys == ("state_dict",) and "current_model_state" in content  # Lightning's WeightAveraging
-                averaged = litema or swa or _is_averaged([*keys, *place.split(".")])
-                found.append(Network(keys, f"{LITEMA}." if litema else place, averaged, places[place], own))
+                lightning = keys == ("state_dict",) and "current_model_state" in content  # its WeightAveraging
+                prefix = f"{LITEMA}." if litema else f"{place}module." if swa else place
+                averaged = litema or swa or lightning or _is_averaged([*keys, *place.split(".")])
+                found.append(Network(keys, prefix, averaged, places[place], own))
             if places:
                 ignored += ["/".join([*keys, n.partition(".")[0]]) for n in group if not n.startswith(tuple(places))]
     read = {network.keys[0] for network in found if network.keys}
@@ -108,13 +109,12 @@ def state_dicts(content):
     stack, seen = [((), content)], set()
     while stack:
         keys, entries = stack.pop()
-        if not isinstance(entries, dict) or id(entries) in seen:  # a file may hold one within itself
-            continue
-        seen.add(id(entries))
         if tensors := tensors_of(entries):
             yield keys, tensors
-        inner = [((*keys, key), value) for key, value in entries.items() if isinstance(key, str) and not ASIDE.match(key)]
-        stack += reversed(inner)
+        inner = [((*keys, key), value) for key, value in entries.items() if isinstance(value, dict)]
+        if id(entries) not in seen:  # a file may hold a dictionary within itself
+            stack += [item for item in reversed(inner) if isinstance(item[0][-1], str) and not ASIDE.match(item[0][-1])]
+        seen.add(id(entries))
 
 
 def stripped(tensors):
@@ -191,7 +191,7 @@ def _chosen(candidates, source, container):
     fitting = [part for part in parts if not part.fault] or parts[:1]
     if not all(_same(fitting[0], other) for other in fitting[1:]):
         places = ", ".join(f"'{part.place}'" for part in fitting)
-        fault = f"'{source}' holds several of {candidates[0].name}: {places}. Save alone the one that is meant."
+        fault = f"'{source}' holds several networks of the kind {candidates[0].name}, {places}: save the one you mean alone."
         return Part({}, layout=fitting[0].layout, fault=fault)
     return fitting[0]
 

@@ -66,7 +66,7 @@ def read_tensors(path):
         raise UserError(f"the weight file {path} cannot be read: it {error}.") from None
     while inner := next((content[w] for w in WRAPPERS if w in content), None) if isinstance(content, dict) else None:
         content = inner
-    several = [tensors for _, tensors in state_dicts(content)]
+    several = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
     tensors = tensors_of(content) or (several[0] if len(several) == 1 else {})
     if not tensors:
         what = f"{len(several)} sets of tensors: save alone the one that is meant" if several else "no tensors by name"

@@ -142,7 +142,8 @@ def reconstruct_command(names, arguments):
     checkpoint = open_checkpoint(names[0])
     own = data.DataConfig(source="", image_size=256)  # a file has no images of its own
     if checkpoint.container == "run":
-        own = _own_images(Run.open(names[0]), options.images)
+        run = Run.open(names[0])  # where other images are looked at, its own need not be there
+        own = from_dict(data.DataConfig, run.config["data"]) if options.images else data.trained_on(run)
     if not (options.images or own.source):
         raise UserError("a file has no images of its own: give --images a folder, a zip or an image.")
     split, size = "all" if options.images else "val", options.image_size or own.image_size
@@ -165,11 +166,6 @@ def reconstruct_command(names, arguments):
         f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {metrics['usage_entropy']:.2f} "
         f"nats, {len(images)} images of {size} px: {out.resolve()}, {path.name}"
     )
-
-
-def _own_images(run, other):
-    """Return the DataConfig of a run's images; where `other` ones are looked at, its own need not be there."""
-    return from_dict(data.DataConfig, run.config["data"]) if other else data.trained_on(run)
 
 
 def inspect_command(names, arguments):

@@ -2,13 +2,13 @@
 
 import fnmatch
 import functools
-import json
 import os
 import sys
 from pathlib import Path
 
 from gear.config import UserError
 from gear.home import is_utf8, runs_dir
+from gear.records import read_config
 
 NAME_BYTES = 255  # of a folder's name, at most
 
@@ -33,20 +33,12 @@ def run_names(pattern="*"):
     return [name for name in names if fnmatch.fnmatchcase(name, pattern) and _is_run(runs_dir() / name)]
 
 
-def configuration(folder):
-    """Return the configuration in a run's folder; raises ValueError or OSError saying why there is none."""
-    config = json.loads((folder / "config.json").read_text())
-    if not (isinstance(config, dict) and isinstance(config.get("recipe"), str) and isinstance(config.get("steps"), int)):
-        raise ValueError("it is not the configuration of a run, which has a recipe and steps")
-    return config
-
-
 def _is_run(folder):
     try:
-        configuration(folder)
+        read_config(folder / "config.json")
         reason = "metrics.jsonl: it is a folder" if (folder / "metrics.jsonl").is_dir() else ""
-    except (OSError, RecursionError, ValueError) as error:
-        reason = f"config.json: {getattr(error, 'strerror', None) or error}"
+    except ValueError as error:
+        reason = f"config.json: {error}"
     reason = reason if is_utf8(folder.name) else "its name is no UTF-8, which tables hold alone"
     if reason:
         _say(f"{folder}: not a run of gear ({reason}); left out")
@@ -57,19 +49,3 @@ def _is_run(folder):
 def _say(line):
     """Print a line on stderr, the first time it is said."""
     print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a path may hold bytes that no encoding has
-
-
-def read_lines(path):
-    """Read JSON lines; a last line cut short by a kill is left out. Raises UserError for what is no file."""
-    try:
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore it.") from None
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"])})
-        except (KeyError, OverflowError, TypeError, ValueError):
-            break
-    return records

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from gear.config import UserError, from_dict
-from gear.containers import CONTAINERS, Checkpoint, Part, grouped, read_public, read_safetensors
+from gear.containers import CONTAINERS, Checkpoint, Part, check_depth, grouped
 from gear.generator.model import Generator, GeneratorConfig
 from gear.layouts import public_layout
 from gear.layouts.base import listed, mismatches
 from gear.run import Run, run_names
+from gear.tensorfiles import WEIGHTS, first_line, not_finite, odd_tensors
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
-
-SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+from gear.wrappings import read_checkpoint
 
 
 def load_tokenizer(source, ema=True, step=None):
@@ -56,7 +56,8 @@ def _built(build, arguments, checkpoint, name):
     tensors = {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in part.tensors.items()}
     load_module(module, counters | tensors, checkpoint.source, assign=True)
     step = "" if checkpoint.step is None else f", step {checkpoint.step}"
-    module.source = f"{name} of {checkpoint.source} ({part.layout.name if part.layout else 'gear'}{step})"
+    place = f", from '{part.place}'" if part.place else ""
+    module.source = f"{name} of {checkpoint.source} ({part.layout.name if part.layout else 'gear'}{step}{place})"
     return module.eval().requires_grad_(False)
 
 
@@ -67,9 +68,11 @@ def open_checkpoint(source, step=None):
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return read_safetensors(path) if path.suffix == ".safetensors" else read_public(path)
-    if str(source) not in run_names() and (path.suffix in SUFFIXES or len(path.parts) > 1):
-        what = "that is a folder; a run is opened by its name" if path.is_dir() else "there is no such file"
+        return read_checkpoint(path)
+    if str(source) not in run_names() and (path.suffix in WEIGHTS or len(path.parts) > 1):
+        files = sorted(file.name for file in path.glob("*") if file.suffix in WEIGHTS)
+        inside = f"; give a file in it, {', '.join(files[:3])}" if files else ""
+        what = f"that is a folder; a run is opened by its name{inside}" if path.is_dir() else "there is no such file"
         raise UserError(f"no checkpoint {path}: {what}.")
     return _of_run(Run.open(str(source)), step)
 
@@ -84,10 +87,14 @@ def describe(checkpoint):
             continue
         layout = part.layout.name if part.layout else "gear's own"
         dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim}))
-        lines.append(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_described(part.size)}")
+        place = f", from '{part.place}'" if part.place else ""
+        lines.append(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_described(part.size)}{place}")
+        if faults := not_finite(part.tensors):
+            lines.append(f"  {'':16} cannot be taken: {listed('there are weights that are no numbers', faults)}")
         if part.extras:
             lines.append(f"  {'':16} kept beside them: {', '.join(part.extras)}")
-    return "\n".join([*lines, *([f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else [])])
+    lines += [f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no Unicode text
 
 
 def _described(size):
@@ -115,14 +122,21 @@ def load_networks(run, file="networks", step=None):
 
 
 def _of_run(run, step=None):
-    tokenizer = from_dict(TokenizerConfig, run.config["tokenizer"])
-    generator = from_dict(GeneratorConfig, run.config["generator"]), tokenizer.codebook_size
-    sizes = {"tokenizer": tokenizer, "generator": generator}
-    parts = {}
-    for name, tensors in load_networks(run, step=step).items():
-        kind = name.removesuffix("_ema")
-        parts[name] = Part(tensors, sizes.get(kind), public_layout(kind, sizes.get(kind)))
-    return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(run.config))
+    groups, config = load_networks(run, step=step), run.config
+    try:
+        tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
+        sizes = {"tokenizer": tokenizer}
+        sizes["generator"] = from_dict(GeneratorConfig, config["generator"]), tokenizer.codebook_size
+        parts = {}
+        for name, tensors in groups.items():
+            size = sizes.get(name.removesuffix("_ema"))
+            check_depth(size, tensors)
+            parts[name] = Part(tensors, size, public_layout(name.removesuffix("_ema"), size))
+        return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(config))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:  # sizes that no network has
+        raise UserError(
+            f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove the run and train it again."
+        ) from None
 
 
 def network(groups, name, source):
@@ -132,7 +146,21 @@ def network(groups, name, source):
     return groups[name]
 
 
-def check_fit(expected, tensors, source, what):
+def check_fit(network, tensors, source, what=""):
+    """Raise UserError unless `tensors` are those of a network by name and shape, and finite numbers; it lists what is wrong."""
+    what = what or type(network).__name__
+    check_shapes({name: tuple(t.shape) for name, t in network.state_dict().items()}, tensors, source, what)
+    check_numbers(network, tensors, source, what)
+
+
+def check_numbers(network, tensors, source, what):
+    """Raise UserError listing those `tensors` for a network that are no floating-point numbers, or hold NaN or infinity."""
+    counts = {name for name, t in network.state_dict().items() if not t.is_floating_point()}
+    if faults := odd_tensors(tensors, counts) or not_finite(tensors):
+        raise UserError(listed(f"the weights of '{source}' are not all numbers that this {what} can have", faults))
+
+
+def check_shapes(expected, tensors, source, what):
     """Raise UserError listing what is missing, unexpected or of another shape; `expected` is {name: shape}."""
     if faults := mismatches(expected, {name: tuple(t.shape) for name, t in tensors.items()}):
         raise UserError(listed(f"the weights of '{source}' do not fit this {what}", faults))
@@ -140,6 +168,6 @@ def check_fit(expected, tensors, source, what):
 
 def load_module(module, tensors, source, assign=False):
     """Load `tensors` into `module`, strictly; raises UserError listing the names that do not fit. Returns the module."""
-    check_fit({n: tuple(t.shape) for n, t in module.state_dict().items()}, tensors, source, type(module).__name__)
+    check_fit(module, tensors, source)
     module.load_state_dict(tensors, assign=assign)
     return module

@@ -1,24 +1,21 @@
-"""Checkpoint files: what a public one wraps its networks in, ours with its JSON card, and the way back, bit for bit.
+"""What a checkpoint holds: its parts, our own file of them with its JSON card, and the way back to a public one, bit for bit.
 
-No code from a file is run. What a public file holds beside the weights we have a place for travels with them.
+What a public file holds beside the weights we have a place for travels with them.
 """
 
-import argparse
 import dataclasses
 import json
-import pickle
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gear.config import UserError, __version__, from_dict, to_dict
 from gear.generator.model import Generator, GeneratorConfig
 from gear.home import write_atomically
-from gear.layouts import LAYOUTS, recognise
+from gear.layouts import LAYOUTS
 from gear.layouts.base import Layout, listed, mismatches
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
@@ -30,6 +27,7 @@ GEAR_PARTS = {  # the public GEAR's entries, stages 0 to 2, and what each is her
 CONTAINERS = {
     "run": "a run", "gear": "a GEAR checkpoint", "model": "wrapped as 'model'", "module": "wrapped as 'module'",
     "state_dict": "wrapped as 'state_dict'", "lightning": "a Lightning file", "bare": "a bare state dict",
+    "other": "wrapped by another trainer",
 }  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm
 
@@ -43,6 +41,7 @@ class Part:
     layout: Layout | None = None  # None: ours alone, as a network with a linear skip
     extras: dict = field(default_factory=dict)  # {public name: tensor}
     fault: str = ""  # why it cannot be taken
+    place: str = ""  # where it lay in the file of another trainer: keys and a prefix of names, as 'state_dict/model.'
 
     @property
     def parameters(self):
@@ -73,134 +72,19 @@ class Checkpoint:
         raise UserError(f"{what} holds no {order[-1]}: it holds {', '.join(sorted(self.parts)) or 'nothing'}.")
 
 
-def read_public(path):
-    """Read a .pt or .ckpt of a public layout; raises UserError for what is none. Nothing in it is executed.
-
-    A part that does not fit its layout keeps the others from nothing: it says so when it is taken.
-    """
-    content = _load(path)
-    container, entries, step = _unwrapped(content, path.name)
-    parts, ignored = {}, [f"'{key}'" for key in content if container not in ("bare", "state_dict", "lightning")]
-    for entry, tensors in entries.items():
-        tensors = {_stripped(n): t for n, t in _tensors(tensors).items()}
-        layout = recognise(tensors, path.name)
-        kind = GEAR_PARTS[entry] if container == "gear" else layout and layout.kind + entry
-        if layout is not None and layout.kind == kind.removesuffix("_ema"):
-            parts[kind] = _part(layout, tensors, f"'{path.name}'" + (f", entry '{entry}'," if container == "gear" else ""))
-            ignored = [key for key in ignored if key != f"'{_key(container, entry)}'"]
-    if not parts:
-        known = ", ".join(layout.name for layout in LAYOUTS)
-        found = ", ".join(map(str, list(next(filter(None, map(_tensors, entries.values())), content))[:3]))
-        raise UserError(f"'{path.name}' has an unknown layout (it begins with {found or 'nothing'}). Known: {known}.")
-    if all(part.fault for part in parts.values()):
-        raise UserError(next(iter(parts.values())).fault)
-    return Checkpoint(path.name, container, parts, step, tuple(ignored))
-
-
-def _part(layout, tensors, source):
-    try:
-        size, names = layout.fit({n: tuple(t.shape) for n, t in tensors.items()}, source)
-    except UserError as error:
-        return Part({}, layout=layout, fault=str(error))
-    ours = {n: tensors[public] for n, public in names.items() if public in tensors}
-    odd = [f"{names[n]} is {t.dtype}" for n, t in ours.items() if not t.is_floating_point() and not n.endswith(STATISTICS)]
-    fault = listed(f"{source} holds weights that are no floating-point numbers", odd) if odd else ""
-    return Part(ours, size, layout, {n: t for n, t in tensors.items() if n not in names.values()}, fault)
-
-
-def _key(container, entry):
-    """The key under which an entry lies in its file."""
-    return entry if container == "gear" else {"": container, "_ema": "ema"}[entry]
-
-
-def _load(path):
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        held = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"Python objects ({held[1]})" if held else "what no checkpoint of tensors holds"
-        raise UserError(f"'{path.name}' holds {what}, and nothing of that is run: save its tensors alone.") from None
-    except Exception as error:  # torch has no one type for this
-        cut = _is_zip(path) and "central directory" in str(error)
-        raise UserError(f"'{path.name}' {'is cut short: fetch it again' if cut else 'is not a checkpoint'}.") from None
-
-
-def _is_zip(path):
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _unwrapped(content, source):
-    """Return (container, {entry: state dict}, step). Entries are the public GEAR's, or "" and "_ema" of the one network."""
-    if not isinstance(content, dict):
-        raise UserError(f"'{source}' is not a checkpoint: it holds one {type(content).__name__}.")
-    step = next((content[key] for key in ("steps", "global_step", "step") if isinstance(content.get(key), int)), None)
-    if _tensors(content.get("state_dict")):
-        return _lightning(_tensors(content["state_dict"]), step, source)
-    for container in ("model", "module"):
-        if container in content:
-            return container, {"": content[container]} | ({"_ema": content["ema"]} if "ema" in content else {}), step
-    if _tensors(content):
-        return "bare", {"": content}, step
-    return "gear", {key: content[key] for key in GEAR_PARTS if key in content}, step
-
-
-def _lightning(tensors, step, source):
-    """Part the live weights from LitEma's copies, whose names have lost their dots."""
-    averaged = {
-        n.removeprefix("model_ema.").replace("_orig_mod", ""): t for n, t in tensors.items() if n.startswith("model_ema.")
-    }
-    live = {n: t for n, t in tensors.items() if not n.startswith(("model_ema.", "loss."))}
-    if not averaged:
-        return "state_dict", {"": live}, step
-    dotless = {n.replace(".", ""): n for n in map(_stripped, live)}
-    if not live:  # the names of the released tokenizer that has most of these
-        sizes = ((layout, size) for layout in LAYOUTS if layout.kind == "tokenizer" for size in layout.sizes)
-        known = [{n.replace(".", ""): n for n in layout.names(size)[1]} for layout, size in sizes]
-        dotless = max(known, key=lambda names: len(names.keys() & averaged.keys()))
-    elsewhere = [n for n in averaged if n not in dotless and not n.startswith(("loss", "decay", "num_updates"))]
-    if live and elsewhere:
-        raise UserError(listed(f"'{source}' holds averages of weights that it does not hold", elsewhere))
-    ema = {dotless[n]: t for n, t in averaged.items() if n in dotless}
-    return "lightning", ({"": live} if live else {}) | {"_ema": ema}, step
-
-
-def _tensors(content):
-    """Return the tensors by name in a dictionary; none in anything else."""
-    there = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in there if isinstance(name, str) and isinstance(value, torch.Tensor)}
-
-
-def _stripped(name):
-    """Take away what torch.compile and DistributedDataParallel put into a name."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def read_safetensors(path):
-    """Read what `export` wrote: safetensors with a JSON card; raises UserError for what is none, or does not fit its card."""
-    try:
-        with safe_open(path, "pt") as file:
-            card = (file.metadata() or {}).get("gear")
-            groups = grouped({name: file.get_tensor(name) for name in file.keys()})
-    except OSError:
-        raise
-    except Exception as error:  # safetensors raises its own Rust exception type
-        raise UserError(f"'{path.name}' cannot be read ({error}): it is cut short, or no safetensors file.") from None
-    if card is None:
-        raise UserError(f"'{path.name}' has no card of gear in its metadata: was it written by gear export?")
+def read_card(tensors, card, source):
+    """Make a Checkpoint of what `export` wrote, tensors with a JSON card; raises UserError where they do not fit each other."""
+    groups = grouped(tensors)
     try:
         card = json.loads(card)
         grid, extras = card["grid"] and tuple(card["grid"]), grouped(groups.pop("extras", {}))
         parts = {n: _part_of_card(n, made_of, groups.pop(n, {}), extras.get(n, {})) for n, made_of in card["parts"].items()}
-        checkpoint = Checkpoint(path.name, card["container"], parts, card["step"], grid=grid)
+        checkpoint = Checkpoint(source, card["container"], parts, card["step"], grid=grid)
         if groups or card["container"] not in CONTAINERS:
             raise UserError(f"it does not speak of {', '.join(groups) or card['container']}")
         return checkpoint
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
-        raise UserError(f"the card of '{path.name}' does not fit its tensors: {error}. Export it again.") from None
+        raise UserError(f"the card of '{source}' does not fit its tensors: {error}. Export it again.") from None
 
 
 def _part_of_card(name, made_of, tensors, extras):
@@ -208,6 +92,7 @@ def _part_of_card(name, made_of, tensors, extras):
     if layout is not None:
         layout = {layout.name: layout for layout in LAYOUTS}[layout]
     size = _size_from_json(kind, made_of["size"])
+    check_depth(size, tensors)
     build = layout.build if layout else {"tokenizer": Tokenizer, "generator": lambda size: Generator(*size)}.get(kind)
     if build is not None:
         with torch.device("meta"):
@@ -218,7 +103,17 @@ def _part_of_card(name, made_of, tensors, extras):
     return Part(tensors, size, layout, extras)
 
 
+def check_depth(size, tensors):
+    """Raise UserError for a size of more layers than there are tensors: to build them would take forever."""
+    configs = size if isinstance(size, tuple) else (size,)
+    for config in configs:
+        depth = max(getattr(config, name, 0) for name in ("layers", "res_blocks"))
+        if depth > len(tensors):
+            raise UserError(f"{depth} layers are spoken of, and there are {len(tensors)} tensors")
+
+
 def grouped(tensors):
+    """Group {"a.b": tensor} by the first part of a name: {"a": {"b": tensor}}."""
     groups = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
@@ -261,13 +156,13 @@ def _write_safetensors(checkpoint, path):
 
 
 def _wrapped(checkpoint, parts):
-    """Put parts under their public names into the container they came in; those of a run into the public GEAR's."""
+    """Put parts under their public names into the container they came in; those of a run or of another trainer into GEAR's."""
     entries = {}
     for name, part in parts.items():
         names, _ = part.layout.names(part.size)
         entries[name] = {names[n]: t for n, t in part.tensors.items()} | part.extras
     step = {} if checkpoint.step is None else {"steps": checkpoint.step}
-    if checkpoint.container in ("run", "gear"):
+    if checkpoint.container in ("run", "gear", "other"):
         return {key: entries[name] for key, name in GEAR_PARTS.items() if name in entries} | step
     live = next((e for n, e in entries.items() if not n.endswith("_ema")), {})
     averaged = next((e for n, e in entries.items() if n.endswith("_ema")), {})

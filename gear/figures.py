@@ -11,7 +11,7 @@ import seaborn as sns
 
 from gear.checkpoints import token_grid
 from gear.config import UserError
-from gear.home import figures_dir, write_atomically
+from gear.home import figures_dir, kept_json, read_text, write_atomically
 from gear.run import PANEL_GAP, PANEL_WIDTH
 
 PALETTE = {
@@ -189,3 +189,19 @@ def save(fig, name, runs, data, n, interval, null="none", face=None):
     }
     for suffix, write in writers.items():
         write_atomically(home / f"{name}.{suffix}", write)
+
+
+def runs_of(path):
+    """Return the runs in a figure's CSV, {name: {"step", "config"}}; none where it is absent or its first line damaged."""
+    try:
+        runs = json.loads(read_text(path).partition("\n")[0].removeprefix("# "))["runs"]
+        return runs if all(made.keys() >= {"step", "config"} for made in runs.values()) else {}
+    except (AttributeError, LookupError, RecursionError, TypeError, UserError, ValueError):
+        return {}
+
+
+def kept_words(name):
+    """Return what `figures_dir()/NAME.json` says of a figure, {} where it is absent or damaged."""
+    words = kept_json(figures_dir() / f"{name}.json")
+    kinds = dict(title=str, place=str, claim=str, command=str, parameters=dict, said=list, scale=str, needs=str)
+    return words if isinstance(words, dict) and all(isinstance(words.get(k), kind) for k, kind in kinds.items()) else {}

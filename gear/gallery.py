@@ -4,13 +4,12 @@ It is made of what stands in the folder of figures (PNG, PDF, CSV with provenanc
 a network, and has the same bytes each time.
 """
 
-import json
 import re
 from html import escape
 
 from PIL import Image
 
-from gear.figures import PALETTE
+from gear.figures import PALETTE, kept_words, runs_of
 from gear.home import figures_dir, write_atomically
 from gear.render import MADE_BY, NEEDS_WEIGHTS, about, products
 
@@ -87,11 +86,8 @@ def write_gallery():
 
 def _words(product):
     """Return what was kept beside a figure; of one that `gear figures` has not tried, what its notebook says."""
-    path = figures_dir() / f"{product}.json"
-    if path.exists():
-        words = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        words = about(product) | {"command": f"gear figures {product}", "parameters": {}, "said": [], "scale": "", "needs": ""}
+    plain = {"command": f"gear figures {product}", "parameters": {}, "said": [], "scale": "", "needs": ""}
+    words = kept_words(product) or about(product) | plain
     return words | {"place": ", ".join(sorted(words["place"].split(", "), key=_order)) or ELSEWHERE}
 
 
@@ -182,10 +178,7 @@ def _said(lines):
 
 def _runs(product):
     """Return the provenance in a figure's CSV: a line for each recipe and step, with its seeds and configurations."""
-    path = figures_dir() / f"{product}.csv"
-    if not path.exists():
-        return ""
-    runs, groups = json.loads(path.read_text().partition("\n")[0].removeprefix("# "))["runs"], {}
+    runs, groups = runs_of(figures_dir() / f"{product}.csv"), {}
     if not runs:  # the paper's numbers alone
         return ""
     for name, made in runs.items():

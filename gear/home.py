@@ -1,8 +1,12 @@
-"""Where gear keeps things, and how a file gets there whole."""
+"""Where gear keeps things, how a file gets there whole, and how it is checked when it is read."""
 
 import codecs
+import hashlib
+import json
 import os
 from pathlib import Path
+
+import numpy as np
 
 from gear.config import UserError
 
@@ -85,6 +89,9 @@ def flush(path):
     os.close(descriptor)
 
 
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
 def read_text(path):
     """Return a text file's content: UTF-8, or UTF-16 or UTF-32 with a byte order mark; every line ends in "\\n".
 
@@ -110,3 +117,67 @@ def read_text(path):
     if "\0" in text:
         raise UserError(f"{path} is not a text file: it holds zero characters.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path):
+    """Return the lines of a text file, without blank ones at its end; see `read_text`.
+
+    A line ends where an editor ends it: not at U+2028 and the other characters at which str.splitlines does, too.
+    """
+    text = read_text(path).rstrip()
+    return text.split("\n") if text else []
+
+
+def read_json(path, **options):
+    """Return what a JSON file holds, in any encoding of `read_text`; raises ValueError for what is none."""
+    try:
+        text = read_text(path)
+    except UserError as error:
+        raise ValueError(f"{error}".rstrip(".")) from None
+    return parse_json(text, **options)
+
+
+def parse_json(text, **options):
+    """Return the value of a JSON text; raises ValueError, also for nesting too deep and for halves of characters."""
+    try:
+        values = json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():  # half a character, alone, can be neither printed nor written
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
+def kept_json(path):
+    """Return what a JSON file holds, or None where it is absent or damaged: for what can be made again."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def write_array(path, array):
+    """Write an array as .npy with the SHA-256 of the file's bytes behind it, which np.load passes over; see `read_array`."""
+
+    def write(temporary):
+        with open(temporary, "w+b") as file:
+            np.save(file, array)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest)
+
+    write_atomically(path, write)
+
+
+def read_array(path, mapped=False):
+    """Return an array that `write_array` wrote, or None where it is absent, cut short or changed, by one bit or more."""
+    try:
+        content = np.memmap(path, np.uint8, "r")
+        digest = hashlib.sha256(content[:-32]).digest()
+        return np.load(path, mmap_mode="r" if mapped else None) if digest == content[-32:].tobytes() else None
+    except (OSError, ValueError, EOFError):  # absent, empty
+        return None

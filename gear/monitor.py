@@ -68,8 +68,9 @@ def progress(run):
 
     `seconds_since` it wrote anything. Speed and time left are NaN where nothing was timed (tracked runs).
     """
-    config, step, timing = run.config, run.logged_step, run.metrics("timing.jsonl").tail(RECENT)
-    speed = math.nan if timing.empty else np.average(timing["images_per_second"], weights=timing["seconds"])
+    config, step, timed = run.config, run.logged_step, ["images_per_second", "seconds"]
+    timing = run.metrics("timing.jsonl").reindex(columns=timed).dropna().tail(RECENT)
+    speed = np.average(timing["images_per_second"], weights=timing["seconds"]) if timing["seconds"].sum() > 0 else math.nan
     left = (config["steps"] - step) * config["batch_size"] / speed
     since = time.time() - written(run)
     return {"step": step, "steps": config["steps"], "speed": speed, "seconds_left": left, "seconds_since": since}

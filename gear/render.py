@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
 from gear.execution import parameters_of, run_notebook
-from gear.figures import scale
-from gear.home import ROOT, check_writable, figures_dir, is_utf8, runs_dir, write_atomically
+from gear.figures import kept_words, runs_of, scale
+from gear.home import ROOT, check_writable, figures_dir, is_utf8, kept_json, runs_dir, write_atomically
 from gear.parameters import check_parameter
 from gear.run import Run, run_names
 from gear.studies import STUDIES
@@ -149,8 +149,8 @@ def _keep_words(product, known, parameters, said=(), needs=""):
         "scale": "" if needs else _scale(figures_dir() / f"{product}.csv"),
         "needs": needs,
     }
-    if needs and path.exists() and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
-        drawn = json.loads(path.read_text(encoding="utf-8"))
+    drawn = kept_words(product)
+    if needs and drawn and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
         words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
     text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"  # a byte of a path that is no UTF-8 becomes JSON's escape
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
@@ -158,7 +158,7 @@ def _keep_words(product, known, parameters, said=(), needs=""):
 
 def _scale(table):
     """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no run."""
-    names = json.loads(table.read_text().partition("\n")[0].removeprefix("# "))["runs"] if table.exists() else ()
+    names = runs_of(table)
     runs = [Run.open(name) for name in run_names() if name in names]
     return scale(runs) if runs else ""
 
@@ -245,7 +245,8 @@ def _render(product, notebook, parameters, force):
     stamp = figures_dir() / "executed" / f"{product}.json"
     inputs = _inputs(notebook, parameters)
     drawn = (figures_dir() / f"{product}.png").exists() or product in INTERACTIVE
-    if not force and drawn and stamp.exists() and json.loads(stamp.read_text()) == inputs:
+    damaged = (figures_dir() / f"{product}.json").exists() and not kept_words(product)
+    if not force and drawn and not damaged and kept_json(stamp) == inputs:
         print(f"{product}: up to date")
         return None
     start = time.perf_counter()

@@ -9,7 +9,6 @@ runs/NAME/config.json          the complete configuration, with the library vers
           samples/*.png
 """
 
-import contextlib
 import json
 import math
 import os
@@ -22,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load, load_file, save, save_file
 
-from gear.catalogue import configuration, read_lines, run_names, run_path
+from gear.catalogue import run_names, run_path
 from gear.config import UserError, config_hash, differences, nearest
-from gear.home import flush, is_utf8, runs_dir, write_atomically
+from gear.home import flush, is_utf8, read_json, runs_dir, write_atomically
+from gear.records import read_config, read_log, read_table, state_faults
 
 PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
 
@@ -78,8 +78,8 @@ class Run:
     @property
     def config(self):
         try:
-            return configuration(self.path)
-        except (OSError, RecursionError, ValueError) as error:
+            return read_config(self.path / "config.json")
+        except ValueError as error:
             raise UserError(
                 f"{self.path / 'config.json'} cannot be read ({error}). Restore it, or if the folder is none of gear's runs, "
                 f"choose another name."
@@ -101,7 +101,7 @@ class Run:
 
     def metrics(self, file="metrics.jsonl"):
         """Return metrics.jsonl as a DataFrame indexed by row, sorted by `step`; several lines of one step are merged."""
-        table = pd.DataFrame(read_lines(self.path / file))
+        table = pd.DataFrame(self._log(file))
         return table if table.empty else table.groupby("step", as_index=False).first()
 
     def rewind(self, step):
@@ -118,18 +118,30 @@ class Run:
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
             if path.exists():
-                kept = [json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= step]
+                kept = [json.dumps(r) + "\n" for r in read_log(path)[0] if r["step"] <= step]
                 write_atomically(path, lambda p, text="".join(kept): p.write_text(text))
 
     @property
     def logged_step(self):
         """The last step in metrics.jsonl, 0 for a new run."""
-        return max((r["step"] for r in read_lines(self.path / "metrics.jsonl")), default=0)
+        return max((r["step"] for r in self._log("metrics.jsonl")), default=0)
+
+    def _log(self, file):
+        records, fault = read_log(self.path / file)
+        if fault:
+            last = f"up to step {records[-1]['step']} only" if records else "nowhere"
+            steps = self.checkpoint_steps()
+            raise UserError(
+                f"{self.path / file} can be read {last}{f'; the checkpoint is of step {steps[-1]}' if steps else ''}: {fault}. "
+                f"Restore the file, or remove {self.path} and train again."
+            )
+        return records
 
     @property
     def step(self):
         """The step of the newest checkpoint; without weights, the last one logged."""
-        return max(self.checkpoint_steps(), default=self.logged_step)
+        steps = self.checkpoint_steps()
+        return steps[-1] if steps else self.logged_step
 
     @property
     def is_finished(self):
@@ -198,10 +210,8 @@ class Run:
         path = self._checkpoint(step) / "state.json"
         expected = {"step": int(path.parent.name), "config": self.config_hash}
         try:
-            state = json.loads(path.read_text())
-            faults = [f"{k} is {state.get(k, 'missing')}, not {v}" for k, v in expected.items() if state.get(k) != v]
-            faults += [f"meter.{k} is missing" for k in ("sums", "counts") if k not in state.get("meter", {})]
-        except (AttributeError, OSError, TypeError, ValueError) as error:
+            faults = state_faults(state := read_json(path), expected)
+        except ValueError as error:
             faults = [str(error)]
         if faults:
             raise UserError(
@@ -232,19 +242,17 @@ class Run:
         configuration travel in the file's metadata. A table that fits the run with other parameters is not replaced.
         """
         path = self.path / "analysis" / f"{name}.parquet"
-        made_by, found = {"parameters": parameters, "step": self.step, "config": self.config_hash}, {}
-        with contextlib.suppress(OSError, pa.ArrowInvalid):  # absent, or cut short
-            table = pq.read_table(path)
-            found = json.loads((table.schema.metadata or {}).get(b"gear", "{}"))
+        made_by = {"parameters": parameters, "step": self.step, "config": self.config_hash}
+        found, frame = read_table(path)
         if found == made_by:
-            return table.to_pandas()
+            return frame
         frame = compute()
         if found == made_by | {"parameters": found.get("parameters")}:
             return frame
         made_by = json.dumps(made_by, sort_keys=True)
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"gear": made_by.encode()})
-        write_atomically(path, lambda p: pq.write_table(table, p))
+        write_atomically(path, lambda p: pq.write_table(table, p, write_page_checksum=True))
         return frame
 
 

@@ -122,6 +122,30 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
         assert torch.equal(broken(x[:300]), wanted[:300]) and not broken.compute.batches
 
 
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda value: value[:-2],
+        lambda value: value[:-16],
+        lambda value: value + bytes(2),
+        lambda value: value[:7] + bytes([value[7] ^ 1]) + value[8:],
+        lambda value: b"",
+        lambda value: None,
+        lambda value: "text",
+        lambda value: 7,
+    ),
+)
+def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
+    x = images(11)
+    wanted = cached()(x)
+    with contextlib.closing(sqlite3.connect(home / "cache" / "features.sqlite")) as database, database:
+        ((key, value),) = database.execute("SELECT key, value FROM features LIMIT 1").fetchall()
+        database.execute("UPDATE features SET value = ? WHERE key = ?", (damage(value), key))
+    again, after = cached(), cached()
+    assert torch.equal(again(x), wanted) and again.compute.batches == [CHUNK]
+    assert torch.equal(after(x), wanted) and after.compute.batches == [] and not capsys.readouterr().err
+
+
 PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])

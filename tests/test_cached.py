@@ -147,11 +147,16 @@ def damage(path, how):
         path.write_bytes(path.read_bytes()[:-1])
     if how == "empty":
         path.write_bytes(b"")
+    if how == "a bit":
+        content = path.read_bytes()
+        path.write_bytes(content[:1000] + bytes([content[1000] ^ 4]) + content[1001:])
+    if how == "without its hash":
+        path.write_bytes(path.read_bytes()[:-32])
     if how == "other":
         np.save(path, np.zeros((128, 3), np.float64))
 
 
-@pytest.mark.parametrize("how", ("gone", "cut", "empty", "other"))
+@pytest.mark.parametrize("how", ("gone", "cut", "empty", "other", "a bit", "without its hash"))
 def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, monkeypatch, capsys):
     before, kept = {p: p.read_bytes() for p in built}, list(built)[2]
     leftover = kept.with_name(f".{kept.name}.1.tmp")
@@ -161,7 +166,7 @@ def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, m
     count = computed(monkeypatch)
     Cached(state_of(), quiet=True)
     assert count == [2] and {p: p.read_bytes() for p in files(home)} == before and not leftover.exists()
-    assert capsys.readouterr().err.count("files are missing, cut short or yet to come.") == 1
+    assert capsys.readouterr().err.count("files are missing, damaged or yet to come.") == 1
 
 
 def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):

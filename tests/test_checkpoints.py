@@ -1,8 +1,12 @@
 """Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said of that."""
 
 import argparse
+import gzip
+import io
 import json
 import pickle
+import re
+import tarfile
 import zipfile
 from dataclasses import replace
 
@@ -121,7 +125,7 @@ def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monke
     """Names without dots cannot be told apart by themselves: they are looked up in the released sizes."""
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
-    monkeypatch.setattr("gear.containers.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
+    monkeypatch.setattr("gear.wrappings.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
     loaded = gear.load_tokenizer(file({"state_dict": dotless(public(averaged, "IBQ"))}))
     assert same_outputs(loaded, averaged)
 
@@ -250,7 +254,7 @@ def test_what_is_no_checkpoint(file, home):
     refused(file({"resnet.conv.weight": torch.zeros(3)}), "unknown layout (it begins with resnet.conv.weight)")
     refused(file({"cls_embedding.uncond_embedding": torch.zeros(1)}), "LlamaGen's own text-to-image model")
     (home / "x.safetensors").write_bytes(b"\x00" * 20)
-    refused(home / "x.safetensors", "'x.safetensors' cannot be read")
+    refused(home / "x.safetensors", "'x.safetensors' is not a checkpoint.")
 
 
 def test_what_is_cut_short(file, home):
@@ -347,7 +351,7 @@ def test_a_card_that_does_not_fit(file, home):
     """Cards and tensors of our own files are held against each other when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
-    with gear.containers.safe_open(path, "pt") as whole:
+    with gear.tensorfiles.safe_open(path, "pt") as whole:
         tensors, card = {n: whole.get_tensor(n) for n in whole.keys()}, json.loads(whole.metadata()["gear"])
     name = next(iter(tensors))
 
@@ -437,6 +441,261 @@ def test_inputs_out_of_range(file):
         assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), want)
     with pytest.raises(UserError, match="conditioned on a class"):
         ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
+
+
+# -- other trainers' files ---------------------------------------------------------------------------------------------
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}{name}": t for name, t in tensors.items()}
+
+
+A, B = public(tokenizer(), "LlamaGen VQ"), public(tokenizer(seed=1), "LlamaGen VQ")  # live and averaged weights
+ALONE = {  # files that hold live weights, or averages, alone: content, where they lie, whether they are averages
+    **{key: ({key: A}, key, False) for key in ("model_state_dict", "net", "network", "params", "generator", "anything")},
+    **{key: ({key: B}, key, True) for key in ("ema", "ema_model", "model_ema", "params_ema", "ema_state_dict", "state_dict_ema",
+                                              "averages", "averaged", "swa_model", "G_ema", "emaModel")},
+    **{p: (prefixed(p, A), p, False) for p in ("model.", "net.", "vqvae.", "tokenizer.", "first_stage_model.", "vq_model.")},
+    **{p: (prefixed(p, B), p, True) for p in ("ema_model.", "ema.", "model_ema.inner.")},
+    "a prefix in a wrapper": ({"state_dict": prefixed("model.", A)}, "state_dict/model.", False),
+    "a wrapper in one": ({"model": {"state_dict": A}}, "model/state_dict", False),
+    "both": ({"model": prefixed("module.tokenizer.", A)}, "model/tokenizer.", False),
+    "AveragedModel": ({"n_averaged": torch.tensor(3), **prefixed("module.", B)}, "module.", True),
+    "by name": ({"ema": {"decay": 0.9, "shadow": B}}, "ema/shadow", True),
+    "beside others": ({"state_dict": prefixed("first_stage_model.", A) | {"unet.w": torch.zeros(2)}},
+                      "state_dict/first_stage_model.", False),
+    "moments of the same names": ({"net": A, "optimizer": {"exp_avg": B}, "opt_state": B, "lr_schedulers": {}}, "net", False),
+}  # fmt: skip
+BOTH = {  # files that hold both: content, and where each lies
+    "params": ({"params": A, "params_ema": B}, "params", "params_ema"),
+    "timm": ({"state_dict": A, "state_dict_ema": B}, "state_dict", "state_dict_ema"),
+    "model_ema": ({"model_ema": B, "model": A}, "model", "model_ema"),
+    "Lightning, names": ({"state_dict": prefixed("model.", A) | prefixed("ema_model.", B)},
+                         "state_dict/model.", "state_dict/ema_model."),
+    "LitEma of a module": ({"state_dict": prefixed("model.", A) | dotless(B)}, "state_dict/model.", "state_dict/model_ema."),
+    "WeightAveraging": ({"state_dict": B, "current_model_state": A, "averaging_state": {"n_averaged": torch.tensor(1)}},
+                        "current_model_state", "state_dict"),
+    "ema-pytorch": ({"model": A, "ema": {"step": torch.tensor(4), **prefixed("online_model.", A), **prefixed("ema_model.", B)}},
+                    "model", "ema/ema_model."),
+    "swa": ({"state_dict": prefixed("model.", A) | prefixed("avg.module.", B) | {"avg.n_averaged": torch.tensor(1)}},
+            "state_dict/model.", "state_dict/avg.module."),
+}  # fmt: skip
+
+
+FLAT = [name for name, (content, *_) in ALONE.items() if all(isinstance(value, torch.Tensor) for value in content.values())]
+
+
+@pytest.mark.parametrize(("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT])
+def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsys):
+    (content, place, averaged), path = ALONE[name], home / f"file{suffix}"
+    (torch.save if suffix == ".pt" else gear.run.save_file)(content, path)
+    loaded, kind = gear.load_tokenizer(path), "tokenizer_ema" if averaged else "tokenizer"
+    assert same_outputs(loaded, tokenizer(seed=int(averaged)))
+    assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{place}')"
+    main(["inspect", str(path)])
+    said = capsys.readouterr().out
+    assert f"{path.name}: wrapped by another trainer" in said and re.search(rf"  {kind} .*, from '{re.escape(place)}'\n", said)
+    assert export(open_checkpoint(path), home / "back.pt") == []
+    back = torch.load(home / "back.pt", weights_only=True)
+    assert back.keys() == {"vq_ema" if averaged else "vq"}
+    assert all(torch.equal(t, (B if averaged else A)[n]) for n, t in next(iter(back.values())).items())
+    if averaged:
+        with pytest.raises(UserError, match="holds no tokenizer: it holds tokenizer_ema"):
+            gear.load_tokenizer(path, ema=False)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_averages_beside_live_weights_are_listed_and_taken(name, file, capsys):
+    content, live, averaged = BOTH[name]
+    path = file(content)
+    for ema, place in ((True, averaged), (False, live)):
+        loaded = gear.load_tokenizer(path, ema)
+        assert same_outputs(loaded, tokenizer(seed=int(ema))) and loaded.source.endswith(f", from '{place}')")
+    main(["inspect", str(path)])
+    said = capsys.readouterr().out
+    assert re.search(rf"  tokenizer  .*from '{re.escape(live)}'\n  tokenizer_ema .*from '{re.escape(averaged)}'\n", said)
+
+
+def test_several_networks_under_prefixes_are_each_found(file, capsys):
+    """A generator with its tokenizer inside, and both beside each other; what is neither is named as not read."""
+    ar = public(generator(), "LlamaGen")
+    for content in ({**prefixed("vae.", A), **prefixed("gpt.", ar), "clip.w": torch.zeros(2)}, ar | prefixed("vae.", A)):
+        path = file(content)
+        assert same_outputs(gear.load_tokenizer(path), tokenizer())
+        tokens, labels = torch.arange(16).view(1, 4, 4), torch.tensor([2])
+        assert torch.equal(gear.load_generator(path)(tokens, labels), generator()(tokens, labels))
+        main(["inspect", str(path)])
+        said = capsys.readouterr().out
+        assert "from 'vae.'" in said and ("not read: 'clip'" in said) == ("clip.w" in content)
+
+
+def test_two_of_one_kind_are_not_chosen_between(file):
+    refused(file({"a": A, "b": B}), "holds several networks of the kind tokenizer, 'a', 'b': save the one you mean alone")
+    path = file({"model": A, "ema_0.9": A, "ema_0.99": B})
+    with pytest.raises(UserError, match="several networks of the kind tokenizer_ema, 'ema_0.9', 'ema_0.99'"):
+        gear.load_tokenizer(path)
+    assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
+    assert same_outputs(gear.load_tokenizer(file({"model": A, "state_dict": {**A}})), tokenizer())  # twice the same
+    broken = {n: t for n, t in B.items() if n != "encoder.conv_in.bias"}
+    assert same_outputs(gear.load_tokenizer(file({"last": A, "best": broken})), tokenizer())  # one alone fits
+
+
+def test_names_stay_strict_behind_a_prefix(file):
+    path = file({"state_dict": {n: t for n, t in prefixed("model.", A).items() if n != "model.encoder.conv_in.weight"}})
+    refused(
+        path, "entry 'state_dict/model.', has the layout LlamaGen VQ, but does not fit it:\n  missing encoder.conv_in.weight"
+    )
+    half = {n if n.startswith("encoder") else f"model.{n}": t for n, t in A.items()}
+    refused(file(half), "does not fit it")
+    refused(file(A | {"encoder.extra.weight": torch.zeros(2)}), "unexpected encoder.extra.weight (2,)")
+    counted = public(generator(), "LlamaGen") | {"layers.99999999.attention.wo.weight": torch.zeros(1)}
+    refused(file(counted), "counts beyond what it holds:\n  layers.99999999.attention.wo.weight")
+
+
+def test_averages_without_names_are_said_to_be_that(file, capsys):
+    refused(file({"decay": 0.9, "shadow_params": [*A.values()]}), "averages without names (shadow_params)", "state_dict()")
+    main(["inspect", str(file({"model": A, "ema": {"shadow_params": [*B.values()]}}))])
+    assert "not read: 'ema' (averages without names)" in capsys.readouterr().out
+
+
+def test_a_file_that_holds_itself_is_read(file):
+    content = {"model": A}
+    content["self"] = content
+    assert same_outputs(gear.load_tokenizer(file(content)), tokenizer())
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_other_precisions_are_loaded_as_float32(dtype, file):
+    loaded = gear.load_tokenizer(file({n: t.to(dtype) for n, t in A.items()})).state_dict()
+    names = layout("LlamaGen VQ").public(tokenizer())
+    assert all(t.dtype == torch.float32 and torch.equal(t, A[names[n]].to(dtype).float()) for n, t in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        (lambda t: t.to(torch.int8), "is torch.int8"),
+        (lambda t: t.to(torch.complex64), "is torch.complex64"),
+        (lambda t: t.to_sparse(), "is sparse, torch.float32"),
+        (lambda t: t.to("meta"), "is empty (meta), torch.float32"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantised, torch.qint8"),
+    ),
+)
+@pytest.mark.filterwarnings("ignore:.*(quantiz|TypedStorage)")
+def test_weights_of_other_kinds_are_named(change, said, file):
+    path = file(A | {"encoder.conv_in.weight": change(A["encoder.conv_in.weight"])})
+    refused(path, "holds weights that are no floating-point numbers", f"encoder.conv_in.weight {said}")
+
+
+@pytest.mark.parametrize(("value", "said"), ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")))
+def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, capsys):
+    """Of a file and of a run alike; `inspect` says it, too."""
+    wrong = A | {"encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)}
+    with pytest.raises(UserError, match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {said} in 27 of 216 values"):
+        gear.load_tokenizer(file(wrong))
+    main(["inspect", str(home / "file.pt")])
+    assert "cannot be taken: there are weights that are no numbers" in capsys.readouterr().out
+    discriminator = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
+    discriminator["main.3.running_var"][0] = value
+    with pytest.raises(UserError, match=rf"running_var holds {said} in 1 of 32 values"):
+        load_discriminator(file({"discriminator": discriminator}))
+    path = sorted((tiny / "tiny").glob("checkpoints/*/networks.safetensors"))[-1]
+    tensors = gear.run.load_file(path)
+    next(t for name, t in tensors.items() if name.startswith("generator_ema.")).view(-1)[0] = value
+    gear.run.save_file(tensors, path)
+    with pytest.raises(UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"):
+        gear.load_generator("tiny")
+
+
+def packed(name, content):
+    archive = io.BytesIO()
+    if name == "zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("weights/model.safetensors", content)
+    if name == "tar":
+        with tarfile.open(fileobj=archive, mode="w") as file:
+            file.addfile(tarfile.TarInfo("model.pt"), io.BytesIO())
+    return gzip.compress(content) if name == "gzip" else archive.getvalue()
+
+
+INSTEAD = {  # what lies where weights should: its bytes, and what is said
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n",
+            "a Git LFS pointer, not the weights: git lfs pull"),
+    "html": (b"\n<!DOCTYPE html><html>", "text (a web page?), not weights: fetch it again"),
+    "html in utf-16": ("<html>".encode("utf-16"), "text (a web page?), not weights"),
+    "xml": (b"<?xml version='1.0'?><Error>", "text (a web page?), not weights"),
+    "json": (b'{"error": "not found"}', """text, not weights (it begins with '{"error": "not found"}')"""),
+    "words": (b"Entry not found", "text, not weights (it begins with 'Entry not found')"),
+    "index": (json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode(),
+              "the index of a checkpoint in 2 parts (m-1.safetensors, m-2.safetensors"),
+    "empty": (b"", "It is empty: fetch it again"),
+    "gzip": (packed("gzip", b"x"), "an archive (gzip): unpack it first"),
+    "tar": (packed("tar", b"x"), "an archive (tar): unpack it first"),
+    "zip": (packed("zip", b"x"), "an archive (zip) that holds weights/model.safetensors: unpack it first"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "an archive (7z)"),
+    "rar": (b"Rar!\x1a\7\1\0", "an archive (rar)"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n\0", "an HDF5 file, as Keras writes"),
+    "onnx": (b"\x08\x07\x12\x07pytorch", "an ONNX file"),
+    "tensorflow": (b"\x08\x01\x12\x99\x01", "a TensorFlow SavedModel"),
+    "tensorflow index": (b"\0\0\x01" * 30 + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb", "a part of a TensorFlow checkpoint"),
+    "gguf": (b"GGUF\3\0\0\0", "a GGUF file"),
+    "numpy": (b"\x93NUMPY\1\0", "a NumPy array"),
+    "image": (b"\xff\xd8\xff\xe0", "an image"),
+    "noise": (b"\3\1\4\1\5\x92\x65", "of an unknown kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+@pytest.mark.parametrize("suffix", (".pt", ".safetensors", ".ckpt"))
+def test_what_lies_there_instead_of_weights_is_named(name, suffix, home, capsys):
+    content, said = INSTEAD[name]
+    (home / f"file{suffix}").write_bytes(content)
+    refused(home / f"file{suffix}", f"'file{suffix}' is not a checkpoint. ", said)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(home / f"file{suffix}")])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_torchscript_archive_is_named(home):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(home / "code.pt")
+    refused(home / "code.pt", "a TorchScript archive, which is code")
+
+
+def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
+    gear.run.save_file(A, home / "tensors.safetensors")
+    torch.save(A, home / "legacy.pt", _use_new_zipfile_serialization=False)
+    for source, name in (("tensors.safetensors", "a.pt"), (file(A), "b.safetensors"), ("legacy.pt", "c.safetensors")):
+        (home / name).write_bytes((home / source).read_bytes())
+        assert same_outputs(gear.load_tokenizer(home / name), tokenizer())
+
+
+def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
+    gear.run.save_file(A, home / "ours.safetensors")
+    content = (home / "ours.safetensors").read_bytes()
+    for wrong in (content[:-9], content[:100], (2**62).to_bytes(8, "little") + content[8:], b"\xff" * 7 + b"\0{"):
+        (home / "cut.safetensors").write_bytes(wrong)
+        refused(home / "cut.safetensors", "'cut.safetensors' is cut short, or damaged: fetch it again")
+
+
+def test_a_folder_and_a_runs_own_file_say_what_to_give(home, tiny, file):
+    file(A, "vq.pt")
+    refused(home, "that is a folder; a run is opened by its name; give a file in it, vq.pt")
+    path = sorted((tiny / "tiny").glob("checkpoints/*/networks.safetensors"))[-1]
+    refused(path, "holds the weights of a run, which is opened by its name: tiny")
+
+
+SIZES = (("tokenizer", "channels", 0), ("tokenizer", "res_blocks", 10**30), ("tokenizer", "codebook_size", -1),
+         ("generator", "layers", 10**9), ("generator", "heads", 0), ("data", "image_size", "32"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "field", "value"), SIZES)
+def test_a_runs_configuration_that_speaks_of_no_network(section, field, value, tiny):
+    path = tiny / "tiny" / "config.json"
+    config = json.loads(path.read_text())
+    config[section][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json is damaged .*restore it"):
+        open_checkpoint("tiny")
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -105,6 +105,49 @@ def test_captions_have_to_be_one_a_sample(tmp_path, text):
         read_captions(tmp_path / "none.txt", 3)
 
 
+@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
+@pytest.mark.parametrize("ending", ("\n", "\r\n", "\r"))
+def test_captions_of_every_usual_encoding(encoding, ending, tmp_path):
+    (tmp_path / "captions.txt").write_bytes(f"un café {ending}eine\u2028Zeile{ending}{ending}".encode(encoding))
+    assert read_captions(tmp_path / "captions.txt", 2) == ["un café", "eine\u2028Zeile"]
+
+
+def test_captions_of_another_encoding_are_not_guessed(tmp_path):
+    (tmp_path / "captions.txt").write_bytes("un café".encode("cp1252"))
+    with pytest.raises(UserError, match="is not in UTF-8: byte 0xe9 in line 1. Save it as UTF-8"):
+        read_captions(tmp_path / "captions.txt")
+    (tmp_path / "captions.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="0 captions in 0 lines for samples"):
+        read_captions(tmp_path / "captions.txt")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n"
+
+
+@pytest.mark.parametrize("content", (b"{", b"", LFS, b"<html>", b'{"model": {}}', b"\0"))
+def test_a_tokenizer_that_is_none_is_said(content, folder, config, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(content if file.name == "tokenizer.json" else file.read_bytes())
+    said = "a Git LFS pointer" if content == LFS else ""
+    with pytest.raises(UserError, match=f"tokenizer.json is no tokenizer of CLIP .*{said}.*: 2 MB of openai/clip"):
+        CLIP(str(tmp_path), config=config)
+
+
+@pytest.mark.parametrize("prefix", ("", "module.", "model.clip."))
+@pytest.mark.parametrize("wrapper", ("", "state_dict", "net"))
+def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(prefix, wrapper, folder, config, tmp_path):
+    tensors = torch.load(folder / "pytorch_model.bin")
+    wrapped = {f"{prefix}{name}": t for name, t in tensors.items()}
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    torch.save({wrapper: wrapped, "epoch": 3} if wrapper else wrapped, tmp_path / "pytorch_model.bin")
+    seen = torch.cat(images((32, 32)))
+    assert torch.equal(CLIP(str(tmp_path), config=config)(seen, ["a cat"]), CLIP(str(folder), config=config)(seen, ["a cat"]))
+    tensors["visual_projection.weight"][0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="visual_projection.weight holds NaN in 1 of"):
+        CLIP(str(tmp_path), config=config)
+
+
 def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
     """`--samples FILE --captions FILE`: 100 times the mean cosine, its interval, and CLIP's own protocol."""
     from gear.evaluation.evaluate import EvaluateOptions, evaluate

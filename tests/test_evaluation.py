@@ -314,6 +314,29 @@ def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
     assert not torch.equal(next(drawn(home / "other", seed=4)), first)
 
 
+def spoilt(path, how):
+    content = path.read_bytes()
+    if how == "another array":
+        np.save(path, np.zeros((3, 8, 8, 3), np.uint8))
+    elif how == "another chunk":
+        path.write_bytes(path.with_name("00002.npy").read_bytes())
+    else:
+        changed = content[:500] + bytes([content[500] ^ 1]) + content[501:]
+        path.write_bytes({"cut": content[:3000], "empty": b"", "a bit": changed, "without its hash": content[:-32]}[how])
+
+
+@pytest.mark.parametrize("how", ("cut", "empty", "a bit", "without its hash", "another array", "another chunk"))
+def test_a_chunk_that_is_not_what_was_drawn_is_drawn_again(how, home, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 8)
+    wanted = list(drawn(home / "one"))
+    before = [path.read_bytes() for path in sorted((home / "one").iterdir())]
+    spoilt(home / "one" / "00000.npy", how)
+    calls, draw = [], sources.generate
+    monkeypatch.setattr(sources, "generate", lambda *a, **k: (calls.append(k["seed"]), draw(*a, **k))[1])
+    assert all(torch.equal(a, b) for a, b in zip(drawn(home / "one"), wanted, strict=True))
+    assert calls == [3 * 1_000_003] and [path.read_bytes() for path in sorted((home / "one").iterdir())] == before
+
+
 def test_npz_round_trip(home):
     images = pixels(150)
     write_npz(home / "samples.npz", images.split(64), 150)
@@ -837,8 +860,23 @@ def test_npz_files_that_are_none(home):
 
 
 def test_metrics_that_cannot_be_read(tiny):
-    (tiny / "tiny" / "metrics.json").write_text("[{")
-    refused("metrics.json cannot be read", read_metrics, Run.open("tiny"))
+    good = {"metric": "a", "value": 1.5, "protocol": {"step": 3}}
+    wrong = (
+        {"metric": 1},
+        {"value": "1"},
+        {"value": None},
+        {"value": float("nan")},
+        {"protocol": 3},
+        {"protocol": {"step": "3"}},
+    )
+    records = [[3], [{"metric": "a"}], {}, None, *([good, good | change] for change in wrong)]
+    for content in ("[{", "\0", "", *map(json.dumps, records)):
+        (tiny / "tiny" / "metrics.json").write_text(content)
+        refused("metrics.json cannot be read .*: restore it, or remove it", read_metrics, Run.open("tiny"))
+        refused("metrics.json cannot be read", evaluate, "tiny")
+    assert not (tiny / "tiny" / "evaluation").exists()  # it is said before anything is drawn
+    (tiny / "tiny" / "metrics.json").write_text(json.dumps([good]), encoding="utf-16")
+    assert read_metrics(Run.open("tiny")) == [good]
 
 
 @pytest.fixture

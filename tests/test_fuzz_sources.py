@@ -154,7 +154,9 @@ def an_image():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name, content", (("x.zip", a_zip()), ("x.tar", a_tar()), ("x.jpg", an_image())), ids=("zip", "tar", "image"))
+@pytest.mark.parametrize(
+    "name, content", (("x.zip", a_zip()), ("x.tar", a_tar()), ("x.jpg", an_image())), ids=("zip", "tar", "image")
+)
 def test_a_damaged_archive_is_read_or_told(name, content, tmp_path, capsys):
     @SETTINGS
     @given(changes(content))

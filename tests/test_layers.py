@@ -8,7 +8,7 @@ import pytest
 GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = [
     ["_torchvision"],
-    ["config", "device", "home", "images", "catalogue", "run"],
+    ["config", "device", "home", "tensorfiles", "images", "records", "catalogue", "run"],
     [
         "data.pixels",
         "data.stores",
@@ -22,7 +22,7 @@ LAYERS = [
     ],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
     ["generator.transformer", "generator.model", "generator.sampling"],
-    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "checkpoints"],
+    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "wrappings", "checkpoints"],
     [
         "teachers.cache",
         "teachers.weights",

@@ -5,10 +5,11 @@ import math
 import os
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gear.config import UserError
+from gear.config import UserError, config_hash
 from gear.home import runs_dir
 from gear.run import Run, load_runs, open_runs, run_names
 
@@ -122,14 +123,14 @@ FOREIGN = {  # what makes of a folder no run, and what is said of it
     "of something else": (lambda p: (p / "config.json").write_text('{"model_type": "vit"}'), "has a recipe and steps"),
     "steps in words": (
         lambda p: (p / "config.json").write_text('{"recipe": "r", "steps": "4"}'),
-        "has a recipe and steps",
+        "'steps' is '4'",
     ),
     "a list": (lambda p: (p / "config.json").write_text("[1]"), "has a recipe and steps"),
     "nothing": (lambda p: (p / "config.json").write_text("null"), "has a recipe and steps"),
     "empty": (lambda p: (p / "config.json").touch(), "Expecting value"),
     "no JSON": (lambda p: (p / "config.json").write_text("recipe: r"), "Expecting value"),
-    "no text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\0"), "can't decode byte"),
-    "nested without end": (lambda p: (p / "config.json").write_text("[" * 100_000), "recursion"),
+    "no text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\0"), "is not in UTF-16-LE"),
+    "nested without end": (lambda p: (p / "config.json").write_text("[" * 100_000), "nested too deeply"),
     "a folder": (lambda p: (p / "config.json").mkdir(), "Is a directory"),
 }
 
@@ -228,3 +229,109 @@ def test_a_value_that_is_none_is_not_logged(value, home):
     with pytest.raises(FloatingPointError, match=f"'val/psnr' is {value} at step 2"):
         run.append({"step": 2, "loss": 0.25, "val/psnr": value})
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+def rewritten(path, metadata):
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | metadata), path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: rewritten(path, {b"gear": b"{"}),
+        lambda path: rewritten(path, {b"gear": b"[1]"}),
+        lambda path: rewritten(path, {b"gear": b"\xff"}),
+        lambda path: rewritten(path, {b"gear": b"[" * 100_000}),
+        lambda path: rewritten(path, {b"pandas": b"{"}),
+        lambda path: path.write_bytes(b"<html>"),
+        lambda path: pd.DataFrame({"a": [7]}).to_parquet(path),
+    ),
+)
+def test_a_damaged_table_is_made_again(damage):
+    run = Run.create("r", CONFIG)
+    run.table("t", {"n": 1}, lambda: pd.DataFrame({"a": [1.5]}))
+    damage(run.path / "analysis" / "t.parquet")
+    assert run.table("t", {"n": 1}, lambda: pd.DataFrame({"a": [2.5]})).a.item() == 2.5
+    assert run.table("t", {"n": 1}, lambda: pd.DataFrame({"a": [3.5]})).a.item() == 2.5
+
+
+def test_a_bit_that_changed_in_a_table_is_noticed():
+    run, values = Run.create("r", CONFIG), [float(i) for i in range(100)]
+    run.table("t", {}, lambda: pd.DataFrame({"a": values}))
+    path = run.path / "analysis" / "t.parquet"
+    content = path.read_bytes()
+    for i in range(4, content.index(b"pandas"), 7):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        assert run.table("t", {}, lambda: pd.DataFrame({"a": values})).a.tolist() == values, i
+        path.write_bytes(content)
+
+
+BAD_LINES = (
+    "{", "[1]", "3", '"a"', "{}", '{"step": NaN}', '{"step": "2"}', '{"step": true}', '{"step": 1e3}', '{"step": -1e400}',
+    f'{{"step": {10**30}}}', f'{{"step": 2, "loss": {10**400}}}', '{"step": 2, "loss": "low"}', '{"step": 2, "loss": [1]}',
+    '{"step": 2, "\\ud800": 1}', "\0\0", "\xff", "[" * 100_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_none(line):
+    run = Run.create("r", CONFIG)
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + line.encode("latin-1") + b"\n")
+    assert run.metrics().to_dict("list") == {"step": [1], "loss": [0.5]} and run.logged_step == 1
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "loss": 0.25}\n')
+    for read in (run.metrics, lambda: run.logged_step, lambda: load_runs("r")):
+        with pytest.raises(
+            UserError, match="metrics.jsonl can be read up to step 1 only: line 2 is damaged: .* Restore the file"
+        ):
+            read()
+
+
+def test_a_log_with_a_byte_order_mark_is_read():
+    run = Run.create("r", CONFIG)
+    (run.path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": NaN}\r\n{"step": 2, "loss": null}\r\n')
+    assert run.metrics().step.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
+def test_a_configuration_saved_by_an_editor_is_read(encoding):
+    run = Run.create("r", CONFIG)
+    path = run.path / "config.json"
+    path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
+    assert run.config == CONFIG and run.config_hash == config_hash({k: v for k, v in CONFIG.items() if k != "version"})
+
+
+WRONG = (dict(steps="4"), dict(steps=True), dict(steps=float("nan")), dict(steps=10**30), dict(recipe=None), dict(data=[]),
+         dict(stage=3), dict(tokenizer="x"), dict(seed=1.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=str)
+def test_a_configuration_of_other_kinds_is_said(changes):
+    (name,) = changes
+    with pytest.raises(UserError, match=f"config.json cannot be read .it is not the configuration of a run: '{name}' is "):
+        _ = Run.create("r", CONFIG | changes).config
+
+
+def test_what_a_configuration_lacks_is_named():
+    run = Run.create("r", CONFIG | {"data": {"image_size": 32}})
+    assert run.config["data"]["image_size"] == 32 and run.config.get("stage") is None
+    for read, name in ((lambda: run.config["stage"], "stage"), (lambda: run.config["data"]["source"], "source")):
+        with pytest.raises(UserError, match=f"config.json lacks '{name}': restore it"):
+            read()
+
+
+STATES = ("[", "null", "[" * 100_000, "\0", '{"meter": 3}', '{"meter": {"sums": 3, "counts": {}}}', '{"skipped": "no"}',
+          '{"classes": 3}', '{"meter": {"sums": {"a": "b"}, "counts": {}}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
+def test_a_damaged_state_is_said(text):
+    run = Run.create("r", CONFIG)
+    good = {"step": 1, "config": run.config_hash, "meter": {"sums": {"a": 1.0}, "counts": {"a": 1}}, "skipped": 0}
+    run.save_checkpoint(1, {"networks": {"a.w": torch.zeros(1)}}, good)
+    assert run.load_state() == good
+    path = run.path / "checkpoints" / "0000001" / "state.json"
+    path.write_text(json.dumps(good | json.loads(text)) if text.startswith("{") else text)
+    with pytest.raises(UserError, match="state.json does not fit this run .*Remove the folder"):
+        run.load_state()

@@ -471,7 +471,10 @@ def test_another_models_file_does_not_fit(tmp_path):
     ("write", "message"),
     (
         (lambda path: path.write_bytes(b"half a file"), "cannot be read"),
-        (lambda path: torch.save({"network": torch.nn.Linear(1, 1)}, path), "cannot be read .*holds more than tensors"),
+        (
+            lambda path: torch.save({"network": torch.nn.Linear(1, 1)}, path),
+            "cannot be read: it holds Python objects",
+        ),
         (lambda path: torch.save([1, 2], path), "holds no tensors by name"),
         (lambda path: torch.save({"model": {"step": 3}}, path), "holds no tensors by name"),
     ),
@@ -480,7 +483,7 @@ def test_another_models_file_does_not_fit(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_one_message(write, message, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     write(path)
-    with pytest.raises(UserError, match=f"{path} {'cannot be read' if suffix == '.safetensors' else message}"):
+    with pytest.raises(UserError, match=f"{path} {message}"):
         load_teacher(f"dinov2-b={path}", PIXELS, 16)
 
 

@@ -10,9 +10,11 @@ from PIL import Image
 from gear.checkpoints import check_fit
 from gear.config import UserError
 from gear.evaluation.networks import as_pixels
+from gear.home import read_lines
 from gear.teachers.networks import CLIP as NORM
 from gear.teachers.networks import INSTALL, renamed
-from gear.teachers.weights import file_hash, find_weights, read_tensors
+from gear.teachers.weights import file_hash, find_weights, named_for, read_tensors
+from gear.tensorfiles import first_line, what_else
 
 REPO, NAME = "openai/clip-vit-base-patch32", "clip-b32"
 FILES = {"pytorch_model.bin": "605 MB", "tokenizer.json": "2 MB"}  # of the hub; a folder may hold model.safetensors instead
@@ -34,12 +36,17 @@ class CLIP:
             raise UserError(f"the CLIP score needs transformers ({error}): {INSTALL}") from None
         weights, words = (_find(file, path, offline) for file in FILES)
         self.network = transformers.CLIPModel(config or transformers.CLIPConfig()).eval().requires_grad_(False)
-        tensors = renamed(read_tensors(weights), ((r".*position_ids$", None),))
-        check_fit({n: tuple(t.shape) for n, t in self.network.state_dict().items()}, tensors, weights, "CLIP ViT-B/32")
+        rename = lambda tensors: renamed(tensors, ((r".*position_ids$", None),))  # noqa: E731
+        tensors = named_for(self.network, read_tensors(weights), rename)
+        check_fit(self.network, tensors, weights, "CLIP ViT-B/32")
         self.network.load_state_dict(tensors)
-        self.words = tokenizers.Tokenizer.from_file(str(words))
-        self.words.enable_truncation(CONTEXT)
-        self.words.enable_padding(pad_id=self.words.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>")
+        try:
+            self.words = tokenizers.Tokenizer.from_file(str(words))
+            self.words.enable_truncation(CONTEXT)
+            self.words.enable_padding(pad_id=self.words.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>")
+        except Exception as error:  # tokenizers raises plain ones
+            what = what_else(words) or first_line(error)
+            raise UserError(f"{words} is no tokenizer of CLIP ({what}): {FILES[words.name]} of {REPO} are expected.") from None
         self.protocol = {"network": NAME, "weights": file_hash(weights)[:16], "input": SIDE, "interpolation": "bicubic, Pillow"}
 
     def to(self, device):
@@ -70,15 +77,12 @@ def preprocess(images):
 
 
 def read_captions(path, count=None):
-    """Return the lines of a text file, a caption each.
+    """Return the lines of a text file, a caption each; see `home.read_lines`.
 
     Raises UserError where one is empty, or unless there are `count` of them.
     """
-    try:
-        captions = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the captions '{path}' cannot be read ({error}): a text file, a caption a line.") from None
-    if not all(captions) or count not in (None, len(captions)):
+    captions = [line.strip() for line in read_lines(path)]
+    if not (captions and all(captions)) or count not in (None, len(captions)):
         found = f"{sum(map(bool, captions))} captions in {len(captions)} lines"
         wanted = "samples" if count is None else f"{count} samples"
         raise UserError(f"'{path}' has {found} for {wanted}: one a line, in their order, is expected.")

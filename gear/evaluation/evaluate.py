@@ -21,6 +21,7 @@ from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
 from gear.generator.sampling import Guidance, Temperature
 from gear.home import check_target, write_atomically
+from gear.records import read_scores
 from gear.run import Run
 from gear.teachers.weights import file_hash
 
@@ -66,6 +67,7 @@ def evaluate(name, options=EvaluateOptions()):
     """
     run, settings = Run.open(name), _swept(options)
     options = replace(options, device=str(open_device(options.device)))
+    read_metrics(run)  # a damaged file is said before anything is drawn
     if options.steps and (options.samples or options.reconstruction):
         raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
     if gone := set(options.steps) - set(run.checkpoint_steps()):
@@ -235,11 +237,7 @@ def _keep(run, records):
 
 def read_metrics(run):
     """Return the records in a run's metrics.json, none if there is none; raises UserError for one that cannot be read."""
-    path = run.path / "metrics.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or remove it and evaluate again.") from None
+    return read_scores(run.path / "metrics.json")
 
 
 def scores(run):

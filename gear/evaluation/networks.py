@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from gear.checkpoints import check_numbers
 from gear.config import UserError
 from gear.data import to_float, to_uint8
 from gear.home import cache_dir
@@ -45,11 +47,14 @@ class Inception:
 
     def __init__(self, path="", offline=False, resize="tf1"):
         path = find_inception(path, offline)
-        read_tensors(path)  # the library unpickles whatever a file holds: only one of tensors gets there
+        tensors, only_tensors = read_tensors(path), io.BytesIO()
+        torch.save(tensors, only_tensors)  # the library unpickles whatever a file holds: it gets one of tensors
+        only_tensors.seek(0)
         try:
-            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=only_tensors)
         except (RuntimeError, TypeError):
             raise UserError(f"the tensors in {path} do not fit Inception: {INCEPTION} is expected.") from None
+        check_numbers(self.network, tensors, path, "Inception")
         self.network.eval().requires_grad_(False)
         self.enlarge, self.resize = interpolate_bilinear_2d_like_tensorflow1x, resize
         self.protocol = {

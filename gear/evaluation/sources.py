@@ -15,7 +15,7 @@ from gear.data import DataConfig, open_source, to_uint8
 from gear.evaluation.scores import BATCH, FeatureSet, extract
 from gear.evaluation.statistics import check_statistics
 from gear.generator.sampling import generate
-from gear.home import write_atomically
+from gear.home import read_array, write_array
 
 CHUNK = 64  # samples drawn at once, always: what is drawn must not depend on where a kill fell
 STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
@@ -32,21 +32,18 @@ def balanced_labels(count, classes, seed):
 def draw_samples(folder, generator, tokenizer, labels, seed, device="cpu", quiet=False, **sampling):
     """Yield uint8 chunks (CHUNK, H, W, 3) of samples for labels (N,), each kept in `folder` as it is drawn.
 
-    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was, to the same samples.
+    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was, to the same samples. One
+    that is not what was written, or comes without its hash, is drawn again.
     """
     chunks = labels.split(CHUNK)
     for i, part in enumerate(tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)):
         path = folder / f"{i:05d}.npy"
-        if not path.exists():
+        images = read_array(path)
+        if images is None or len(images) != len(part):
             indices = generate(generator, part.to(device), seed=seed * 1_000_003 + i, **sampling)
-            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in indices.split(8)])
-            write_atomically(path, lambda temporary, images=images: _save(temporary, images))
-        yield torch.from_numpy(np.load(path))
-
-
-def _save(path, images):
-    with open(path, "wb") as file:
-        np.save(file, images.numpy())
+            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in indices.split(8)]).numpy()
+            write_array(path, images)
+        yield torch.from_numpy(images)
 
 
 def samples_folder(run, protocol):

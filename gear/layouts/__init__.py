@@ -11,7 +11,9 @@ from gear.layouts.generators import GENERATOR_LAYOUTS
 from gear.layouts.tokenizers import TOKENIZER_LAYOUTS
 
 LAYOUTS = (*TOKENIZER_LAYOUTS, *GENERATOR_LAYOUTS)
-UNSUPPORTED = {r"^cls_embedding\.uncond_embedding$": "LlamaGen's own text-to-image model, another network than GEAR's hybrid"}
+UNSUPPORTED = {
+    r"(^|\.)cls_embedding\.uncond_embedding$": "LlamaGen's own text-to-image model, another network than GEAR's hybrid"
+}
 ARCHITECTURE = {  # the fields that a public file tells by its shapes or its layout; the others concern training
     "tokenizer": (
         "quantizer", "backbone", "codebook_size", "code_dim", "channels", "channel_mult", "res_blocks", "linear_skip",
@@ -35,9 +37,22 @@ def public_layout(kind, size):
     return None
 
 
-def recognise(names, source):
-    """Return the Layout of public tensor names, or None; raises UserError for one that is known and has no network here."""
+def prefixes(names, source):
+    """Return {prefix: Layout} of the public networks among tensor names: what stands before the names that a layout has.
+
+    Raises UserError for a network that is known and has no counterpart here.
+    """
     for pattern, what in UNSUPPORTED.items():
         if any(re.search(pattern, name) for name in names):
             raise UserError(f"'{source}' holds {what}: gear has no network for it.")
-    return next((layout for layout in LAYOUTS if any(re.search(layout.marker, name) for name in names)), None)
+    places = {}
+    for layout in LAYOUTS:
+        pattern = re.compile(rf"((?:[^.]+\.)*?)(?:{layout.marker})")
+        for place in dict.fromkeys(match[1] for match in map(pattern.match, names) if match):
+            places.setdefault(place, layout)
+    return places
+
+
+def recognise(names, source):
+    """Return the Layout of public tensor names, or None; see `prefixes`."""
+    return prefixes(names, source).get("")

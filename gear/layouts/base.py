@@ -17,7 +17,7 @@ class Layout:
 
     name: str
     kind: str  # "tokenizer", "generator", "projector" or "discriminator"
-    marker: str  # pattern of a name that no other layout has
+    marker: str  # pattern with which a name begins that no other layout has
     read: Callable  # {public name: shape} -> size: what `build` takes
     sizes: tuple  # the released ones, for a file whose own shapes contradict each other
     build: Callable  # size -> our module
@@ -35,6 +35,9 @@ class Layout:
     def fit(self, shapes, source):
         """Return (size, {our name: public name}) for {public name: shape}; raises UserError listing what does not fit."""
         needed = {n: s for n, s in shapes.items() if not re.search(self.optional, n)}
+        beyond = [n for n in needed for number in re.findall(r"\.(\d+)\.", n) if len(number) > 9 or int(number) > len(needed)]
+        if beyond:  # to build as many layers as such a number says would take forever
+            raise UserError(listed(f"{source} has the layout {self.name}, but counts beyond what it holds", beyond))
         sizes, untold, walls = list(self.sizes), None, []
         try:
             sizes.insert(0, self.read(needed))

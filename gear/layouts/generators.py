@@ -70,16 +70,16 @@ def _discriminator_size(shapes):
 
 GENERATOR_LAYOUTS = (
     Layout(
-        "LlamaGen", "generator", r"^(tok_embeddings|layers\.\d+\.attention)\.", _generator_size,
+        "LlamaGen", "generator", r"(tok_embeddings|layers\.\d+\.attention)\.", _generator_size,
         tuple((c.__class__(**c.__dict__ | {"condition_rotation": "zero"}), 16_384) for c in GENERATORS.values()),
         lambda size: Generator(*size), _generator_public,
     ),
     Layout(
-        "projectors", "projector", r"^projs\.\d+\.", _projector_size, (), _projectors,
+        "projectors", "projector", r"projs\.\d+\.", _projector_size, (), _projectors,
         lambda bank: {name: f"projs.{name.replace('.layers.', '.')}" for name in bank.state_dict()},
     ),
     Layout(
-        "PatchGAN", "discriminator", r"^main\.\d+\.", _discriminator_size, ((64, 3),),
+        "PatchGAN", "discriminator", r"main\.\d+\.", _discriminator_size, ((64, 3),),
         lambda size: Discriminator(*size, norm="batch"),
         lambda network: {name: name.replace("layers.", "main.") for name in network.state_dict()}, r"\.num_batches_tracked$",
     ),

@@ -10,6 +10,7 @@ from gear.data import to_float, to_uint8
 from gear.home import cache_dir
 
 CHUNK = 8  # images computed at once, always: the last bits of a feature depend on the size of the batch it is computed in
+HASH = 16  # bytes at the end of a row
 LIMIT = 1 << 32  # bytes of the file
 
 
@@ -18,7 +19,7 @@ class FeatureCache:
 
     An image is looked up by its uint8 pixels, under `identity`: what else the features depend on. The file,
     `features.sqlite` in the cache folder, is shared by processes. Where it cannot be used, that is said once and what
-    it lacks is computed.
+    it lacks is computed. A row is features and their hash: one that was cut short or changed is computed again.
     """
 
     def __init__(self, identity, dim, compute):
@@ -67,13 +68,18 @@ class FeatureCache:
     def _find(self, database, keys):
         found = {}
         for key in keys:
-            if row := database.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone():
-                found[key] = torch.frombuffer(bytearray(row[0]), dtype=torch.float16).view(-1, self.dim)
+            row = database.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
+            if row and isinstance(row[0], bytes) and row[0] == _hashed(row[0][:-HASH]):
+                found[key] = torch.frombuffer(bytearray(row[0][:-HASH]), dtype=torch.float16).view(-1, self.dim)
         return found
 
     def _keep(self, database, features):
-        rows = [(key, value.numpy().tobytes()) for key, value in features.items()]
-        database.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", rows)
+        rows = [(key, _hashed(value.numpy().tobytes())) for key, value in features.items()]
+        database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", rows)
+
+
+def _hashed(value):
+    return value + hashlib.blake2b(value, digest_size=HASH).digest()
 
 
 def _open(path):

@@ -15,7 +15,7 @@ from gear.config import UserError
 from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
-from gear.teachers.weights import file_hash, find_weights, read_tensors
+from gear.teachers.weights import file_hash, find_weights, named_for, read_tensors
 
 ALPHA = 0.6  # of the mean, which spatial normalisation takes away
 
@@ -132,6 +132,6 @@ def fitting_weights(spec, side, offline=False, flag=""):
         raise UserError(f"the teacher {name} has no layer {layer}: it has 1 to {len(blocks(network))}, and -1, the last.")
     about = f"about {vit.megabytes} MB, from {vit.source.format(side=side)}"
     path = find_weights(name, vit.repo.format(side=side), about, path, offline, flag)
-    tensors = renamed(read_tensors(path), vit.names)
-    check_fit({n: tuple(t.shape) for n, t in network.state_dict().items()}, tensors, path, f"teacher {name}")
+    tensors = named_for(network, read_tensors(path), lambda tensors: renamed(tensors, vit.names))
+    check_fit(network, tensors, path, f"teacher {name}")
     return path, tensors

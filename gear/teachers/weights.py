@@ -3,16 +3,14 @@
 import hashlib
 import os
 import re
-import textwrap
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from gear.config import UserError
+from gear.tensorfiles import NotWeights, first_line, read_content, tensors_of
+from gear.wrappings import state_dicts, stripped
 
 FILE = "model.safetensors"  # as the hub's repositories call it
-WRAPPERS = ("state_dict", "model", "teacher")  # entries under which a file may keep its tensors
+WRAPPERS = ("state_dict", "model", "teacher")  # entries that go before others under which a file may keep its tensors
 
 
 def is_offline(asked=False):
@@ -43,7 +41,7 @@ def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FIL
         try:
             return Path(huggingface_hub.hf_hub_download(repo, file))
         except Exception as error:  # no network, no such file, terms not agreed to, a full disk: many types
-            why = f"They could not be fetched: {type(error).__name__}, {_first_line(error)}."
+            why = f"They could not be fetched: {type(error).__name__}, {first_line(error)}."
     raise UserError(
         f"the weights of {teacher} are not on this machine: {file} of huggingface.co/{repo}, {about}. {why} "
         f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
@@ -63,23 +61,25 @@ def file_hash(path):
 def read_tensors(path):
     """Return {name: tensor} of a .safetensors or a PyTorch file; raises UserError for what holds more or cannot be read."""
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # neither library has one type for this
-        raise UserError(
-            f"the weight file {path} cannot be read ({_first_line(error)}): it is cut short, or holds more than tensors."
-        ) from None
-    while isinstance(content, dict) and (inner := next((content[w] for w in WRAPPERS if w in content), None)) is not None:
+        content = read_content(path)
+    except NotWeights as error:
+        raise UserError(f"the weight file {path} cannot be read: it {error}.") from None
+    while inner := next((content[w] for w in WRAPPERS if w in content), None) if isinstance(content, dict) else None:
         content = inner
-    tensors = {n: t for n, t in content.items() if isinstance(t, torch.Tensor)} if isinstance(content, dict) else {}
+    several = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
+    tensors = tensors_of(content) or (several[0] if len(several) == 1 else {})
     if not tensors:
-        raise UserError(f"the weight file {path} holds no tensors by name.")
-    return tensors
+        what = f"{len(several)} sets of tensors: save alone the one that is meant" if several else "no tensors by name"
+        raise UserError(f"the weight file {path} holds {what}.")
+    return stripped(tensors)
 
 
-def _first_line(error):
-    return textwrap.shorten((str(error).strip().splitlines() or ["no reason given"])[0], 200, placeholder=" ...").rstrip(".")
+def named_for(network, tensors, rename=dict):
+    """Return `rename(tensors)`, of the names behind a prefix ("model.") if only then they are those of `network`."""
+    expected = network.state_dict().keys()
+    prefixes = {name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name)}
+    for prefix in ("", *sorted(prefixes, key=len)) if rename(tensors).keys() != expected else ():
+        named = rename({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        if named.keys() == expected:
+            return named
+    return rename(tensors)

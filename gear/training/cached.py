@@ -5,7 +5,7 @@ square ones) there are finitely many: an image has one row, or with flips two, w
 random, each sample is a variant of its own: row n is sample n of the stream, which runs of one seed share.
 
     codes/KEY/about.json    what the values depend on, whose hash is KEY: network, images, batch size, torch, device
-              000000.npy    the first rows, complete or absent, like every file after it
+              000000.npy    the first rows, complete or absent, like every file after it; behind them their hash
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gear.config import Interrupted, __version__, config_hash, differences
 from gear.data import Stream, loaded
-from gear.home import cache_dir, check_writable, write_atomically
+from gear.home import cache_dir, check_writable, read_array, read_json, write_array, write_atomically
 
 FILE = 4096  # rows of a file, rounded to whole batches
 
@@ -140,12 +140,13 @@ class Rows:
         return [[min(row, rows[-1]) for row in range(first, first + self.batch)] for first in rows[:: self.batch]]
 
     def has(self, file):
-        """Say whether a file is there and whole; a longer run's serves a shorter one."""
-        try:
-            array = np.load(self._path(file), mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # absent, cut short, empty
-            return False
-        return array.dtype == self.kept and len(array) >= len(self.rows(file))
+        """Say whether a file is there and holds what was written; a longer run's serves a shorter one.
+
+        Its hash is computed, which reads every byte once when a run starts: a gigabyte takes a second or two, hours less than
+        the network that made it would, and the rows are read again every epoch anyway.
+        """
+        array = read_array(self._path(file), mapped=True)
+        return array is not None and array.dtype == self.kept and len(array) >= len(self.rows(file))
 
     @torch.no_grad()
     def of(self, images):
@@ -153,24 +154,18 @@ class Rows:
 
     def keep(self, file, values):
         """Write a file from the values of its batches; it is there whole or not at all."""
-        values = np.concatenate(values)[: len(self.rows(file))]
-
-        def write(path):
-            with open(path, "wb") as out:
-                np.save(out, values)
-
-        write_atomically(self._path(file), write)
+        write_array(self._path(file), np.concatenate(values)[: len(self.rows(file))])
         _mapped.cache_clear()  # a longer run replaces the last file of a shorter one
 
     def announce(self):
         """Say in a line what is computed and why: against what is kept, what has changed."""
         about, others = self.folder / "about.json", {}
         for path in self.folder.parent.glob("*/about.json"):
-            with contextlib.suppress(OSError, ValueError):  # it only serves to say what has changed
-                others[path.parent.name] = differences(json.loads(path.read_text()), self.about)
+            with contextlib.suppress(TypeError, ValueError):  # it only serves to say what has changed
+                others[path.parent.name] = differences(dict(read_json(path)), self.about)
         near = {k: v for k, v in others.items() if not any(line.startswith("what:") for line in v)}
         if about.exists():
-            why = "files are missing, cut short or yet to come"
+            why = "files are missing, damaged or yet to come"
         elif near:
             nearest = min(near, key=lambda name: len(near[name]))
             why = f"those in {nearest} were made with another {', '.join(line.split(':')[0] for line in near[nearest])}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gear.checkpoints import check_fit
+from gear.checkpoints import check_shapes
 from gear.config import BelowOne, Checked, NonNegative, Positive, Share, Whole
 from gear.training.shards import is_shard, local, spread_like, whole
 
@@ -83,7 +83,7 @@ class Optimizer:
         for i, parameter in enumerate(self.parameters if tensors else ()):
             shape = tuple(parameter.shape)
             expected |= {f"{i}.step": (), f"{i}.exp_avg": shape, f"{i}.exp_avg_sq": shape}
-        check_fit(expected, tensors, source, type(self).__name__)
+        check_shapes(expected, tensors, source, type(self).__name__)
         self.adam.state.clear()
         for name, value in tensors.items():
             i, key = name.split(".")

@@ -351,6 +351,12 @@ def test_load_takes_the_first_and_never_flips(folder):
     assert len(data.load(SCENES, "val", count=99)[0]) == 10
 
 
+@pytest.mark.parametrize("count", (0, -1, 2.5, "4"))
+def test_a_count_of_no_images_is_an_error(count):
+    with pytest.raises(UserError, match="count is"):
+        data.load(SCENES, "val", count)
+
+
 # -- ranges --------------------------------------------------------------------------------------------------
 
 

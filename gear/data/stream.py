@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gear.config import Checked, Count, Pixels, UserError, nearest
+from gear.config import Checked, Count, Pixels, UserError, check_value, nearest
 from gear.data.folders import Folder
 from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
@@ -185,7 +185,9 @@ def load(config, split="val", count=None):
 
 
 def read(source, config, count=None):
-    """Return what `load` does, of a source that is open."""
+    """Return what `load` does, of a source that is open. Raises UserError for a count below 1."""
+    if count is not None:
+        check_value("count", count, Count)
     positions = np.arange(len(source) if count is None else min(count, len(source)))
     return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(_labels(source, config, positions))
 

@@ -38,6 +38,11 @@ def cache_dir():
     return Path(os.environ.get("GEAR_CACHE") or "~/.cache/gear").expanduser()
 
 
+def is_utf8(path):
+    """Tell whether a path's bytes are UTF-8, which some libraries ask for."""
+    return os.fsencode(path) == str(path).encode(errors="replace")
+
+
 def check_writable(folder, variable):
     """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves it, if any."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))

@@ -12,9 +12,10 @@ import zipfile
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 
 from gear.config import UserError
-from gear.home import read_text
+from gear.home import is_utf8, read_text
 
 ARCHIVES = {  # first bytes of what weights are packed in
     b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
@@ -51,6 +52,10 @@ def is_safetensors(path):
 def read_safetensors(path):
     """Return ({name: tensor}, {key: text of the metadata}) of a safetensors file; raises NotWeights."""
     try:
+        if not is_utf8(path):
+            content = path.read_bytes()
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            return load(content), header.get("__metadata__", {})
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except Exception as error:  # safetensors raises its own Rust exception type
@@ -65,7 +70,7 @@ def read_content(path):
         raise NotWeights(f"is not a checkpoint. It is {what}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
-            if path.suffix == ".safetensors":  # by which torch.load is misled, unless it is given an open file
+            if path.suffix == ".safetensors" or not is_utf8(path):  # torch.load is misled by that suffix, and asks for UTF-8
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

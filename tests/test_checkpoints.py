@@ -4,6 +4,7 @@ import argparse
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -667,6 +668,17 @@ def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
     for source, name in (("tensors.safetensors", "a.pt"), (file(A), "b.safetensors"), ("legacy.pt", "c.safetensors")):
         (home / name).write_bytes((home / source).read_bytes())
         assert same_outputs(gear.load_tokenizer(home / name), tokenizer())
+
+
+@pytest.mark.parametrize("name", (b"caf\xe9.pt", b"caf\xe9.safetensors"))
+def test_a_file_whose_name_is_no_utf_8_is_read(name, home, capsys):
+    path = home / os.fsdecode(name)
+    gear.run.save_file(A, home / "plain.safetensors")
+    torch.save(A, home / "plain.pt")
+    path.write_bytes((home / f"plain{path.suffix}").read_bytes())
+    assert same_outputs(gear.load_tokenizer(path), tokenizer())
+    main(["inspect", str(path)])
+    assert "caf\\udce9" in capsys.readouterr().out
 
 
 def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):

@@ -624,6 +624,7 @@ INSTEAD = {  # what lies where weights should: its bytes, and what is said
             "a Git LFS pointer, not the weights: git lfs pull"),
     "html": (b"\n<!DOCTYPE html><html>", "text (a web page?), not weights: fetch it again"),
     "html in utf-16": ("<html>".encode("utf-16"), "text (a web page?), not weights"),
+    "html in latin-1": ("<html>caf\xe9".encode("latin-1"), "text (a web page?), not weights"),
     "xml": (b"<?xml version='1.0'?><Error>", "text (a web page?), not weights"),
     "json": (b'{"error": "not found"}', """text, not weights (it begins with '{"error": "not found"}')"""),
     "words": (b"Entry not found", "text, not weights (it begins with 'Entry not found')"),
@@ -687,6 +688,15 @@ def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
     for wrong in (content[:-9], content[:100], (2**62).to_bytes(8, "little") + content[8:], b"\xff" * 7 + b"\0{"):
         (home / "cut.safetensors").write_bytes(wrong)
         refused(home / "cut.safetensors", "'cut.safetensors' is cut short, or damaged: fetch it again")
+
+
+def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
+    """The length of its header, 379 bytes, begins with the byte of "{": it is no JSON."""
+    padding = "x" * (379 - len(json.dumps({"__metadata__": {"p": ""}})))
+    header = json.dumps({"__metadata__": {"p": padding}}).encode()
+    assert len(header).to_bytes(8, "little")[:1] == b"{"
+    (home / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(home / "a.safetensors", "no card of gear in its metadata, and an unknown layout (it begins with nothing)")
 
 
 def test_a_folder_and_a_runs_own_file_say_what_to_give(home, tiny, file):

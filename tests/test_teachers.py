@@ -154,6 +154,11 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     partly = {f"model.{name}": t for name, t in tensors.items() if name != "stem.bias"}
     with pytest.raises(UserError, match="do not fit this teacher x:\n  missing stem.weight"):
         check_fit(network, named_for(network, partly), "w", "teacher x")
+    itself = {"epoch": 3}
+    itself["model"] = itself  # a file may hold a dictionary within itself
+    torch.save(itself, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth holds no tensors by name"):
+        read_tensors(tmp_path / "w.pth")
     torch.save({"a": tensors, "b": tensors_of(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"):
         read_tensors(tmp_path / "w.pth")

@@ -12,6 +12,7 @@ FIELDS = {  # of a configuration, and what they are
     "recipe": str, "stage": str, "teacher": str, "tokenizer_run": str, "steps": int, "seed": int, "batch_size": int,
     "eval_images": int, "data": dict, "tokenizer": dict, "generator": dict, "objective": dict, "optimizer": dict,
 }  # fmt: skip
+COUNTS = ("steps", "batch_size", "eval_images")  # one at least of each
 
 
 class Fields(dict):
@@ -30,9 +31,11 @@ def read_config(path):
     config = read_json(path, object_hook=lambda values: Fields(path, values))
     if not isinstance(config, dict) or not config.keys() >= {"recipe", "steps"}:
         raise ValueError("it is not the configuration of a run, which has a recipe and steps")
-    wrong = [f"'{k}' is {config[k]!r:.40}" for k, kind in FIELDS.items() if k in config and not _is_of(config[k], kind)]
+    wrong = {key: config[key] for key, kind in FIELDS.items() if key in config and not _is_of(config[key], kind)}
+    wrong |= {key: config[key] for key in COUNTS if key in config and key not in wrong and config[key] < 1}
     if wrong:
-        raise ValueError(f"it is not the configuration of a run: {', '.join(wrong)}")
+        listed = ", ".join(f"'{key}' is {value!r:.40}" for key, value in wrong.items())
+        raise ValueError(f"it is not the configuration of a run: {listed}")
     return config
 
 
@@ -42,10 +45,9 @@ def read_log(path):
     A last line that a kill cut short is left out; nothing is wrong with that.
     """
     try:
-        content = path.read_bytes() if path.exists() else b""
+        lines = path.read_bytes().decode("utf-8-sig", "replace").rstrip().split("\n") if path.exists() else []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore it.") from None
-    lines = content.decode("utf-8-sig", "replace").rstrip().split("\n") if content else []
     records = []
     for number, line in enumerate(lines, 1):
         try:

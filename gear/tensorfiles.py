@@ -12,10 +12,12 @@ import zipfile
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 
 from gear.config import UserError
-from gear.home import read_text
+from gear.home import is_utf8, read_text
 
+ZIP = b"PK\x03\x04"
 ARCHIVES = {  # first bytes of what weights are packed in
     b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd", b"PK\x05\x06": "empty zip",
@@ -35,6 +37,7 @@ FORMATS = (  # patterns of the first bytes of files that hold other things, or w
 TENSORFLOW = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the last bytes of its checkpoints and of their indices
 PICKLE = rb"\x80[\x02-\x05]|\([dl]p|c[\w.]+\n\w+\n|[\]}]"  # an old file is a bare pickle
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".h5")
+WEB_PAGE = "text (a web page?), not weights: fetch it again, from the address of the file itself"
 ADVICE = "gear reads PyTorch's and safetensors' files"
 
 
@@ -45,12 +48,16 @@ class NotWeights(UserError):
 def is_safetensors(path):
     """Say whether a file begins as safetensors do: the length of a JSON header, and the header."""
     head = _head(path)
-    return head[8:9] == b"{" and head[:1] != b"{" and not head.startswith(b"PK")
+    return head[8:9] == b"{" and b"\0" in head[:8]
 
 
 def read_safetensors(path):
     """Return ({name: tensor}, {key: text of the metadata}) of a safetensors file; raises NotWeights."""
     try:
+        if not is_utf8(path):
+            content = path.read_bytes()
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            return load(content), header.get("__metadata__", {})
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except Exception as error:  # safetensors raises its own Rust exception type
@@ -65,10 +72,10 @@ def read_content(path):
         raise NotWeights(f"is not a checkpoint. It is {what}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
-            if path.suffix == ".safetensors":  # by which torch.load is misled, unless it is given an open file
+            if path.suffix == ".safetensors" or not is_utf8(path):  # torch.load is misled by that suffix, and asks for UTF-8
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_head(path).startswith(ZIP))
     except pickle.UnpicklingError as error:
         held = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"Python objects ({held[1]})" if held else "what no checkpoint of tensors holds"
@@ -84,7 +91,7 @@ def what_else(path):
         return "empty: fetch it again"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights: git lfs pull"
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(ZIP):
         return _what_zip(path)
     packed = next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None)
     if packed or head[257:262] == b"ustar":
@@ -97,7 +104,10 @@ def what_else(path):
         return f"{other}: {ADVICE}"
     if re.match(PICKLE, head):
         return ""
-    return _what_text(path) if _is_text(path, head) else f"of an unknown kind: {ADVICE}"
+    if re.match(rb"\s*<[!?A-Za-z]", head):  # in whatever encoding
+        return WEB_PAGE
+    is_text = head.startswith((b"\xff\xfe", b"\xfe\xff")) or not re.search(rb"[\0-\x08\x0e-\x1a]", head)
+    return _what_text(path) if is_text else f"of an unknown kind: {ADVICE}"
 
 
 def _head(path):
@@ -125,19 +135,13 @@ def _what_zip(path):
     return "an archive (zip) without weights: another file"
 
 
-def _is_text(path, head):
-    """Say whether a file is text: its beginning, as whole characters, without control characters."""
-    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return marked or not re.search(rb"[\0-\x08\x0e-\x1a]", head)
-
-
 def _what_text(path):
     try:
         text = read_text(path) if path.stat().st_size < 1 << 26 else "..."
     except UserError:
         return f"of an unknown kind: {ADVICE}"
     if text.lstrip().startswith("<"):
-        return "text (a web page?), not weights: fetch it again, from the address of the file itself"
+        return WEB_PAGE
     try:
         shards = sorted(set(dict(json.loads(text))["weight_map"].values()))
         return (

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -623,6 +624,7 @@ INSTEAD = {  # what lies where weights should: its bytes, and what is said
             "a Git LFS pointer, not the weights: git lfs pull"),
     "html": (b"\n<!DOCTYPE html><html>", "text (a web page?), not weights: fetch it again"),
     "html in utf-16": ("<html>".encode("utf-16"), "text (a web page?), not weights"),
+    "html in latin-1": ("<html>caf\xe9".encode("latin-1"), "text (a web page?), not weights"),
     "xml": (b"<?xml version='1.0'?><Error>", "text (a web page?), not weights"),
     "json": (b'{"error": "not found"}', """text, not weights (it begins with '{"error": "not found"}')"""),
     "words": (b"Entry not found", "text, not weights (it begins with 'Entry not found')"),
@@ -669,12 +671,32 @@ def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
         assert same_outputs(gear.load_tokenizer(home / name), tokenizer())
 
 
+@pytest.mark.parametrize("name", (b"caf\xe9.pt", b"caf\xe9.safetensors"))
+def test_a_file_whose_name_is_no_utf_8_is_read(name, home, capsys):
+    path = home / os.fsdecode(name)
+    gear.run.save_file(A, home / "plain.safetensors")
+    torch.save(A, home / "plain.pt")
+    path.write_bytes((home / f"plain{path.suffix}").read_bytes())
+    assert same_outputs(gear.load_tokenizer(path), tokenizer())
+    main(["inspect", str(path)])
+    assert "caf\\udce9" in capsys.readouterr().out
+
+
 def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
     gear.run.save_file(A, home / "ours.safetensors")
     content = (home / "ours.safetensors").read_bytes()
     for wrong in (content[:-9], content[:100], (2**62).to_bytes(8, "little") + content[8:], b"\xff" * 7 + b"\0{"):
         (home / "cut.safetensors").write_bytes(wrong)
         refused(home / "cut.safetensors", "'cut.safetensors' is cut short, or damaged: fetch it again")
+
+
+def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
+    """The length of its header, 379 bytes, begins with the byte of "{": it is no JSON."""
+    padding = "x" * (379 - len(json.dumps({"__metadata__": {"p": ""}})))
+    header = json.dumps({"__metadata__": {"p": padding}}).encode()
+    assert len(header).to_bytes(8, "little")[:1] == b"{"
+    (home / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(home / "a.safetensors", "no card of gear in its metadata, and an unknown layout (it begins with nothing)")
 
 
 def test_a_folder_and_a_runs_own_file_say_what_to_give(home, tiny, file):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_generator, tiny_tokenizer
+from safetensors.torch import save_file
 
 from gear.__main__ import main
 from gear.config import UserError
@@ -861,14 +862,15 @@ def test_npz_files_that_are_none(home):
 
 def test_metrics_that_cannot_be_read(tiny):
     good = {"metric": "a", "value": 1.5, "protocol": {"step": 3}}
-    wrong = (
-        {"metric": 1},
-        {"value": "1"},
-        {"value": None},
-        {"value": float("nan")},
-        {"protocol": 3},
-        {"protocol": {"step": "3"}},
+    kinds = (
+        ("metric", 1),
+        ("value", "1"),
+        ("value", None),
+        ("value", float("nan")),
+        ("protocol", 3),
+        ("protocol", {"step": "3"}),
     )
+    wrong = [{key: value} for key, value in kinds]
     records = [[3], [{"metric": "a"}], {}, None, *([good, good | change] for change in wrong)]
     for content in ("[{", "\0", "", *map(json.dumps, records)):
         (tiny / "tiny" / "metrics.json").write_text(content)
@@ -917,6 +919,17 @@ def test_damaged_weights_are_refused(no_network, home):
     refused("cannot be read", networks.Inception, str(file))
     torch.save({"fc.weight": torch.zeros(2, 2)}, home / "other.pth")
     refused("do not fit|not Inception", networks.Inception, str(home / "other.pth"))
+
+
+@pytest.mark.parametrize("content", (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"", b"\x1f\x8b"))
+def test_what_lies_there_instead_of_weights_is_named(content, home):
+    (home / "weights.pth").write_bytes(content)
+    said = {b"v": "a Git LFS pointer, not the weights: git lfs pull", b"<": "a web page", b"": "empty", b"\x1f": "an archive"}
+    refused(
+        f"weights.pth cannot be read: it is not a checkpoint.*{said[content[:1]]}",
+        networks.Inception,
+        str(home / "weights.pth"),
+    )
 
 
 def test_a_weight_file_runs_no_code(home):
@@ -980,6 +993,20 @@ def test_inception_is_the_librarys(inception_weights, no_network):
     other = networks.Inception(inception_weights, resize="torch")
     assert other.protocol != ours.protocol
     assert (other(images)["pool"] - pool).abs().max() > 1e-3 * pool.abs().max()
+
+
+def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(inception_weights, tmp_path):
+    """A safetensors file, and one that another trainer wrapped: the same network; a NaN in it is named."""
+    tensors, images = torch.load(inception_weights, weights_only=True), pixels(1)
+    wanted = networks.Inception(inception_weights)(images)["pool"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 1}, tmp_path / "b.pth")
+    for name in ("a.safetensors", "b.pth"):
+        assert torch.equal(networks.Inception(str(tmp_path / name))(images)["pool"], wanted)
+    tensors["fc.weight"][0, 0] = float("inf")
+    torch.save(tensors, tmp_path / "c.pth")
+    refused("c.pth' are not all numbers that this Inception can have:\n  fc.weight holds infinity in 1 of", networks.Inception,
+            str(tmp_path / "c.pth"))  # fmt: skip
 
 
 def test_rfid_is_of_floats_that_no_rounding_has_touched(inception_weights, tiny, monkeypatch):

@@ -244,6 +244,30 @@ def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
     assert "ablations_size: up to date" in out and "ablations_depth: 0 s" in out
 
 
+@pytest.mark.parametrize("content", ("", "{", "[1]", "null", "\0", "[" * 100_000))
+@pytest.mark.parametrize("file", ("executed/one.json", "one.json"))
+def test_a_damaged_record_of_what_was_drawn_is_written_again(file, content, notebooks, monkeypatch, capsys):
+    """The stamp of what a figure was made of, and its words: the figure is drawn again, and the page written all the same."""
+    calls = {}
+    ends(monkeypatch, lambda product: drawn(notebooks, product) or [], calls)
+    main(["figures", "one"])
+    before = (notebooks / file).read_text()
+    (notebooks / file).write_text(content)
+    calls.clear()
+    gallery.write_gallery()
+    main(["figures", "one"])
+    assert calls.keys() == {"one"} and (notebooks / file).read_text() == before
+    main(["figures", "one"])
+    assert "one: up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", ("", "# {", "# []", '# {"runs": [1]}', '# {"runs": {"a": 3}}', "\0", "# " + "[" * 100_000))
+def test_a_figure_whose_provenance_is_damaged_shows_none(head, notebooks):
+    drawn(notebooks, "one")
+    (notebooks / "one.csv").write_text(f"{head}\nx\n1\n")
+    assert "Title of one" in gallery.write_gallery().read_text() and "Drawn from" not in gallery.write_gallery().read_text()
+
+
 def test_unknown_products_and_parameters_no_product_has(notebooks):
     with pytest.raises(UserError, match="unknown notebook 'ablations_tempereture'. Did you mean 'ablations_temperature'"):
         render.render(["ablations_tempereture"])

@@ -288,6 +288,15 @@ def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_none(line):
             read()
 
 
+def test_a_folder_in_place_of_a_file_is_said():
+    run = Run.create("r", CONFIG)
+    for name, read in (("metrics.jsonl", run.metrics), ("config.json", lambda: run.config)):
+        (run.path / name).unlink(missing_ok=True)
+        (run.path / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} cannot be read .*Is a directory"):
+            read()
+
+
 def test_a_log_with_a_byte_order_mark_is_read():
     run = Run.create("r", CONFIG)
     (run.path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": NaN}\r\n{"step": 2, "loss": null}\r\n')
@@ -303,7 +312,7 @@ def test_a_configuration_saved_by_an_editor_is_read(encoding):
 
 
 WRONG = (dict(steps="4"), dict(steps=True), dict(steps=float("nan")), dict(steps=10**30), dict(recipe=None), dict(data=[]),
-         dict(stage=3), dict(tokenizer="x"), dict(seed=1.5))  # fmt: skip
+         dict(stage=3), dict(tokenizer="x"), dict(seed=1.5), dict(steps=0), dict(eval_images=-1))  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", WRONG, ids=str)

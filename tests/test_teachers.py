@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers import scenes
 
+from gear.checkpoints import check_fit
 from gear.config import UserError, from_dict
 from gear.data import DataConfig
 from gear.data.scenes import FACTORS, Scenes
 from gear.recipes import plan, recipe
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.scenes import PACKAGED, ScenesTeacher
+from gear.teachers.weights import named_for, read_tensors
 from gear.training.settings import Config
 
 
@@ -105,3 +107,58 @@ def test_a_grid_that_does_not_fit_says_what_would(teacher):
 def test_an_unknown_teacher_suggests_the_nearest():
     with pytest.raises(UserError, match=r"unknown teacher 'scene'.*Did you mean 'scenes'\?"):
         load_teacher("scene", DataConfig(), 4)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = torch.nn.Linear(3, 4), torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+
+def tensors_of(seed, prefix=""):
+    torch.manual_seed(seed)
+    return {f"{prefix}{name}": t.detach() for name, t in Encoder().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        tensors_of(0),
+        {"state_dict": tensors_of(0), "ema": tensors_of(1)},
+        {"net": tensors_of(0, "module.")},
+        {"state_dict": tensors_of(0, "model.")},
+        {"teacher": tensors_of(0, "backbone.") | {"dino_head.last": torch.zeros(2)}, "student": tensors_of(1, "backbone.")},
+        {"model": {"state_dict": tensors_of(0, "_orig_mod.image_encoder.")}},
+        {n: t.double() for n, t in tensors_of(0).items()},
+    ),
+)
+def test_weights_of_other_trainers_are_found(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    network = Encoder()
+    tensors = named_for(network, read_tensors(tmp_path / "w.pth"))
+    check_fit(network, tensors, "w.pth", "teacher")
+    network.load_state_dict(tensors)
+    assert all(torch.equal(t, tensors_of(0)[name]) for name, t in network.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
+    network, tensors = Encoder(), tensors_of(0)
+    for change, said in (
+        (tensors["stem.weight"] * float("nan"), "stem.weight holds NaN in 12 of 12 values"),
+        (tensors["stem.weight"].double() * 1e300, "stem.weight holds infinity in 12 of 12 values"),
+        (tensors["stem.weight"].to(torch.int8), "stem.weight is torch.int8"),
+        (tensors["stem.weight"].to_sparse(), "stem.weight is sparse"),
+    ):
+        with pytest.raises(UserError, match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {said}"):
+            check_fit(network, tensors | {"stem.weight": change}, "w", "teacher x")
+    partly = {f"model.{name}": t for name, t in tensors.items() if name != "stem.bias"}
+    with pytest.raises(UserError, match="do not fit this teacher x:\n  missing stem.weight"):
+        check_fit(network, named_for(network, partly), "w", "teacher x")
+    itself = {"epoch": 3}
+    itself["model"] = itself  # a file may hold a dictionary within itself
+    torch.save(itself, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth holds no tensors by name"):
+        read_tensors(tmp_path / "w.pth")
+    torch.save({"a": tensors, "b": tensors_of(1)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"):
+        read_tensors(tmp_path / "w.pth")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from gear.config import UserError
@@ -10,6 +11,7 @@ from gear.tensorfiles import NotWeights, first_line, read_content, tensors_of
 from gear.wrappings import state_dicts, stripped
 
 FILE = "model.safetensors"  # as the hub's repositories call it
+DEPTH = 4  # of wrappers within each other
 WRAPPERS = ("state_dict", "model", "teacher")  # entries that go before others under which a file may keep its tensors
 
 
@@ -64,8 +66,9 @@ def read_tensors(path):
         content = read_content(path)
     except NotWeights as error:
         raise UserError(f"the weight file {path} cannot be read: it {error}.") from None
-    while inner := next((content[w] for w in WRAPPERS if w in content), None) if isinstance(content, dict) else None:
-        content = inner
+    for _ in range(DEPTH):
+        if isinstance(content, dict):
+            content = next((content[wrapper] for wrapper in WRAPPERS if wrapper in content), content)
     several = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
     tensors = tensors_of(content) or (several[0] if len(several) == 1 else {})
     if not tensors:
@@ -76,10 +79,10 @@ def read_tensors(path):
 
 def named_for(network, tensors, rename=dict):
     """Return `rename(tensors)`, of the names behind a prefix ("model.") if only then they are those of `network`."""
-    expected = network.state_dict().keys()
-    prefixes = {name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name)}
-    for prefix in ("", *sorted(prefixes, key=len)) if rename(tensors).keys() != expected else ():
+    expected, plain = network.state_dict().keys(), rename(tensors)
+    prefixes = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
+    for prefix in (p for p, count in prefixes.items() if plain.keys() != expected and count > len(expected) // 2):
         named = rename({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         if named.keys() == expected:
             return named
-    return rename(tensors)
+    return plain

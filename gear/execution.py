@@ -14,8 +14,8 @@ def run_notebook(source, out, parameters):
     import papermill  # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
 
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copy(source, Path(folder) / "source.ipynb"))
-        executed = copy.with_name("executed.ipynb")
+        copy, executed = Path(folder) / ".source.ipynb", Path(folder) / out.name
+        shutil.copy(source, copy)
         try:
             papermill.execute_notebook(
                 _literal(copy), _literal(executed), parameters, progress_bar=False, kernel_name="python3",

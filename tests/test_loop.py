@@ -267,7 +267,7 @@ def test_generator_stage_keeps_the_tokenizer(tiny):
     assert names and all(torch.equal(parent[n], ours[n.replace("tokenizer_ema.", "tokenizer.")]) for n in names)
 
 
-@pytest.mark.parametrize("at", (0, 12))
+@pytest.mark.parametrize("at", (0, 16))
 def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypatch):
     """Nothing of that step is logged, and the same command goes on from the checkpoint once the cause is gone."""
     measure = validate.Validation.__call__
@@ -276,14 +276,14 @@ def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypat
         return measure(self) | ({"val/psnr": float("nan")} if self.state.step == at else {})
 
     config = recipe("tiny-tokenizer")
-    assert config.save_every < 12 and 12 % config.eval_every == 0
+    assert config.save_every < 16 and 16 % config.eval_every == 0
     with monkeypatch.context() as patch:
         patch.setattr(validate.Validation, "__call__", sick)
         with pytest.raises(TrainingStopped, match=f"'val/psnr' is nan at step {at}.*{'stands' if at else 'Nothing was saved'}"):
             train(config, "sick", QUIET)
     run = Run(home / "runs" / "sick")
     assert "NaN" not in "".join(path.read_text() for path in run.path.glob("metrics.jsonl"))
-    assert max(run.metrics().step, default=0) < max(at, 1)
+    assert run.logged_step == max(at - 1, 0)
     train(config, "sick", QUIET)
     train(config, "well", QUIET)
     assert_same_run(run.path, home / "runs" / "well")

@@ -21,9 +21,12 @@ def check_images(images, values=True):
         raise UserError(f"images reach {reach:.3g}: {expected}.")
 
 
-def check_finite(values, what, remedy):
-    """Raise UserError, naming `what` a tensor is and the `remedy`, if a value of it is NaN or infinite."""
-    if not torch.isfinite(values).all():
+def check_finite(values, what, remedy, check=True):
+    """Raise UserError, naming `what` a tensor is and the `remedy`, if a value of it is NaN or infinite.
+
+    With `check` false nothing is looked at: that waits for the device, which a training step must not.
+    """
+    if check and not torch.isfinite(values).all():
         raise UserError(f"{what} hold values that are not finite: {remedy}.")
 
 

@@ -39,7 +39,7 @@ class FixedTeacher(torch.nn.Module):
     def grid(self, size):
         return size // self.stride
 
-    def forward(self, images):
+    def forward(self, images, check=True):
         return torch.from_numpy(parity_normal("joint_step.target", (len(images), 16, self.dim)))
 
 

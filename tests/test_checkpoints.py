@@ -433,7 +433,7 @@ def test_inputs_out_of_range(file):
         with pytest.raises(UserError, match=f"{next(iter(bad))} is -.*: it has to be at least 0"):
             gear.sample(ar, vq, [0], (2, 2), **bad)
     for images in (torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)):
-        with pytest.raises(UserError, match="images are .B, 3, H, W. floats"):
+        with pytest.raises(UserError, match=r"images are .*: floats .B, 3, H, W. in"):
             vq.encode(images)
     with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
         grid = torch.arange(4).view(1, 2, 2)
@@ -751,7 +751,7 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
     for arguments, said in (
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
-        ([str(path), "--images", "nowhere"], "no folder or zip of images at 'nowhere'"),
+        ([str(path), "--images", "nowhere"], "--images: there are no images at 'nowhere'"),
         ([str(path), "--images", str(picture), "--count", "0"], "count is 0: it has to be at least 1"),
         ([str(path), "--images", str(picture), "--image-size", "-16"], "image_size is -16: it has to be at least 0"),
     ):

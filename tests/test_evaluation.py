@@ -697,7 +697,7 @@ def test_the_command_says_a_mistake(tiny, capsys):
         (dict(sampling={"count": 4}, metrics=("prdc",)), "k = 5 neighbours of 4 samples"),
         (dict(sampling={"temperature": -1.0}), "temperature"),
         (dict(samples="nowhere.npz"), "there is no file nowhere.npz"),
-        (dict(reference="nowhere"), "no folder or zip of images at 'nowhere'"),
+        (dict(reference="nowhere"), "there are no images at 'nowhere'"),
     ),
 )
 def test_evaluate_refuses(changes, message, tiny):

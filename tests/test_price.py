@@ -213,7 +213,7 @@ def test_training_without_the_images_says_what_to_give(home, capsys):
     with pytest.raises(SystemExit):
         main(["train", "imagenet256-l-gear-s0"])
     said = capsys.readouterr().err
-    assert "no folder or zip of images at 'imagenet'. Give --source a folder or a zip of class folders" in said
+    assert "--source: there are no images at 'imagenet'. A folder, a zip or tar shards of images is expected" in said
 
 
 QUICK = {"tiny", "scenes-gear", "imagenet256-l-gear", "imagenet256-l-joint-naive", "teacher-scenes"}  # the rest: two minutes

@@ -30,14 +30,14 @@ class TokenizerConfig(Checked):
         require(self.channel_mult, "channel_mult is empty: one level at least is needed.")
         require(self.res_blocks or set(self.channel_mult) == {1}, "res_blocks is 0: then channel_mult has to be ones, too.")
         if self.quantizer == "lfq":
-            k, bits = self.codebook_size, self.code_dim
-            require(math.log2(k) == bits, f"LFQ has a code for every sign of {bits} bits (code_dim): 2**{bits}, not {k}.")
+            codes = f"LFQ has a code for every sign of {self.code_dim} bits (code_dim): 2**{self.code_dim}"
+            require(math.log2(self.codebook_size) == self.code_dim, f"{codes}, not {self.codebook_size}.")
         if self.init_from_data:
             require(self.linear_skip, "init_from_data starts the linear skip: set linear_skip too.")
-            least, most = (1, 0) if self.quantizer == "lfq" else (2, 1)  # a constant beside the principal components
-            most += 3 * self.downsampling**2
-            fits = f"init_from_data fills {least} to {most} channels of a code from a patch"
-            require(least <= self.code_dim <= most, f"code_dim is {self.code_dim}: {fits}.")
+            constants = self.quantizer != "lfq"  # beside a patch's principal components
+            channels = range(1 + constants, 3 * self.downsampling**2 + constants + 1)
+            fits = f"init_from_data fills {channels[0]} to {channels[-1]} channels of a code from a patch"
+            require(self.code_dim in channels, f"code_dim is {self.code_dim}: {fits}.")
 
     @property
     def downsampling(self):

@@ -75,8 +75,7 @@ class Tokenizer(nn.Module):
         """Render latents (B, code_dim, h, w): (B, 3, H, W). Raises UserError for images that are not finite."""
         images = self._run(self.decoder, self.post_quant_conv(latents))
         images = images if self.skip_out is None else images + self.skip_out(latents)
-        if not self.training:
-            check_finite(images, "the decoded images", "look at the latents, or at the tokenizer's weights")
+        check_finite(images, "the decoded images", "look at the latents or the tokenizer's weights", not self.training)
         return images
 
     def _run(self, network, x):

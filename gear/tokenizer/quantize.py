@@ -49,8 +49,7 @@ class Quantizer(nn.Module):
 
     def indices(self, latents, check=True):
         """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64. UserError for latents not finite."""
-        if check and not self.training:
-            check_finite(latents, "the latents", "look at the images, or at the tokenizer's weights")
+        check_finite(latents, "the latents", "look at the images or the tokenizer's weights", check and not self.training)
         return self._nearest(latents)
 
     def _nearest(self, latents):

@@ -153,7 +153,7 @@ def is_trained(run, config, rebuild=False, record=False):
 
 def _as_it_began(run, config):
     """Return a Config whose data are called as in the run's own, if they are the same images in another place."""
-    began = from_dict(data.DataConfig, run.config["data"])
+    began = from_dict(data.DataConfig, run.config.get("data", {}))
     if replace(config.data, source=began.source, labels=began.labels) != began:
         return config
     if config.data != began:

@@ -1,15 +1,35 @@
-"""Notebooks through papermill, wherever they lie: it takes braces in a path for parameters, and writes paths in UTF-8."""
+"""Notebooks in a kernel of this environment, through papermill, wherever they lie and whatever else is called python3."""
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+
+from gear.home import child_environment
+
+SETTINGS = ("--log-level=ERROR", "--InteractiveShellApp.ignore_cwd=True", "--InteractiveShellApp.exec_PYTHONSTARTUP=False")
+
+
+class ThisEnvironment(AsyncKernelManager):
+    """Start this interpreter's ipykernel: no kernel spec is looked up, and no module of the working directory imported."""
+
+    @property
+    def kernel_spec(self):
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *SETTINGS]
+        return KernelSpec(argv=command, display_name="gear", language="python")
+
+    async def start_kernel(self, **options):
+        await super().start_kernel(env=child_environment(), **options)
+
 
 def run_notebook(source, out, parameters):
-    """Execute the notebook `source` with `parameters` into `out`, also as far as it came; raises what papermill raises.
+    """Execute the notebook `source` with `parameters` into `out`, as far as it comes; raises what papermill raises.
 
-    It runs in `gear.kernel`, and by way of a folder whose name is plain, which is IPython's, too: no start-up file of the
-    user's runs.
+    This goes by way of a folder whose name is plain, because papermill fills in braces in a path and writes paths in UTF-8.
+    The folder is IPython's, too: no start-up file of the user's runs.
     """
     import papermill  # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
 
@@ -19,7 +39,7 @@ def run_notebook(source, out, parameters):
         try:
             papermill.execute_notebook(
                 _literal(copy), _literal(executed), parameters, progress_bar=False, kernel_name="python3",
-                kernel_manager_class="gear.kernel.ThisEnvironment", extra_arguments=[f"--ipython-dir={folder}"],
+                kernel_manager_class=ThisEnvironment, extra_arguments=[f"--ipython-dir={folder}"],
             )  # fmt: skip
         finally:
             if executed.exists():

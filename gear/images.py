@@ -12,13 +12,14 @@ def check_images(images, values=True):
 
     Without `values` only type and shape are looked at: reading values waits for the device, which a training step must not.
     """
-    expected = "floats (B, 3, H, W) in [-1, 1] are expected, uint8 / 127.5 - 1 as gear.data gives them"
-    if not isinstance(images, torch.Tensor):
-        raise UserError(f"images are a {type(images).__name__}: a tensor of {expected}.")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
-        raise UserError(f"images are {tuple(images.shape)} {images.dtype}: {expected}.")
+    given = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, torch.Tensor) else type(images).__name__
+    is_batch = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
+    if not (is_batch and images.is_floating_point()):
+        what = "images are (B, 3, H, W) floats in [-1, 1]"
+        raise UserError(f"{what}, not {given}: uint8 / 127.5 - 1, as gear.data gives them, are expected.")
     if values and not images.is_meta and not (reach := float(images.detach().abs().max())) <= 1 + TOLERANCE:
-        raise UserError(f"images reach {reach:.3g}: {expected}.")
+        remedy = "uint8 / 127.5 - 1, as gear.data gives them, and what a decoder gave clamped"
+        raise UserError(f"images reach {reach:.3g}: floats in [-1, 1] are expected, {remedy}.")
 
 
 def check_finite(values, what, remedy, check=True):

@@ -91,7 +91,7 @@ def execute(name, parameters=None):
 
     product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
     source = notebooks()[notebook]
-    known = _parameters(notebook)
+    known = parameters_of(notebooks()[notebook])
     types = {key: TYPES[value["inferred_type_name"]] for key, value in known.items()}
     parameters = {key: _typed(notebook, types, key, value) for key, value in parameters.items()}
     check_writable(figures_dir(), "GEAR_FIGURES")
@@ -110,11 +110,6 @@ def execute(name, parameters=None):
         raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
     _keep_words(product, known, parameters, _printed(out))
     return out
-
-
-def _parameters(notebook):
-    """Return what papermill says of a notebook's parameters: {name: {"default", "inferred_type_name", "help", ...}}."""
-    return parameters_of(notebooks()[notebook])
 
 
 def _cells(path):
@@ -169,7 +164,7 @@ def seeded(notebook, seeds):
         raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
     ending = "-s[{}]" if len(seeds) > 1 else "-s{}"
     ending = ending.format("".join(map(str, seeds)))
-    known = _parameters(notebook)
+    known = parameters_of(notebooks()[notebook])
     defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
     changed = {k: v.replace("-s[012]", ending) for k, v in defaults.items() if isinstance(v, str) and "-s[012]" in v}
     return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})

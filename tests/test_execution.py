@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import gear
-from gear.execution import parameters_of, run_notebook
-from gear.kernel import ThisEnvironment
+from gear.execution import ThisEnvironment, parameters_of, run_notebook
 
 SOURCES = [
     "count: int = 1  # how many",

@@ -19,8 +19,8 @@ NONE = {  # what is given in place of images, and what is said of it
     "0 to 2": (IMAGES + 1, "images reach [12]"),
     "one NaN": (IMAGES.clone().index_put_((torch.tensor(1), torch.tensor(2), torch.tensor(3)), torch.tensor(torch.nan)), "nan"),
     "infinite": (IMAGES / 0, "images reach (inf|nan)"),
-    "bytes": (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "torch.uint8: floats"),
-    "integers": (torch.zeros(2, 3, 32, 32, dtype=torch.long), "torch.int64: floats"),
+    "bytes": (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "not .* torch.uint8"),
+    "integers": (torch.zeros(2, 3, 32, 32, dtype=torch.long), "not .* torch.int64"),
     "channels last": (IMAGES.permute(0, 2, 3, 1), r"\(2, 32, 32, 3\)"),
     "grey": (IMAGES[:, :1], r"\(2, 1, 32, 32\)"),
     "with alpha": (IMAGES[:, [0, 1, 2, 0]], r"\(2, 4, 32, 32\)"),
@@ -45,7 +45,7 @@ def test_what_is_no_image(kind, teacher):
 
 
 def test_an_array_is_no_tensor():
-    with pytest.raises(UserError, match="images are a ndarray: a tensor"):
+    with pytest.raises(UserError, match="images are .B, 3, H, W. floats in .-1, 1., not ndarray"):
         tiny_tokenizer().eval().encode(np.zeros((1, 3, 32, 32), np.float32))
 
 

@@ -34,10 +34,9 @@ class TokenizerConfig(Checked):
             require(math.log2(self.codebook_size) == self.code_dim, f"{codes}, not {self.codebook_size}.")
         if self.init_from_data:
             require(self.linear_skip, "init_from_data starts the linear skip: set linear_skip too.")
-            constants = self.quantizer != "lfq"  # beside a patch's principal components
-            channels = range(1 + constants, 3 * self.downsampling**2 + constants + 1)
-            fits = f"init_from_data fills {channels[0]} to {channels[-1]} channels of a code from a patch"
-            require(self.code_dim in channels, f"code_dim is {self.code_dim}: {fits}.")
+            least = 1 if self.quantizer == "lfq" else 2  # there is a constant beside a patch's principal components
+            fits = f"init_from_data fills {least} to {3 * self.downsampling**2 + least - 1} channels of a code from a patch"
+            require(least <= self.code_dim < 3 * self.downsampling**2 + least, f"code_dim is {self.code_dim}: {fits}.")
 
     @property
     def downsampling(self):

@@ -68,11 +68,7 @@ LAYERS = [
         "training.loop",
     ],
     ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
-<<<<<<< HEAD
-    ["figures", "widgets", "explore", "monitor", "parameters", "kernel", "execution", "render", "gallery"],
-=======
-    ["figures", "widgets", "explore", "monitor", "execution", "render", "gallery"],
->>>>>>> faces
+    ["figures", "widgets", "explore", "monitor", "parameters", "execution", "render", "gallery"],
     ["console", "options", "__main__"],
 ]  # the order inside a line is the order inside the package
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}

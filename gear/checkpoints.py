@@ -69,7 +69,7 @@ def open_checkpoint(source, step=None):
     path = Path(source).expanduser()
     if path.is_file():
         return read_checkpoint(path)
-    if str(source) not in run_names() and (path.suffix in WEIGHTS or len(path.parts) > 1):
+    if str(source) not in run_names(str(source)) and (path.suffix in WEIGHTS or len(path.parts) > 1):
         files = sorted(file.name for file in path.glob("*") if file.suffix in WEIGHTS)
         inside = f"; give a file in it, {', '.join(files[:3])}" if files else ""
         what = f"that is a folder; a run is opened by its name{inside}" if path.is_dir() else "there is no such file"

@@ -372,6 +372,9 @@ def test_uint8_survives_the_round_trip_and_fills_the_range():
 def test_to_uint8_clamps_and_rounds_half_up():
     x = torch.tensor([-9.0, 9.0, 0.0, 2.49 / 127.5 - 1, 2.51 / 127.5 - 1]).view(1, 1, 1, 5)
     assert to_uint8(x).flatten().tolist() == [0, 255, 128, 2, 3]
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UserError, match="the images hold values that are not finite"):
+            to_uint8(torch.full((1, 3, 4, 4), bad))
 
 
 def test_an_image_whose_decoder_fails_in_its_own_way_is_skipped(tmp_path, capsys):

@@ -18,6 +18,7 @@ from gear.config import Checked, Count, Pixels, UserError, check_value, nearest
 from gear.data.folders import Folder
 from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
+from gear.images import check_finite
 
 PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
 LABELS = ("class", "factors")  # what is no file
@@ -198,5 +199,9 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255))."""
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255)).
+
+    Raises UserError for NaN and infinity, which have no pixel.
+    """
+    check_finite(images, "the images", "look at what they were computed from")
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

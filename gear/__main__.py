@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import tyro
 from PIL import Image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from gear import data, figures, gallery, render
@@ -21,7 +20,7 @@ from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
 from gear.evaluation.sheets import reconstruction_sheet
 from gear.generator.sampling import sample
 from gear.home import check_target, check_writable, write_atomically
-from gear.images import check_divides
+from gear.images import check_divides, image_grid
 from gear.jobs import train_many
 from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.price import dry_run
@@ -125,8 +124,7 @@ def sample_command(names, arguments):
         cfg_scale=options.cfg_scale, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         seed=options.seed,
     )  # fmt: skip
-    grid = make_grid(images.permute(0, 3, 1, 2), nrow=8, padding=2, pad_value=255)
-    sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    sheet = Image.fromarray(data.to_uint8(image_grid(data.to_float(images), 8)[None])[0].numpy())
     write_atomically(out, lambda path: sheet.save(path, "PNG"))
     print(f"{len(images)} samples of {names[0]}: {out.resolve()}")
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from torchvision.models import vgg16
 
 from gear.generator.model import Generator, Projector
 from gear.teachers import bare_name, efficientnet
@@ -153,7 +152,9 @@ def decoder(batch, config, side):
 
 def lpips(batch, size):
     """VGG16 to its thirteenth convolution, on a reconstruction and on the image."""
-    network, images = vgg16().features[:30], _images(batch, size)
+    import torchvision.models  # it loads torch's compiler, which a training run has no use for
+
+    network, images = torchvision.models.vgg16().features[:30], _images(batch, size)
     return network, lambda reconstruction: [network(reconstruction), network(images)], _images(batch, size)
 
 

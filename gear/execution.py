@@ -5,24 +5,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
-
 from gear.home import child_environment
 
 SETTINGS = ("--log-level=ERROR", "--InteractiveShellApp.ignore_cwd=True", "--InteractiveShellApp.exec_PYTHONSTARTUP=False")
 
 
-class ThisEnvironment(AsyncKernelManager):
-    """Start this interpreter's ipykernel: no kernel spec is looked up, and no module of the working directory imported."""
+def this_environment():
+    """Return the manager of a kernel that is this interpreter's ipykernel.
 
-    @property
-    def kernel_spec(self):
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *SETTINGS]
-        return KernelSpec(argv=command, display_name="gear", language="python")
+    No kernel spec is looked up, and no module of the working directory imported.
+    """
+    import jupyter_client.kernelspec  # who trains needs no Jupyter
 
-    async def start_kernel(self, **options):
-        await super().start_kernel(env=child_environment(), **options)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *SETTINGS]
+    spec = jupyter_client.kernelspec.KernelSpec(argv=command, display_name="gear", language="python")
+
+    class ThisEnvironment(jupyter_client.AsyncKernelManager):
+        kernel_spec = spec
+
+        async def start_kernel(self, **options):
+            await super().start_kernel(env=child_environment(), **options)
+
+    return ThisEnvironment
 
 
 def run_notebook(source, out, parameters):
@@ -39,7 +43,7 @@ def run_notebook(source, out, parameters):
         try:
             papermill.execute_notebook(
                 _literal(copy), _literal(executed), parameters, progress_bar=False, kernel_name="python3",
-                kernel_manager_class=ThisEnvironment, extra_arguments=[f"--ipython-dir={folder}"],
+                kernel_manager_class=this_environment(), extra_arguments=[f"--ipython-dir={folder}"],
             )  # fmt: skip
         finally:
             if executed.exists():

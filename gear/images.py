@@ -31,6 +31,18 @@ def check_finite(values, what, remedy, check=True):
         raise UserError(f"{what} hold values that are not finite: {remedy}.")
 
 
+def image_grid(images, columns, gap=2):
+    """Lay images (N, 3, H, W) out in rows of `columns`, `gap` white pixels around each: (3, H', W')."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    size = gap + rows * (height + gap), gap + min(columns, count) * (width + gap)
+    grid = images.new_ones(channels, *size)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        grid[:, y : y + height, x : x + width] = image
+    return grid
+
+
 def check_divides(size, downsampling):
     """Raise UserError unless the image size (H, W) is a multiple of the tokenizer's downsampling."""
     if any(side % downsampling for side in size):

@@ -20,7 +20,7 @@ from torchvision import datasets
 
 from gear import data
 from gear.config import UserError
-from gear.data import DataConfig, folders, open_source, stores, to_float, to_uint8
+from gear.data import DataConfig, folders, open_source, to_float, to_uint8
 
 SCENES = DataConfig(image_size=16, train_images=20, val_images=10)
 
@@ -234,7 +234,7 @@ def little_cifar(tmp_path, monkeypatch):
         url, tgz_md5 = f"http://127.0.0.1:{server.server_port}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest()
         train_list, test_list, meta = [batch], [], {"filename": names, "key": "label_names", "md5": md5}
 
-    monkeypatch.setitem(stores.DOWNLOADS, "cifar10", (Little, 3))
+    monkeypatch.setattr(datasets, "CIFAR10", Little)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
     server.server_close()

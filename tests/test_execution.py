@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import gear
-from gear.execution import ThisEnvironment, parameters_of, run_notebook
+from gear.execution import parameters_of, run_notebook, this_environment
 
 SOURCES = [
     "count: int = 1  # how many",
@@ -53,4 +53,4 @@ def test_the_kernel_is_this_environments(home, monkeypatch):
 
 
 def test_no_kernel_spec_is_looked_up():
-    assert ThisEnvironment(kernel_name="nowhere").kernel_spec.argv[:3] == [sys.executable, "-m", "ipykernel_launcher"]
+    assert this_environment()(kernel_name="nowhere").kernel_spec.argv[:3] == [sys.executable, "-m", "ipykernel_launcher"]

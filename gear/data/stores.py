@@ -17,17 +17,12 @@ import unicodedata
 import zipfile
 from collections import Counter
 
-from torchvision import datasets
-
 from gear.config import UserError
 from gear.data.pixels import is_hidden, why_no_image
 from gear.home import cache_dir
 
 LOST_SHARE = 0.01  # of a source's images that may be left out
-DOWNLOADS = {  # name: torchvision's class, classes
-    "cifar10": (datasets.CIFAR10, 10),
-    "cifar100": (datasets.CIFAR100, 100),
-}
+DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision's class, classes
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of folders
 
 
@@ -240,7 +235,9 @@ class Download:
     """The training images of a torchvision data set, named CLASS/NUMBER and kept in the cache folder."""
 
     def __init__(self, name):
-        (kind, _), root = DOWNLOADS[name], cache_dir() / name
+        import torchvision.datasets  # it loads torch's compiler, which takes 2 s
+
+        kind, root = getattr(torchvision.datasets, DOWNLOADS[name][0]), cache_dir() / name
         try:
             root.mkdir(parents=True, exist_ok=True)
             with open(root / ".lock", "w") as lock:

@@ -8,6 +8,7 @@ KEY.json. They may lie apart. What follows the first dot may be the extension, t
 with KEY.png where that is there, and is an image of its own where it is not.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -17,7 +18,6 @@ import posixpath
 import tarfile
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 from tqdm import tqdm
 
@@ -160,10 +160,12 @@ def _paths(source):
     root = Path(source).expanduser()
     if root.is_dir():
         return sorted(root.glob("*.tar"))
-    try:
-        paths = [root] if root.is_file() else [Path(p).expanduser() for p in braceexpand.braceexpand(str(source))]
-    except braceexpand.UnbalancedBracesError:
-        paths = [root]
+    paths = [root]
+    if "{" in str(source) and not root.is_file():
+        import braceexpand  # the one who trains on a folder can do without
+
+        with contextlib.suppress(braceexpand.UnbalancedBracesError):
+            paths = [Path(path).expanduser() for path in braceexpand.braceexpand(str(source))]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise UserError(
             f"{len(missing)} of {len(paths)} shards of '{source}' are not there ({', '.join(missing[:3])}): a folder of "

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from gear.checkpoints import check_numbers
 from gear.config import UserError
@@ -46,17 +44,23 @@ class Inception:
     name = "inception"
 
     def __init__(self, path="", offline=False, resize="tf1"):
+        try:
+            import torch_fidelity.feature_extractor_inceptionv3 as inception
+            import torch_fidelity.interpolate_compat_tensorflow as interpolation
+        except ImportError:
+            raise UserError("the network 'inception' is torch-fidelity's: pip install torch-fidelity") from None
         path = find_inception(path, offline)
         tensors, only_tensors = read_tensors(path), io.BytesIO()
         torch.save(tensors, only_tensors)  # the library unpickles whatever a file holds: it gets one of tensors
         only_tensors.seek(0)
         try:
-            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=only_tensors)
+            network = inception.FeatureExtractorInceptionV3
+            self.network = network("inception", ["2048"], feature_extractor_weights_path=only_tensors)
         except (RuntimeError, TypeError):
             raise UserError(f"the tensors in {path} do not fit Inception: {INCEPTION} is expected.") from None
         check_numbers(self.network, tensors, path, "Inception")
         self.network.eval().requires_grad_(False)
-        self.enlarge, self.resize = interpolate_bilinear_2d_like_tensorflow1x, resize
+        self.enlarge, self.resize = interpolation.interpolate_bilinear_2d_like_tensorflow1x, resize
         self.protocol = {
             "network": "inception",
             "weights": file_hash(path),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lpips
 import torch
 import torch.nn.functional as F
 
@@ -56,6 +55,10 @@ def load_lpips(device="cpu"):
         return None
     if not file_hash(lpips_backbone()).startswith("397923af"):
         raise UserError(f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and fetch it again.")
+    try:
+        import lpips
+    except ImportError:
+        raise UserError("LPIPS, of which lpips_weight is not 0, needs its package: pip install lpips") from None
     network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
     def distance(reconstruction, images):

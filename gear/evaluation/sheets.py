@@ -2,11 +2,11 @@
 
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 from gear.analysis.codes import usage
 from gear.data import to_uint8
 from gear.evaluation.reconstruction import l1, psnr, reconstruct
+from gear.images import image_grid
 
 COLUMNS = 8
 
@@ -29,6 +29,5 @@ def reconstruction_sheet(tokenizer, images):
     rows = [x for pair in zip(images.split(COLUMNS), decoded.split(COLUMNS)) for x in pair]
     if len(images) > COLUMNS:  # the last row may be short: white fills it
         rows = [torch.cat([x, x.new_ones(COLUMNS - len(x), *x.shape[1:])]) for x in rows]
-    columns = min(COLUMNS, len(images))
-    grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=columns, padding=2, pad_value=1.0)
+    grid = image_grid(torch.cat(rows).clamp(-1, 1), min(COLUMNS, len(images)))
     return Image.fromarray(to_uint8(grid[None])[0].numpy()), metrics

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from gear.images import check_finite
@@ -255,7 +254,9 @@ def _signs(indices, code_dim):
 
 
 def _kmeans(rows, count, seed):
-    fitted = MiniBatchKMeans(count, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(rows.numpy())
+    import sklearn.cluster  # 1.7 s, for the start of a codebook alone
+
+    fitted = sklearn.cluster.MiniBatchKMeans(count, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(rows.numpy())
     return torch.from_numpy(fitted.cluster_centers_).float()
 
 

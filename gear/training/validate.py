@@ -4,12 +4,12 @@ import math
 
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 from gear import data
 from gear.analysis import codes
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.sampling import sample
+from gear.images import image_grid
 from gear.run import PANEL_GAP, PANEL_WIDTH
 from gear.training.losses import alignment_loss, next_token_loss
 
@@ -63,7 +63,7 @@ class Validation:
             side = state.config.data.image_size // state.config.tokenizer.downsampling
             drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
             rows.append(data.to_float(drawn))
-        grid = make_grid(torch.cat(rows).clamp(-1, 1), nrow=PANEL_WIDTH, padding=PANEL_GAP, pad_value=1.0)
+        grid = image_grid(torch.cat(rows).clamp(-1, 1), PANEL_WIDTH, PANEL_GAP)
         return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
 
 

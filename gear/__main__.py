@@ -191,9 +191,9 @@ def data_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one source: gear data SOURCE, a folder, a zip, tar shards, 'scenes' or a data set's name.")
     options = _parse(DataOptions(), arguments)
-    print(data.data_report(data.DataConfig(names[0], labels=options.labels), options.count))
+    print(data.data_report(data.DataConfig(names[0], labels=options.labels or "class"), options.count))
     for run in open_runs(options.moved) if options.moved else ():
-        print(f"{run.name}: its images lie in {data.trained_on(run, names[0]).source}")
+        print(f"{run.name}: its images lie in {data.trained_on(run, names[0], options.labels).source}")
 
 
 def figures_command(names, arguments):

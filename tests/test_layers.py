@@ -11,6 +11,8 @@ LAYERS = [
     ["config", "device", "home", "tensorfiles", "images", "records", "catalogue", "run"],
     [
         "data.pixels",
+        "data.census",
+        "data.names",
         "data.stores",
         "data.tars",
         "data.folders",

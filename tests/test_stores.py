@@ -312,8 +312,13 @@ def test_the_report_says_what_a_source_holds(tmp_path):
 # -- what a stranger tried ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folders", (("train", "test1"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train2017", "val2017"),
-                                     ("cars_train", "cars_test"), ("train", "unlabeled"), ("dev", "train"), ("train.X1", "val.X")))  # fmt: skip
+OTHER_SPLITS = (
+    ("train", "test1"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train2017", "val2017"),
+    ("cars_train", "cars_test"), ("train", "unlabeled"), ("dev", "train"), ("train.X1", "val.X"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", OTHER_SPLITS)
 def test_splits_under_other_names_are_no_classes(tmp_path, folders):
     with pytest.raises(UserError, match="which are no classes"):
         opened(grow(tmp_path / "r", [f"{f}/{n}" for f in folders for n in NAMES]))

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from gear import data, figures, gallery, render
 from gear.analysis import claims
-from gear.checkpoints import describe, load_generator, load_module, load_networks, load_tokenizer, network, open_checkpoint
+from gear.catalogue import readable
+from gear.checkpoints import describe, load_generator, load_tokenizer, open_checkpoint
+from gear.cli.teacher import teacher_command
 from gear.config import TrainingStopped, UserError, __version__, from_dict, given_by, nearest
 from gear.console import console
 from gear.containers import export
@@ -29,7 +31,6 @@ from gear.results import directions, results, summary, told
 from gear.run import Run, open_runs, run_names, run_path
 from gear.studies import STUDIES, seeds_of
 from gear.sweep import commands, sweep
-from gear.teachers.scenes import ScenesTeacher, package
 from gear.training.loop import Runtime
 
 
@@ -188,9 +189,9 @@ def data_command(names, arguments):
     if len(names) != 1:
         raise UserError("name one source: gear data SOURCE, a folder, a zip, tar shards, 'scenes' or a data set's name.")
     options = _parse(DataOptions(), arguments)
-    print(data.data_report(data.DataConfig(names[0], labels=options.labels), options.count))
+    print(data.data_report(data.DataConfig(names[0], labels=options.labels or "class"), options.count))
     for run in open_runs(options.moved) if options.moved else ():
-        print(f"{run.name}: its images lie in {data.trained_on(run, names[0]).source}")
+        print(f"{run.name}: its images lie in {data.trained_on(run, names[0], options.labels).source}")
 
 
 def figures_command(names, arguments):
@@ -238,22 +239,8 @@ def runs_command(names, arguments):
         raise UserError(f"gear runs takes names or patterns of runs, and no {arguments[0]}.")
     for run in [run for name in names for run in open_runs(name)] if names else map(Run.open, run_names()):
         weights = "" if run.checkpoint_steps() else "  (no weights)"
-        print(f"{run.name:36} {run.config.get('stage', ''):10} {run.step:>7} / {run.config['steps']}{weights}")
-
-
-def teacher_command(names, arguments):
-    """Package a run of the recipe teacher-scenes as the scenes teacher (make teacher)."""
-    run = Run.open(names[0] if names else "teacher-scenes")
-    teacher = load_module(ScenesTeacher(), network(load_networks(run), "teacher", run.name), run.name).eval()
-    images, _ = data.load(data.trained_on(run), "train", 4_000)
-    kept = teacher.standardise(images)
-    losses = run.metrics().iloc[-1].filter(like="val/").round(4).to_dict()
-    package(teacher, {
-        "recipe": run.config["recipe"], "config_hash": run.config_hash, "steps": run.step, "variance_kept": round(kept, 4),
-        "validation_nats_a_patch": losses, "config": run.config,
-        "made": "supervised on the factors of gear/data/scenes.py, per patch; standardised, 64 principal components",
-    })  # fmt: skip
-    print(f"packaged {run.name}: {kept:.1%} of the standardised variance in 64 components")
+        step = readable(lambda run=run: run.step, "?")
+        print(f"{run.name:36} {run.config.get('stage', ''):10} {step:>7} / {run.config['steps']}{weights}")
 
 
 COMMANDS = {

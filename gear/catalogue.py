@@ -49,3 +49,12 @@ def _is_run(folder):
 def _say(line):
     """Print a line on stderr, the first time it is said."""
     print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a path may hold bytes that no encoding has
+
+
+def readable(read, otherwise):
+    """Return `read()`, or say why it cannot be read and return `otherwise`: one damaged run hides no other."""
+    try:
+        return read()
+    except UserError as error:
+        _say(f"left out: {error}")
+        return otherwise

@@ -65,7 +65,7 @@ class ReconstructOptions(Checked):
 
 @dataclass(frozen=True)
 class DataOptions(Checked):
-    labels: str = "class"  # or a file that numbers the class folders: a folder a line, or "folder,number"
+    labels: str = ""  # a file that numbers the class folders: a folder a line, or "folder,number"; "": by their names
     count: Whole = 1_000  # images that are opened, a sample of all classes; 0: all
     moved: str = ""  # runs, by name or pattern, whose images lie at the source now
 

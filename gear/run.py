@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load, load_file, save, save_file
 
-from gear.catalogue import run_names, run_path
+from gear.catalogue import readable, run_names, run_path
 from gear.config import UserError, config_hash, differences, nearest
 from gear.home import flush, is_utf8, read_json, runs_dir, write_atomically
 from gear.records import read_config, read_log, read_table, state_faults
@@ -270,11 +270,11 @@ def open_runs(pattern):
 def load_runs(pattern="*"):
     """Return the metrics of all runs that match `pattern` as one tidy DataFrame.
 
-    Columns: run, recipe, seed, step, metric, value.
+    Columns: run, recipe, seed, step, metric, value. Of several runs one whose log is damaged is left out, and named.
     """
-    frames = []
-    for run in open_runs(pattern):
-        config, table = run.config, run.metrics()
+    frames, runs = [], open_runs(pattern)
+    for run in runs:
+        config, table = run.config, run.metrics() if len(runs) == 1 else readable(run.metrics, pd.DataFrame())
         if not table.empty:
             frames.append(
                 table.melt("step", var_name="metric", value_name="value")

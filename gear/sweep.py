@@ -4,6 +4,9 @@ import json
 import os
 from collections import Counter
 
+import pandas as pd
+
+from gear.catalogue import readable
 from gear.config import UserError, to_dict
 from gear.device import find_device
 from gear.home import check_writable, runs_dir
@@ -150,7 +153,7 @@ def _here(missing):
     paces = {}
     for name in run_names():
         run = Run.open(name)
-        timing, config = run.metrics("timing.jsonl"), run.config
+        timing, config = readable(lambda run=run: run.metrics("timing.jsonl"), pd.DataFrame()), run.config
         if not timing.empty:
             paces.setdefault(_shape(config), []).append(timing.images_per_second.median())
     for config in missing.values():

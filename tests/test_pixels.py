@@ -214,3 +214,14 @@ def test_a_colour_profile_is_named(tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / name, icc_profile=content)
     with Image.open(tmp_path / "good.png") as good, Image.open(tmp_path / "bad.png") as bad:
         assert "sRGB" in described(good)["profile"] and described(bad)["profile"] == "a profile that cannot be read"
+
+
+def test_a_clear_grey_of_sixteen_bits_lies_over_white_and_an_orientation_of_nine_is_none(tmp_path):
+    Image.fromarray(square_of(RAMP)).save(tmp_path / "0.png", transparency=0)
+    assert seen(tmp_path / "0.png")[0, :2, 0].tolist() == [255, 17]
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    Image.fromarray(square_of(GREY).astype(np.uint8)).save(tmp_path / "1.png", exif=exif)
+    np.testing.assert_array_equal(seen(tmp_path / "1.png")[0, :, 0], GREY)
+    with Image.open(tmp_path / "1.png") as image:
+        assert not described(image)["turned"]

@@ -22,6 +22,7 @@ from gear.data import DataConfig
 from gear.device import find_device, open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, read_metrics
 from gear.evaluation.protocols import sensitivity
+from gear.execution import parameters_of
 from gear.explore import samples
 from gear.generator.model import GeneratorConfig
 from gear.jobs import train_many
@@ -236,7 +237,7 @@ def test_values_that_the_rules_leave_free():
 
 def test_every_number_of_every_notebook_has_a_range():
     for name in render.notebooks():
-        known = {key: value["inferred_type_name"] for key, value in render._parameters(name).items()}
+        known = {key: value["inferred_type_name"] for key, value in parameters_of(render.notebooks()[name]).items()}
         assert {key for key, kind in known.items() if kind in ("int", "float")} <= RANGES.keys(), name
         for key in known.keys() & READ.keys():
             assert known[key] == "str"

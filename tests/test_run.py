@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gear.__main__ import main
 from gear.config import UserError, config_hash
 from gear.home import runs_dir
 from gear.run import Run, load_runs, open_runs, run_names
@@ -344,3 +345,15 @@ def test_a_damaged_state_is_said(text):
     path.write_text(json.dumps(good | json.loads(text)) if text.startswith("{") else text)
     with pytest.raises(UserError, match="state.json does not fit this run .*Remove the folder"):
         run.load_state()
+
+
+def test_a_damaged_log_hides_no_other_run(capsys):
+    for name in ("a", "b"):
+        Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
+    (Run.open("b").path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    assert list(load_runs().run.unique()) == ["a"]
+    assert "left out: " in (said := capsys.readouterr().err) and "b/metrics.jsonl can be read up to step 1 only" in said
+    main(["runs"])
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["a", "1"], ["b", "?"]]
+    with pytest.raises(UserError, match="can be read up to step 1 only"):
+        load_runs("b")

@@ -107,7 +107,7 @@ def test_links_within_a_zip_are_followed(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
         link(archive, "b/y.png", "../a/no.png")
         link(archive, "b/z.png", "z.png")
-    with pytest.raises(UserError, match="2 of 103 images .*a link to nothing.: b/y.png, b/z.png"):
+    with pytest.raises(UserError, match="2 of 103 images .*a link to nothing, or no plain file.: b/y.png, b/z.png"):
         opened(tmp_path / "a.zip")
 
 
@@ -141,7 +141,12 @@ def test_a_class_that_pillow_does_not_open_is_an_error_and_captions_are_named(tm
     for i in range(20):
         (root / "c").mkdir(exist_ok=True)
         (root / "c" / f"{i}.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="20 of 60 images .*over 1%: 20 ..heic, which Pillow does not open.: c/0.heic") as error:
+    with pytest.raises(UserError, match="the class 'c' of .* is lost: c/0.heic is .heic, which Pillow does not open"):
+        opened(root)
+    for i in range(20):
+        (root / "c" / f"{i}.heic").rename(root / "a" / f"{i}.heic")
+    (root / "c").rmdir()
+    with pytest.raises(UserError, match="20 of 60 images .*over 1%: 20 ..heic, which Pillow does not open.: a/0.heic") as error:
         opened(root)
     assert "Save them as PNG or JPEG" in str(error.value)
 
@@ -296,9 +301,88 @@ def test_the_report_says_what_a_source_holds(tmp_path):
     said = data_report(DataConfig(str(root)), 0)
     for part in (
         "61 images, ", "3 classes", "all of them lie in top/", "     0  a      21 images", "     2  c      20 images",
-        "no image in 1 folders: empty", "left out: 1 (.txt, no image), as top/notes.txt", "formats: PNG (59), JPEG (1)",
+        "1 (.txt, no image), as top/notes.txt", "1 (a folder without images), as empty/", "formats: PNG (59), JPEG (1)",
         "modes: RGB (59), L (1)", "sizes: 16 x 16 (59), 10 x 20 (1)", "turned upright, as their cameras noted: 1",
         "cannot be read: 1: b/0.png (cannot identify image file",
     ):  # fmt: skip
         assert part in said, part
     assert "    23  " in data_report(DataConfig())
+
+
+# -- what a stranger tried ------------------------------------------------------------------------------------------
+
+
+OTHER_SPLITS = (
+    ("train", "test1"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train2017", "val2017"),
+    ("cars_train", "cars_test"), ("train", "unlabeled"), ("dev", "train"), ("train.X1", "val.X"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", OTHER_SPLITS)
+def test_splits_under_other_names_are_no_classes(tmp_path, folders):
+    with pytest.raises(UserError, match="which are no classes"):
+        opened(grow(tmp_path / "r", [f"{f}/{n}" for f in folders for n in NAMES]))
+
+
+def test_classes_that_sound_like_splits_are_classes(tmp_path):
+    names = ("bullet_train", "steam_train", "crash_test", "bus", "validation")
+    assert set(by_class(opened(grow(tmp_path / "r", [f"{f}/{i}.png" for f in names for i in range(3)])))) == set(names)
+
+
+def test_a_lost_class_is_an_error_however_few_its_files(tmp_path):
+    root = grow(tmp_path / "r", [f"a/{i}.png" for i in range(300)])
+    (root / "b").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="the class 'b' of .* is lost: b is a link to nothing"):
+        opened(root)
+    (root / "b").unlink()
+    (root / "b").mkdir()
+    (root / "b" / "0.heic").touch()
+    with pytest.raises(UserError, match="the class 'b' of .* is lost: b/0.heic is .heic"):
+        opened(root)
+
+
+def test_folders_that_are_links_in_archives_are_followed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(20):
+            archive.writestr(f"a/{i}.png", png(i))
+        entry = zipfile.ZipInfo("b")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(entry, "a")
+    assert by_class(opened(tmp_path / "a.zip")) == {"a": 20, "b": 20}
+
+
+def test_an_empty_class_folder_is_said(tmp_path, capsys):
+    root = grow(tmp_path / "r", NAMES)
+    (root / "d").mkdir()
+    assert len(opened(root)) == 60 and "1 (a folder without images), as d/" in capsys.readouterr().err
+
+
+def test_labels_need_class_folders(tmp_path):
+    root = grow(tmp_path / "flat", [f"{i}.png" for i in range(8)])
+    for labels in ("t.csv", "nowhere.txt"):
+        with pytest.raises(UserError, match=f"the labels '{labels}' number class folders, and '{root}' has none"):
+            opened(root, labels=labels)
+
+
+def test_labels_after_a_blank_and_in_other_spellings(tmp_path):
+    root = grow(tmp_path / "n", [f"caf\u00e9 {c}/{i}.png" for c in "ab" for i in range(9)])
+    (tmp_path / "l.txt").write_text("cafe\u0301 b 0\ncafe\u0301 a 1\n")
+    assert opened(root, labels=str(tmp_path / "l.txt")).classes == ["caf\u00e9 b", "caf\u00e9 a"]
+
+
+def test_two_names_that_are_one_when_composed_are_counted(tmp_path):
+    root = grow(tmp_path / "n", ["a/caf\u00e9.png", "a/cafe\u0301.png", *NAMES])
+    with pytest.raises(UserError, match="1 of 62 images .*of the same name as another"):
+        opened(root)
+
+
+def test_what_storage_boxes_add_is_no_class(tmp_path):
+    names = [*NAMES, "@eaDir/a/0.jpg", "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x.png", "lost+found/y.png"]
+    assert by_class(opened(grow(tmp_path / "r", names))) == {"a": 20, "b": 20, "c": 20}
+
+
+@pytest.mark.parametrize("source, message", (("", "no source of images is named"), ("~nouser/x", "there are no images at"),
+                                             ("{/a/x.tar,/b/y.tar}", "2 of 2 shards .* are not there")))  # fmt: skip
+def test_sources_that_are_none(source, message):
+    with pytest.raises(UserError, match=message):
+        opened(source)

@@ -349,3 +349,44 @@ def test_a_packed_tar_and_a_brace_in_a_name(tmp_path):
     assert greys(pack(tmp_path / "{0,1}.tar", LAYOUTS["plain"])) == FOUR  # a file of that name goes before the pattern
     with pytest.raises(UserError, match="1 of 1 shards .* are not there"):
         greys(tmp_path / "{0.tar")
+
+
+# -- what a stranger tried ------------------------------------------------------------------------------------------
+
+
+def test_labels_keep_their_numbers(tmp_path):
+    """Of a subset of ImageNet, say: a class without images keeps its number."""
+    classes, labels = greys(pack(tmp_path / "a.tar", [*pair(3), ("x.png", flat(9)), ("x.cls", b"5")]))
+    assert labels == {150: 3, 9: 5} and classes == [f"{i:05d}" for i in range(6)]
+
+
+def test_several_shards_part_folders_as_one_does(tmp_path):
+    for shard in range(2):
+        pack(tmp_path / f"{shard}.tar", [(f"train/{c}/{i}.png", flat(20 * shard + i)) for c in "ab" for i in range(3)])
+    source = open_source(DataConfig(str(tmp_path), 16), "all")
+    assert source.classes == ["a", "b"] and len(source) == 12 and source.images([0]).shape == (1, 16, 16, 3)
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split in ("train", "val"):
+        pack(splits / f"{split}.tar", [(f"{split}/{c}/{i}.png", flat(i)) for c in "ab" for i in range(3)])
+    with pytest.raises(UserError, match="holds the splits train, val, which are no classes"):
+        open_source(DataConfig(str(splits), 16), "all")
+
+
+def test_extensions_of_labels_in_capitals(tmp_path):
+    assert (
+        greys(pack(tmp_path / "a.tar", [m for k in range(4) for m in ((f"{k}.PNG", flat(50 * k)), (f"{k}.CLS", b"%d" % k))]))
+        == FOUR
+    )
+
+
+def test_shards_beside_loose_images_are_ambiguous(tmp_path):
+    pack(tmp_path / "0.tar", LAYOUTS["plain"])
+    (tmp_path / "preview.png").write_bytes(flat(3))
+    with pytest.raises(UserError, match="holds 1 images .preview.png. and 1 shards .0.tar.: which are meant"):
+        open_source(DataConfig(str(tmp_path), 16), "all")
+
+
+def test_a_folder_that_is_a_link_in_a_tar_is_followed(tmp_path):
+    members = [(f"a/{i}.png", flat(i)) for i in range(9)] + [("b", "a")]
+    assert open_source(DataConfig(str(pack(tmp_path / "a.tar", members)), 16), "all").classes == ["a", "b"]

@@ -165,3 +165,39 @@ def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, m
     main([*words, "--source", str(tmp_path / "moved")])
     assert capsys.readouterr().out == first
     assert not os.path.exists(pets)
+
+
+def test_another_order_of_classes_is_another_run(pets, tmp_path):
+    for name, text in (("a.txt", "b\nc\nd\n"), ("z.txt", "d\nc\nb\n")):
+        (tmp_path / name).write_text(text)
+
+    def with_labels(labels):
+        config = short(pets)
+        config = replace(config, data=replace(config.data, labels=str(tmp_path / labels) if labels else "class"))
+        return train(plan(config, "x")[-1][1], "x", QUIET)
+
+    run = with_labels("a.txt")
+    with pytest.raises(UserError, match="classes in '.*pets': 3 .d, c, b.; this run has 3 .b, c, d."):
+        with_labels("z.txt")
+    assert with_labels("").name == "x"  # the same numbers
+    (tmp_path / "a.txt").rename(tmp_path / "moved.txt")
+    assert with_labels("moved.txt").name == "x" and trained_on(run).labels == str(tmp_path / "moved.txt")
+
+
+def test_images_of_the_same_names_and_other_sizes_are_said_to_have_changed(pets, capsys):
+    run = trained(pets)
+    for path in (pets / "b").iterdir():
+        Image.new("RGB", (32, 32)).save(path)
+    trained_on(run)
+    assert f"'{pets}' has changed since run 'pets' was trained: 60 images, 60 when" in capsys.readouterr().err
+
+
+def test_a_flat_folder_moves_too(tmp_path):
+    for i in range(30):
+        path = tmp_path / "flat" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    run = trained(tmp_path / "flat")
+    (tmp_path / "flat").rename(tmp_path / "elsewhere")
+    assert trained_on(run, str(tmp_path / "elsewhere")).source == str(tmp_path / "elsewhere")
+    assert trained(tmp_path / "elsewhere").config["data"]["source"] == str(tmp_path / "flat")

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from gear.config import UserError, nearest
 from gear.data.pixels import INTERPOLATIONS, RULES, resized_to, square, to_rgb, why_no_image
 from gear.data.stores import DOWNLOADS, Directory, Download, Zip
 from gear.data.tars import Shards
-from gear.home import read_text
+from gear.home import read_lines
 
 VALIDATION_SHARE = 0.05  # of a folder's images
 UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped
@@ -24,11 +25,18 @@ def open_store(source):
     """Open a folder, a zip, tar shards, one image or a download; raises UserError for anything else."""
     if source in DOWNLOADS:
         return Download(source)
-    path = Path(source).expanduser()
+    if not source:
+        raise UserError("no source of images is named: a folder, a zip, tar shards or 'scenes' is expected.")
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
-        store = Directory(path)
-        return store if store.names or not any(path.glob("*.tar")) else Shards(source)
-    if str(source).endswith(".tar"):
+        store, shards = Directory(path), [tar.name for tar in path.glob("*.tar") if tar.is_file()]
+        if shards and store.names and not any("/" in name for name in store.names):
+            raise UserError(
+                f"'{source}' holds {len(store.names)} images ({store.names[0]}) and {len(shards)} shards ({shards[0]}): "
+                f"which are meant? Move the others away."
+            )
+        return store if store.names or not shards else Shards(source)
+    if str(source).endswith(".tar") or "{" in str(source) and ".tar" in str(source) and not path.exists():
         return Shards(source)
     if path.is_file():
         return _open_file(path)
@@ -74,7 +82,11 @@ class Folder:
         if not names and not census.lost:
             left_out = f"; left out: {census}" if census.reasons else ""
             raise UserError(f"'{source}' holds no images (.png, .jpg, whatever Pillow opens){left_out}.")
-        census.check(source, len(names))
+        filled = {name.split("/")[0] for name in names}
+        for folder in (f.removeprefix(self.store.top) for f in self.store.folders if f.startswith(self.store.top)):
+            if folder and "/" not in folder and folder not in filled:
+                census.leave_out(f"{folder}/", "a folder without images")
+        census.check(source, names, None if isinstance(self.store, Shards) else self.store.top)
         rank = {name: _hash(name) for name in names}
         names = sorted(names, key=rank.get)  # the first N are then a sample of all classes
         held_out = {name for name in names if rank[name] < VALIDATION_SHARE} or {names[0]}
@@ -96,8 +108,13 @@ class Folder:
                 f"'{self.path}' holds class folders ({', '.join(sorted(folders)[:3])}) and {len(loose)} images "
                 f"beside them ({loose[0]}): move those into a class folder."
             )
+        if not folders and labels != "class":
+            raise UserError(f"the labels '{labels}' number class folders, and '{self.path}' has none.")
         if not folders:
             return dict.fromkeys(names, 0), [Path(self.path).stem]
+        if isinstance(self.store, Shards) and self.store.numbered and labels == "class":
+            number = {folder: int(folder) for folder in folders}
+            return {name: number[name.split("/")[0]] for name in names}, [f"{i:05d}" for i in range(max(number.values()) + 1)]
         classes = in_order(folders) if labels == "class" else read_labels(labels, folders)
         number = {folder: i for i, folder in enumerate(classes)}
         return {name: number[name.split("/")[0]] for name in names}, classes
@@ -183,16 +200,16 @@ def in_order(folders):
 def read_labels(path, folders):
     """Return the class names that a file of labels gives, class i at place i.
 
-    It is a text of one class folder a line, in the order of their numbers, or of a folder, a comma or a
-    tab, and its number. A class without images keeps its number. Raises UserError for a file that cannot
+    It is a text of one class folder a line, in the order of their numbers, or of a folder, a comma or
+    space, and its number. A class without images keeps its number. Raises UserError for a file that cannot
     be read, a number or a folder that stands there twice, and folders that it does not name.
     """
-    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    rows = [re.fullmatch(r"(.*\S)\s*[,\t]\s*(\d{1,6})", line, re.ASCII) for line in lines]
-    if all(rows):
-        pairs = [(row[1], int(row[2])) for row in rows]
-    elif folders <= set(lines):
+    lines = [unicodedata.normalize("NFC", line.strip()) for line in read_lines(path) if line.strip()]
+    rows = [re.fullmatch(r"(.*[^\s,])[\s,]+(\d{1,6})", line, re.ASCII) for line in lines]
+    if folders <= set(lines):
         pairs = [(line, i) for i, line in enumerate(lines)]
+    elif all(rows):
+        pairs = [(row[1], int(row[2])) for row in rows]
     else:  # as ImageNet's list has it: a folder and what is in it
         pairs = [(line.split()[0], i) for i, line in enumerate(lines)]
     named, numbered = dict(pairs), {number: name for name, number in pairs}

@@ -31,6 +31,9 @@ UPRIGHT = {  # what undoes an orientation, by its number in EXIF
     8: Image.Transpose.ROTATE_90,
 }
 COMMON = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SYSTEM = {  # what Macs, Windows and storage boxes put among images
+    "__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names and cannot read them here
 UNOPENED = {  # images, and Pillow has no decoder for them
     ".heic", ".heif", ".jxl", ".svg", ".svgz", ".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef",
@@ -55,10 +58,7 @@ def _openable():
 def is_hidden(name):
     """Tell what a system hides among images: `._1.png`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
     path = PurePosixPath(name)
-    return (
-        any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-        or path.name.lower() in ("thumbs.db", "desktop.ini")
-    )  # fmt: skip
+    return any(part.startswith(".") or part.lower() in SYSTEM for part in path.parts)
 
 
 def suffix_of(name):
@@ -109,7 +109,8 @@ def to_rgb(image):
 def _orientation(image):
     """Return the orientation that a camera noted, 1 to 8; 1 where the note cannot be read."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        number = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return number if number in UPRIGHT else 1
     except Exception:  # a damaged note is no reason to lose the pixels
         return 1
 
@@ -122,7 +123,10 @@ def _eight_bits(image):
         values = np.asarray(image)
         if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0 there
             values = white - values
-        return Image.fromarray(_scaled(values, white))
+        grey = Image.fromarray(_scaled(values, white))
+        if isinstance(clear := image.info.get("transparency"), int):  # a grey that stands for nothing
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        return grey
     if image.mode == "I":
         values = np.asarray(image)
         if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
@@ -173,17 +177,14 @@ def resized_to(size, side):
 
 
 def described(image):
-    """Say what an image that Pillow opened is, by its header: format, mode, size, and oddities.
+    """Say what an image that Pillow opened is, by its header: format, mode, and oddities.
 
-    {"format", "mode": text, "size": (width, height) as shown, "turned": bool, "profile": its name
-    or "", "frames": their number}.
+    {"format", "mode": text, "turned": bool, "profile": its name or "", "frames": their number}.
     """
-    orientation = _orientation(image)
     return {
         "format": image.format or "",
         "mode": image.mode,
-        "size": image.size[::-1] if orientation >= 5 else image.size,
-        "turned": orientation > 1,
+        "turned": _orientation(image) > 1,
         "profile": _profile(image.info.get("icc_profile")),
         "frames": getattr(image, "n_frames", 1),
     }

@@ -28,8 +28,6 @@ def report(config, count=1_000):
     if source.store.top:
         lines.append(f"all of them lie in {source.store.top}, whose folders are the classes")
     lines += _classes(source.classes, np.bincount(source.labels(slice(None)), minlength=len(source.classes)))
-    if empty := _empty_folders(source):
-        lines.append(f"no image in {len(empty)} folders: {', '.join(empty[:5])}")
     if source.store.census.reasons:
         lines.append(f"left out: {source.store.census}")
     return "\n".join([*lines, *_looked_at(source, source.names[: count or None])])
@@ -41,13 +39,6 @@ def _classes(classes, counts):
     return [f"{i:>6}  {name:{width}}{number}" for i, (name, number) in enumerate(zip(classes, counted))]
 
 
-def _empty_folders(source):
-    """Return the folders beside the class folders in which no image is."""
-    top = source.store.top
-    beside = (f.removeprefix(top) for f in source.store.folders if f.startswith(top))
-    return sorted(f for f in beside if f and "/" not in f and f not in source.classes)
-
-
 def _looked_at(source, names):
     """Open images, and say what they are like: a line each for formats, modes, sizes and oddities."""
     facts, unreadable = Counter(), []
@@ -55,7 +46,7 @@ def _looked_at(source, names):
         try:
             with source.store.open(name) as file, Image.open(file) as image:
                 fact = described(image)
-                to_rgb(image)
+                fact["size"] = to_rgb(image).size
             facts.update(fact.items())
         except Exception as error:  # a decoder raises whatever it likes
             unreadable.append(f"{name} ({error})")

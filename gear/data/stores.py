@@ -6,100 +6,19 @@ which changes when the image does.
 """
 
 import fcntl
-import functools
 import io
 import os
 import posixpath
-import re
 import stat
-import sys
-import unicodedata
 import zipfile
-from collections import Counter
 
 from gear.config import UserError
-from gear.data.pixels import is_hidden, why_no_image
+from gear.data.census import Census
+from gear.data.names import follow, named, tidy
+from gear.data.pixels import is_hidden
 from gear.home import cache_dir
 
-LOST_SHARE = 0.01  # of a source's images that may be left out
 DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision's class, classes
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of folders
-
-
-class Census:
-    """What a source leaves out, by reason; `lost` are images that cannot be had."""
-
-    def __init__(self):
-        self.reasons, self.lost = {}, Counter()
-
-    def leave_out(self, name, reason, is_loss=False):
-        self.reasons.setdefault(reason, []).append(name)
-        if is_loss:
-            self.lost[reason] += 1
-
-    def takes(self, name, open_file):
-        """Say whether a file is an image, and count it where it is none."""
-        if why := why_no_image(name, open_file):
-            self.leave_out(name, *why)
-        return not why
-
-    def __str__(self):
-        """Say it in a line: how many, why, and one of them by name; "" where nothing was left out."""
-        return "; ".join(f"{len(n)} ({why}), as {n[0]}" for why, n in self.reasons.items())
-
-    def check(self, source, num_images):
-        """Say once what was left out; raises UserError where more than LOST_SHARE of images are lost."""
-        lost = self.lost.total()
-        if lost > LOST_SHARE * (num_images + lost):
-            named = "; ".join(f"{count} ({why}): {', '.join(self.reasons[why][:3])}" for why, count in self.lost.items())
-            raise UserError(
-                f"{lost} of {num_images + lost} images in '{source}' cannot be taken, over "
-                f"{LOST_SHARE:.0%}: {named}. Save them as PNG or JPEG, or remove them."
-            )
-        if self.reasons:
-            _say(f"{source}: {num_images} images; left out: {self}")
-
-
-@functools.cache  # a source is opened for every split
-def _say(line):
-    print(line, file=sys.stderr)
-
-
-# -- names ---------------------------------------------------------------------------------------------
-
-
-def tidy(path, separators="/"):
-    """Return a path within an archive as a folder's walk would name it: no ".", no "..", composed letters.
-
-    Letters come composed (NFC), for a Mac packs them in two parts.
-    """
-    parts = re.split(f"[{re.escape(separators)}]", path)
-    return unicodedata.normalize("NFC", "/".join(p for p in parts if p not in ("", ".", "..")))
-
-
-def named(entries, source):
-    """Return ({name: entry}, top) of {tidy path: entry}: a folder that holds all class folders does not count.
-
-    Raises UserError where the folders are splits, which hold the same classes.
-    """
-    top = ""
-    while True:
-        rest = [path.removeprefix(top) for path in entries]
-        folders = {path.split("/")[0] for path in rest if "/" in path}
-        splits = {folder for folder in folders if folder.lower() in SPLITS}
-        if len(splits) > 1:
-            first = min(splits, key=lambda folder: (not folder.lower().startswith("train"), folder))
-            inside = posixpath.join(str(source), top, first)
-            raise UserError(
-                f"'{source}' holds the splits {', '.join(sorted(splits))}, which are no classes: give "
-                f"one of them, as in '{inside}' (an archive: unpacked)."
-            )
-        if len(folders) != 1 or any(path.count("/") < 2 for path in rest):
-            return {path: entries[top + path] for path in sorted(rest)}, top
-        top += f"{folders.pop()}/"
-
-
-# -- stores --------------------------------------------------------------------------------------------
 
 
 class Directory:
@@ -109,7 +28,11 @@ class Directory:
         self.census, self.folders = Census(), []
         self.root = root if root.is_dir() else root.parent
         paths = self._walk("", ()) if root.is_dir() else [root.name]
-        taken = {tidy(path): path for path in paths if self._is_taken(path)}
+        taken = {}
+        for path in filter(self._is_taken, paths):
+            if tidy(path) in taken:
+                self.census.leave_out(path, "of the same name as another, its letters composed", is_loss=True)
+            taken[tidy(path)] = path
         self.entries, self.top = named(taken, root) if root.is_dir() else (taken, "")
         self.names = list(self.entries)
 
@@ -169,38 +92,37 @@ class Zip:
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, OSError) as error:
             raise UserError(f"'{path}' is not a zip that can be read ({error}).") from None
         paths = {member: _path_in_zip(member) for member in members}
-        separators = "/" if any("/" in p for p in paths.values()) else "/\\"  # some packers know no other
-        files = {}
+        is_plain = any("/" in path.rstrip("/") for path in paths.values())
+        separators = "/" if is_plain else "/\\"  # some packers know no other
+        files, links = {}, {}
         for member, path in paths.items():
             is_folder, path = path.endswith(tuple(separators)), tidy(path, separators)
             if is_folder:
                 self.folders.append(path)
                 continue
-            if path in files:
+            if path in files or path in links:
                 self.census.leave_out(path, "an earlier copy of a file that stands there twice")
-            files[path] = member
-        taken = {}
-        for path, member in files.items():
-            if self.census.takes(path, functools.partial(self._open, member)):
-                target = self._target(path, member, files)
-                if target is None:
-                    self.census.leave_out(path, "a link to nothing", is_loss=True)
-                else:
-                    taken[path] = target
+            if stat.S_ISLNK(member.external_attr >> 16):
+                files.pop(path, None)
+                links[path] = self._target(path, member)
+            else:
+                links.pop(path, None)
+                files[path] = member
+        follow(files, links, self.census)
+        taken = {path: member for path, member in files.items() if self._is_taken(path, member)}
         self.entries, self.top = named(taken, self.path)
         self.names = list(self.entries)
 
-    def _target(self, path, member, files):
-        """Return the member whose content a path has: a link's is another's, or nobody's (None)."""
-        for _ in range(8):  # links to links, and no ring of them
-            if not stat.S_ISLNK(member.external_attr >> 16):
-                return member
+    def _is_taken(self, path, member):
+        return self.census.takes(path, lambda: self._open(member))
+
+    def _target(self, path, member):
+        """Return the path to which a link leads, "" where it cannot be read."""
+        try:
             with self._open(member) as file:
-                path = posixpath.normpath(posixpath.join(posixpath.dirname(path), os.fsdecode(file.read())))
-            if path not in files:
-                return None
-            member = files[path]
-        return None
+                return posixpath.normpath(posixpath.join(posixpath.dirname(path), os.fsdecode(file.read())))
+        except Exception:  # a damaged member raises whatever its decoder likes
+            return ""
 
     def _zip(self):
         """Return this process's handle: one shared with worker processes would share its position in the file."""

@@ -57,7 +57,7 @@ def open_source(config, split):
 
 def absolute(config):
     """Return a DataConfig whose paths mean the same from any working directory."""
-    path = lambda text: os.path.abspath(os.path.expanduser(text))  # noqa: E731
+    path = lambda text: os.path.abspath(os.path.expanduser(text)) if text else ""  # noqa: E731
     source, labels = config.source, config.labels
     return replace(
         config,
@@ -80,8 +80,8 @@ def num_classes(config, absent=None):
 
 def check_classes(config, classes, expected):
     """Raise UserError unless the `classes` found in a source are the `expected` ones: their names, or their number."""
-    if expected in (classes, len(classes)):
-        return
+    if expected in (classes, len(classes)) or not isinstance(expected, int) and len(expected) == len(classes) == 1:
+        return  # what a single class is called changes no label
     tell = lambda names: f"{len(names)} ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"  # noqa: E731
     wanted = expected if isinstance(expected, int) else tell(expected)
     raise UserError(

@@ -22,11 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gear.config import UserError
+from gear.data.census import Census
+from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
-from gear.data.stores import Census, named, tidy
 from gear.home import cache_dir, write_atomically
 
 GROUP = 16  # shards that are read at a time: an epoch mixes samples among so many
+MOST_CLASSES = 1_000_000
 BLOCK = 512  # bytes: a tar consists of such blocks
 
 
@@ -42,12 +44,13 @@ class Shards:
         self._descriptors = functools.lru_cache(2 * GROUP)(_Descriptor)
         bar = tqdm(self.paths, "reading shards", delay=2, leave=False)
         listings = [_Listing(path, self.census) for path in bar]
-        if any(label is not None for listing in listings for label in listing.labels.values()):
+        self.numbered = any(label is not None for listing in listings for label in listing.labels.values())
+        if self.numbered:
             groups = [listing.by_label() for listing in listings]
         else:
             groups = [listing.by_path(len(listings) > 1) for listing in listings]
         entries = {name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()}
-        if groups == [listings[0].images]:
+        if not self.numbered:
             entries, self.top = named(entries, source)
         self.entries, self.names = entries, list(entries)
 
@@ -84,19 +87,20 @@ class _Listing:
     def __init__(self, path, census):
         self.path, self.images = path, {}
         files = _files(path, census)
+        aside = {_stem(name) + posixpath.splitext(name)[1].lower(): place for name, place in files.items()}
         read = _Descriptor(path, os.getpid()).read
         take = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
-        images = [name for name in files if not name.endswith((".cls", ".json")) and take(name)]
+        images = [name for name in files if not name.lower().endswith((".cls", ".json")) and take(name)]
         stems = {_stem(name) for name in images}
         for name in images:
             if _stem(name) != _key(name) and _key(name) in stems:
                 census.leave_out(f"{path.name}/{name}", "it goes with an image")
             else:
                 self.images[name] = files[name]
-        self.labels = {name: self._label(name, files, read) for name in self.images}
+        self.labels = {name: self._label(name, aside, read) for name in self.images}
         labelled = {stem for name in self.images for stem in (_stem(name), _key(name))}
         for name in files:
-            if name.endswith(".cls") and _stem(name) not in labelled:
+            if name.lower().endswith(".cls") and _stem(name) not in labelled:
                 census.leave_out(f"{path.name}/{name}", "a label without its image", is_loss=True)
 
     def _label(self, name, files, read):
@@ -122,8 +126,10 @@ class _Listing:
                     f"{self.path}: sample '{_stem(path)}' has no label, others have. Add {_stem(path)}.cls, the number "
                     f"of its class."
                 )
-            if label < 0:
-                raise UserError(f"{self.path}: the label of sample '{_stem(path)}' is {label}: classes begin at 0.")
+            if not 0 <= label < MOST_CLASSES:
+                raise UserError(
+                    f"{self.path}: the label of sample '{_stem(path)}' is {label}: 0 to {MOST_CLASSES - 1:,} can be."
+                )
             shard = f"{label:05d}/{self.path.name}"
             key = _stem(path) if f"{shard}/{_stem(path)}" not in places else path  # 0.png beside 0.jpg
             places[f"{shard}/{key}"] = self.images[path]
@@ -133,8 +139,12 @@ class _Listing:
         """Return {name: place} of images without labels: their paths, of `several` shards with the shard's name."""
         if not several:
             return self.images
-        parts = ((*path.rpartition("/")[::2], place) for path, place in self.images.items())
-        return {posixpath.join(folder, f"{self.path.name}:{file}"): place for folder, file, place in parts}
+        places = {}
+        for path, place in self.images.items():
+            folder, _, file = path.rpartition("/")
+            name, whole = (posixpath.join(folder, f"{self.path.name}:{part}") for part in (_stem(file), file))
+            places[name if name not in places else whole] = place
+        return places
 
 
 def _class_number(label):
@@ -197,13 +207,7 @@ def _files(path, census):
         else:
             files.pop(name, None)
             links[name] = tidy(place[0])
-    for name, target in links.items():
-        for _ in range(len(links)):  # a link to a link
-            target = links.get(target, target)
-        if target in files:
-            files[name] = files[target]
-        else:
-            census.leave_out(f"{path.name}/{name}", "a link to nothing, or no plain file", is_loss=True)
+    follow(files, links, census, f"{path.name}/")
     return files
 
 

@@ -15,14 +15,15 @@ from gear.data.stores import DOWNLOADS
 from gear.data.stream import DataConfig, absolute, check_classes, open_source
 from gear.home import write_atomically
 
-FACTS = {"source": str, "classes": list, "images": int, "names": str, "bytes": int}
+FACTS = {"source": str, "labels": str, "classes": list, "images": int, "identity": str}
 
 
-def trained_on(run, source=""):
+def trained_on(run, source="", labels=""):
     """Return the DataConfig of a run's images, its source being where they lie today.
 
-    `source` says where they have moved to; that is remembered. Raises UserError where there are no images, where
-    their classes are not those that the run was trained on, and where a new place holds other images.
+    `source` and `labels` say where they, and a file of labels, have moved to; that is remembered. Raises UserError
+    where there are no images, where their classes are not those that the run was trained on, and where a new place
+    holds other images.
     """
     config = from_dict(DataConfig, run.config["data"])
     if config.source == "scenes" or config.source in DOWNLOADS:
@@ -31,7 +32,8 @@ def trained_on(run, source=""):
         return config
     before = _facts(run)
     place = absolute(DataConfig(source)).source if source else place_of(run)
-    config = replace(absolute(config), source=place)
+    labels = absolute(DataConfig(labels=labels)).labels if labels else before.get("labels", config.labels)
+    config = replace(absolute(config), source=place, labels=labels)
     if not (source or os.path.exists(place) or any(c in place for c in "{,")):
         raise UserError(
             f"the images of run '{run.name}' are not at '{place}' any more. Where have they moved? "
@@ -41,7 +43,7 @@ def trained_on(run, source=""):
     check_classes(config, images.classes, before.get("classes", run.config["generator"]["num_classes"]))
     if before:
         _compare(run, before, images, place)
-    if source and place != before.get("source"):
+    if source and (place, labels) != (before.get("source"), before.get("labels")):
         note(run, config)
     return config
 
@@ -59,8 +61,8 @@ def note(run, config):
         return
     images = open_source(config, "all")
     facts = {
-        "source": config.source, "classes": images.classes, "images": len(images),
-        "names": _digest(images), "bytes": _bytes(images),
+        "source": config.source, "labels": config.labels, "classes": images.classes, "images": len(images),
+        "identity": _identity(images),
     }  # fmt: skip
     text = json.dumps(facts, indent=1) + "\n"
     try:
@@ -85,12 +87,12 @@ def _facts(run):
 
 def _compare(run, before, images, place):
     """Raise UserError where a new place holds other images; say it where the old one has changed."""
-    same_names = before["names"] == _digest(images)
+    is_same = before["identity"] == _identity(images)
     numbers = f"{len(images)} images, {before['images']} when the run was trained"
     if place == before["source"]:
-        if not same_names:
+        if not is_same:
             _say(f"'{place}' has changed since run '{run.name}' was trained: {numbers}.")
-    elif not (same_names and before["bytes"] == _bytes(images)):
+    elif not is_same:
         raise UserError(
             f"run '{run.name}' was trained on '{before['source']}', and '{place}' holds other images ({numbers}; their "
             f"names and sizes are compared). For other images train another run (--label, --name)."
@@ -102,9 +104,7 @@ def _say(line):
     print(line, file=sys.stderr)
 
 
-def _digest(images):
-    return hashlib.sha256(b"\0".join(map(os.fsencode, images.names))).hexdigest()
-
-
-def _bytes(images):
-    return sum(map(images.store.length, images.names))
+def _identity(images):
+    """Return a hash of the images' names and sizes in bytes, which a copy keeps."""
+    sizes = (os.fsencode(name) + b" %d" % images.store.length(name) for name in images.names)
+    return hashlib.sha256(b"\0".join(sizes)).hexdigest()

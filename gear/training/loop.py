@@ -158,7 +158,7 @@ def _as_it_began(run, config):
         return config
     if config.data != began:
         with given_by("--source"):
-            data.trained_on(run, config.data.source)
+            data.trained_on(run, config.data.source, config.data.labels)
     return replace(config, data=began)
 
 

@@ -18,9 +18,14 @@ def find_device(name):
     return torch.device(devices[name])
 
 
-def open_device(name):
-    """Return what `find_device` does, once this process has the device; raises UserError too where it cannot have it."""
+def open_device(name, precision="float32"):
+    """Return what `find_device` does, once this process has the device; raises UserError too where it cannot have it.
+
+    With the `precision` "float32" products and convolutions on a GPU are float32 throughout; with "bf16", where they are
+    float32 at all, they may be TF32.
+    """
     device = find_device(name)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "bf16"
     try:
         torch.empty(0, device=device)
     except RuntimeError as error:

@@ -230,7 +230,7 @@ def test_code_in_a_file_is_not_run(name, file, home):
     refused(
         file({"vq": public(tokenizer(), "LlamaGen VQ"), "hook": Trap(home / "executed")}, name),
         name,
-        "holds Python objects (io.open), and nothing of that is run",
+        f"holds Python objects ({io.open.__module__}.open), and nothing of that is run",
     )
     for protocol in range(6):  # a bare pickle, as files were before torch 1.6
         (home / "old.pt").write_bytes(pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol))

@@ -97,27 +97,28 @@ class Generator(nn.Module):
         """The label that stands for no class."""
         return self.config.num_classes
 
-    def forward(self, tokens, condition, mask=None, text_attention="causal"):
+    def forward(self, tokens, condition, mask=None, text_attention="causal", check=True):
         """Return logits (B, L, K) float32 of tokens given their condition; position i predicts token i."""
         top = self.config.layers
-        return self.logits(self.hidden(tokens, condition, [top], mask, text_attention)[top])
+        return self.logits(self.hidden(tokens, condition, [top], mask, text_attention, check)[top])
 
     def logits(self, hidden):
         """Map the last residual stream (B, L, D) to logits (B, L, K) float32."""
         return self.head(self.norm(hidden)).float()
 
-    def hidden(self, tokens, condition, layers, mask=None, text_attention="causal"):
+    def hidden(self, tokens, condition, layers, mask=None, text_attention="causal", check=True):
         """Return the residual stream after the blocks named in `layers`, {layer: (B, L, D)}, 0 being the embeddings.
 
         Position i is the one that predicts token i. Blocks above the highest layer asked for are not run: this is the
         truncated pass of Algorithm 1, line 4. `text_attention` "prefix" lets a caption's slots see each other both ways.
-        Raises UserError for a layer that is not there, a grid that is no square, and, in evaluation mode, tokens or labels
-        out of range.
+        Raises UserError for a layer that is not there, a grid that is no square, and, in evaluation mode unless `check` is
+        false, tokens or labels out of range: looking for those waits for the device.
         """
         if not layers or not set(layers) <= set(range(self.config.layers + 1)):
             raise UserError(f"layers {sorted(layers)}: this generator has layers 0 to {self.config.layers}.")
-        tokens = self.check_tokens(tokens)
-        condition, mask = self.check_condition(condition, mask)
+        check = check and not self.training
+        tokens = self.check_tokens(tokens, check)
+        condition, mask = self.check_condition(condition, mask, check)
         if len(condition) != len(tokens):
             raise UserError(f"there are {len(tokens)} token grids and {len(condition)} conditions: one each is expected.")
         if self.training:
@@ -131,7 +132,7 @@ class Generator(nn.Module):
         streams = self.blocks(x, table, layers, mask=sees, text=text, recompute=saving)
         return {i: x[:, c - 1 :] if c > 1 else x for i, x in streams.items()}
 
-    def check_tokens(self, tokens):
+    def check_tokens(self, tokens, check=True):
         """Return tokens as sequences, indices (B, L) int64 or embeddings (B, L, D); raises UserError for what is neither."""
         soft = tokens.is_floating_point()
         if tokens.ndim == 3 + soft and tokens.shape[1] != tokens.shape[2]:
@@ -140,17 +141,17 @@ class Generator(nn.Module):
             what = f"indices (B, L) or (B, h, w), or embeddings with {self.config.width} channels more"
             raise UserError(f"tokens have shape {tuple(tokens.shape)}: {what} are expected.")
         tokens = tokens.flatten(1, tokens.ndim - 1 - soft)
-        if not soft and not self.training:  # in training a device would wait for the answer
+        if not soft and check:
             check_range(tokens, self.codebook_size, "indices")
         return tokens if soft else tokens.long()
 
-    def check_condition(self, condition, mask=None):
+    def check_condition(self, condition, mask=None, check=True):
         """Return (condition, mask), a caption's mask filled in; raises UserError for what this generator cannot take."""
         slots, dim = self.config.text_slots, self.config.text_dim
         if not slots:
             if mask is not None or condition.ndim != 1 or condition.numel() == 0:
                 raise UserError("this generator is conditioned on a class: give it labels (B,), and no mask.")
-            if not self.training:
+            if check:
                 check_range(condition, self.config.num_classes + 1, "labels")
             return condition.long(), None
         if not condition.is_floating_point() or condition.ndim != 3 or condition.shape[2] != dim or condition.numel() == 0:

@@ -50,7 +50,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted after SIGINT or SIGTERM, once the
     step is saved; the last checkpoint then stands.
     """
-    device = open_device(runtime.device)
+    device = open_device(runtime.device, config.precision)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     run = Run(run_path(name or config.recipe))

@@ -70,7 +70,7 @@ def _guidance(state, batch, readout):
         return {}
     with frozen(state.generator, state.projector):
         u = readout(batch.tokenized.quantized.affinity, state.generator.embedding, objective.tau)
-        hidden = state.generator.hidden(u, batch.labels, [tap])[tap]
+        hidden = state.generator.hidden(u, batch.labels, [tap], check=False)[tap]
         return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target, state.widths)}
 
 
@@ -92,7 +92,7 @@ def _predict(state, batch):
     """Predict tokens from straight-through embeddings with the generator held fixed; returns (assignment, logits)."""
     with frozen(state.generator):
         assignment = straight_through_assignment(batch.tokenized.quantized.affinity, state.config.objective.tau)
-        return assignment, state.generator(multiply(assignment, state.generator.embedding), batch.labels)
+        return assignment, state.generator(multiply(assignment, state.generator.embedding), batch.labels, check=False)
 
 
 multiply = full_precision(torch.matmul)  # a read-out, whatever the networks compute in

@@ -41,7 +41,8 @@ class Optimizer:
         self.parameters = [p for module in modules for p in module.parameters()]
         kinds = [[p for p in self.parameters if is_shard(p) == sharded] for sharded in (False, True)]
         groups = [{"params": parameters} for parameters in kinds if parameters]
-        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0)
+        self.fused = all(p.device.type == "cuda" for p in self.parameters)
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=self.fused or None)
         self.lr, self.clip = lr, config.clip
 
     @property
@@ -88,9 +89,10 @@ class Optimizer:
         for name, value in tensors.items():
             i, key = name.split(".")
             parameter = self.parameters[int(i)]
-            if key != "step":  # a number, which stays on the CPU
+            if key != "step":
                 value = spread_like(value.to(parameter.device, parameter.dtype), parameter)
-            self.adam.state[parameter][key] = value
+                value = torch.empty_like(parameter).copy_(value)  # in the parameter's memory format, else torch takes a slow path
+            self.adam.state[parameter][key] = value.to(parameter.device) if self.fused else value  # a number, on the CPU else
 
 
 class EMA:

@@ -1,0 +1,70 @@
+"""What training needs of its optimizers and devices beside their results."""
+
+import pytest
+import torch
+from helpers import scenes, tiny_state
+
+from gear.device import open_device
+from gear.generator import model
+from gear.tokenizer.autoencoder import group_norm
+from gear.training.objectives import STAGES
+from gear.training.optim import Optimizer, OptimizerConfig
+
+
+def test_moments_come_back_in_the_memory_format_of_their_weights():
+    """Else torch steps them one by one, six times as many launches."""
+
+    def optimizer():
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        return network, Optimizer([network], 1e-3, OptimizerConfig())
+
+    def step(network, made):
+        network(torch.ones(1, 4, 5, 5)).sum().backward()
+        made.step(1.0)
+
+    network, made = optimizer()
+    step(network, made)
+    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in made.tensors().items()}
+    other, resumed = optimizer()
+    other.load_state_dict(network.state_dict())
+    resumed.load_tensors(saved)
+    for parameter in resumed.parameters:
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert resumed.adam.state[parameter][key].stride() == parameter.stride()
+    for pair in ((network, made), (other, resumed)):
+        step(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters()))
+
+
+def test_a_group_norm_has_its_inputs_precision():
+    """In autocast too, so that a CPU's count of what is kept for the gradient holds for a GPU."""
+    torch.manual_seed(0)
+    norm, x = group_norm(32), torch.randn(2, 32, 6, 6).to(memory_format=torch.channels_last)
+    plain = torch.nn.GroupNorm(8, 32, eps=1e-6)
+    assert torch.equal(norm(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = norm(x.bfloat16())
+        assert half.dtype == torch.bfloat16 and norm(x).dtype == torch.float32
+    assert (half.float() - plain(x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+def test_the_precision_says_whether_products_may_be_tf32(precision):
+    open_device("cpu", precision)
+    may = precision == "bf16"
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (may, may)
+    open_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("bridge", ("soft", "straight_through", "naive_inputs", "naive"))
+def test_the_frozen_generator_is_not_asked_for_ranges(bridge, monkeypatch):
+    """It is in evaluation mode, and a device would wait for the answer at every step."""
+    state, looked = tiny_state("joint", bridge=bridge), []
+    monkeypatch.setattr(model, "check_range", lambda *arguments: looked.append(arguments))
+    for batch in state.batches(*scenes(16)):
+        for update in STAGES["joint"]:
+            update(state, batch)
+    assert not looked
+    state.descend()

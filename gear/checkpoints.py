@@ -25,7 +25,7 @@ def load_tokenizer(source, ema=True, step=None):
     """
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("tokenizer", ema)
-    return _built(Tokenizer, (part.size,), checkpoint, name)
+    return _built(Tokenizer, (part.size, checkpoint.precision), checkpoint, name)
 
 
 def load_generator(source, ema=True, step=None):
@@ -132,7 +132,8 @@ def _of_run(run, step=None):
             size = sizes.get(name.removesuffix("_ema"))
             check_depth(size, tensors)
             parts[name] = Part(tensors, size, public_layout(name.removesuffix("_ema"), size))
-        return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(config))
+        precision = config.get("precision", "float32")
+        return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(config), precision=precision)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:  # sizes that no network has
         raise UserError(
             f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove the run and train it again."

@@ -59,6 +59,7 @@ class Checkpoint:
     step: int | None = None
     ignored: tuple = ()  # entries that are no network we know
     grid: tuple | None = None  # of the run's images
+    precision: str = "float32"  # in which its tokenizer encodes
 
     def part(self, kind, ema=True):
         """Return (name, Part) of the network `kind`, averaged weights where there are any unless `ema` is false."""
@@ -79,7 +80,8 @@ def read_card(tensors, card, source):
         card = json.loads(card)
         grid, extras = card["grid"] and tuple(card["grid"]), grouped(groups.pop("extras", {}))
         parts = {n: _part_of_card(n, made_of, groups.pop(n, {}), extras.get(n, {})) for n, made_of in card["parts"].items()}
-        checkpoint = Checkpoint(source, card["container"], parts, card["step"], grid=grid)
+        precision = card.get("precision", "float32")
+        checkpoint = Checkpoint(source, card["container"], parts, card["step"], grid=grid, precision=precision)
         if groups or card["container"] not in CONTAINERS:
             raise UserError(f"it does not speak of {', '.join(groups) or card['container']}")
         return checkpoint
@@ -150,7 +152,7 @@ def _write_safetensors(checkpoint, path):
     card = {
         "version": __version__, "source": checkpoint.source, "step": checkpoint.step,
         "container": "gear" if checkpoint.container == "run" else checkpoint.container,
-        "grid": checkpoint.grid, "parts": parts,
+        "grid": checkpoint.grid, "precision": checkpoint.precision, "parts": parts,
     }  # fmt: skip
     save_file({n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}, path, {"gear": json.dumps(card)})
 

@@ -113,11 +113,11 @@ def price(config):
 
 
 def precision_of(part, mode, config):
-    """Return the type in which a part's products are summed up: of a frozen network, of LPIPS and of A it is float32."""
+    """Return the type of a part's products: of a teacher, of LPIPS and of A it is float32, whatever the run's precision."""
     if part in ("quantizer", "read-out", "teacher") and config.stage != "teacher":
         return "float32"
-    if part == "LPIPS" or part == "encoder" and mode == "forward":
-        return "tf32"  # convolutions in float32, as torch does them on a GPU
+    if part == "LPIPS" and config.precision == "bf16":
+        return "tf32"  # which float32 convolutions may be there: see gear.device
     return config.precision
 
 

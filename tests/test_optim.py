@@ -1,14 +1,22 @@
 """What training needs of its optimizers and devices beside their results."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import scenes, tiny_state
 
+from gear.checkpoints import load_tokenizer, open_checkpoint
+from gear.containers import export
 from gear.device import open_device
 from gear.generator import model
+from gear.recipes import recipe
+from gear.run import Run
 from gear.tokenizer.autoencoder import group_norm
+from gear.training.loop import Runtime, train
 from gear.training.objectives import STAGES
 from gear.training.optim import Optimizer, OptimizerConfig
+from gear.training.state import State
 
 
 def test_moments_come_back_in_the_memory_format_of_their_weights():
@@ -68,3 +76,22 @@ def test_the_frozen_generator_is_not_asked_for_ranges(bridge, monkeypatch):
             update(state, batch)
     assert not looked
     state.descend()
+
+
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+def test_a_frozen_tokenizer_encodes_as_the_one_that_trained(precision, home):
+    """Training's indices, those of the stage `generator` on it, and those of whoever loads it, are the same."""
+    images, labels = scenes(16)
+    trained = replace(recipe("tiny-joint-no-init"), precision=precision, steps=6, save_every=6, eval_every=6)
+    train(trained, "parent", Runtime(device="cpu", quiet=True))
+    parent = State(trained, torch.device("cpu"))
+    parent.restore(Run.open("parent"))
+    averaged = parent.averages["tokenizer"].module
+    with parent.autocast():
+        seen = averaged(images).quantized.indices  # as a training step looks at images
+    child = State(replace(recipe("tiny"), tokenizer_run="parent", tokenizer=trained.tokenizer), torch.device("cpu"))
+    assert torch.equal(child.observe(images, labels).indices, seen)
+    assert torch.equal(load_tokenizer("parent").encode(images).flatten(1), seen)
+    export(open_checkpoint("parent"), home / "parent.safetensors")
+    assert torch.equal(load_tokenizer(home / "parent.safetensors").encode(images).flatten(1), seen)
+    assert load_tokenizer("parent").latents(images).dtype == torch.float32

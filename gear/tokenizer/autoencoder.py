@@ -65,6 +65,8 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x):
+        if x.dtype == torch.float32:
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             affine = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
             return F.group_norm(x, self.num_groups, *affine, self.eps)

@@ -1,5 +1,6 @@
 """Tokenizer = encoder + quantizer + decoder: images <-> a grid of indices."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,14 @@ class Tokenizer(nn.Module):
 
     Images of any float type are taken as the network's own. In evaluation mode an image out of range and a value that is not
     finite raise UserError; training, and a frozen tokenizer in it (`check` false), must not wait for the device to say so.
+    One that was trained in the `precision` "bf16" encodes in it, whoever asks: on one kind of device the indices in training
+    are those at inference.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, precision="float32"):
         super().__init__()
-        self.config, self.checkpointing = config, False  # checkpointing recomputes encoder and decoder in backward
+        self.config, self.precision = config, precision
+        self.checkpointing = False  # checkpointing recomputes encoder and decoder in backward
         self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), QUANTIZERS[config.quantizer](config)
         c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
         has_convs = config.backbone == "vqgan"
@@ -44,8 +48,11 @@ class Tokenizer(nn.Module):
         check_images(images, check and not self.training)
         check_divides(images.shape[-2:], self.config.downsampling)
         images = images.to(self.encoder.conv_in.weight.dtype)
-        z = self.quant_conv(self._run(self.encoder, images))
-        return z if self.skip_in is None else z + self.skip_in(images)
+        bf16 = torch.autocast(images.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        with bf16:
+            z = self.quant_conv(self._run(self.encoder, images))
+            z = z if self.skip_in is None else z + self.skip_in(images)
+        return z.to(images.dtype)
 
     def affinity(self, images):
         """Return the assignment A (Eq. 6) of every position to every code, formed whole: (B, h*w, K) float32."""

@@ -67,7 +67,7 @@ class State:
     def _build_tokenizer(self):
         config = self.config
         check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
-        self._add("tokenizer", Tokenizer(config.tokenizer), ema=config.optimizer.tokenizer_ema)
+        self._add("tokenizer", Tokenizer(config.tokenizer, config.precision), ema=config.optimizer.tokenizer_ema)
         self._add("discriminator", Discriminator(config.objective.disc_channels, config.objective.disc_layers))
         for name in ("tokenizer", "discriminator"):
             self._optimize(name, [name], config.optimizer.tokenizer_lr)
@@ -88,8 +88,8 @@ class State:
         if not self.config.tokenizer_run:
             raise UserError("the stage 'generator' needs a tokenizer: set tokenizer_run to a run's name.")
         check_divides((self.config.data.image_size,) * 2, self.config.tokenizer.downsampling)
-        self._add("tokenizer", Tokenizer(self.config.tokenizer))
         run = _finished(self.config.tokenizer_run)
+        self._add("tokenizer", Tokenizer(self.config.tokenizer, run.config.get("precision", "float32")))
         weights = network(load_networks(run), "tokenizer_ema", run.name)
         load_module(self.tokenizer, weights, run.name).eval().requires_grad_(False)
         self._add_generator()

@@ -49,9 +49,9 @@ class Census:
                 f"{LOST_SHARE:.0%}: {named}. Save them as PNG or JPEG, or remove them."
             )
         if self.reasons:
-            _say(f"{source}: {num_images} images; left out: {self}")
+            say_once(f"{source}: {num_images} images; left out: {self}")
 
 
 @functools.cache  # a source is opened for every split
-def _say(line):
+def say_once(line):
     print(line, file=sys.stderr)

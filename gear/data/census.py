@@ -1,11 +1,10 @@
 """What a source leaves out: counted, named, and an error where images are lost."""
 
-import functools
-import sys
 from collections import Counter
 
 from gear.config import UserError
 from gear.data.pixels import suffix_of, why_no_image
+from gear.home import say_once
 
 LOST_SHARE = 0.01  # of a source's images that may be left out
 
@@ -50,8 +49,3 @@ class Census:
             )
         if self.reasons:
             say_once(f"{source}: {num_images} images; left out: {self}")
-
-
-@functools.cache  # a source is opened for every split
-def say_once(line):
-    print(line, file=sys.stderr)

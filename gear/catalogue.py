@@ -1,13 +1,11 @@
 """Which runs there are: their names and folders, and what tells a run from another folder."""
 
 import fnmatch
-import functools
 import os
-import sys
 from pathlib import Path
 
 from gear.config import UserError
-from gear.home import is_utf8, runs_dir
+from gear.home import is_utf8, runs_dir, say_once
 from gear.records import read_config
 
 NAME_BYTES = 255  # of a folder's name, at most
@@ -41,14 +39,8 @@ def _is_run(folder):
         reason = f"config.json: {error}"
     reason = reason if is_utf8(folder.name) else "its name is no UTF-8, which tables hold alone"
     if reason:
-        _say(f"{folder}: not a run of gear ({reason}); left out")
+        say_once(f"{folder}: not a run of gear ({reason}); left out")
     return not reason
-
-
-@functools.cache
-def _say(line):
-    """Print a line on stderr, the first time it is said."""
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a path may hold bytes that no encoding has
 
 
 def readable(read, otherwise):
@@ -56,5 +48,5 @@ def readable(read, otherwise):
     try:
         return read()
     except UserError as error:
-        _say(f"left out: {error}")
+        say_once(f"left out: {error}")
         return otherwise

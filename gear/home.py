@@ -1,9 +1,11 @@
 """Where gear keeps things, how a file gets there whole, and how it is checked when it is read."""
 
 import codecs
+import functools
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,12 @@ def cache_dir():
 def is_utf8(path):
     """Tell whether a path's bytes are UTF-8, which some libraries ask for."""
     return os.fsencode(path) == str(path).encode(errors="replace")
+
+
+@functools.cache
+def say_once(line):
+    """Print a line on stderr, the first time it is said; a path in it may hold bytes that no encoding has."""
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def child_environment():

@@ -78,8 +78,9 @@ def test_images_and_labels_are_those_of_the_shards_and_splits_are_disjoint(tmp_p
         assert train.labels(position) == number(name) % 3
 
 
-def test_shards_without_labels_are_one_class(tmp_path):
+def test_shards_without_labels_are_one_class_and_say_so(tmp_path, capsys):
     assert open_source(write_shards(tmp_path / "bare", None), "train").classes == ["bare"]
+    assert "bare: 10 shards with neither labels nor class folders are one class" in capsys.readouterr().err
 
 
 def test_a_list_of_shards_is_the_folder_of_them(config):

@@ -1,11 +1,10 @@
 """What a source leaves out: counted, named, and an error where images are lost."""
 
-import functools
-import sys
 from collections import Counter
 
 from gear.config import UserError
 from gear.data.pixels import suffix_of, why_no_image
+from gear.home import say_once
 
 LOST_SHARE = 0.01  # of a source's images that may be left out
 
@@ -49,9 +48,4 @@ class Census:
                 f"{LOST_SHARE:.0%}: {named}. Save them as PNG or JPEG, or remove them."
             )
         if self.reasons:
-            _say(f"{source}: {num_images} images; left out: {self}")
-
-
-@functools.cache  # a source is opened for every split
-def _say(line):
-    print(line, file=sys.stderr)
+            say_once(f"{source}: {num_images} images; left out: {self}")

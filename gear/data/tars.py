@@ -25,7 +25,7 @@ from gear.config import UserError
 from gear.data.census import Census
 from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
-from gear.home import cache_dir, write_atomically
+from gear.home import cache_dir, say_once, write_atomically
 
 GROUP = 16  # shards that are read at a time: an epoch mixes samples among so many
 MOST_CLASSES = 1_000_000
@@ -52,6 +52,8 @@ class Shards:
         entries = {name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()}
         if not self.numbered:
             entries, self.top = named(entries, source)
+        if not self.numbered and len(listings) > 1 and not any("/" in name for name in entries):
+            say_once(f"{source}: {len(listings)} shards with neither labels nor class folders are one class")
         self.entries, self.names = entries, list(entries)
 
     def open(self, name):

@@ -3,7 +3,6 @@
 runs/NAME/data.json     where the images lie, their classes, and by what the images are told from others
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from dataclasses import replace
 from gear.config import UserError, from_dict
 from gear.data.stores import DOWNLOADS
 from gear.data.stream import DataConfig, absolute, check_classes, open_source
-from gear.home import write_atomically
+from gear.home import say_once, write_atomically
 
 FACTS = {"source": str, "labels": str, "classes": list, "images": int, "identity": str}
 
@@ -91,17 +90,12 @@ def _compare(run, before, images, place):
     numbers = f"{len(images)} images, {before['images']} when the run was trained"
     if place == before["source"]:
         if not is_same:
-            _say(f"'{place}' has changed since run '{run.name}' was trained: {numbers}.")
+            say_once(f"'{place}' has changed since run '{run.name}' was trained: {numbers}.")
     elif not is_same:
         raise UserError(
             f"run '{run.name}' was trained on '{before['source']}', and '{place}' holds other images ({numbers}; their "
             f"names and sizes are compared). For other images train another run (--label, --name)."
         )
-
-
-@functools.cache
-def _say(line):
-    print(line, file=sys.stderr)
 
 
 def _identity(images):

@@ -32,7 +32,9 @@ def check_finite(values, what, remedy, check=True):
 
 
 def image_grid(images, columns, gap=2):
-    """Lay images (N, 3, H, W) out in rows of `columns`, `gap` white pixels around each: (3, H', W')."""
+    """Lay images (N, 3, H, W) out in rows of `columns`, `gap` white pixels around each; one alone is itself: (3, H', W')."""
+    if len(images) == 1:
+        return images[0]
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     size = gap + rows * (height + gap), gap + min(columns, count) * (width + gap)

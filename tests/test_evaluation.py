@@ -768,7 +768,7 @@ def test_lpips_looks_at_what_no_gradient_is_asked_of(monkeypatch, home):
     """Training computes it at every step, and must not wait."""
     monkeypatch.setattr("gear.evaluation.reconstruction.lpips_backbone", lambda: home)
     monkeypatch.setattr("gear.evaluation.reconstruction.file_hash", lambda path: "397923af")
-    monkeypatch.setattr("gear.evaluation.reconstruction.lpips.LPIPS", lambda **options: torch.nn.PairwiseDistance())
+    monkeypatch.setattr("lpips.LPIPS", lambda **options: torch.nn.PairwiseDistance())
     distance, images = load_lpips(), torch.rand(2, 3, 16, 16)
     assert distance(images, images).shape == (2 * 3 * 16,)
     refused("are expected", distance, images, images * 255)

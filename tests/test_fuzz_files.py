@@ -200,7 +200,7 @@ def test_evaluate_on_damaged_samples(home, tiny):
     file = io.BytesIO()
     np.savez(file, arr_0=np.zeros((8, 32, 32, 3), np.uint8))
 
-    @settings(max_examples=30, **CASES)
+    @settings(max_examples=500, **CASES)
     @given(damaged([file.getvalue()]))
     def evaluate(content):
         (home / "x.npz").write_bytes(content)

@@ -18,6 +18,7 @@ from gear.cli.teacher import teacher_command
 from gear.config import TrainingStopped, UserError, __version__, from_dict, given_by, nearest
 from gear.console import console
 from gear.containers import export
+from gear.dry_run import dry_run
 from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
 from gear.evaluation.sheets import reconstruction_sheet
 from gear.generator.sampling import sample
@@ -25,7 +26,6 @@ from gear.home import check_target, check_writable, write_atomically
 from gear.images import check_divides, image_grid
 from gear.jobs import train_many
 from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
-from gear.price import dry_run
 from gear.recipes import RECIPES, check_teachers, known, plan, recipe, train_with_parents
 from gear.results import directions, results, summary, told
 from gear.run import Run, open_runs, run_names, run_path

@@ -110,7 +110,7 @@ def _tasks(found, missing, preset, count, runtime):
 
 
 def _jobs(configs, on_gpu):
-    """Return how many runs go at once: one a core; on a GPU one, but small ones leave most of it idle, half as many as cores."""
+    """Return how many runs go at once: one a core, on a GPU one; small ones, which leave most of it idle, one for two cores."""
     cores = len(os.sched_getaffinity(0))
     if not on_gpu:
         return cores

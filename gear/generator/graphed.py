@@ -57,12 +57,12 @@ def repeated(function, settings, network, dtype, inputs, seed):
     most, which is freed with it. A capture that fails is said once, and `launched` takes over.
     """
     kind = (function, settings, dtype, *[None if t is None else (t.shape, t.dtype, t.device) for t in inputs])
-    last, graph = _LAST.get(network, (None, None))
-    if last != kind:
+    if _LAST.get(network, (None,))[0] != kind:
         _LAST.pop(network, None)  # frees the memory of the graph before it
         outputs = launched(function, settings, network, dtype, inputs, seed)
         _LAST[network] = kind, None
         return outputs
+    graph = _LAST[network][1]
     if graph is None:
         try:
             graph = Graph(function, settings, network, dtype, inputs)

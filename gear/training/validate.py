@@ -63,7 +63,8 @@ class Validation:
             generator = state.averages["generator"].module
             labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
             side = state.config.data.image_size // state.config.tokenizer.downsampling
-            drawn = sample(generator, tokenizer, labels, (side, side), seed=state.config.seed)
+            settings = dict(seed=state.config.seed, dtype=torch.float32, graph=False)  # no copy, no memory held
+            drawn = sample(generator, tokenizer, labels, (side, side), **settings)
             rows.append(data.to_float(drawn))
         grid = image_grid(torch.cat(rows).clamp(-1, 1), PANEL_WIDTH, PANEL_GAP)
         return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())

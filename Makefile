@@ -10,7 +10,7 @@ DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 AGAIN := GEAR_RUNS=$(CURDIR)/runs/again GEAR_FIGURES=$(CURDIR)/figures/again
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo figures reference test test-slow bench lab lint strip teacher
+.PHONY: setup demo figures reference test test-slow bench gpu lab lint strip teacher
 .DEFAULT_GOAL := setup
 
 setup: .venv/.installed

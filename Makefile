@@ -60,3 +60,6 @@ strip: setup  ## removes outputs and counts from the notebooks
 teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
 	$(BIN)/python -m gear teacher teacher-scenes
+
+gpu:  ## what a visit to a GPU should do, in ten minutes; without one: make gpu GPU="--quick --device cpu"
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(GPU)

@@ -1,12 +1,13 @@
 """How fast the alignments are: seconds and peak memory beyond the inputs, ours beside the definitions written out.
 
-`python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.analysis.alignment on float32 inputs beside the textbook
-forms below, dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each measurement is a
-process of its own with two threads, the two forms of a size one after the other. It prints a table and writes
-benchmarks/analysis.csv. What takes the direct form too long is listed as not measured. `seconds` go by the clock, `cpu_seconds`
-are what both threads worked together: where other programs take their turns on the cores (`load`, of the last minute), seconds
-are an upper bound, and half the cpu_seconds come nearer to what an idle machine takes; `times_ours` is of cpu_seconds.
-`difference` is that of the two forms' values. On a GPU `seconds` count alone, and a second call is timed: the first one pays for libraries.
+`python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.analysis.alignment on float32 inputs beside the
+textbook forms below, dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each
+measurement is a process of its own with two threads, the two forms of a size one after the other. It prints a table and
+writes benchmarks/analysis.csv. What takes the direct form too long is listed as not measured. `seconds` go by the clock,
+`cpu_seconds` are what both threads worked together: where other programs take their turns on the cores (`load`, of the last
+minute), seconds are an upper bound, and half the cpu_seconds come nearer to what an idle machine takes; `times_ours` is of
+cpu_seconds. `difference` is that of the two forms' values. On a GPU `seconds` count alone, and a second call is timed: the
+first one pays for libraries.
 """
 
 import argparse

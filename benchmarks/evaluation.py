@@ -1,10 +1,10 @@
 """How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours beside others'.
 
-`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device cuda]` gives every library the
-same random features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts. It prints
-a table and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs take 8 N^2 bytes
-each, so that 50,000 samples need more memory than most machines have: what does not fit is listed as not measured. On a GPU ours
-are measured alone, in this process.
+`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device cuda]` gives every library
+the same random features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts.
+It prints a table and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs
+take 8 N^2 bytes each, so that 50,000 samples need more memory than most machines have: what does not fit is listed as not
+measured. On a GPU ours are measured alone, in this process.
 """
 
 import argparse

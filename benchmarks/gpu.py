@@ -29,6 +29,7 @@ GRACE = 12  # seconds that a part which ran out of time has to save what it can
 STOPPED = 124  # exit code of a part that was stopped at its limit, as timeout(1) has it
 SEEDS = range(3, 8)  # beside the tracked ones, 0 to 2
 METHODS = "joint-naive gear llamagen-repa llamagen-repa-control llamagen-repa-half".split()
+FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
 TRIAL = "`python benchmarks/gpu.py --quick --device cpu`"
 TAIL = 11_000  # characters of the report that are printed last
@@ -63,7 +64,7 @@ def parts(options, out, work):
         setup = [[python, *install, str(work / "packages"), *map(str, wheels)]]
     setup.append([python, str(HERE / "environment.py"), "--out", str(out / "env.txt")])
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(work / "tests")]
-    chosen = ["-k", "first"] if options.quick else ["-k", "cuda" if device.startswith("cuda") else "cpu"]
+    chosen = ["-k", device.partition(":")[0] + (f" and ({FEW})" if options.quick else "")]
     tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
     step = ["--random-weights"]
     recipes = [f"imagenet256-{name}" for name in ("l-joint", "b-joint", "l-gear")] + ["scenes-joint", "cifar10-joint"]

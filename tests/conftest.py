@@ -29,6 +29,12 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(params=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+def device(request):
+    """Each kind of device that is here, by its name."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory, worker_id):
     """The folder of the runs tiny-tokenizer, tiny-joint and tiny; read it, do not write to it."""

@@ -10,8 +10,9 @@ from helpers import GENERATOR, K, tiny_generator, tiny_tokenizer
 
 from gear.config import UserError
 from gear.data import to_uint8
+from gear.generator import sampling
 from gear.generator.model import Generator, GeneratorConfig, Projector
-from gear.generator.sampling import filter_logits, generate, sample
+from gear.generator.sampling import filter_logits, generate, sample, sampling_dtype
 from gear.generator.transformer import Attention, KVCache, RMSNorm, rotate, rotation_table
 
 L = 16
@@ -219,7 +220,7 @@ def test_rms_norm_has_unit_mean_square_and_ignores_scale():
 @torch.no_grad()
 def greedy(generator, labels, side, cfg_scale=1.0):
     """The arg-max of a full forward for every token, without a cache."""
-    indices = torch.zeros(len(labels), side * side, dtype=torch.long)
+    indices = torch.zeros(len(labels), side * side, dtype=torch.long, device=labels.device)
     for i in range(side * side):
         logits = generator(indices, labels)[:, i]
         if cfg_scale != 1:
@@ -231,10 +232,12 @@ def greedy(generator, labels, side, cfg_scale=1.0):
 
 @pytest.mark.parametrize("rotation", ("identity", "zero"))
 @pytest.mark.parametrize("cfg_scale", (0.0, 0.3, 1.0, 3.0))
-def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation):
-    generator = tiny_generator(condition_rotation=rotation)
-    got = generate(generator, LABELS, (4, 4), cfg_scale=cfg_scale, temperature=0)
-    assert torch.equal(got, greedy(generator, LABELS, 4, cfg_scale))
+def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation, device):
+    generator, labels = tiny_generator(condition_rotation=rotation).to(device), LABELS.to(device)
+    settings = dict(cfg_scale=cfg_scale, temperature=0, dtype=torch.float32)
+    for _ in range(2):  # on a GPU the second is a graph's
+        got = generate(generator, LABELS, (4, 4), **settings)
+        assert torch.equal(got, greedy(generator, labels, 4, cfg_scale))
     assert len(got.unique()) > 3  # not one code for ever
 
 
@@ -300,6 +303,37 @@ def test_the_same_seed_gives_the_same_sample(generator):
     torch.manual_seed(5)  # the global state does not matter, and is not touched
     state = torch.get_rng_state()
     assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), one) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_draw_is_that_of_multinomial():
+    """To the bit, the state of the random numbers after it included, and where probabilities are zero."""
+    logits = 4 * torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    p = filter_logits(logits, top_k=30).softmax(-1)
+    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for _ in range(20):
+        assert torch.equal(sampling._draw(logits, 1.0, 30, 1.0, one), torch.multinomial(p, 1, generator=other)[:, 0])
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_compiled_blocks_sample_what_others_do_and_compile_nothing():
+    """With a cache each token would have another length, and so code of its own."""
+    plain, compiled = tiny_generator(), tiny_generator()
+    for block in compiled.blocks:
+        block.compile()
+    torch._dynamo.utils.counters.clear()
+    drawn = generate(compiled, LABELS, (4, 4), cfg_scale=2.0, seed=1)
+    assert torch.equal(drawn, generate(plain, LABELS, (4, 4), cfg_scale=2.0, seed=1))
+    assert not torch._dynamo.utils.counters["frames"] and not torch._dynamo.utils.counters["stats"]
+
+
+def test_the_dtype_of_samples_is_the_generators_on_a_cpu_and_bfloat16_on_a_gpu(device):
+    generator = tiny_generator().to(device)
+    assert sampling_dtype(generator) == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    seen = []
+    generator.blocks.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    generate(generator, LABELS, (2, 2))
+    assert set(seen) == {sampling_dtype(generator)}
+    assert sampling_dtype(tiny_generator().bfloat16()) == torch.bfloat16
 
 
 def test_top_one_is_temperature_zero(generator):

@@ -23,7 +23,7 @@ LAYERS = [
         "data",
     ],
     ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
-    ["generator.transformer", "generator.model", "generator.sampling"],
+    ["generator.transformer", "generator.model", "generator.graphed", "generator.sampling"],
     ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "wrappings", "checkpoints"],
     [
         "teachers.cache",

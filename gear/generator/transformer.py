@@ -11,15 +11,14 @@ from gear.config import UserError
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32 at least: one kernel on a GPU."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        h = x.float()
-        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotation_table(side, head_dim, condition=1, condition_rotation="identity", base=10_000.0, device=None):
@@ -42,7 +41,7 @@ def rotation_table(side, head_dim, condition=1, condition_rotation="identity", b
 
 
 def rotate(x, table):
-    """Turn interleaved pairs of x (B, heads, S, head_dim) by table (S, head_dim / 2, 2); float32 inside."""
+    """Turn interleaved pairs of x (.., S, head_dim) by table (S, head_dim / 2, 2); float32 inside."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
@@ -52,8 +51,8 @@ class KVCache:
     """Keys and values of the positions seen so far, (B, heads, S_max, head_dim) each; `length` of them are filled."""
 
     def __init__(self, batch, heads, length, head_dim, device, dtype):
-        self.keys = torch.zeros(batch, heads, length, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = torch.empty(batch, heads, length, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
         self.length = 0
 
     def append(self, keys, values):
@@ -99,8 +98,8 @@ class Attention(nn.Module):
 
     def forward(self, x, table, cache=None, mask=None, text=0):
         qkv = by_stream(x, text, self.qkv_text, self.qkv)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, S, head_dim)
-        q, k = rotate(q, table), rotate(k, table)
+        qk, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))  # (.., B, heads, S, head_dim)
+        (q, k), v = rotate(qk, table), v.squeeze(0)  # both at once: half the kernels
         if cache is not None:
             k, v = cache.append(k, v)
         # without a mask: causal, and with a filled cache one new position sees everything before it
@@ -155,6 +154,8 @@ class Blocks(nn.ModuleList):
         """
         kept = {0: x} if 0 in layers else {}
         for i, block in zip(range(1, max(layers) + 1), self):
+            if caches:  # not as compiled: that would compile anew for every length of a cache
+                block = block._call_impl
             block = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = block(x, table, caches[i - 1] if caches else None, mask, text)
             if i in layers:

@@ -33,7 +33,7 @@ FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
 TRIAL = "`python benchmarks/gpu.py --quick --device cpu`"
 TAIL = 11_000  # characters of the report that are printed last
-KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysis/*", "samples/*")  # of a run
+KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysis/*")  # of a run, and its last samples
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def run(part, limit, work):
             try:
                 code = process.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                stop(process)
                 return (0 if part.lasts else STOPPED), f"stopped after {limit:.0f} s"
-            stop(process)
+            finally:
+                stop(process)
             if code:
                 return code, f"exit code of: {' '.join(Path(word).name for word in command[:4])}"
     return 0, ""
@@ -171,9 +171,11 @@ def pack(rows, out, work):
             (out / name).write_text("")
     write_csv(rows, SUMMARY, out / "summary.csv")
     write_csv(goals(work / "tables"), ("goal", "threshold", "value", "card"), out / "goals.csv")
-    archive(out / "tables.tgz", work / "tables", ["*.csv"])
-    archive(out / "runs.tgz", work / "runs", [f"*/{kept}" for kept in KEPT])
-    archive(out / "log.tgz", work / "log", ["*.txt"])
+    archive(out / "tables.tgz", work / "tables", (work / "tables").glob("*.csv"))
+    runs = list((work / "runs").glob("*/"))
+    kept = [file for run in runs for pattern in KEPT for file in run.glob(pattern)]
+    archive(out / "runs.tgz", work / "runs", [*kept, *(max(run.glob("samples/*"), default=run) for run in runs)])
+    archive(out / "log.tgz", work / "log", (work / "log").glob("*.txt"))
     (out / "report.txt").write_text(report(out, work))
 
 
@@ -192,10 +194,10 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def archive(path, folder, patterns):
-    """Write the files in `folder` that match `patterns` to a .tgz."""
+def archive(path, folder, files):
+    """Write those of the paths in `folder` that are files to a .tgz."""
     with tarfile.open(path, "w:gz") as tar:
-        for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        for file in sorted(file for file in files if file.is_file()):
             tar.add(file, file.relative_to(folder))
 
 
@@ -288,6 +290,7 @@ def main():
     if options.device.startswith("cuda") and not has_gpu():
         print(f"{sys.executable} finds no GPU; without one, {TRIAL} tries every part.", file=sys.stderr)
         raise SystemExit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part under way is stopped, too
     out = Path(options.out or tempfile.mkdtemp(prefix="gear-gpu-")).resolve()
     work = Path(options.work or tempfile.mkdtemp(prefix="gear-gpu-work-")).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -72,8 +72,7 @@ def main():
     options = parser.parse_args()
     options.recipe, options.batch = ("tiny-joint", 0) if options.quick else (options.recipe, options.batch)
     options.device = open_device(options.device, recipe(options.recipe).precision)
-    options.precision, options.accumulate, options.checkpointing = "", 1, False
-    options.compile = options.device.type == "cuda"
+    options.precision, options.accumulate, options.checkpointing, options.compile = "", 1, False, False
     lab = Lab(prepared(options.recipe, options), options)
     about = dict(recipe=options.recipe, batch=lab.config.batch_size, card=card(options.device))
     rows = [row | about for row in rows_of(profiled(lab), options.device)]

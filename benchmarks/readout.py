@@ -77,7 +77,7 @@ class Read(NamedTuple):
 
     def __call__(self, z, c, e, g):
         """Return the read-out (N, D) and its gradients to z and c."""
-        block = readout.BLOCK if self.block is None else self.block
+        block = readout.BLOCK if self.block is None else dict.fromkeys(readout.BLOCK, self.block)
         z, c = z.detach().requires_grad_(), c.detach().requires_grad_()
         with mock.patch.multiple(readout, WHOLE=self.whole, BLOCK=block):
             u = self.function(z, c, e)

@@ -7,9 +7,10 @@ each preset on noise, without parents. Who is compared:
                      the public trainer's statistics of the assignment, at T = 1 and at tau, at every step
     plain compiled   the same, its networks compiled as ours are: as the public trainer does it
     ours eager       without torch.compile
-    ours             as shipped: compiled on a GPU, and on a CPU the eager one, unless --compile is given
+    ours             as shipped: on a GPU compiled, or where it is small one CUDA graph; on a CPU the eager one, unless
+                     --compile is given
 
-All four are steps of one state, with the same frozen networks in the same precision, and take turns; their losses are compared
+All are steps of one state, with the same frozen networks in the same precision, and take turns; their losses are compared
 first. The median of a step's seconds counts. Utilisation is the FLOPs of `gear train --dry-run` over what the card's data sheet
 says (`of_sheet`) and over what a large product reaches on it, measured first (`of_measured`). `waits` is how often a step waits
 for a GPU. With --random-weights public teachers and LPIPS have their true architecture and seeded random weights, and the
@@ -18,6 +19,7 @@ note names them. It prints a table and writes benchmarks/step.csv.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import statistics
@@ -47,6 +49,7 @@ from gear.teachers.networks import build
 from gear.teachers.vit import parse
 from gear.tokenizer import readout
 from gear.training.objectives import STAGES
+from gear.training.running import Running, upload, way_of
 from gear.training.state import State, step_seed
 
 OUT = Path(__file__).with_suffix(".csv")
@@ -127,60 +130,81 @@ class Lab:
             raise UserError("VGG16's weights, for LPIPS, are not on this machine: --random-weights goes on without them.")
         if config.tokenizer.init_from_data:
             self.state.tokenizer.skip_in.weight.data.normal_(0, 0.1)
-        self.state.prepare(options.checkpointing, options.compile)
+        self.failures = []
+        self.state.step = 1  # the first step's learning rate may be none
+        shipped = way_of(self.state, options.compile)
+        # compiled and eager steps are the same networks in two stances, the one of the plain step among them
+        ways = {"plain", shipped} | ({"compiled"} if self.device.type == "cuda" else set())
+        self.running = {way: Running(self.state, way, options.checkpointing) for way in ways}
+        self.who = {"plain eager": "plain", "ours eager": "plain", "ours": shipped}
+        if shipped == "plain":
+            del self.who["ours eager"]
+        if "compiled" in ways:
+            self.who["plain compiled"] = "compiled"
         rng = torch.Generator().manual_seed(1)
         size = config.data.image_size
-        self.images = torch.rand(config.batch_size, 3, size, size, generator=rng) * 2 - 1
-        self.labels = torch.randint(0, config.generator.num_classes, (config.batch_size,), generator=rng)
+        images = torch.rand(config.batch_size, 3, size, size, generator=rng) * 2 - 1
+        labels = torch.randint(0, config.generator.num_classes, (config.batch_size,), generator=rng)
+        self.samples = upload([images, labels], self.device)
 
-    def gradients(self, plain=False, mark=lambda part: None):
+    def gradients(self, who, mark=lambda part: None):
         """Compute every network's gradients, as gear.training.loop does; `mark(part)` is called after each part."""
-        state = self.state
+        state, way, plain = self.state, self.who[who], who.startswith("plain")
         torch.manual_seed(step_seed(0, state.step))
-        for batch in state.batches(self.images, self.labels):
-            mark("tokenizer and teacher forward")
-            for update in STAGES[self.config.stage]:
-                with state.autocast():
-                    losses = update(state, batch)
+        stance = "default" if way == "compiled" else "force_eager"
+        with torch.compiler.set_stance(stance), whole_matrices() if plain else contextlib.nullcontext():
+            if way == "graphed":
+                self.running[way](self.samples)
+                mark("one graph")
+                return
+            for batch in state.batches(*self.samples):
+                mark("tokenizer and teacher forward")
+                for update in STAGES[self.config.stage]:
+                    with state.autocast():
+                        losses = update(state, batch)
+                    if plain:
+                        {name: value.item() for name, value in losses.items()}
+                    mark(update.__name__)
                 if plain:
-                    {name: value.item() for name, value in losses.items()}
-                mark(update.__name__)
-            if plain:
-                public_statistics(batch, self.config)
-                mark("statistics")
+                    public_statistics(batch, self.config)
+                    mark("statistics")
 
-    def step(self, plain=False, mark=lambda part: None):
+    def step(self, who="ours", mark=lambda part: None):
         """Take a step; returns its losses."""
-        with whole_matrices() if plain else contextlib.nullcontext():
-            self.gradients(plain, mark)
-            losses = self.state.descend()
-            mark("clip and step")
-            self.state.finish_step()
-            mark("averages")
-        return {name: value.item() for name, value in losses.items()} if plain else losses
+        self.gradients(who, mark)
+        losses = self.state.descend()
+        mark("clip and step")
+        self.state.finish_step()
+        mark("averages")
+        return {name: value.item() for name, value in losses.items()} if who.startswith("plain") else losses
 
-    def losses(self, plain=False):
+    def losses(self, who):
         """Return the losses that a step would have, and leave the weights as they are."""
-        with whole_matrices() if plain else contextlib.nullcontext():
-            self.gradients(plain)
-        terms, self.state.terms = self.state.terms, {}
-        for optimizer in self.state.optimizers.values():
-            optimizer.clear()
-        return {name: float(value) for values in terms.values() for name, value in values.items()}
+        self.gradients(who)
+        losses = {name: float(value) for terms in self.state.terms.values() for name, value in terms.items()}
+        self.state.discard()
+        return losses
 
-    def clock(self, plain):
+    def clock(self, who):
         """Take a step and return {part: seconds}, the device waited for after every part."""
-        found, last = {}, [None]
+        seconds, last = {}, [0.0]
 
         def mark(part):
             wait(self.device)
-            found[part] = found.get(part, 0.0) + time.perf_counter() - last[0]
+            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - last[0]
             last[0] = time.perf_counter()
 
         wait(self.device)
         last[0] = time.perf_counter()
-        self.step(plain, mark)
-        return found
+        self.step(who, mark)
+        return seconds
+
+    @property
+    def note(self):
+        """Say what is not as a run has it: random weights, and a way that did not work."""
+        fallen = [f"not {way}: it failed" for way, running in self.running.items() if running.way != way]
+        words = [f"random weights: {', '.join(self.invented)}"] if self.invented else []
+        return "; ".join(words + fallen + self.failures)
 
 
 @torch.no_grad()
@@ -211,14 +235,6 @@ def whole_matrices():
         yield
 
 
-def ways(options):
-    """Return {who: (plain, stance of torch.compile)}."""
-    if not options.compile:
-        return {"plain eager": (True, "force_eager"), "ours": (False, "force_eager")}
-    eager = {"plain eager": (True, "force_eager"), "ours eager": (False, "force_eager")}
-    return eager | {"plain compiled": (True, "default"), "ours": (False, "default")}
-
-
 # -- how it is measured ----------------------------------------------------------------------------------------------------
 
 
@@ -234,13 +250,12 @@ def measure(name, options):
         return [about | dict(note=f"not measured: {error}")]
     flops = config.batch_size * sum(p.training for p in cost.passes)
     about |= dict(dry_run_mib=cost.memory(config.batch_size // options.accumulate) / 2**20)
-    about |= dict(note=", ".join(lab.invented) and f"random weights: {', '.join(lab.invented)}")
-    compare_losses(lab, options)
+    compare_losses(lab)
     peaks = {"sheet": sheet_rate(options.device, config.precision), "measured": measured_rate(options.device, config.precision)}
-    rows = {who: about | dict(who=who) | row for who, row in timed(lab, options).items()}
+    rows = {who: about | dict(who=who) | row for who, row in timed(lab, options.steps).items()}
     for who, row in rows.items():
         middle = row.pop("median")
-        row |= dict(milliseconds=1e3 * middle, images_s=config.batch_size / middle)
+        row |= dict(note=lab.note, milliseconds=1e3 * middle, images_s=config.batch_size / middle)
         for peak, rate in peaks.items():
             row |= {f"{peak}_tflops": rate / 1e12, f"of_{peak}": flops / middle / rate} if rate else {}
         if options.device.type == "cpu":
@@ -250,44 +265,47 @@ def measure(name, options):
     return list(rows.values())
 
 
-def compare_losses(lab, options):
-    """Raise AssertionError unless every way has the same losses, of the same weights and draws."""
+def compare_losses(lab):
+    """Raise AssertionError unless everybody has the same losses, of the same weights and draws; leave out who has none."""
     close = 1e-2 if lab.config.precision == "bf16" else 1e-3
-    first = None
-    for who, (plain, stance) in ways(options).items():
-        with torch.compiler.set_stance(stance):
-            losses = lab.losses(plain)
-        first = first or losses
-        assert all(abs(v - losses[k]) <= close * abs(v) + close / 10 for k, v in first.items()), (who, losses, first)
+    losses = {}
+    for who, way in list(lab.who.items()):
+        try:
+            losses[who] = lab.losses(who)
+        except Exception as error:  # the compiler's, of many types: the others are still to be measured
+            if way == "plain":
+                raise
+            lab.failures.append(f"{who} failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+            print(lab.failures[-1], flush=True)
+            lab.state.discard()
+            del lab.who[who]
+    first = losses["plain eager"]
+    for who, values in losses.items():
+        assert values.keys() == first.keys(), losses
+        assert all(abs(v - first[k]) <= close * abs(v) + close / 10 for k, v in values.items()), (who, losses)
 
 
-def timed(lab, options):
-    """Return {who: median seconds, parts, memory, waits} of every way, which take turns."""
-    found = {who: [] for who in ways(options)}
-    memory, waits, clocks = {}, {}, {}
-    for turn in range(options.steps + 1):
-        for who, (plain, stance) in ways(options).items():
-            with torch.compiler.set_stance(stance):
-                if turn == 0:  # not timed
-                    lab.step(plain)
-                    memory[who] = memory_rise(lambda: lab.step(plain), lab.device)  # noqa: B023
-                    waits[who] = count_waits(lambda: lab.step(plain), lab.device)  # noqa: B023
-                    clocks[who] = lab.clock(plain)
-                else:
-                    wait(lab.device)
-                    start = time.perf_counter()
-                    lab.step(plain)
-                    wait(lab.device)
-                    found[who].append(time.perf_counter() - start)
-    rows = {}
-    for who, times in found.items():
-        total = sum(clocks[who].values())
-        row = dict(median=statistics.median(times), waits=waits[who])
-        row["where"] = ", ".join(f"{part} {share / total:.0%}" for part, share in clocks[who].items())
+def timed(lab, count):
+    """Return {who: median seconds of `count` steps, parts, memory, waits}; everybody takes turns."""
+    rows, seconds = {}, {who: [] for who in lab.who}
+    for who in lab.who:
+        take = functools.partial(lab.step, who)
+        take()  # not timed
+        rise, held = memory_rise(take, lab.device)
+        parts = lab.clock(who)
+        total = sum(parts.values())
+        rows[who] = dict(waits=count_waits(take, lab.device))
+        rows[who]["where"] = ", ".join(f"{part} {share / total:.0%}" for part, share in parts.items())
         if lab.device.type == "cuda":
-            row |= dict(peak_mib=sum(memory[who]), held_mib=memory[who][1])
-        rows[who] = row
-    return rows
+            rows[who] |= dict(peak_mib=rise + held, held_mib=held)
+    for _ in range(count):
+        for who, taken in seconds.items():
+            wait(lab.device)
+            start = time.perf_counter()
+            lab.step(who)
+            wait(lab.device)
+            taken.append(time.perf_counter() - start)
+    return {who: dict(median=statistics.median(seconds[who])) | row for who, row in rows.items()}
 
 
 def count_waits(function, device):
@@ -336,10 +354,9 @@ def memory_of_child(name, who, options):
 
 def report_memory(name, who, options):
     """Print what `memory_of_child` reads."""
-    lab, (plain, stance) = Lab(prepared(name, options), options), ways(options)[who]
-    with torch.compiler.set_stance(stance):
-        lab.step(plain)  # moments and library buffers exist from here on
-        print(memory_rise(lambda: [lab.step(plain) for _ in range(2)], options.device)[0])
+    lab = Lab(prepared(name, options), options)
+    lab.step(who)  # moments and library buffers exist from here on
+    print(memory_rise(lambda: [lab.step(who) for _ in range(2)], options.device)[0])
 
 
 def largest(name, options):
@@ -383,7 +400,6 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.device = open_device(options.device)
-    options.compile |= options.device.type == "cuda"
     if options.memory:
         report_memory(*options.memory, options)
         return

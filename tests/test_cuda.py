@@ -12,7 +12,7 @@ from test_parity import assert_close, case, parity_normal, state_dict
 from test_readout import by_blocks, gaussian
 
 import gear
-from gear.data import Stream
+from gear.data import Stream, to_float
 from gear.device import open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
 from gear.generator.sampling import generate
@@ -21,18 +21,18 @@ from gear.run import Run
 from gear.tokenizer.readout import Affinity, entropies, soft_readout
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train
-from gear.training.objectives import STAGES
+from gear.training.objectives import gradients
+from gear.training.running import Running
 from gear.training.state import State, step_seed
 
 pytestmark = pytest.mark.slow
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 IMAGES, LABELS = scenes(16)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
-def device(request):
-    """Each device there is, its products in float32."""
-    return open_device(request.param)
+@pytest.fixture
+def device(device):
+    """Each kind of device that is here, its products in float32."""
+    return open_device(device)
 
 
 def state_on(device, parts=1, recipe_name="tiny-joint", **changes):
@@ -56,10 +56,7 @@ def state_on(device, parts=1, recipe_name="tiny-joint", **changes):
 def step(state, images=IMAGES, labels=LABELS):
     """Take a step as gear.training.loop does; returns its losses."""
     torch.manual_seed(step_seed(0, state.step))
-    for batch in state.batches(images, labels):
-        for update in STAGES[state.config.stage]:
-            with state.autocast():
-                update(state, batch)
+    gradients(state, (images, labels))
     losses = state.descend()
     state.finish_step()
     return losses
@@ -163,15 +160,15 @@ def test_a_batch_in_four_parts_is_the_whole_one(device):
 
 
 def test_recomputed_activations_change_nothing(device):
-    checkpointing = state_on(device)
-    checkpointing.prepare(checkpointing=True)
-    assert_near(steps(checkpointing), steps(state_on(device)))
+    state = state_on(device)
+    Running(state, "plain", checkpointing=True)
+    assert_near(steps(state), steps(state_on(device)))
 
 
 def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):
     """Losses within 1e-4; and the optimizer's moments lie in memory as their weights do, else torch takes a slow path."""
     config = replace(recipe("tiny-joint-no-init"), steps=6, save_every=2, eval_every=6)
-    runtime, finish_step = Runtime(device=str(device), quiet=True), State.finish_step
+    runtime, finish_step = Runtime(device=str(device), quiet=True, eager=True), State.finish_step
 
     def killed(state):
         finish_step(state)
@@ -196,7 +193,7 @@ def test_codes_that_are_looked_up_are_those_that_are_computed(device, tiny):
     state, numbers = State(config, device), list(range(config.batch_size))
     _, labels, indices, _ = Cached(state, quiet=True).__getitems__(numbers)
     images, _ = Stream(config.data, config.seed).__getitems__(numbers)
-    assert torch.equal(state.observe(images, labels).indices.cpu(), indices)
+    assert torch.equal(state.observe(to_float(images), labels).indices.cpu(), indices)
 
 
 def test_a_step_waits_once(device, monkeypatch):
@@ -218,17 +215,21 @@ def drawn(generator, device, cfg_scale=1.0, temperature=0, **options):
 
 @pytest.mark.parametrize("cfg_scale", (1.0, 3.0), ids=("plain", "guided"))
 def test_samples_with_a_cache_are_those_of_full_forwards(device, cfg_scale):
+    """From Python and, on a GPU from the second call of a kind on, by one graph."""
     generator = tiny_generator().to(device)
-    got = drawn(generator, device, cfg_scale, dtype=torch.float32)
-    assert torch.equal(got.cpu(), greedy(tiny_generator(), torch.arange(4), 4, cfg_scale))
-    assert len(got.unique()) > 3
+    want = greedy(tiny_generator(), torch.arange(4), 4, cfg_scale)
+    for graph in (False, True, True, True):
+        assert torch.equal(drawn(generator, device, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want)
+    assert len(want.unique()) > 3
 
 
-def test_the_sampling_loop_waits_once(device, monkeypatch):
+@pytest.mark.parametrize("graph", (False, True), ids=("eager", "graph"))
+def test_the_sampling_loop_waits_once(device, graph, monkeypatch):
     generator = tiny_generator().to(device)
-    drawn(generator, device, 3.0, 1.0)  # what is made once is made
+    for _ in range(2):  # a graph is captured in the second call
+        drawn(generator, device, 3.0, 1.0, graph=graph)
     with reads_alone("__bool__", device, monkeypatch) as reads:
-        drawn(generator, device, 3.0, 1.0)
+        drawn(generator, device, 3.0, 1.0, graph=graph)
     assert device.type == "cpu" or len(reads) == 1  # whether all logits were finite
 
 

@@ -137,7 +137,7 @@ def quantizer(batch, config, side, whole):
         if not torch.is_grad_enabled():
             return quantizer.indices(latents)
         found = quantizer(latents)
-        return [found.latents, *found.losses.values()]
+        return [found.latents, *found.losses.values(), *found.entropies]
 
     return quantizer, call, torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled())
 

@@ -1,5 +1,7 @@
 """The devices that networks run on, by the names that a command takes."""
 
+import contextlib
+
 import torch
 
 from gear.config import UserError
@@ -21,13 +23,27 @@ def find_device(name):
 def open_device(name, precision="float32"):
     """Return what `find_device` does, once this process has the device; raises UserError too where it cannot have it.
 
-    With the `precision` "float32" products and convolutions on a GPU are float32 throughout; with "bf16", where they are
-    float32 at all, they may be TF32.
+    With the `precision` "float32" all that a GPU computes in float32 is float32 throughout. With "bf16"
+    convolutions may be TF32 there, and the products inside `tensor_core_products`; others stay
+    exact, since an arg-max hangs on them.
     """
     device = find_device(name)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
     try:
         torch.empty(0, device=device)
     except RuntimeError as error:
         raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait for it, or take cpu.") from None
     return device
+
+
+@contextlib.contextmanager
+def tensor_core_products():
+    """Let float32 products on a GPU be TF32 inside, where convolutions may be: see `open_device`."""
+    products = torch.backends.cuda.matmul
+    exact = products.allow_tf32
+    products.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        products.allow_tf32 = exact

@@ -17,6 +17,7 @@ from gear.run import Run
 from gear.studies import members
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
+from gear.training.losses import entropy_loss
 from gear.training.state import State
 
 TOKENIZER = TokenizerConfig(codebook_size=32, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
@@ -72,6 +73,11 @@ def tiny_state(
     for name in {"generator", "projector"} & state.networks.keys() if stir else ():
         stirred(state.networks[name])
     return state
+
+
+def loss_terms(quantized):
+    """Return all loss terms of a Quantized, unweighted: {name: scalar}."""
+    return quantized.losses | {"entropy_loss": entropy_loss(*quantized.entropies)}
 
 
 def weights(*modules):

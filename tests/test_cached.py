@@ -17,6 +17,7 @@ from gear.recipes import recipe
 from gear.training import cached
 from gear.training.cached import Cached, Rows
 from gear.training.loop import Runtime, train
+from gear.training.running import upload
 from gear.training.state import State
 
 CACHED = Runtime(device="cpu", quiet=True, cached=True)
@@ -89,7 +90,7 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
     samples, stream = Cached(state, quiet=True), Stream(state.config.data, 0)
     for first in (0, 16, 100):  # of 144
         numbers = list(range(first, first + 16))
-        seen, looked_up = (state.observe(*s.__getitems__(numbers)) for s in (stream, samples))
+        seen, looked_up = (state.observe(*upload(s.__getitems__(numbers), CPU)) for s in (stream, samples))
         for name in ("labels", "indices", "target"):
             assert torch.equal(getattr(seen, name), getattr(looked_up, name)), name
     assert samples.length == (144 if size[0] > 32 else (1 + flip) * len(samples.source))
@@ -102,7 +103,7 @@ def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, mon
     count = computed(monkeypatch)
     longer, stream = Cached(state_of(data=data, steps=24), quiet=True), Stream(data, 0)
     numbers = list(range(280, 296))
-    seen = state_of(data=data).observe(*stream.__getitems__(numbers))
+    seen = state_of(data=data).observe(*upload(stream.__getitems__(numbers), CPU))
     assert torch.equal(longer.__getitems__(numbers)[2], seen.indices)
     Cached(state_of(data=data, steps=10), quiet=True)
     assert count == [2, 2]
@@ -136,7 +137,7 @@ def test_changed_images_and_preprocessing_make_another_cache(tiny, home, capsys)
         capsys.readouterr()
         samples, state = Cached(state_of(data=changed), quiet=True), state_of(data=changed)
         assert capsys.readouterr().err.count(f"were made with another {what}.") == 2
-        seen = state.observe(*Stream(changed, 0).__getitems__(list(range(48))))
+        seen = state.observe(*upload(Stream(changed, 0).__getitems__(list(range(48))), CPU))
         assert torch.equal(seen.indices, samples.__getitems__(list(range(48)))[2])
 
 

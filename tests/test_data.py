@@ -252,7 +252,7 @@ def test_a_download_is_kept_and_split_like_a_folder(little_cifar):
         folder, number = name.split("/")
         assert train.labels(position) == int(number) % 3 == train.classes.index(folder)
         np.testing.assert_array_equal(train.images([position])[0], PIXELS[int(number)].transpose(1, 2, 0))
-    assert next(data.stream(config, 0, 5, workers=2))[0].shape == (5, 3, 32, 32)
+    assert next(data.stream(config, 0, 5, workers=2))[0].shape == (5, 32, 32, 3)
 
 
 # -- resize and crop -----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def taken(config, total, batch_size, start=0, workers=0, seed=3):
     """The samples `start` to `start + total` of the stream, with their labels."""
     batches = islice(data.stream(config, seed, batch_size, start, workers), total // batch_size)
     images, labels = zip(*batches)
-    return torch.cat(images), torch.cat(labels)
+    return data.to_float(torch.cat(images)), torch.cat(labels)
 
 
 @pytest.mark.parametrize("workers", (0, 2))
@@ -340,7 +340,7 @@ def test_the_first_images_of_a_folder_are_of_all_classes(folder):
 def test_factor_labels_go_with_their_images():
     images, factors = next(data.stream(replace(SCENES, labels="factors"), 0, 6))
     alone, source = data.load(SCENES, "train")[0], open_source(SCENES, "train")
-    positions = torch.cdist(images.flatten(1), alone.flatten(1)).argmin(1).numpy()
+    positions = torch.cdist(data.to_float(images).flatten(1), alone.flatten(1)).argmin(1).numpy()
     np.testing.assert_array_equal(factors, source.factors(positions, 4))
 
 

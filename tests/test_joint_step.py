@@ -51,7 +51,7 @@ def test_a_joint_step_is_what_it_was(name, monkeypatch):
     """VQ forms A whole, the others read it by blocks of rows, as all do at 256 px."""
     if name != "vq16":
         monkeypatch.setattr(readout, "WHOLE", 0)
-        monkeypatch.setattr(readout, "BLOCK", 5 * 16_384)
+        monkeypatch.setitem(readout.BLOCK, "cpu", 5 * 16_384)
     got, want = leaves(measure(name)), leaves(WANT[name])
     assert got.keys() == want.keys()
     faults = []

@@ -63,6 +63,7 @@ LAYERS = [
         "training.settings",
         "training.state",
         "training.objectives",
+        "training.running",
         "training.validate",
         "training.cached",
         "training.guard",

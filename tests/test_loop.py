@@ -245,11 +245,11 @@ def test_a_parent_must_be_finished(tiny):
 def test_resuming_does_not_change_the_perceptual_term(tiny, monkeypatch):
     """LPIPS's weights appeared since the run began: going on would optimise something else."""
     config = replace(resolved("tiny-tokenizer"), objective=replace(resolved("tiny-tokenizer").objective, lpips_weight=0.1))
-    monkeypatch.setattr("gear.training.state.load_lpips", lambda device: None)
+    monkeypatch.setattr("gear.training.state.load_lpips", lambda *_: None)
     train(config, "without", QUIET)
     assert Run.open("without").metrics().iloc[0]["lpips_weight"] == 0
     shutil.rmtree(tiny / "without" / "checkpoints" / "0000024")
-    monkeypatch.setattr("gear.training.state.load_lpips", lambda device: lambda x, y: (x - y).abs().mean())
+    monkeypatch.setattr("gear.training.state.load_lpips", lambda *_: lambda x, y: (x - y).abs().mean())
     with pytest.raises(UserError, match="began with a perceptual weight of 0.0 and would go on with 0.1"):
         train(config, "without", QUIET)
 

@@ -16,8 +16,10 @@ from gear.config import UserError
 from gear.recipes import recipe
 from gear.run import Run
 from gear.training.loop import Runtime, train
+from gear.training.losses import entropy_loss
 from gear.training.objectives import STAGES
 from gear.training.processes import Processes
+from gear.training.running import Running
 from gear.training.state import State, step_seed
 
 STEPS = 3
@@ -92,14 +94,16 @@ def test_gradients_of_parts_add_up(quantizer):
 
 
 def test_the_entropy_is_that_of_the_whole_batch():
-    """Without what `see_parts` tells, the parts' own entropies are averaged, which is another number."""
+    """Without what a Batch tells of the others, the parts' own entropies are averaged, which is another number."""
     state = tiny_state(batch_size=8, parts=4)
-    whole = state.tokenizer(IMAGES).quantized.losses["entropy_loss"]
-    parts = [batch.tokenized.quantized.losses["entropy_loss"] for batch in state.batches(IMAGES, LABELS)]
-    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), abs=1e-5)
-    state.tokenizer.see_parts(None)
-    alone = [state.tokenizer(x).quantized.losses["entropy_loss"] for x in IMAGES.split(2)]
-    assert abs(torch.stack(alone).mean().item() - whole.item()) > 1e-3
+    entire = entropy_loss(*state.tokenizer(IMAGES).quantized.entropies)
+    batches = list(state.batches(IMAGES, LABELS))
+    parts, alone = (
+        torch.stack([entropy_loss(*b.tokenized.quantized.entropies, mean_use(b)) for b in batches]).mean()
+        for mean_use in (lambda b: b.mean_use, lambda b: None)
+    )
+    assert parts.item() == pytest.approx(entire.item(), abs=1e-5)
+    assert abs(alone.item() - entire.item()) > 1e-3
 
 
 def test_parts_draw_dropout_of_their_own_and_labels_of_the_batch():
@@ -124,7 +128,7 @@ def test_recomputing_activations_keeps_less():
 
     def saved(checkpointing):
         state, kept = tiny_state(batch_size=8), []
-        state.prepare(checkpointing)
+        Running(state, "plain", checkpointing)
         state.generator.train()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
             state.generator.logits(state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import scenes
+from helpers import loss_terms, scenes
 
 import gear
 from gear import render
@@ -22,9 +22,8 @@ from gear.tokenizer.quantize import (
     LookupFreeQuantizer,
     SignAffinity,
     bit_entropies,
-    entropies,
 )
-from gear.tokenizer.readout import soft_assignment
+from gear.tokenizer.readout import entropies, soft_assignment
 from gear.training.loop import Runtime, train
 
 LFQ = TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1)
@@ -71,7 +70,7 @@ def test_lfq_never_forms_the_dense_matrix_unless_asked(monkeypatch):
         monkeypatch.setattr(owner, "codes", property(lambda _: pytest.fail("the dense codebook was formed")))
     images = scenes(2)[0]
     out = tokenizer(images)
-    sum(out.quantized.losses.values()).backward()
+    sum(loss_terms(out.quantized).values()).backward()
     assert torch.equal(tokenizer.encode(images).flatten(1), out.quantized.indices)
     tokenizer.decode(tokenizer.encode(images))
     with pytest.raises(pytest.fail.Exception, match="dense codebook"):
@@ -176,7 +175,7 @@ def test_gradient_routing(family, term):
     torch.manual_seed(0)
     tokenizer, images = Tokenizer({"lfq": LFQ, "ibq": IBQ}[family]), scenes(4)[0]
     out = tokenizer(images)
-    losses = out.quantized.losses | {
+    losses = loss_terms(out.quantized) | {
         "recon": F.l1_loss(out.reconstruction, images),
         "soft": (soft_assignment(out.quantized.affinity, 0.1) @ gaussian(32, 5)).square().sum(),
     }

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import scenes, tiny_tokenizer
+from helpers import loss_terms, scenes, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear.analysis import codes
@@ -50,7 +50,7 @@ def read(family, affinity, embedding):
 def by_blocks(monkeypatch, block):
     """Have every A worked through in blocks of `block` elements, or, where that is None, formed whole."""
     monkeypatch.setattr(readout, "WHOLE", 2**40 if block is None else 0)
-    monkeypatch.setattr(readout, "BLOCK", block)
+    monkeypatch.setattr(readout, "BLOCK", {"cpu": block, "cuda": block})
 
 
 def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, **sizes):
@@ -160,7 +160,7 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
             assert torch.equal(out.indices, want) and torch.equal(quantizer.indices(z), want)
             assert torch.equal(hard_indices(out.affinity), want)
             assert out.affinity.dense.dtype == torch.float32
-            u, loss = soft_readout(out.affinity, embedding, 0.3), sum(out.losses.values())
+            u, loss = soft_readout(out.affinity, embedding, 0.3), sum(loss_terms(out).values())
             assert u.dtype == loss.dtype == torch.float32
             inside = torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True) if block else []
         results.append([u, loss, *inside, *torch.autograd.grad(u.square().sum() + loss, [z, embedding])])
@@ -177,10 +177,10 @@ def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
         by_blocks(monkeypatch, block)
         out = tokenizer(images)
         u = soft_readout(out.quantized.affinity, gaussian(K, 9), 0.3)
-        total = out.reconstruction.square().sum() + u.square().sum() + sum(out.quantized.losses.values())
+        total = out.reconstruction.square().sum() + u.square().sum() + sum(loss_terms(out.quantized).values())
         assert torch.equal(tokenizer.encode(images).flatten(1), out.quantized.indices)
         gradients = torch.autograd.grad(total, list(tokenizer.parameters()), materialize_grads=True, allow_unused=True)
-        results.append([out.quantized.indices, *out.quantized.losses.values(), u, *gradients])
+        results.append([out.quantized.indices, *loss_terms(out.quantized).values(), u, *gradients])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
@@ -214,7 +214,7 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
             out = quantizer(z)
             quantizer.indices(z)
             u = soft_readout(out.affinity, embedding, 0.1)
-            (u.sum() + out.latents.sum() + sum(out.losses.values())).backward()
+            (u.sum() + out.latents.sum() + sum(loss_terms(out).values())).backward()
             codes.assignment(out.affinity.blocks(), 0.1)
         largest[block] = watch.largest
     assert largest[None] >= n * 1024 > 8 * largest[32 * 1024]

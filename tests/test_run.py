@@ -230,6 +230,8 @@ def test_a_value_that_is_none_is_not_logged(value, home):
     with pytest.raises(FloatingPointError, match=f"'val/psnr' is {value} at step 2"):
         run.append({"step": 2, "loss": 0.25, "val/psnr": value})
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
 def rewritten(path, metadata):
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata(table.schema.metadata | metadata), path)

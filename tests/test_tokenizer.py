@@ -6,20 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOKENIZER, scenes, tiny_tokenizer
+from helpers import TOKENIZER, loss_terms, scenes, tiny_tokenizer
 
 from gear.config import UserError
 from gear.tokenizer.autoencoder import Decoder, Encoder, TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer, initialise_from_data
-from gear.tokenizer.quantize import VectorQuantizer, entropies, entropy_loss
+from gear.tokenizer.quantize import VectorQuantizer
 from gear.tokenizer.readout import (
+    entropies,
     hard_indices,
     hard_readout,
     soft_assignment,
     soft_readout,
     straight_through_assignment,
 )
+from gear.training.losses import entropy_loss
 
 IMAGES = scenes(6)[0]
 
@@ -166,7 +168,7 @@ def test_gradient_routing(term, skip):
     """Which parts of the tokenizer each loss term moves; every weight of a part it moves, but biases before a norm."""
     tokenizer = tiny_tokenizer(linear_skip=skip)
     out = tokenizer(IMAGES)
-    losses = out.quantized.losses | {
+    losses = loss_terms(out.quantized) | {
         "recon_loss": F.l1_loss(out.reconstruction, IMAGES),
         "gan_loss": Discriminator(8, 2)(out.reconstruction).mean(),
         "soft_align_loss": (soft_readout(out.quantized.affinity, gaussian(32, 5), 0.1) * gaussian(6, 64, 5)).sum(),

@@ -113,7 +113,7 @@ class Stream(Dataset):
 
     def _samples(self, numbers):
         positions, crops, mirrored = self.choose(numbers)
-        return self.render(positions, crops, mirrored), self.labels(positions)
+        return torch.from_numpy(self.render(positions, crops, mirrored)), self.labels(positions)
 
     def choose(self, numbers):
         """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are mirrored (B,)."""
@@ -122,17 +122,17 @@ class Stream(Dataset):
         return positions, draws[:, :2], (draws[:, 2] < 0.5) & self.mirrors
 
     def render(self, positions, crops, mirrored):
-        """Return what `choose` chose as images (B, 3, H, W) in [-1, 1]."""
+        """Return what `choose` chose: (B, H, W, 3) uint8."""
         images = self.source.images(positions, **({} if isinstance(self.source, Scenes) else {"draws": crops}))
         images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        return to_float(torch.from_numpy(np.ascontiguousarray(images)))
+        return np.ascontiguousarray(images)
 
     def labels(self, positions):
         return torch.from_numpy(_labels(self.source, self.config, positions))
 
 
 def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
-    """Return an endless iterator of (images (B, 3, H, W) in [-1, 1], labels (B,)), from sample number `start` on.
+    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)), from sample number `start` on.
 
     Of each batch it prepares the `rows` alone: those of one process. `samples`, by default Stream(config, seed), may be another
     Stream, which answers with more. Nothing is drawn from torch's global generator. Raises UserError, when it gets there, for

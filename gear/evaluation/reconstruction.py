@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gear.config import UserError
 from gear.images import check_finite, check_images
@@ -45,11 +46,31 @@ def ssim(reconstruction, images):
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 
-def load_lpips(device="cpu"):
-    """Return LPIPS-VGG16 as a function of two (N, 3, H, W) in [-1, 1] -> (N,), or None without its backbone on this machine.
+class LPIPS(nn.Module):
+    """LPIPS by its package's `network`, as a function of two (N, 3, H, W) in [-1, 1] -> (N,)."""
 
-    The package would download the backbone at construction; a random one would run and mean nothing. Images are looked at
-    as for `psnr`, but where the reconstruction has a gradient: a step of training must not wait for the device.
+    def __init__(self, network, precision="float32"):
+        super().__init__()
+        self.network, self.precision = network, precision
+
+    @full_precision
+    def forward(self, reconstruction, images):
+        """Return the distance of each pair.
+
+        Images are looked at as for `psnr`, unless the reconstruction has a gradient: a step of training
+        must not wait for the device.
+        """
+        if not reconstruction.requires_grad:
+            _check(reconstruction, images)
+        kind, is_bf16 = reconstruction.device.type, self.precision == "bf16"
+        with torch.autocast(kind, torch.bfloat16, enabled=is_bf16 and kind == "cuda"):
+            return self.network(reconstruction, images).flatten().float()
+
+
+def load_lpips(device="cpu", precision="float32"):
+    """Return an LPIPS of VGG16, or None without its backbone on this machine; with "bf16" its products on a GPU are bfloat16.
+
+    The package would download the backbone at construction; a random one would run and mean nothing.
     """
     if not lpips_backbone().exists():
         return None
@@ -59,14 +80,9 @@ def load_lpips(device="cpu"):
         import lpips
     except ImportError:
         raise UserError("LPIPS, of which lpips_weight is not 0, needs its package: pip install lpips") from None
-    network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
-
-    def distance(reconstruction, images):
-        if not reconstruction.requires_grad:
-            _check(reconstruction, images)
-        return network(reconstruction, images).flatten()
-
-    return full_precision(distance)
+    network = LPIPS(lpips.LPIPS(net="vgg", verbose=False), precision).eval().requires_grad_(False)
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    return network.to(device, memory_format=layout)
 
 
 def lpips_backbone():

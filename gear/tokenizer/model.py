@@ -43,6 +43,11 @@ class Tokenizer(nn.Module):
         self.skip_in = nn.Conv2d(3, d, f, f) if config.linear_skip else None
         self.skip_out = nn.ConvTranspose2d(d, 3, f, f) if config.linear_skip else None
 
+    @property
+    def identity(self):
+        """What the indices depend on besides the weights; "" where it is the default."""
+        return "" if self.precision == "float32" else self.precision
+
     def latents(self, images, check=True):
         """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError for images that it cannot take."""
         check_images(images, check and not self.training)
@@ -60,11 +65,7 @@ class Tokenizer(nn.Module):
 
     def mean_use(self, images):
         """Return the mean row of softmax(A / 0.01) over images, (K,): what the entropy term is about (Eq. 2)."""
-        return self.quantizer.mean_use(self.latents(images))
-
-    def see_parts(self, whole):
-        """Prepare for a batch in parts: `whole` turns a part's mean use of the codes, (K,), into that of all of it."""
-        self.quantizer.whole = whole
+        return self.quantizer(self.latents(images)).entropies[1]
 
     def encode(self, images, check=True):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gear.images import check_finite
-from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, entropies, full, full_precision, hard_indices, soft_readout
+from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, assign, full, full_precision, hard_indices, soft_readout
 
 
 def as_rows(latents):
@@ -26,8 +26,9 @@ class Quantized:
 
     indices: torch.Tensor
     latents: torch.Tensor
-    losses: dict  # means over elements (rows, for the entropy), unweighted
+    losses: dict  # means over elements, unweighted
     affinity: Affinity
+    entropies: tuple  # of A's rows, (N,), and the mean row, (K,): see `readout.entropies`, and the loss of them
 
 
 class Quantizer(nn.Module):
@@ -38,7 +39,6 @@ class Quantizer(nn.Module):
 
     constants, scale = 1, 1.0  # a latent starts as `scale` times (components, constants): see initialise_from_data
     affine = 1.0, 0.0  # the scale and the shift of A
-    whole = None  # of a batch seen in parts: a part's mean of softmax(A / 0.01) -> that of all of it, (K,). The step sets it
     _rows = staticmethod(as_rows)
 
     @full_precision
@@ -53,11 +53,6 @@ class Quantizer(nn.Module):
 
     def _nearest(self, latents):
         return hard_indices(self.affinity(latents))
-
-    @full_precision
-    def mean_use(self, latents):
-        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
-        return entropies(self.affinity(latents))[1]
 
     def codes(self):
         """Return the codebook C that latents are compared with: (K, D) float32."""
@@ -90,14 +85,13 @@ class VectorQuantizer(Quantizer):
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
-        indices = hard_indices(affinity)
+        indices, entropies = assign(affinity)
         z, code = self._rows(latents), self.codes()[indices]  # (B, L, D)
         losses = {
             "codebook_loss": F.mse_loss(code, z.detach()),
             "commit_loss": F.mse_loss(z, code.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
-        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity)
+        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity, entropies)
 
     @staticmethod
     def _rows(latents):
@@ -128,15 +122,14 @@ class IndexBackpropagationQuantizer(Quantizer):
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
-        indices, codes = hard_indices(affinity), self.codes()
+        (indices, entropies), codes = assign(affinity), self.codes()
         z, code = as_rows(latents), codes[indices]  # (B, L, D)
         mean = soft_readout(affinity, codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
         quantised = code + (mean - mean.detach())
         losses = {
             "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
-            "entropy_loss": entropy_loss(*entropies(affinity), self.whole),
         }
-        return Quantized(indices, as_maps(quantised, latents), losses, affinity)
+        return Quantized(indices, as_maps(quantised, latents), losses, affinity, entropies)
 
     def start(self, rows, seed):
         """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
@@ -167,11 +160,6 @@ class LookupFreeQuantizer(Quantizer):
         """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
         return SignAffinity(as_rows(latents))
 
-    @full_precision
-    def mean_use(self, latents):
-        """Return the mean row of softmax(A / 0.01), as the entropy term has it: (B, D, h, w) -> (K,)."""
-        return bit_entropies(as_rows(latents))[1]
-
     def _nearest(self, latents):
         return _pack(as_rows(latents) > 0)
 
@@ -188,8 +176,8 @@ class LookupFreeQuantizer(Quantizer):
         """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
-        losses = {"commit_loss": F.mse_loss(z, code), "entropy_loss": entropy_loss(*bit_entropies(z), self.whole)}
-        return Quantized(_pack(z > 0), as_maps(z + (code - z).detach(), latents), losses, SignAffinity(as_rows(latents)))
+        maps, losses = as_maps(z + (code - z).detach(), latents), {"commit_loss": F.mse_loss(z, code)}
+        return Quantized(_pack(z > 0), maps, losses, SignAffinity(as_rows(latents)), bit_entropies(z))
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""
@@ -207,7 +195,8 @@ class SignAffinity(Affinity):
 
     @functools.cached_property
     def codes(self):
-        return _signs(torch.arange(self.codebook_size), self.rows.shape[-1]).to(self.rows)
+        numbers = torch.arange(self.codebook_size, device=self.rows.device)
+        return _signs(numbers, self.rows.shape[-1]).to(self.rows.dtype)
 
     def soften(self, rows, tau):
         """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
@@ -222,17 +211,6 @@ def bit_entropies(z):
     rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)  # the bits' entropies add up
     low, high = _joint(p)
     return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
-
-
-def entropy_loss(rows, mean, whole=None):
-    """L_ent of Eq. 2 from `entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike.
-
-    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
-    the batch's.
-    """
-    if whole is not None:
-        mean = mean + (whole(mean.detach()) - mean).detach()
-    return rows.mean() + (mean * (mean + 1e-5).log()).sum()
 
 
 def _joint(p):

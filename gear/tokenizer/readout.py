@@ -10,8 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from gear.device import tensor_core_products
+
 WHOLE = 2**22  # elements up to which A is formed whole, with autograd's own gradients: those of all the scenes' runs
-BLOCK = 2**21  # elements formed at once of a larger A: fewer cost time, more cost memory (benchmarks/readout.py)
+BLOCK = {  # elements formed at once of a larger A: fewer cost time, more cost memory (benchmarks/readout.py)
+    "cpu": 2**21,  # what a core's cache holds
+    "cuda": 2**25,  # 128 MiB: launching a kernel takes as long as a twentieth of computing it
+}
 ENTROPY_TEMPERATURE = 0.01  # of the entropy term; not the guidance temperature tau
 
 
@@ -55,7 +60,8 @@ class Affinity:
     @property
     def parts(self):
         """Slices of the N rows whose A is at most BLOCK elements, one row at least."""
-        count, size = self.rows[..., 0].numel(), max(1, BLOCK // self.codebook_size)
+        count = self.rows[..., 0].numel()
+        size = max(1, BLOCK[self.rows.device.type] // self.codebook_size)
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def blocks(self):
@@ -111,10 +117,18 @@ def straight_through_readout(affinity, embedding, tau):
     return torch.matmul(straight_through_assignment(affinity, tau), embedding)
 
 
+def assign(affinity, tau=ENTROPY_TEMPERATURE):
+    """Return `hard_indices` and `entropies` of one pass over A: (..., K) -> (...) int64, and two tensors."""
+    if _is_large(affinity):
+        indices, rows, mean = _Assignment.apply(affinity.rows.flatten(0, -2), affinity.codes, affinity, tau)
+        return indices.view(affinity.rows.shape[:-1]), (rows, mean)
+    return hard_indices(affinity), entropies(affinity, tau)
+
+
 def entropies(affinity, tau=ENTROPY_TEMPERATURE):
     """Return the entropies of the rows of P = softmax(A / tau) in nats, (N,), and its mean row, (K,), both differentiable."""
     if _is_large(affinity):
-        return _Entropies.apply(affinity.rows.flatten(0, -2), affinity.codes, affinity, tau)
+        return assign(affinity, tau)[1]
     logp = F.log_softmax(full(_whole(affinity)).flatten(0, -2) / tau, -1)  # (N, K)
     p = logp.exp()
     return -(p * logp).sum(-1), p.mean(0)
@@ -125,7 +139,9 @@ class _SoftReadout(torch.autograd.Function):
     def forward(ctx, rows, codes, embedding, affinity, tau):
         u = rows.new_empty(len(rows), embedding.shape[1])
         for part in affinity.parts:
-            torch.mm(affinity.soften(rows[part], tau), embedding, out=u[part])
+            pi = affinity.soften(rows[part], tau)
+            with tensor_core_products():
+                torch.mm(pi, embedding, out=u[part])
         ctx.save_for_backward(rows, codes, embedding, u)
         ctx.affinity, ctx.tau = affinity, tau
         return u
@@ -140,34 +156,40 @@ class _SoftReadout(torch.autograd.Function):
         to_rows, to_codes = torch.empty_like(rows), torch.zeros_like(codes)
         for part in ctx.affinity.parts:
             pi, gi = ctx.affinity.soften(rows[part], ctx.tau), g[part]
-            if to_embedding is not None:
-                to_embedding.addmm_(pi.T, gi)
             ug = (u[part] * gi).sum(-1, keepdim=True)
-            _to_factors(torch.addmm(ug, gi, embedding.T, beta=-1).mul_(pi), ctx, part, rows, codes, to_rows, to_codes)
+            with tensor_core_products():
+                if to_embedding is not None:
+                    to_embedding.addmm_(pi.T, gi)
+                da = torch.addmm(ug, gi, embedding.T, beta=-1).mul_(pi)
+            _to_factors(da, ctx, part, rows, codes, to_rows, to_codes)
         return to_rows, to_codes, to_embedding, None, None
 
 
-class _Entropies(torch.autograd.Function):
+class _Assignment(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, codes, affinity, tau):
         h, mean = rows.new_empty(len(rows)), rows.new_zeros(len(codes))
+        indices = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         for part in affinity.parts:
-            logp = affinity.of(rows[part], tau).log_softmax(-1)
+            a = affinity.of(rows[part])
+            indices[part] = a.argmax(-1)
+            logp = a.div_(tau).log_softmax(-1)
             p = logp.exp()
             h[part], mean = -logp.mul_(p).sum(-1), mean + p.sum(0) / len(rows)
         ctx.save_for_backward(rows, codes, h)
+        ctx.mark_non_differentiable(indices)
         ctx.affinity, ctx.tau = affinity, tau
-        return h, mean
+        return indices, h, mean
 
     @staticmethod
     @once_differentiable
     @full_precision
-    def backward(ctx, g, w):
+    def backward(ctx, _, g, w):
         """dA_ik = p_ik (-(log p_ik + h_i) g_i + (w_k - p_i w) / N) / tau, with w the gradient to the mean row."""
         rows, codes, h = ctx.saved_tensors
         to_rows, to_codes, w = torch.empty_like(rows), torch.zeros_like(codes), w / len(rows)
         for part in ctx.affinity.parts:
-            logp, gi = ctx.affinity.of(rows[part], ctx.tau).log_softmax(-1), g[part, None]
+            logp, gi = ctx.affinity.of(rows[part]).div_(ctx.tau).log_softmax(-1), g[part, None]
             p = logp.exp()
             of_row = h[part, None] * gi + (p @ w)[:, None]
             _to_factors(logp.mul_(-gi).add_(w).sub_(of_row).mul_(p), ctx, part, rows, codes, to_rows, to_codes)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from gear.config import Interrupted, __version__, config_hash, differences
 from gear.data import Stream, loaded
 from gear.home import cache_dir, check_writable, read_array, read_json, write_array, write_atomically
+from gear.training.running import upload
 
 FILE = 4096  # rows of a file, rounded to whole batches
 
@@ -48,7 +49,9 @@ class Cached(Stream):
         if state.teacher_features is not None:
             features = np.float32 if state.device.type == "cpu" else np.float16
             about = self._about("features", state.teacher_features)
-            self.arrays.append(Rows(about, state.teacher_features, features, np.float32, *count))
+            if self.device.type != "cpu" and config.precision != "float32":  # see State.features
+                about["precision"] = config.precision
+            self.arrays.append(Rows(about, state.features, features, np.float32, *count))
         self._complete(workers, quiet, signals)
 
     def _samples(self, numbers):
@@ -57,7 +60,7 @@ class Cached(Stream):
         return torch.empty(len(rows), 0), self.labels(positions), *(array[rows] for array in self.arrays)
 
     def images(self, rows):
-        """Return what stands behind rows as training sees it, (B, 3, H, W)."""
+        """Return what stands behind rows as training sees it, (B, H, W, 3) uint8."""
         if not self.per_image:
             return self.render(*self.choose(rows))
         positions, mirrored = np.divmod(rows, self.per_image)
@@ -97,7 +100,7 @@ class Cached(Stream):
                         )
                     values = [[] for _ in arrays]
                     for _ in codes.batches(file):
-                        batch = next(images).to(self.device)
+                        (batch,) = upload([next(images)], self.device)
                         for of_array, array in zip(values, arrays):
                             of_array.append(array.of(batch))
                         bar.update(min(self.batch, bar.total - bar.n))
@@ -112,7 +115,7 @@ class _Images(Stream):
         self.cached = cached
 
     def _samples(self, rows):
-        return self.cached.images(np.array(rows))
+        return torch.from_numpy(self.cached.images(np.array(rows)))
 
 
 class Rows:

@@ -1,5 +1,6 @@
 """The one loop of every stage: restore, batch, updates, log, evaluate, save."""
 
+import itertools
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from gear.run import Run, run_path
 from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
-from gear.training.objectives import STAGES
 from gear.training.processes import Processes
+from gear.training.running import Running, upload, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed
 from gear.training.validate import Validation
@@ -34,7 +35,8 @@ class Runtime(Checked):
     rebuild: bool = False  # train again a finished run that came without its weights
     accumulate: Count = 1  # parts of a batch, one after another: less memory, the same step
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
-    compile: bool = False  # compile the networks (torch.compile)
+    compile: bool = False  # compile the networks, also on a CPU and where they are small (torch.compile)
+    eager: bool = False  # neither compile nor graph a step, as is done on a GPU
     keep: Count = 2  # newest checkpoints that are kept, besides the best
     skip: Whole = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
     tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
@@ -63,7 +65,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     validation = Validation(state)
     if not run.checkpoint_steps():
         state.start()
-    state.prepare(runtime.checkpointing, runtime.compile)
+    compute = Running(state, way_of(state, runtime.compile, runtime.eager), runtime.checkpointing)
     with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
@@ -73,12 +75,13 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         start, rows = state.step * config.batch_size, processes.rows()
         stream = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, rows, samples)
         with Progress(run, config, state.step, runtime.quiet or not processes.main) as progress:
+            remaining = itertools.islice(stream, config.steps - state.step)
+            uploaded = (upload(samples, state.device) for samples in remaining)
+            samples = next(uploaded, None)
             while state.step < config.steps:
                 torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
-                for batch in state.batches(*next(stream)):  # one tokenizer forward, one teacher forward, shared by
-                    for update in STAGES[config.stage]:  # joint = tokenizer, discriminator, generator:
-                        with state.autocast():
-                            update(state, batch)  # loss and gradient of one network
+                compute(samples)  # `gradients`: forward and backward of every update
+                samples = next(uploaded, None)  # the next step's, while the device computes
                 losses = _descend(state, runtime.skip)  # clip, step: every network
                 state.finish_step()  # EMA, counter
                 meter.add(losses)

@@ -1,4 +1,4 @@
-"""The loss terms, as pure functions; the quantizer's own three stand in gear/tokenizer/quantize.py."""
+"""The loss terms, as pure functions; the distances between latents and codes stand in gear/tokenizer/quantize.py."""
 
 import torch.nn.functional as F
 
@@ -6,6 +6,17 @@ import torch.nn.functional as F
 def reconstruction_loss(reconstruction, images):
     """L_rec of Eq. 2: mean absolute difference, images in [-1, 1]."""
     return F.l1_loss(reconstruction, images)
+
+
+def entropy_loss(rows, mean, whole=None):
+    """L_ent of Eq. 2 from `readout.entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike.
+
+    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
+    the batch's.
+    """
+    if whole is not None:
+        mean = mean + (whole(mean.detach()) - mean).detach()
+    return rows.mean() + (mean * (mean + 1e-5).log()).sum()
 
 
 def generator_hinge_loss(fake_logits):

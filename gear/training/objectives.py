@@ -12,6 +12,7 @@ from gear.tokenizer.readout import full_precision, soft_readout, straight_throug
 from gear.training.losses import (
     alignment_loss,
     discriminator_hinge_loss,
+    entropy_loss,
     expected_next_token_loss,
     generator_hinge_loss,
     next_token_loss,
@@ -36,6 +37,7 @@ def tokenizer_update(state, batch):
     """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
     objective, tokenized = state.config.objective, batch.tokenized  # Alg. 1, line 1: Z and A; line 2: x^
     losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)} | tokenized.quantized.losses
+    losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.mean_use)
     if state.lpips is not None:
         losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images).mean()
     weights = {
@@ -147,3 +149,11 @@ STAGES = {
     "generator": (generator_update,),  # LlamaGen, LlamaGen-REPA, a fresh generator on a GEAR tokenizer
     "teacher": (teacher_update,),
 }
+
+
+def gradients(state, samples):
+    """Add up the gradients of one step, Algorithm 1 up to the steps of the optimizers; `samples` is what a stream gives."""
+    for batch in state.batches(*samples):  # one tokenizer forward, one teacher forward, shared by
+        for update in STAGES[state.config.stage]:  # joint = tokenizer, discriminator, generator:
+            with state.autocast():
+                update(state, batch)  # loss and gradient of one network

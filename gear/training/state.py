@@ -1,5 +1,6 @@
 """What a run is between two steps: networks, their averages and optimizers, the step; and what an update sees of a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Batch:
     target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
     indices: torch.Tensor | None = None  # (B, L)
+    mean_use: Callable | None = None  # of a part of a batch: its mean use of the codes -> that of all of it, (K,)
 
 
 class State:
@@ -72,7 +74,7 @@ class State:
         for name in ("tokenizer", "discriminator"):
             self._optimize(name, [name], config.optimizer.tokenizer_lr)
         if config.objective.lpips_weight > 0:
-            self.lpips = load_lpips(self.device)
+            self.lpips = load_lpips(self.device, config.precision)
         if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
             weights = load_networks(_finished(config.tokenizer_run))
             averaged = self.averages["tokenizer"].module
@@ -103,14 +105,19 @@ class State:
             teachers = load_teachers(config.teacher, config.data, stride)
             for teacher in teachers:
                 check_grid(teacher, config.data.image_size, stride)
-            self.teacher_features, self.widths = side_by_side(teachers).to(self.device), [t.dim for t in teachers]
+            self.teacher_features = side_by_side(teachers).to(self.device, memory_format=self.layout)
+            self.widths = [t.dim for t in teachers]
             projectors = [Projector(config.generator, width) for width in self.widths]
             self._add("projector", projectors[0] if len(teachers) == 1 else Projectors(projectors))
             trained.append("projector")
         self._optimize("generator", trained, config.optimizer.generator_lr)
 
+    @property
+    def layout(self):
+        """The memory format that convolutions like best on this device."""
+        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+
     def _add(self, name, module, ema=None):
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format  # what its convolutions like
         self.networks[name], copies = module, [module]
         if ema is not None:
             self.averages[name] = EMA(module, ema)
@@ -118,7 +125,7 @@ class State:
         for copied in copies:
             if self.processes.shard and name == "generator":  # from the CPU: no device has room for the whole
                 spread(copied.blocks, self.device, self.processes.world)
-            copied.to(self.device, memory_format=layout)
+            copied.to(self.device, memory_format=self.layout)
 
     def _optimize(self, name, networks, lr):
         self.optimizers[name] = Optimizer([self.networks[n] for n in networks], lr, self.config.optimizer)
@@ -131,37 +138,25 @@ class State:
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
-    def prepare(self, checkpointing=False, compiled=False):
-        """Set how the networks run: computed again in backward, compiled. Neither changes what they compute."""
-        for name in ("tokenizer", "generator"):
-            if name in self.networks:
-                self.networks[name].checkpointing = checkpointing
-        if compiled:
-            tokenizer, generator = (self.networks.get(name) for name in ("tokenizer", "generator"))
-            for part in [
-                *([tokenizer.encoder, tokenizer.decoder] if tokenizer else []),
-                *(generator.blocks if generator else []),
-            ]:
-                part.compile()
-
     # -- a step ----------------------------------------------------------------------------------------------
 
     def batches(self, images, *others):
         """Yield Batches of this process's rows of the step's batch: one, or the parts whose gradients add up to its own."""
         parts = list(zip(*(given.split(self.processes.share // self.parts) for given in (images, *others))))
-        if len(parts) > 1 or self.processes.world > 1:
-            if self.config.stage in ("tokenizer", "joint"):
-                self.tokenizer.see_parts(self._mean_use([x for x, *_ in parts]))
+        is_shared = len(parts) > 1 or self.processes.world > 1
+        mean_use = self._mean_use([x for x, *_ in parts]) if is_shared and "tokenizer" in self.averages else None
         for i, part in enumerate(parts):
-            if len(parts) > 1 or self.processes.world > 1:
+            if is_shared:
                 self._draw_for(i)
-            yield self.observe(*part)
+            batch = self.observe(*part)
+            batch.mean_use = mean_use
+            yield batch
 
     def _mean_use(self, parts):
         """Return what the entropy term needs to know of the rest of the batch: see `entropy_loss`."""
         if len(parts) == 1:
             return self.processes.mean
-        with torch.no_grad(), self.autocast():  # a look ahead: the encoder runs twice
+        with torch.no_grad(), self.autocast():  # the encoder runs twice
             means = [self.tokenizer.mean_use(x.to(self.device)) for x in parts]
         whole = self.processes.mean(torch.stack(means).mean(0))
         return lambda mean: whole
@@ -193,8 +188,7 @@ class State:
             batch.target = None if target is None else target.to(self.device)
             return batch
         if self.teacher_features is not None:
-            with torch.no_grad():
-                batch.target = self.teacher_features(batch.images, check=False)
+            batch.target = self.features(batch.images)
         if self.config.stage == "generator":
             with torch.no_grad():
                 batch.indices = self.tokenizer.encode(batch.images, check=False).flatten(1)
@@ -203,6 +197,13 @@ class State:
                 batch.tokenized = self.tokenizer(batch.images)
             batch.indices = batch.tokenized.quantized.indices
         return batch
+
+    @torch.no_grad()
+    def features(self, images):
+        """Return what the teacher makes of images (B, 3, H, W): (B, L, C), on a GPU in the run's precision."""
+        is_bf16 = self.device.type == "cuda" and self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+            return self.teacher_features(images, check=False)
 
     def backward(self, name, losses, weights):
         """Add the gradient of the weighted sum of `losses` to that of the optimizer `name`.
@@ -215,6 +216,12 @@ class State:
         for term, value in losses.items():
             terms[term] = terms.get(term, 0.0) + value.detach() / self.parts
         return {term: value.detach() for term, value in losses.items()}
+
+    def discard(self):
+        """Forget the gradients of this step so far."""
+        self.terms = {}
+        for optimizer in self.optimizers.values():
+            optimizer.clear()
 
     def descend(self):
         """Step every optimizer that was given a gradient; returns the losses of the step, {term: scalar on the device}.
@@ -229,8 +236,7 @@ class State:
         finite = self.processes.mean(torch.stack([torch.isfinite(value).float() for value in told.values()]))
         for (name, what), is_finite in zip(told, finite.tolist()):  # the one time that a step waits for the device
             if is_finite < 1:
-                for other in terms:
-                    self.optimizers[other].clear()
+                self.discard()
                 of = "" if what.startswith("'") else f" (of {', '.join(terms[name])})"
                 raise FloatingPointError(f"{what} of the {name} is {told[name, what].item()} at step {self.step}{of}")
         for name in terms:

@@ -1,0 +1,120 @@
+"""How the gradients of a step are computed: as they stand in objectives.py, compiled, or as one CUDA graph.
+
+On a GPU a large step is compiled, which fuses what lies between products. A small one takes longer to
+launch than to compute: it is captured once and replayed as one graph. Both compute the same up to
+rounding, from the same random draws. Where either fails, the step is computed plainly, and a line says
+so.
+"""
+
+import sys
+
+import torch
+
+from gear.config import UserError
+from gear.data import to_float
+from gear.training.objectives import gradients
+from gear.training.state import step_seed
+
+SMALL = 2**19  # pixels of a batch up to which a step is launched for longer than it is computed
+
+
+def upload(samples, device):
+    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8 become float there."""
+    if device.type == "cuda":
+        samples = [sample.pin_memory().to(device, non_blocking=True) for sample in samples]
+    return [to_float(sample) if sample.dtype == torch.uint8 else sample for sample in samples]
+
+
+def way_of(state, compiled=False, eager=False):
+    """Return how a State's steps are computed on its device: "plain", "compiled" or "graphed"."""
+    if compiled or eager:
+        return "compiled" if compiled else "plain"
+    if state.device.type != "cuda" or state.processes.shard:
+        return "plain"
+    config = state.config
+    is_small = config.batch_size * config.data.image_size**2 <= SMALL
+    is_alone = state.parts == 1 and state.processes.world == 1  # parts reseed, processes talk: no graph holds that
+    return "graphed" if is_small and is_alone else "compiled"
+
+
+class Running:
+    """Computes the gradients of a State's steps one of the ways of `way_of`, and plainly where that fails."""
+
+    def __init__(self, state, way, checkpointing=False):
+        self.state, self.way, self.graphs = state, way, {}
+        for name in {"tokenizer", "generator"} & state.networks.keys():
+            state.networks[name].checkpointing = checkpointing
+        if way == "compiled":
+            compile_networks(state)
+
+    def __call__(self, samples):
+        """Add up the gradients of one step: see `gradients`."""
+        try:
+            if self.way == "graphed":
+                self._graph(samples).replay(samples)
+            else:
+                gradients(self.state, samples)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of many types: the compiler's, the graph's, the driver's
+            if self.way == "plain":
+                raise
+            self._fall_back(error)
+            gradients(self.state, samples)
+
+    def _graph(self, samples):
+        """Return the graph of this step, captured if it is the first of its kind: the adversarial term comes late."""
+        kind = self.state.config.stage in ("tokenizer", "joint") and self.state.gan_is_on
+        if kind not in self.graphs:
+            self.graphs.clear()  # the memory of the one before it
+            self.graphs[kind] = Graph(self.state, samples)
+        return self.graphs[kind]
+
+    def _fall_back(self, error):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"steps cannot be {self.way} here, and are computed plainly: {reason[:200]}", file=sys.stderr)
+        self.way = "plain"
+        self.graphs.clear()
+        torch.compiler.set_stance("force_eager")
+        self.state.discard()
+        torch.manual_seed(step_seed(self.state.config.seed, self.state.step))
+
+
+class Graph:
+    """The gradients of a step on one kind of samples, as a CUDA graph: one launch, whatever the step consists of."""
+
+    def __init__(self, state, samples):
+        self.state, self.samples = state, [sample.clone() for sample in samples]
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set up what they need the first time they are used
+            gradients(state, self.samples)
+            state.discard()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            gradients(state, self.samples)
+        parameters = [p for optimizer in state.optimizers.values() for p in optimizer.parameters]
+        self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+        self.terms = state.terms
+        state.discard()
+        torch.manual_seed(step_seed(state.config.seed, state.step))  # both passes have drawn
+
+    def replay(self, samples):
+        """Compute the gradients of one step on `samples`, into the memory in which they were captured."""
+        for static, sample in zip(self.samples, samples, strict=True):
+            static.copy_(sample)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        self.state.terms = {name: dict(terms) for name, terms in self.terms.items()}
+
+
+def compile_networks(state):
+    """Compile what a State's step runs; a generator's blocks one by one, since one compilation serves all."""
+    networks = dict(state.networks)
+    generator, tokenizer = networks.pop("generator", None), networks.get("tokenizer")
+    parts = [*networks.values(), *(generator.blocks if generator else [])]
+    parts += [tokenizer.encoder] if tokenizer else []  # for `encode`, which is not the network's forward
+    parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
+    for part in parts:
+        part.compile()

@@ -1,5 +1,6 @@
 """gear: how an image tokenizer and an autoregressive generator shape each other (GEAR, arXiv 2606.32039)."""
 
+import importlib.util
 import os
 import sys
 
@@ -14,13 +15,34 @@ except FileNotFoundError:  # torch's libraries would end the process with a mess
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-from gear import _torchvision  # noqa: F401  first: torchvision may not import without it
-
-# isort: split
-
-from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import UserError, __version__
-from gear.generator.sampling import sample
-from gear.run import Run, load_runs, open_runs
 
-__all__ = ["Run", "UserError", "__version__", "load_generator", "load_runs", "load_tokenizer", "open_runs", "sample"]
+MODULES = {  # of public names, which are imported when they are first asked for: torch takes a second
+    "Run": "run", "load_generator": "checkpoints", "load_runs": "run", "load_tokenizer": "checkpoints", "open_runs": "run",
+    "sample": "generator.sampling",
+}  # fmt: skip
+__all__ = ["UserError", "__version__", *MODULES]
+
+
+def __getattr__(name):
+    """Return a public name, or a module of the package: gear.Run, gear.data."""
+    if name in MODULES:
+        return getattr(importlib.import_module(f"gear.{MODULES[name]}"), name)
+    if importlib.util.find_spec(f"gear.{name}"):
+        return importlib.import_module(f"gear.{name}")
+    raise AttributeError(f"module 'gear' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, "data"})
+
+
+class BeforeTorchvision:
+    """Import `gear._torchvision` just before torchvision, which may not import without it, whoever asks for that."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            importlib.import_module("gear._torchvision")
+
+
+sys.meta_path.insert(0, BeforeTorchvision())

@@ -4,10 +4,7 @@ import json
 import math
 import textwrap
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 
 from gear.checkpoints import token_grid
 from gear.config import UserError
@@ -42,7 +39,10 @@ METHODS = {
 
 def use_style():
     """Set the house style: sizes that stay legible at a README's width, embedded fonts, no date in files."""
-    sns.set_theme(style="ticks", context="paper")
+    import matplotlib
+    import seaborn  # 1.2 s, for which a command that draws nothing has no use
+
+    seaborn.set_theme(style="ticks", context="paper")
     matplotlib.rcParams |= {
         "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E9E9E9",
@@ -67,9 +67,11 @@ def panels(layout, width=9.0, height=2.6):
 
     Returns (figure, list of axes by letter); `height` is a row's, in inches.
     """
+    import matplotlib.pyplot
+
     use_style()
     rows = layout.count(";") + 1
-    fig, axes = plt.subplot_mosaic(layout, figsize=(width, height * rows), layout="constrained")
+    fig, axes = matplotlib.pyplot.subplot_mosaic(layout, figsize=(width, height * rows), layout="constrained")
     for letter, axis in axes.items():
         axis.text(-0.02, 1.03, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", weight="bold")
     return fig, list(axes.values())
@@ -125,11 +127,13 @@ def panel_rows(run, step=None):
 
     A list of (12, H, W, 3) float arrays in [0, 1]. Raises UserError where the run has no such panel.
     """
+    import matplotlib.pyplot
+
     found = {int(path.stem): path for path in run.panels()}
     step = max(found, default=0) if step is None else step
     if step not in found:
         raise UserError(f"run '{run.name}' has no sample panel of step {step}: it has {', '.join(map(str, found)) or 'none'}.")
-    picture, side = plt.imread(found[step])[..., :3], run.config["data"]["image_size"] + PANEL_GAP
+    picture, side = matplotlib.pyplot.imread(found[step])[..., :3], run.config["data"]["image_size"] + PANEL_GAP
     tiles = picture[PANEL_GAP:, PANEL_GAP:].reshape(-1, side, PANEL_WIDTH, side, 3).swapaxes(1, 2)
     return list(tiles[:, :, :-PANEL_GAP, :-PANEL_GAP])
 
@@ -150,6 +154,8 @@ def show_panels(axis, rows, steps, count=3):
 
 def show_rows(axis, rows):
     """Draw {label: (n, h, w, 3) in [0, 1]}, a line of n square tiles each, small ones enlarged; returns the width in pixels."""
+    import seaborn
+
     side, lines = max(tiles.shape[1] for tiles in rows.values()), []
     for tiles in rows.values():
         tiles = np.repeat(np.repeat(tiles, side // tiles.shape[1], 1), side // tiles.shape[2], 2)
@@ -161,7 +167,7 @@ def show_rows(axis, rows):
     axis.set_xticks([])
     axis.tick_params(length=0, labelsize=7.5)
     axis.grid(False)
-    sns.despine(ax=axis, left=True, bottom=True)
+    seaborn.despine(ax=axis, left=True, bottom=True)
     return lines[0].shape[1]
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import TOKENIZER, tiny_generator
+from PIL import Image
 
 import gear
 from gear import UserError
@@ -739,11 +740,11 @@ def test_inspect_says_what_is_there(file, capsys):
 def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     picture = home / "photo.png"
-    gear.__main__.Image.new("RGB", (40, 30), (200, 30, 90)).save(picture)
+    Image.new("RGB", (40, 30), (200, 30, 90)).save(picture)
     main(["reconstruct", str(path), "--images", str(picture), "--image-size", "16", "--out", str(home / "sheet.png")])
     metrics = json.loads((home / "sheet.json").read_text())
     assert metrics["images"] == 1 and metrics["tokens"] == 16 and metrics["protocol"]["image_size"] == 16
-    assert gear.__main__.Image.open(home / "sheet.png").size == (20, 38)
+    assert Image.open(home / "sheet.png").size == (20, 38)
     main(["reconstruct", "tiny", "--count", "10", "--out", str(home / "run.png")])
     again = json.loads((home / "run.json").read_text())
     assert again["images"] == 10 and again["protocol"]["source"] == "scenes" and 10 < again["psnr"] < 40
@@ -792,7 +793,7 @@ def test_a_generator_and_a_tokenizer_of_two_files_sample_together(file, home, ca
         file({"vq": public(tokenizer(), "LlamaGen VQ")}, "vq.pt"),
     )
     main(["sample", str(ar), "--tokenizer", str(vq), "--labels", "3", "--out", str(home / "drawn.png")])
-    assert gear.__main__.Image.open(home / "drawn.png").size == (64, 64)
+    assert Image.open(home / "drawn.png").size == (64, 64)
     lfq = file(
         public(Tokenizer(TokenizerConfig("lfq", "magvit2", 16, 4, 8, (1, 2), res_blocks=1)), "Open-MAGVIT2 LFQ"), "lfq.pt"
     )

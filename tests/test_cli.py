@@ -373,6 +373,8 @@ def test_the_version(capsys):
         (["sample", "tiny", "--out", "x.jpg"], "--out"),
         (["sample", "tiny", "--out", "file/x.png"], "--out"),
         (["sample", "tiny", "--out", "broken/x.png"], "--out"),
+        (["sample", "tiny", "--device", "gpu"], "--device"),
+        (["reconstruct", "tiny", "--device", "cuda:99"], "--device"),
         (["reconstruct", "tiny", "--images", "nowhere"], "--images"),
         (["reconstruct", "tiny", "--out", "x.jpg"], "--out"),
         (["reconstruct", "tiny", "--out", "taken.png"], "--out"),

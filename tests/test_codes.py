@@ -39,6 +39,13 @@ def test_assignment_golden(tau, monkeypatch):
     assert got.top_mass[1000] == pytest.approx(1, abs=1e-12)  # capped at K = 128
 
 
+@pytest.mark.parametrize("size, count", ((512, 100), (7, 7), (1, 1)))
+def test_the_largest_are_topks_bit_for_bit(size, count):
+    p = (torch.randn(50, size, dtype=torch.float64) * 30).softmax(1)
+    p[0] = p[0, 0]  # equal values
+    assert torch.equal(codes._largest(p, count), p.topk(count).values)
+
+
 def test_usage_limits():
     one = codes.usage(torch.full((3, 4), 5), 16)
     assert (one.entropy, one.effective_size, one.top_mass[0].item(), one.dead, one.n) == (0, 1, 1, 15, 12)

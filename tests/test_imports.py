@@ -3,15 +3,24 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torchvision.utils import make_grid
 
+import gear
+from gear import cli
+from gear import run as gear_run
+from gear.__main__ import COMMANDS
+from gear.checkpoints import load_generator
+from gear.generator.sampling import sample
 from gear.images import image_grid
+from gear.run import Run
 
 NEEDLESS = (  # to train with: some are large, others are not on a machine with a GPU
-    "braceexpand", "jupyter_client", "lpips", "papermill", "sklearn", "torch._dynamo", "torch_fidelity", "torchvision",
+    "braceexpand", "ipywidgets", "jupyter_client", "lpips", "matplotlib", "papermill", "scipy", "seaborn", "sklearn", "sympy",
+    "torch._dynamo", "torch.distributed.fsdp", "torch_fidelity", "torchvision",
 )  # fmt: skip
 TRAIN = """
 import sys
@@ -29,15 +38,49 @@ def run(code):
     return process.stdout
 
 
-def test_the_public_face_and_the_command_line_import_little():
-    code = "import sys, gear, gear.__main__; print([name for name in {} if name in sys.modules])"
-    assert run(code.format(NEEDLESS)).strip() == "[]"
+def loaded(code, names):
+    """Return which of the modules `names` are loaded once a process has run `code`; the last line it prints is the answer."""
+    out = run(f"{code}\nimport sys; print(*[name for name in {list(names)} if name in sys.modules])")
+    return out.removesuffix("\n").split("\n")[-1].split()
+
+
+def test_help_and_version_import_none_of_what_takes_time():
+    code = "from gear.__main__ import main\nfor word in ('--help', '--version'): main([word])"
+    assert loaded(code, ["numpy", "pandas", "torch", "tyro"]) == []
+
+
+def test_what_trains_imports_what_it_uses():
+    assert loaded("import gear.training.loop, gear.cli.train", ["torch", *NEEDLESS]) == ["torch"]
+
+
+def test_commands_import_what_they_use():
+    """Every command's file, with all that it imports: nothing that draws, of a notebook or of a single call."""
+    names = [path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py") if path.stem != "arguments"]
+    assert sorted(names) == sorted(COMMANDS)
+    code = f"import importlib\nfor name in {names}: assert importlib.import_module('gear.cli.' + name).command"
+    assert loaded(code, ["torch", *NEEDLESS]) == ["torch"]
+
+
+def test_public_names_are_there_when_they_are_asked_for():
+    assert loaded("import gear; gear.UserError, gear.__version__", ["numpy", "torch"]) == []
+    code = "import gear\nfor name in {}: assert name in dir(gear) and getattr(gear, name).{}"
+    assert loaded(code.format([n for n in gear.__all__ if n != "__version__"], "__doc__"), ["torch"]) == ["torch"]
+    assert loaded(code.format(["data"], "load.__doc__"), ["torch"]) == ["torch"]
+    assert gear.Run is Run and gear.load_generator is load_generator and gear.sample is sample and gear.run is gear_run
+    with pytest.raises(AttributeError, match="^module 'gear' has no attribute 'rum'$"):
+        _ = gear.rum
+
+
+def test_torchvision_imports_after_gear_whoever_asks_for_it():
+    """A wheel compiled against CUDA does not, beside a CPU-only torch, without what `gear._torchvision` declares first."""
+    code = "import sys, gear; assert 'torch' not in sys.modules; import {}; assert 'gear._torchvision' in sys.modules"
+    for name in ("torchvision.transforms", "lpips"):
+        assert loaded(code.format(name), ["torchvision"]) == ["torchvision"]
 
 
 @pytest.mark.slow
 def test_training_works_where_what_it_does_not_use_is_not_installed():
-    missing = ["ipywidgets", *NEEDLESS]
-    missing = [name for name in missing if name not in ("sklearn", "torch._dynamo", "torchvision")]
+    missing = ["braceexpand", "ipywidgets", "jupyter_client", "lpips", "matplotlib", "papermill", "seaborn", "torch_fidelity"]
     out = run(TRAIN.format(missing=missing, needless=["ipywidgets", "lpips", "papermill", "torch_fidelity"]))
     assert "tiny-joint-short: step 6" in out and out.strip().endswith("[]")
 

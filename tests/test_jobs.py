@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from gear import jobs
-from gear.__main__ import _parse
+from gear.cli.arguments import parse
+from gear.cli.train import TrainOptions
 from gear.config import TrainingStopped, UserError, __version__
-from gear.options import TrainOptions
 from gear.recipes import plan, recipe
 from gear.run import Run
 from gear.training.loop import Runtime
@@ -35,7 +35,7 @@ def test_how_runs_are_executed_is_handed_on():
     runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, rebuild=True)
     command = jobs.training([("tiny", recipe("tiny"))], ("tiny",), runtime).command
     assert command[:2] == ("train", "tiny")
-    assert _parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(runtime, quiet=True, threads=1)
+    assert parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(runtime, quiet=True, threads=1)
     with pytest.raises(UserError, match="--shard is for one run"):
         jobs.train_many(["tiny"], 1, Runtime(shard=True))
 

@@ -21,6 +21,7 @@ from gear.run import Run
 from gear.training import objectives, validate
 from gear.training.loop import Runtime, train
 from gear.training.settings import Config
+from gear.training.state import State
 from gear.training.validate import tokenizer_metrics
 
 QUIET = Runtime(device="cpu", quiet=True)
@@ -221,8 +222,26 @@ def test_last_logged_validation_is_that_of_the_saved_weights(tiny):
     """The logged PSNR is the one the checkpoint's averaged tokenizer has."""
     run = Run.open("tiny-tokenizer")
     images, _ = load(recipe("tiny-tokenizer").data, "val", 96)
-    again = tokenizer_metrics(load_tokenizer("tiny-tokenizer"), images, tau=0.02)
+    again, _ = tokenizer_metrics(load_tokenizer("tiny-tokenizer"), images, tau=0.02)
     assert again["val/psnr"] == pytest.approx(run.metrics().iloc[-1]["val/psnr"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name, of_images", (("tiny-joint", [1, 2]), ("tiny", [1, 1])))
+def test_validation_encodes_an_image_once_for_each_tokenizer(name, of_images, tiny, monkeypatch):
+    """The generator is measured on the indices of the tokenizer's own metrics, a frozen tokenizer once for all."""
+    state = State(resolved(name), torch.device("cpu"))
+    validation, counts = validate.Validation(state), []
+    tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+    latents = tokenizer.latents
+    monkeypatch.setattr(tokenizer, "latents", lambda images, *check: counts.append(len(images)) or latents(images, *check))
+    for passes in of_images:
+        metrics = validation()
+        assert sum(counts) == passes * len(validation.images)
+    monkeypatch.undo()
+    indices = tokenizer.encode(validation.images).flatten(1)
+    seen = indices, validation.labels, validation.target
+    again = validate.generator_metrics(state.averages["generator"].module, state.projector, *seen)
+    assert again.items() <= metrics.items() and "val/psnr" in metrics
 
 
 def test_a_tracked_run_is_not_overwritten_for_its_weights(tiny):

@@ -1,6 +1,7 @@
 """Every number that a configuration, an option or a notebook takes has a range, kept where it is built: below, at, above."""
 
 import dataclasses
+import importlib
 import math
 import re
 import typing
@@ -12,11 +13,18 @@ import pytest
 import torch
 from helpers import TOKENIZER, recorded
 
-import gear.__main__  # noqa: F401  every module that has options
+import gear.__main__
 from gear import render, results
 from gear.__main__ import main
 from gear.analysis import probe, tables
 from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivity
+from gear.cli.claims import ClaimOptions
+from gear.cli.data import DataOptions
+from gear.cli.figures import FigureOptions
+from gear.cli.reconstruct import ReconstructOptions
+from gear.cli.sample import SampleOptions
+from gear.cli.sweep import SweepOptions
+from gear.cli.train import TrainOptions
 from gear.config import MOST, Checked, Range, UserError, check_value, from_dict, read_numbers, to_dict
 from gear.data import DataConfig
 from gear.device import find_device, open_device
@@ -27,7 +35,6 @@ from gear.explore import samples
 from gear.generator.model import GeneratorConfig
 from gear.jobs import train_many
 from gear.monitor import Compare
-from gear.options import ClaimOptions, DataOptions, FigureOptions, ReconstructOptions, SampleOptions, SweepOptions, TrainOptions
 from gear.parameters import RANGES, READ
 from gear.recipes import RECIPES, plan, recipe
 from gear.run import Run
@@ -115,6 +122,8 @@ def built(cls, name, value):
 
 def test_the_table_has_every_number_of_every_class():
     """A new class, a new field or one without a range fails here."""
+    for name in gear.__main__.COMMANDS:  # every module that has options
+        importlib.import_module(f"gear.cli.{name}")
     assert set(TABLE) == {cls for cls in Checked.__subclasses__() if cls.__module__.startswith("gear.")}
     for cls, (_, rows) in TABLE.items():
         numbers = {name: bounds for name, (kind, bounds, _) in kinds(cls).items() if kind in (int, float)}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from gear.__main__ import _parse
 from gear.analysis.tables import published
+from gear.cli.arguments import parse
+from gear.cli.train import TrainOptions
 from gear.config import UserError, differences, to_dict
-from gear.options import TrainOptions
 from gear.presets import change
 from gear.recipes import RECIPES, plan, recipe
 from gear.studies import STUDIES, cell_name, members, seeds_of, space, study
@@ -81,7 +81,7 @@ def test_a_cell_is_one_command(name):
     """`gear train WORDS` plans the same runs with the same configurations."""
     for member in members(name, "scenes", [2]):
         base = recipe(member.words[0])
-        options = _parse(TrainOptions(base), list(member.words[1:]))
+        options = parse(TrainOptions(base), list(member.words[1:]))
         run = f"{member.words[0]}-{options.label}" if options.label else member.words[0]
         assert run == member.name and plan(options.config, run, base, options.label or None) == member.planned
 

@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy import stats
 
 from gear.analysis.tables import alignment_floors, layer_profile, tokenizer_profile
 from gear.run import Run, run_names
@@ -147,8 +146,10 @@ def _evaluate(claim, preset, label):
 
 def interval(difference):
     """Return mean, standard deviation and the 95 % interval (Student's t) of paired differences, a Series, one a seed."""
+    import scipy.special  # .2 s, which a figure without an interval does not wait for
+
     n, mean, spread = len(difference), difference.mean(), difference.std()
-    half = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
+    half = scipy.special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n) if n > 1 else math.nan
     return mean, spread, mean - half, mean + half
 
 

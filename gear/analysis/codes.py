@@ -6,6 +6,7 @@ Figure 4 of the paper most likely shows the posterior family; both are kept, und
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 CHUNK = 2**20  # affinities held in float64 at once: 8 MB, so that memory does not grow with N
@@ -70,6 +71,14 @@ def assignment(affinity, tau: float) -> Assignment:
 def _row_totals(p):
     """Sum over rows of p (n, K) the entropy and the top-m masses: (1 + len(TOP),)."""
     within = [m for m in TOP if m < p.shape[1]]  # a larger m takes all mass, without a full sort
-    mass = p.topk(max(within, default=1)).values.cumsum(1)[:, [m - 1 for m in within]]
+    mass = _largest(p, max(within, default=1)).cumsum(1)[:, [m - 1 for m in within]]
     all_mass = p.sum(1, keepdim=True).expand(-1, len(TOP) - len(within))
     return torch.cat([torch.special.entr(p).sum(1, keepdim=True), mass, all_mass], 1).sum(0)
+
+
+def _largest(p, count):
+    """Return the `count` largest of each row of p (n, K), falling: (n, count)."""
+    if p.device.type != "cpu":
+        return p.topk(count).values
+    rising = np.sort(p.detach().numpy(), axis=1)  # topk's values in a quarter of its time
+    return torch.from_numpy(rising[:, : -count - 1 : -1].copy())

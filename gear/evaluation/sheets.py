@@ -9,14 +9,18 @@ from gear.evaluation.reconstruction import l1, psnr, reconstruct
 from gear.images import image_grid
 
 COLUMNS = 8
+CHUNK = 8  # images that are on the tokenizer's device at once
 
 
 def reconstruction_sheet(tokenizer, images):
     """Return a picture of images (N, 3, H, W) above their reconstructions, and {metric: value}.
 
-    PSNR in dB, mean over images; L1 in [0, 1] units; the entropy of code usage in nats.
+    The images are on the CPU; a few at a time are on the tokenizer's device. PSNR in dB, mean over
+    images; L1 in [0, 1] units; the entropy of code usage in nats.
     """
-    decoded, indices = reconstruct(tokenizer, images)
+    device = next(tokenizer.parameters()).device
+    chunks = [reconstruct(tokenizer, chunk.to(device)) for chunk in images.split(CHUNK)]
+    decoded, indices = (torch.cat([part.cpu() for part in parts]) for parts in zip(*chunks))
     used = usage(indices, tokenizer.config.codebook_size)
     metrics = {
         "psnr": float(psnr(decoded, images).mean()),

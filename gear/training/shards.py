@@ -1,9 +1,5 @@
 """A network spread over several processes (FSDP2): from a whole tensor to the shard that lies here, and back."""
 
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-
 
 def spread(blocks, device, processes):
     """Leave a shard of every block on each of so many `processes`, in place; parameters are DTensors from here on.
@@ -11,14 +7,16 @@ def spread(blocks, device, processes):
     `blocks` is a sequence of modules that is itself called: it gathers a block just before that runs, forward and backward,
     the next one meanwhile, and leaves in .grad this process's shard of the mean gradient over the processes.
     """
-    mesh = init_device_mesh(device.type, (processes,))
+    import torch.distributed.fsdp  # .6 s, for which one process has no use
+
+    mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes,))
     for block in (*blocks, blocks):
-        fully_shard(block, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(block, mesh=mesh)
 
 
 def is_shard(tensor):
     """Tell whether `tensor` is spread over the processes."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose class takes .6 s to import
 
 
 def local(tensor):
@@ -35,4 +33,6 @@ def spread_like(tensor, other):
     """Return the shard of a whole `tensor` that belongs here where `other` is one, without asking; else `tensor`."""
     if not is_shard(other):
         return tensor
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    import torch.distributed.tensor
+
+    return torch.distributed.tensor.distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

@@ -20,7 +20,8 @@ class Validation:
     """The run's own measurements on the first `eval_images` of the validation split."""
 
     def __init__(self, state):
-        config, self.state, self.of_tokenizer = state.config, state, None
+        config, self.state = state.config, state
+        self.of_tokenizer = None  # its metrics and indices
         source = data.open_source(config.data, "val")
         self.classes = source.classes
         if "generator" in state.networks:
@@ -41,11 +42,12 @@ class Validation:
         tokenizer = averages.get("tokenizer", state.tokenizer)
         if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
             self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
-        metrics = dict(self.of_tokenizer)
+        metrics, indices = self.of_tokenizer
         if "generator" in averages:
             projector = state.networks.get("projector")
-            seen = self.images, self.labels, self.target, state.widths
-            metrics |= generator_metrics(averages["generator"], projector, tokenizer, *seen)
+            metrics = metrics | generator_metrics(
+                averages["generator"], projector, indices, self.labels, self.target, state.widths
+            )
         return metrics
 
     def panel(self):
@@ -71,7 +73,7 @@ class Validation:
 def tokenizer_metrics(tokenizer, images, tau):
     """Measure a tokenizer on images (N, 3, H, W): reconstruction, marginal usage, and the assignment at tau and at 1.
 
-    Returns {name: float}; PSNR in dB, L1 in [0, 1] units, entropies in nats a token.
+    Returns {name: float} and the indices (N, L); PSNR in dB, L1 in [0, 1] units, entropies in nats a token.
     """
     indices, quality, assignments = [], [], {"tau": [], "one": []}
     for chunk in images.split(BATCH):
@@ -83,8 +85,8 @@ def tokenizer_metrics(tokenizer, images, tau):
             assignment = codes.assignment(affinity.blocks(), temperature)
             values = {"entropy": assignment.entropy, **{f"top{m}": mass for m, mass in assignment.top_mass.items()}}
             assignments[name].append({key: share * value for key, value in values.items()})
-    quality = torch.cat(quality, 1).mean(1)
-    usage = codes.usage(torch.cat(indices), tokenizer.config.codebook_size)
+    quality, indices = torch.cat(quality, 1).mean(1), torch.cat(indices)
+    usage = codes.usage(indices, tokenizer.config.codebook_size)
     metrics = {
         "val/psnr": float(quality[0]),
         "val/l1": float(quality[1]),
@@ -97,23 +99,23 @@ def tokenizer_metrics(tokenizer, images, tau):
         means = {key: sum(part[key] for part in parts) for key in parts[0]}
         metrics |= {f"val/assignment_{name}_{key}": value for key, value in means.items()}
         metrics[f"val/assignment_{name}_size"] = math.exp(means["entropy"])
-    return metrics
+    return metrics, indices
 
 
 @torch.no_grad()
-def generator_metrics(generator, projector, tokenizer, images, labels, target, widths=None):
-    """Measure a generator on images with their labels: next-token loss, and alignment where there is a projector.
+def generator_metrics(generator, projector, indices, labels, target, widths=None):
+    """Measure a generator on indices (N, L) with labels (N,): next-token loss, and alignment where there is a projector.
 
     `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them each. Returns {name: float},
     nats a token and minus a cosine.
     """
     ntp, align, tap, top = 0.0, 0.0, generator.config.tap_layer, generator.config.layers
-    for start in range(0, len(images), BATCH):
+    for start in range(0, len(indices), BATCH):
         rows = slice(start, start + BATCH)
-        indices = tokenizer.encode(images[rows]).flatten(1)
-        share = len(indices) / len(images)
-        hidden = generator.hidden(indices, labels[rows], [tap, top])
-        ntp += share * float(next_token_loss(generator.logits(hidden[top]), indices))
+        chunk = indices[rows]
+        share = len(chunk) / len(indices)
+        hidden = generator.hidden(chunk, labels[rows], [tap, top])
+        ntp += share * float(next_token_loss(generator.logits(hidden[top]), chunk))
         if projector is not None:
             align += share * float(alignment_loss(projector(hidden[tap]), target[rows], widths))
     return {"val/ntp_loss": ntp} | ({"val/align_loss": align} if projector is not None else {})

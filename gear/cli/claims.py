@@ -1,0 +1,29 @@
+"""gear claims: the paper's claims, judged on the runs of a preset."""
+
+from dataclasses import dataclass
+
+from gear.analysis import claims
+from gear.cli.arguments import parse
+from gear.config import Checked, UserError, nearest
+from gear.figures import rounded
+from gear.home import check_writable, figures_dir, write_atomically
+from gear.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class ClaimOptions(Checked):
+    label: str = ""  # of the runs, where they were trained with one
+
+
+def command(names, arguments):
+    preset, label = names[0] if names else "scenes", parse(ClaimOptions(), arguments).label
+    presets = [recipe.removesuffix("-gear") for recipe in RECIPES if recipe.endswith("-gear")]
+    if preset not in presets:
+        raise UserError(f"unknown preset '{preset}'.{nearest(preset, presets)} Known: {', '.join(presets)}.")
+    name = "claims" if (preset, label) == ("scenes", "") else "-".join(filter(None, ["claims", preset, label]))
+    path = figures_dir() / f"{name}.csv"
+    check_writable(path.parent, "GEAR_FIGURES")
+    table = rounded(claims.evaluate(preset, label))
+    write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
+    print(claims.told(table))
+    print(f"{table.verdict.value_counts().to_dict()}, runs of {preset}, small scale; {path}")

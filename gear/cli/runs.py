@@ -1,0 +1,14 @@
+"""gear runs: which runs there are, and how far they are."""
+
+from gear.catalogue import readable, run_names
+from gear.config import UserError
+from gear.run import Run, open_runs
+
+
+def command(names, arguments):
+    if arguments:
+        raise UserError(f"gear runs takes names or patterns of runs, and no {arguments[0]}.")
+    for run in [run for name in names for run in open_runs(name)] if names else map(Run.open, run_names()):
+        weights = "" if run.checkpoint_steps() else "  (no weights)"
+        step = readable(lambda run=run: run.step, "?")
+        print(f"{run.name:36} {run.config.get('stage', ''):10} {step:>7} / {run.config['steps']}{weights}")

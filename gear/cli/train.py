@@ -1,0 +1,68 @@
+"""gear train: runs by recipe name, with their parents."""
+
+from dataclasses import dataclass, field
+
+from gear.cli.arguments import parse
+from gear.config import Checked, Jobs, UserError, given_by
+from gear.jobs import train_many
+from gear.price import Utilisation, dry_run
+from gear.recipes import RECIPES, check_teachers, known, plan, recipe, train_with_parents
+from gear.run import Run, run_path
+from gear.training.loop import Runtime
+from gear.training.settings import Config
+
+
+@dataclass(frozen=True)
+class TrainOptions(Checked):
+    config: Config
+    runtime: Runtime = field(default_factory=Runtime)
+    name: str = ""  # the run's name, if not the recipe's
+    label: str = ""  # ends the name of this run and of every parent that the changes concern
+    jobs: Jobs = 1  # runs trained at once, where several are named
+    wait: bool = False  # for the end of another process that trains this run; else that is an error
+    dry_run: bool = False  # print what it would cost, and train nothing
+    gpu: str = "h100"  # of a dry run: h100, h200, a100, rtx4090, or cpu
+    utilisation: Utilisation = 0.4  # of a dry run: the share of the GPU's data sheet that is assumed
+
+
+def command(names, arguments):
+    if not names:
+        raise UserError(f"name a recipe: gear train NAME. Known: {known()}.")
+    base = recipe(names[0])
+    options = parse(TrainOptions(base), arguments)
+    if options.config.seed != base.seed:  # the seed is part of the name
+        if named := [name for name in names if name not in RECIPES]:
+            raise UserError(f"--seed {options.config.seed}: '{named[0]}' names a seed already. Give one of the two.")
+        seeded = [f"{name}-s{options.config.seed}" for name in names]
+        return command(seeded, arguments)
+    if len(names) > 1:
+        if options.config != base:
+            raise UserError("changes apply to one run: name a single recipe.")
+        if options.name or options.label:
+            raise UserError("--name and --label name one run: name a single recipe.")
+        if options.dry_run:
+            planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}  # a shared parent once
+            return dry_run(planned.items(), options.gpu, options.utilisation, options.runtime.accumulate)
+        return train_many(names, options.jobs, options.runtime)
+    name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
+    with given_by("--name" if options.name else "--label"):
+        run_path(name)
+    _check_parent(options.config, base)
+    if options.dry_run:
+        planned = plan(options.config, name, base, options.label, dry=True)
+        return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
+    if options.config.teacher != base.teacher:
+        with given_by("--teacher"):
+            check_teachers([options.config])
+    run = train_with_parents(options.config, name, base, options.label, options.runtime, options.wait)
+    print(f"{run.name}: step {run.step}, {run.path}")
+
+
+def _check_parent(config, base):
+    """Raise UserError unless the parent that --tokenizer-run names is a recipe, or there."""
+    if config.tokenizer_run and config.tokenizer_run != base.tokenizer_run:
+        with given_by("--tokenizer-run"):
+            try:
+                recipe(config.tokenizer_run)
+            except UserError:
+                Run.open(config.tokenizer_run)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 PACKING = 8  # seconds kept back for the last files
 GRACE = 12  # seconds that a part which ran out of time has to save what it can
+LEAST = 20  # seconds below which training is not begun
 STOPPED = 124  # exit code of a part that was stopped at its limit, as timeout(1) has it
 SEEDS = range(3, 8)  # beside the tracked ones, 0 to 2
 METHODS = "joint-naive gear llamagen-repa llamagen-repa-control llamagen-repa-half".split()
@@ -110,7 +111,7 @@ def run(part, limit, work):
             try:
                 code = process.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                return (0 if part.lasts else STOPPED), f"stopped after {limit:.0f} s"
+                return (0 if part.lasts else STOPPED), f"stopped after {limit:.3g} s"
             finally:
                 stop(process)
             if code:
@@ -138,7 +139,7 @@ def allowance(part, left, later):
     usable = left - PACKING - GRACE
     if part.lasts:
         usable -= sum(other.limit for other in later)
-        return usable if usable >= 20 else 0
+        return usable if usable >= LEAST else 0
     return min(part.limit, usable) if usable >= part.limit / 2 else 0
 
 

@@ -39,10 +39,13 @@ MODES = {"eager": False, "graph": True}  # on a GPU; nothing is captured on a CP
 
 
 def bytes_a_token(generator, rows, length, kind):
-    """Return the bytes that drawing one token for each of `rows` sequences reads, on the mean of `length` tokens."""
+    """Return the bytes that drawing one token for each of `rows` sequences reads, on the mean of `length` tokens.
+
+    The i-th is drawn with i keys and values, the condition's among them.
+    """
     config, size = generator.config, kind.itemsize
     weights = sum(p.numel() for part in (generator.blocks, generator.norm, generator.head) for p in part.parameters())
-    cache = rows * config.layers * 2 * config.width * length / 2
+    cache = rows * config.layers * 2 * config.width * (length + 1) / 2
     return size * (weights + cache)
 
 

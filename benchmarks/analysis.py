@@ -27,7 +27,7 @@ import torch
 from measure import card, memory_rise, wait
 
 from gear.analysis.alignment import cka, cknna, null, within_image
-from gear.device import find_device, open_device
+from gear.device import open_device
 
 THREADS, K, DRAWS, LIMIT = 2, 10, 20, 300  # LIMIT: seconds a measurement may take
 OUT = Path(__file__).with_suffix(".csv")
@@ -112,10 +112,8 @@ def inputs(shape, device):
     return x.to(device), y.add_(x).to(device)
 
 
-def _inside(pipe, what, ours, shape, name):
-    torch.set_num_threads(THREADS)
-    device, taken = open_device(name), {}
-    function, sets = FORMS[what][0 if ours else 1], inputs(shape, device)
+def _measure(what, ours, shape, device):
+    function, sets, taken = FORMS[what][0 if ours else 1], inputs(shape, device), {}
     small = inputs((4, 16, 8) if len(shape) == 3 else (40, 8), device)
     function(*(sets if device.type == "cuda" else small))  # what torch's start takes is not counted
 
@@ -126,22 +124,28 @@ def _inside(pipe, what, ours, shape, name):
         taken.update(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - worked)
 
     rise, _ = memory_rise(work, device)
-    pipe.send(taken | dict(peak_mib=rise))
+    return taken | dict(peak_mib=rise, note="")
+
+
+def _inside(pipe, *arguments):
+    torch.set_num_threads(THREADS)
+    pipe.send(_measure(*arguments))
 
 
 def measure(what, ours, shape, device):
-    """Return what was measured in a process of its own, or why nothing was."""
+    """Return what was measured, on a CPU in a process of its own, or why nothing was."""
     if not ours and shape[0] > FORMS[what][2]:
         return dict(note="not measured: too long")
+    if device.type == "cuda":
+        return _measure(what, ours, shape, device)
     here, there = multiprocessing.Pipe()
-    start = multiprocessing.get_context("fork" if device == "cpu" else "spawn").Process
-    process = start(target=_inside, args=(there, what, ours, shape, device))
+    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, what, ours, shape, device))
     process.start()
     there.close()
     found = dict(note=f"not measured: above {LIMIT} s")
     try:
         if here.poll(LIMIT):
-            found = here.recv() | dict(note="")
+            found = here.recv()
     except EOFError:
         found = dict(note="not measured: the process was killed (memory)")
     process.kill()
@@ -151,7 +155,7 @@ def measure(what, ours, shape, device):
 
 def chosen(quick, device):
     """Return the (what, shape) to measure: on a GPU the largest of each alone."""
-    largest = dict(SIZES) if device != "cpu" else {}
+    largest = dict(SIZES) if device.type == "cuda" else {}
     return QUICK if quick else list(largest.items()) or SIZES
 
 
@@ -161,14 +165,14 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options, rows = parser.parse_args(), []
-    device = str(find_device(options.device))
+    device = open_device(options.device)
     for what, shape in chosen(options.quick, device):
         pair = [dict(what=what, form=form, size="x".join(map(str, shape))) for form in ("gear", "direct")]
         for ours, row in zip((True, False), pair):
-            row |= dict(device=device, card=card(torch.device(device)))
+            row |= dict(device=str(device), card=card(device))
             row |= measure(what, ours, shape, device) | dict(load=os.getloadavg()[0])
         if "value" in pair[0] and "value" in pair[1]:
-            clock = "cpu_seconds" if device == "cpu" else "seconds"
+            clock = "cpu_seconds" if device.type == "cpu" else "seconds"
             pair[1] |= dict(times_ours=pair[1][clock] / pair[0][clock], difference=abs(pair[1]["value"] - pair[0]["value"]))
         for row in pair:
             print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)

@@ -65,7 +65,7 @@ def parts(options, out, work):
         setup = [[python, *install, str(work / "packages"), *map(str, wheels)]]
     setup.append([python, str(HERE / "environment.py"), "--out", str(out / "env.txt")])
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(work / "tests")]
-    chosen = ["-k", device.partition(":")[0] + (f" and ({FEW})" if options.quick else "")]
+    chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]  # as in test_x[cuda-...]
     tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
     step = ["--random-weights"]
     recipes = [f"imagenet256-{name}" for name in ("l-joint", "b-joint", "l-gear")] + ["scenes-joint", "cifar10-joint"]

@@ -122,9 +122,10 @@ class IndexBackpropagationQuantizer(Quantizer):
     def forward(self, latents):
         """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
         affinity = self.affinity(latents)  # (B, L, K)
-        (indices, entropies), codes = assign(affinity), self.codes()
-        z, code = as_rows(latents), codes[indices]  # (B, L, D)
+        codes = self.codes()
         mean = soft_readout(affinity, codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
+        indices, entropies = assign(affinity)
+        z, code = as_rows(latents), codes[indices]  # (B, L, D)
         quantised = code + (mean - mean.detach())
         losses = {
             "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),

@@ -5,6 +5,7 @@ next-token targets come from the tokenizer before its step, as in the public cod
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -73,7 +74,7 @@ def _guidance(state, batch, readout):
     with frozen(state.generator, state.projector):
         u = readout(batch.tokenized.quantized.affinity, state.generator.embedding, objective.tau)
         hidden = state.generator.hidden(u, batch.labels, [tap], check=False)[tap]
-        return {"soft_align_loss": alignment_loss(state.projector(hidden), batch.target, state.widths)}
+        return {"soft_align_loss": _loss(state, aligned, state.projector, hidden, batch.target, state.widths)}
 
 
 def naive_bridge(state, batch):
@@ -131,11 +132,28 @@ def generator_update(state, batch):
     config, generator = state.config, state.generator
     top, tap = config.generator.layers, config.generator.tap_layer
     hidden = generator.hidden(batch.indices, batch.labels, [tap, top])  # Alg. 1, line 4: S^h to layer L
-    losses = {"ntp_loss": next_token_loss(generator.logits(hidden[top]), batch.indices)}  # line 5: L_NTP
-    if config.objective.align_weight > 0:
-        aligned = alignment_loss(state.projector(hidden[tap]), batch.target, state.widths)
-        losses["align_loss"] = aligned  # line 5: L_align^h
+    losses = {"ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)}  # line 5: L_NTP
+    if config.objective.align_weight > 0:  # line 5: L_align^h
+        losses["align_loss"] = _loss(state, aligned, state.projector, hidden[tap], batch.target, state.widths)
     return state.backward("generator", losses, {"align_loss": config.objective.align_weight})
+
+
+def predicted(generator, hidden, indices):
+    """L_NTP of the last hidden states (B, L, D) and the indices (B, L) that they predict."""
+    return next_token_loss(generator.logits(hidden), indices)
+
+
+def aligned(projector, hidden, target, widths):
+    """L_align of a tap's hidden states (B, L, D) and the teacher's features (B, L, C)."""
+    return alignment_loss(projector(hidden), target, widths)
+
+
+compiled = functools.cache(torch.compile)
+
+
+def _loss(state, function, *arguments):
+    """Compute a loss of networks and tensors, in one piece where this state's networks are compiled."""
+    return (compiled(function) if state.is_compiled else function)(*arguments)
 
 
 def teacher_update(state, batch):

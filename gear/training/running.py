@@ -2,8 +2,8 @@
 
 On a GPU a large step is compiled, which fuses what lies between products. A small one takes longer to
 launch than to compute: it is captured once and replayed as one graph. Both compute the same up to
-rounding, from the same random draws. Where either fails, the step is computed plainly, and a line says
-so.
+rounding, but for dropout, which compiled code draws in its own way from the step's seed. Where either
+fails, the step is computed plainly, and a line says so.
 """
 
 import sys
@@ -76,6 +76,7 @@ class Running:
         self.way = "plain"
         self.graphs.clear()
         torch.compiler.set_stance("force_eager")
+        self.state.is_compiled = False
         self.state.discard()
         torch.manual_seed(step_seed(self.state.config.seed, self.state.step))
 
@@ -113,8 +114,10 @@ def compile_networks(state):
     """Compile what a State's step runs; a generator's blocks one by one, since one compilation serves all."""
     networks = dict(state.networks)
     generator, tokenizer = networks.pop("generator", None), networks.get("tokenizer")
+    networks.pop("projector", None)  # compiled with the loss
     parts = [*networks.values(), *(generator.blocks if generator else [])]
     parts += [tokenizer.encoder] if tokenizer else []  # for `encode`, which is not the network's forward
     parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
     for part in parts:
         part.compile()
+    state.is_compiled = True

@@ -45,12 +45,12 @@ class State:
 
     def __init__(self, config, device, parts=1, processes=None):
         self.config, self.device, self.step, self.parts = config, device, 0, parts
+        self.is_compiled = False
         self.processes = processes or Processes(device, config.batch_size, parts)
         self.skipped = 0  # steps in a row
         self.terms = {}  # {network: {term: the loss of this step so far}}
         self.networks, self.averages, self.optimizers = {}, {}, {}
-        self.teacher_features, self.widths = None, None  # of several teachers, side by side
-        self.lpips = None
+        self.teacher_features, self.widths, self.lpips = None, None, None  # teachers stand side by side
         BUILDERS[config.stage](self)
 
     def __getattr__(self, name):

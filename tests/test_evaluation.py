@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_generator, tiny_tokenizer
+from helpers import scenes, tiny_generator, tiny_tokenizer
 from safetensors.torch import save_file
 
 from gear.__main__ import main
@@ -20,7 +20,7 @@ from gear.evaluation import evaluate as evaluation
 from gear.evaluation import neighbours, networks, scores, sources
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, metrics_table, read_metrics
 from gear.evaluation.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
-from gear.evaluation.reconstruction import l1, load_lpips, psnr, ssim
+from gear.evaluation.reconstruction import images_at_once, l1, load_lpips, measure, psnr, reconstruct, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
 from gear.evaluation.statistics import ROWS, InceptionScore, Moments, frechet_distance
@@ -290,7 +290,7 @@ def drawn(folder, seed=3):
 
 @pytest.mark.parametrize("there", ((), (0,), (1,), (0, 2), (0, 1, 2)))
 def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 8)
+    monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
     whole = list(drawn(home / "one"))
     assert [len(chunk) for chunk in whole] == [8, 8, 3] and whole[0].dtype == torch.uint8
     assert whole[0].unique().numel() > 8 and not torch.equal(whole[0], whole[1])
@@ -304,7 +304,7 @@ def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
 
 
 def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 8)
+    monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
     stopped = drawn(home / "one")
     first = next(stopped)
     stopped.close()
@@ -313,6 +313,21 @@ def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
     before = kept.stat().st_mtime_ns
     assert torch.equal(next(drawn(home / "one")), first) and kept.stat().st_mtime_ns == before
     assert not torch.equal(next(drawn(home / "other", seed=4)), first)
+
+
+def test_the_last_chunk_is_filled_up_with_the_first_labels():
+    """On a GPU: chunks of one size are one graph. Fewer labels than a chunk are one of their number."""
+    chunks = sources.filled_up(torch.arange(19), 8)
+    assert [chunk.tolist() for chunk in chunks] == [[*range(8)], [*range(8, 16)], [16, 17, 18, 0, 1, 2, 3, 4]]
+    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(16), 8)] == [[*range(8)], [*range(8, 16)]]
+    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(3), 8)] == [[0, 1, 2]]
+
+
+def test_a_protocol_says_how_samples_are_drawn_unless_as_on_a_cpu(device):
+    how = {"dtype": "bfloat16", "chunk": 256}
+    assert sources.drawing(tiny_generator().to(device)) == {"cpu": {}, "cuda": how}[device]
+    half = tiny_generator().to(device, torch.bfloat16)
+    assert sources.drawing(half) == {"cpu": {"dtype": "bfloat16"}, "cuda": how}[device]
 
 
 def spoilt(path, how):
@@ -328,7 +343,7 @@ def spoilt(path, how):
 
 @pytest.mark.parametrize("how", ("cut", "empty", "a bit", "without its hash", "another array", "another chunk"))
 def test_a_chunk_that_is_not_what_was_drawn_is_drawn_again(how, home, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 8)
+    monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
     wanted = list(drawn(home / "one"))
     before = [path.read_bytes() for path in sorted((home / "one").iterdir())]
     spoilt(home / "one" / "00000.npy", how)
@@ -491,7 +506,7 @@ def test_the_table_shows_the_newest_step(home):
 
 # -- gear evaluate --------------------------------------------------------------------------------------------------------
 
-FEW = EvaluateOptions(sampling=Sampling(count=70), network="scenes", reference_count=90, quiet=True)
+FEW = EvaluateOptions(sampling=Sampling(count=70), network="scenes", reference_count=90, device="cpu", quiet=True)
 
 
 def few(sampling=(), **changes):
@@ -516,6 +531,7 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
         "weights_of": "tiny", "step": run.step,
     }.items()  # fmt: skip
     assert {"labels", "weights", "interpolation", "reference_hash", "samples_hash"} <= protocol.keys()
+    assert not {"dtype", "chunk", "device"} & protocol.keys()  # as before there was another way to draw
     assert found["precision"]["protocol"]["k"] == 3 and "float16" in found["precision"]["protocol"]["distance"]
     values = {name: r["value"] for name, r in found.items()}
     assert values["predictable"] == pytest.approx(values["usage_entropy"] - values["ntp_loss"], abs=1e-9)
@@ -645,6 +661,40 @@ def test_a_folder_may_be_called_npz(tiny, home):
         networks.Image.fromarray(image).save(home / "x.npz" / f"{i}.png")
     protocol = by_metric(evaluate("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",))))["fd_scenes"]["protocol"]
     assert protocol["samples_count"] == 12
+
+
+def test_a_measure_of_pairs_is_that_of_all_of_them_at_once():
+    images, other = (2 * torch.rand(2, 37, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1).unbind()
+    sizes = []
+    for distance in (psnr, ssim, l1):
+        counted = lambda x, y, f=distance: (sizes.append(len(x)), f(x, y))[1]  # noqa: E731
+        assert torch.equal(measure(counted, other, images), distance(other, images))
+    assert sizes == [16, 16, 5] * 3
+
+
+def test_reconstructions_are_what_the_tokenizer_decodes_a_few_at_a_time(device):
+    """They come back to where the images are."""
+    tokenizer, images = tiny_tokenizer().eval().to(device), scenes(19)[0]
+    seen = []
+    tokenizer.decoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    decoded, indices = reconstruct(tokenizer, images)
+    assert decoded.device == indices.device == images.device and decoded.shape == images.shape
+    assert seen == {"cpu": [8, 8, 3], "cuda": [19]}[device]
+    with torch.no_grad():
+        assert torch.equal(indices[:8], tokenizer.encode(images[:8].to(device)).cpu())
+        torch.testing.assert_close(decoded[:8], tokenizer.decode(indices[:8].to(device)).cpu())
+    assert images_at_once(torch.device("cuda"), 256 * 256) == 32 and images_at_once(torch.device("cuda"), 4096**2) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
+def test_numbers_of_a_gpu_are_those_of_a_cpu(tiny):
+    """But for samples, which are other ones there: reconstructions and likelihoods."""
+    one, other = (by_metric(evaluate("tiny", few(both=True, device=name))) for name in ("cpu", "cuda"))
+    for metric in ("psnr", "ssim", "l1", "rfd_scenes", "ntp_loss", "usage_entropy"):
+        assert other[metric]["value"] == pytest.approx(one[metric]["value"], rel=1e-3)
+        assert other[metric]["protocol"] == one[metric]["protocol"]
+    how = {"dtype": "bfloat16", "chunk": 256}
+    assert other["fd_scenes"]["protocol"].items() >= how.items() and not how.keys() & one["fd_scenes"]["protocol"].keys()
 
 
 def test_reconstruction_of_a_run(tiny):

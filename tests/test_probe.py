@@ -94,6 +94,17 @@ def test_a_run_and_the_file_it_is_exported_to_are_one_tokenizer_under_two_names(
     pd.testing.assert_frame_equal(*tables)
 
 
+def test_networks_are_on_a_device_for_as_long_as_a_block_lasts():
+    """The notebook that opened them goes on with CPU images; so it does after an error."""
+    network = torch.nn.Linear(2, 2)
+    moves, to = [], network.to
+    network.to = lambda device: (moves.append(device), to("cpu"))[1]
+    with pytest.raises(UserError), probe.on_device("cuda:1", network) as networks:
+        assert networks == [network] and moves == ["cuda:1"]
+        raise UserError("an error in the block")
+    assert moves == ["cuda:1", "cpu"]
+
+
 def test_two_checkpoints_of_one_name_are_refused(home):
     paths = [tokenizer_file(home / "vq.pt"), tokenizer_file(home / "other" / "vq.pt")]
     with pytest.raises(UserError, match="two checkpoints are called 'vq.pt'"):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from helpers import scenes
 
-from gear import load_tokenizer
+from gear import load_generator, load_tokenizer
 from gear.analysis import tables
 from gear.analysis.alignment import cka
-from gear.analysis.features import tokenizer_features
+from gear.analysis.features import generator_features, teacher_features, tokenizer_features
 from gear.analysis.sensitivity import ONLY, generator_sensitivity, sensitivity, tokenizer_sensitivity
 from gear.config import UserError
 from gear.run import Run
@@ -159,6 +159,30 @@ def test_floors_are_what_constant_answers_reach(tiny):
         cosine = (F.normalize(answer.expand_as(target), dim=-1) * F.normalize(target, dim=-1)).sum(-1)
         assert table[name] == pytest.approx(-cosine.mean().item(), abs=1e-6)
     assert table["position"] < table["constant"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
+def test_profiles_of_a_gpu_are_those_of_a_cpu(tiny):
+    """To what its features are rounded to; the nulls are of the same permutations."""
+    run = Run.open("tiny")
+    for name in ("layer_profile", "tokenizer_profile", "alignment_floors"):
+        measure = getattr(tables, f"_{name}")
+        sizes = (200,) if name == "alignment_floors" else (40, 5)
+        one, other = (measure(run, *sizes, torch.device(device)) for device in ("cpu", "cuda"))
+        pd.testing.assert_frame_equal(one, other, rtol=0, atol=0.02)
+
+
+def test_features_come_back_to_where_the_images_are(tiny, device):
+    tokenizer, generator, teacher = load_tokenizer("tiny"), load_generator("tiny"), load_scenes_teacher()
+    images, labels = scenes(6, first=1 << 40)
+    with torch.no_grad():
+        codes = tokenizer.encode(images).flatten(1)
+        expected = [generator.hidden(codes, labels, [2])[2], tokenizer.latents(images).flatten(2).mT, teacher(images)]
+    hidden = generator_features(generator.to(device), tokenizer.to(device), images, labels, [2])[2]
+    features = [hidden, tokenizer_features(tokenizer, images)["pre"], teacher_features(teacher.to(device), images)]
+    for mine, theirs in zip(features, expected):
+        assert mine.device == images.device
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):

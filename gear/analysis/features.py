@@ -1,4 +1,7 @@
-"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can be compared."""
+"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can be compared.
+
+A network's device computes them, some images at a time; what is returned lies where the images do.
+"""
 
 import torch
 
@@ -12,10 +15,10 @@ def generator_features(generator, tokenizer, images, labels, layers):
     Teacher-forced on the images' hard indices with their true labels, evaluation mode. Row i is the position that predicts
     token i and has not seen it: the one that alignment pairs with patch i.
     """
-    parts = []
+    parts, device = [], _device(generator)
     for x, y in zip(images.split(BATCH), labels.split(BATCH)):
-        hidden = generator.hidden(tokenizer.encode(x).flatten(1), y, layers)
-        parts.append({layer: h.float() for layer, h in hidden.items()})
+        hidden = generator.hidden(tokenizer.encode(x.to(device)).flatten(1), y.to(device), layers)
+        parts.append({layer: h.float().to(images.device) for layer, h in hidden.items()})
     return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
 
@@ -27,17 +30,21 @@ def tokenizer_features(tokenizer, images):
     """
     parts = {"pre": [], "post": []}
     for x in images.split(BATCH):
-        z = tokenizer.latents(x)  # (B, D, h, w)
+        z = tokenizer.latents(x.to(_device(tokenizer)))  # (B, D, h, w)
         indices = tokenizer.quantizer.indices(z).unflatten(1, z.shape[-2:])
-        parts["pre"].append(z)
-        parts["post"].append(tokenizer.quantizer.lookup(indices))
+        parts["pre"].append(z.to(images.device))
+        parts["post"].append(tokenizer.quantizer.lookup(indices).to(images.device))
     return {name: torch.cat(maps).flatten(2).transpose(1, 2).float() for name, maps in parts.items()}
 
 
 @torch.no_grad()
 def teacher_features(teacher, images):
     """Return the teacher's patch features, (N, L, C)."""
-    return torch.cat([teacher(x).float() for x in images.split(BATCH)])
+    return torch.cat([teacher(x.to(_device(teacher))).float().to(images.device) for x in images.split(BATCH)])
+
+
+def _device(network):
+    return next(network.parameters()).device
 
 
 def to_grid(rows):

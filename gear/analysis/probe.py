@@ -1,5 +1,6 @@
 """Any checkpoint on any images: what its tokens are like, and how much of a teacher is in them. `probe.ipynb` draws it."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from gear.analysis.tables import COLUMNS, check_neighbours, profile, tokenizer_t
 from gear.checkpoints import load_generator, load_tokenizer, open_checkpoint
 from gear.config import Samples, Tau, UserError, check_value
 from gear.data.trained import place_of
+from gear.device import open_device
 from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
 from gear.images import check_divides
@@ -91,10 +93,21 @@ def load_images(config, count):
     return images, labels
 
 
-def teacher_targets(name, config, images, strides, k):
+@contextlib.contextmanager
+def on_device(device, *networks):
+    """Have networks on a device for as long as the block lasts: who opened them goes on with them on the CPU."""
+    try:
+        yield [network.to(device) for network in networks]
+    finally:
+        for network in networks:
+            network.to("cpu")
+
+
+def teacher_targets(name, config, images, strides, k, device="auto"):
     """Return {stride: the teacher's features (N, L, C) on the grid of that stride}, each None where `name` is "".
 
-    Raises UserError where the teacher's grid is not the tokens', or tokens cannot be cut, or have no k neighbours.
+    `device` is what computes, here and below: see `open_device`. Raises UserError where the teacher's grid is not the tokens',
+    or tokens cannot be cut, or have no k neighbours.
     """
     targets, size = dict.fromkeys(sorted(set(strides))), config.image_size
     for stride in targets:
@@ -103,12 +116,12 @@ def teacher_targets(name, config, images, strides, k):
         if name:
             teacher = load_teacher(name, config, stride)
             check_grid(teacher, size, stride)
-            targets[stride] = teacher_features(teacher, images)
+            targets[stride] = teacher_features(teacher.to(open_device(device)), images)
     return targets
 
 
 @torch.no_grad()
-def probe_tokenizer(tokenizer, images, tau, target, k):
+def probe_tokenizer(tokenizer, images, tau, target, k, device="auto"):
     """Tokenize images (N, 3, H, W), a few at a time; return indices (N, h, w) and a table of `COLUMNS` and x.
 
     Levels: "image" psnr (dB), l1 ([0, 1] units); "codes" usage_entropy, _size, _dead; "rank" the mass of the x most used
@@ -116,14 +129,18 @@ def probe_tokenizer(tokenizer, images, tau, target, k):
     features before and after quantisation as in `tokenizer_profile`, against the teacher's (None: their maps alone).
     """
     check_value("tau", tau, Tau)
+    device = open_device(device)
     quantizer, grid, parts = tokenizer.quantizer, [side // tokenizer.config.downsampling for side in images.shape[-2:]], []
-    for x in images.split(FEW):
-        features = tokenizer_features(tokenizer, x)
-        z = features["pre"].mT.unflatten(2, grid)  # (B, L, D) -> (B, D, h, w)
-        indices, affinity = quantizer.indices(z).unflatten(1, grid), quantizer.affinity(z)
-        entropy = [torch.special.entr(soft_assignment(affinity, t)).sum(-1) for t in (tau, 1.0)]  # (B, L)
-        decoded = tokenizer.decode(indices)
-        parts.append((indices, *features.values(), psnr(decoded, x), l1(decoded, x), *entropy))
+    with on_device(device, tokenizer):
+        for x in images.split(FEW):
+            x = x.to(device)
+            features = tokenizer_features(tokenizer, x)
+            z = features["pre"].mT.unflatten(2, grid)  # (B, L, D) -> (B, D, h, w)
+            indices, affinity = quantizer.indices(z).unflatten(1, grid), quantizer.affinity(z)
+            entropy = [torch.special.entr(soft_assignment(affinity, t)).sum(-1) for t in (tau, 1.0)]  # (B, L)
+            decoded = tokenizer.decode(indices)
+            measured = (indices, *features.values(), psnr(decoded, x), l1(decoded, x), *entropy)
+            parts.append([values.cpu() for values in measured])
     indices, pre, post, *measured = (torch.cat(part) for part in zip(*parts))
     rows = _usage_rows(codes.usage(indices, tokenizer.config.codebook_size))
     for metric, values in zip(("psnr", "l1", "assignment_tau", "assignment_one"), measured):
@@ -133,7 +150,7 @@ def probe_tokenizer(tokenizer, images, tau, target, k):
         for share in np.linspace(0, 1, POINTS) if level == "token" else ():
             rows.append(row | dict(level="quantile", x=share, value=float(np.quantile(values, share))))
     table = pd.DataFrame(rows, columns=[*COLUMNS, "x"])
-    return indices, pd.concat([table, tokenizer_table({"pre": pre, "post": post}, target, k)], ignore_index=True)
+    return indices, pd.concat([table, tokenizer_table({"pre": pre, "post": post}, target, k, device)], ignore_index=True)
 
 
 def _usage_rows(usage):
@@ -143,9 +160,11 @@ def _usage_rows(usage):
     return rows + [dict(metric="usage_mass", level="rank", x=m, value=v, n=usage.n) for m, v in curve.items()]
 
 
-def probe_generator(subject, images, condition, target, k):
+def probe_generator(subject, images, condition, target, k, device="auto"):
     """Return layers 0, tap, middle and last of a generator against the teacher's features (None: maps alone): a `profile`."""
     config, few = subject.generator.config, zip(images.split(FEW), condition.split(FEW))
     layers = sorted({0, config.tap_layer, config.layers // 2, config.layers})
-    parts = [generator_features(subject.generator, subject.tokenizer, x, y, layers) for x, y in few]
-    return profile({layer: torch.cat([part[layer] for part in parts]) for layer in layers}, target, k)
+    device = open_device(device)
+    with on_device(device, subject.generator, subject.tokenizer):
+        parts = [generator_features(subject.generator, subject.tokenizer, x, y, layers) for x, y in few]
+    return profile({layer: torch.cat([part[layer] for part in parts]) for layer in layers}, target, k, device)

@@ -15,6 +15,7 @@ from gear.analysis.features import generator_features, teacher_features, to_grid
 from gear.analysis.spatial import high_frequency_ratio, morans_i
 from gear.checkpoints import load_generator, load_tokenizer, token_grid
 from gear.config import MOST, Count, Range, UserError, check_value, from_dict, given_by, nearest
+from gear.device import open_device
 from gear.home import ROOT
 from gear.teachers import load_teachers
 from gear.tokenizer.autoencoder import TokenizerConfig
@@ -29,7 +30,7 @@ CHOICES = {  # what the paper leaves open about Table 4 and Fig. 5, the default 
 COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
 
 
-def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts"):
+def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts", device="auto"):
     """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached with it.
 
     Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n (what was averaged; an image
@@ -41,24 +42,27 @@ def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased",
                 mismatched images (a teacher's padding shows where a patch lies);
       "map"     describes a layer's maps, its spread that of images.
     Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in the form `estimator`; with
-    the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows.
+    the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows. `device` is
+    what computes, see `open_device`; a table does not say which.
     UserError for a choice that is not there, and for an image, or images, without k neighbours.
     """
     parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator, pairing=pairing)
-    return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, **choices))
+    return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, open_device(device), **choices))
 
 
-def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased"):
+def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", device="auto"):
     """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached with it.
 
     The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
     the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
     """
     parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
-    return run.table("tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, **choices))
+    return run.table(
+        "tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, open_device(device), **choices)
+    )
 
 
-def alignment_floors(run, images=4_000):
+def alignment_floors(run, images=4_000, device="auto"):
     """Measure the alignment loss that needs no look at the image: a table of the run, cached with it.
 
     Columns: predictor, value. A predictor answers with the mean of the teacher's unit features over `images` training images:
@@ -66,7 +70,7 @@ def alignment_floors(run, images=4_000):
     images. What a generator reaches beyond these is content.
     """
     check_value("images", images, Count)
-    return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images))
+    return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images, open_device(device)))
 
 
 def check_neighbours(k, tokens):
@@ -90,35 +94,35 @@ def _parameters(images, k, **choices):
     return {"images": images, "k": k} | {name: value for name, value in choices.items() if value != CHOICES[name][0]}, choices
 
 
-def _layer_profile(run, images, k, **choices):
+def _layer_profile(run, images, k, device, **choices):
     check_observed(run, images, k)
-    pictures, labels, target = observed(run, "val", images)
-    tokenizer, generator = load_tokenizer(run.name), load_generator(run.name)
+    pictures, labels, target = observed(run, "val", images, device)
+    tokenizer, generator = (load(run.name).to(device) for load in (load_tokenizer, load_generator))
     layers = list(range(generator.config.layers + 1))
     hidden = generator_features(generator, tokenizer, pictures, labels, layers)
-    return profile({-1: None, **hidden}, target, k, **choices)
+    return profile({-1: None, **hidden}, target, k, device, **choices)
 
 
-def _tokenizer_profile(run, images, k, **choices):
+def _tokenizer_profile(run, images, k, device, **choices):
     check_observed(run, images, k)
-    pictures, _, target = observed(run, "val", images)
-    return tokenizer_table(tokenizer_features(load_tokenizer(run.name), pictures), target, k, **choices)
+    pictures, _, target = observed(run, "val", images, device)
+    return tokenizer_table(tokenizer_features(load_tokenizer(run.name).to(device), pictures), target, k, device, **choices)
 
 
-def tokenizer_table(features, target, k, **choices):
+def tokenizer_table(features, target, k, device="cpu", **choices):
     """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as `tokenizer_profile` does."""
-    ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"])])
+    ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"].to(device))])
     row = ("post", "ties", "patch", *_mean_std(ties), NAN, NAN, len(ties))
-    table = profile(features if target is None else {"teacher": None, **features}, target, k, **choices)
+    table = profile(features if target is None else {"teacher": None, **features}, target, k, device, **choices)
     return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
 
 
-def _alignment_floors(run, images):
-    _, labels, target = observed(run, "train", images)
+def _alignment_floors(run, images, device):
+    _, labels, target = observed(run, "train", images, device)
     unit = F.normalize(target, dim=-1)  # (N, L, C); the best answer to a cosine is the mean direction
     position = unit.mean(0)
     of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
-    _, labels, target = observed(run, "val", run.config["eval_images"])
+    _, labels, target = observed(run, "val", run.config["eval_images"], device)
     both = torch.stack([of_class.get(int(c), position) for c in labels])
     answers = {"constant": position.mean(0), "position": position, "class and position": both}
     losses = [
@@ -127,21 +131,26 @@ def _alignment_floors(run, images):
     return pd.DataFrame(losses, columns=["predictor", "value"])
 
 
-def observed(run, split, count):
-    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several."""
+def observed(run, split, count, device="cpu"):
+    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several.
+
+    All three lie on the CPU; `device` computes.
+    """
     config = run.config
     source, stride = data.trained_on(run), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
-    return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0], images)
+    return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0].to(device), images)
 
 
-def profile(features, target, k, **choices):
+def profile(features, target, k, device="cpu", **choices):
     """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see `layer_profile`.
 
-    Rows of None stand for the teacher itself, whose maps are described; with a target of None all are described alone.
+    Rows of None stand for the teacher itself, whose maps are described; with a target of None all are described alone. A
+    layer at a time is on the `device` that compares.
     """
-    table = []
+    table, target = [], None if target is None else target.to(device)
     for layer, rows in features.items():
+        rows = None if rows is None else rows.to(device)
         alone = rows is None or target is None
         found = [] if alone else alignments(rows, target, k, **choices)
         table += [(layer, *row) for row in [*found, *_maps(target if rows is None else rows)]]

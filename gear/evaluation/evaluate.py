@@ -16,9 +16,9 @@ from gear.data import load, trained_on
 from gear.device import open_device
 from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.networks import load_network_by_name
-from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, psnr, reconstruct, ssim
+from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, measure, psnr, reconstruct, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
-from gear.evaluation.sources import balanced_labels, draw_samples, open_images, reference, samples_folder, write_npz
+from gear.evaluation.sources import balanced_labels, draw_samples, drawing, open_images, reference, samples_folder, write_npz
 from gear.generator.sampling import Guidance, Temperature
 from gear.home import check_target, write_atomically
 from gear.records import read_scores
@@ -56,7 +56,7 @@ class EvaluateOptions(Checked):
     both: bool = False  # samples and reconstruction
     steps: tuple[Count, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
     source: str = ""  # where the run's own images lie, if they have moved
-    device: str = "cpu"  # or "cuda", "cuda:1", or "auto": the GPU if there is one
+    device: str = "auto"  # the GPU if there is one; or "cpu", "cuda", "cuda:1"
     quiet: bool = False
 
 
@@ -109,7 +109,7 @@ def evaluate(name, options=EvaluateOptions()):
         for step in options.steps or (run.step,):
             for sampling in settings:
                 records += _generation(run, step, config, network, real, options, sampling, clip)
-            records += _likelihood(run, step, config) if not options.samples else []
+            records += _likelihood(run, step, config, options.device) if not options.samples else []
     _keep(run, records)
     for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
         print(line, file=sys.stderr)
@@ -153,12 +153,12 @@ def _generation(run, step, config, network, real, options, sampling, clip):
         batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
     else:
         generator, tokenizer = (load(run.name, step=step).to(options.device) for load in (load_generator, load_tokenizer))
-        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step}
+        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step} | drawing(generator)
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
         how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
         folder = samples_folder(run, drawn)
         batches = lambda: draw_samples(  # noqa: E731
-            folder, generator, tokenizer, labels, sampling.seed, options.device, options.quiet, grid=generator.grid, **how
+            folder, generator, tokenizer, labels, sampling.seed, options.quiet, grid=generator.grid, **how
         )
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
@@ -189,16 +189,16 @@ def _clip_score(batches, protocol, options, network):
 
 
 @torch.no_grad()
-def _likelihood(run, step, config):
+def _likelihood(run, step, config, device):
     """Next-token loss on validation images, the entropy of their codes, and what of it is predicted (H - NTP)."""
-    generator, tokenizer = load_generator(run.name, step=step), load_tokenizer(run.name, step=step)
+    generator, tokenizer = (load(run.name, step=step).to(device) for load in (load_generator, load_tokenizer))
     images, labels = load(config, "val", run.config["eval_images"])
-    indices = torch.cat([tokenizer.encode(x) for x in images.split(32)]).flatten(1)
+    indices = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(32)]).flatten(1)
     losses = [
-        F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none")
-        for i, c in zip(indices.split(32), labels.split(32))
+        F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none").cpu()
+        for i, c in zip(indices.split(32), labels.to(device).split(32))
     ]
-    ntp, entropy = torch.cat(losses).double().mean(1), usage(indices, tokenizer.config.codebook_size).entropy
+    ntp, entropy = torch.cat(losses).double().mean(1), usage(indices.cpu(), tokenizer.config.codebook_size).entropy
     protocol = {"weights_of": run.name, "step": step, "split": "val", "images": len(images), "unit": "nats a token"}
     values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - float(ntp.mean())}
     return [record(metric, value, protocol) for metric, value in values.items()]
@@ -206,7 +206,7 @@ def _likelihood(run, step, config):
 
 def _reconstruction(run, config, network, options):
     """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to the same images."""
-    tokenizer = load_tokenizer(run.name)
+    tokenizer = load_tokenizer(run.name).to(options.device)
     images, _ = load(config, "val", options.reference_count)
     decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
     protocol = {
@@ -214,10 +214,9 @@ def _reconstruction(run, config, network, options):
         "resize": config.interpolation, "rounding": "none",
     }  # fmt: skip
     each = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    records = [record(name, f(decoded, images), protocol) for name, f in each.items()]
+    records = [record(name, measure(f, decoded, images, options.device), protocol) for name, f in each.items()]
     if lpips := load_lpips(options.device):
-        pairs = zip(decoded.to(options.device).split(16), images.to(options.device).split(16))
-        values = torch.cat([lpips(*pair).cpu() for pair in pairs])
+        values = measure(lpips, decoded, images, options.device)
         records.append(record("lpips", values, protocol | {"network": "lpips, vgg16", "weights": LPIPS_BACKBONE}))
     elif not options.quiet:
         print(f"without LPIPS: VGG16's weights ({lpips_backbone()}) are not on this machine.", file=sys.stderr)

@@ -90,11 +90,29 @@ def lpips_backbone():
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
 
 
+def measure(distance, reconstructions, images, device="cpu"):
+    """Return distance(reconstruction, image) of each image, (N,), on a CPU; it is computed on `device`, a few at a time."""
+    pairs = zip(reconstructions.split(16), images.split(16))
+    return torch.cat([distance(x.to(device), y.to(device)).cpu() for x, y in pairs])
+
+
 @torch.no_grad()
-def reconstruct(tokenizer, images, batch=8):
-    """Encode and decode images (N, 3, H, W), `batch` at a time: reconstructions (N, 3, H, W) and indices (N, h, w)."""
-    indices = [tokenizer.encode(x) for x in images.split(batch)]
-    return torch.cat([tokenizer.decode(grid) for grid in indices]), torch.cat(indices)
+def reconstruct(tokenizer, images):
+    """Encode and decode images (N, 3, H, W), a few at a time: reconstructions (N, 3, H, W) and indices (N, h, w).
+
+    The tokenizer's device computes; what is returned lies where the images do.
+    """
+    device, pixels = next(tokenizer.parameters()).device, images.shape[-2] * images.shape[-1]
+    decoded, indices = [], []
+    for x in images.split(images_at_once(device, pixels)):
+        indices.append(tokenizer.encode(x.to(device)))
+        decoded.append(tokenizer.decode(indices[-1]).to(images.device))
+    return torch.cat(decoded), torch.cat(indices).to(images.device)
+
+
+def images_at_once(device, pixels):
+    """Return how many images of so many pixels a tokenizer encodes or decodes at once: 8 on a CPU, 32 of 256 px on a GPU."""
+    return max(1, 2**21 // pixels) if device.type == "cuda" else 8
 
 
 def _check(reconstruction, images):

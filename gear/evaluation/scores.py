@@ -31,7 +31,7 @@ class FeatureSet:
     pixels: str  # SHA-256 of what was looked at, in order: 12 hex digits
     count: int
     moments: dict = field(default_factory=dict)  # {"pool": (mean, covariance), "spatial": ...}
-    rows: torch.Tensor | None = None  # (N, D) float32
+    rows: torch.Tensor | None = None  # (N, D) float32, on the device that computed them
     inception_score: float | None = None
     given: tuple = ()  # kinds of moments that a file brought, of as many samples as its author had
     size: str = "not stated"  # height x width in pixels, which statistics alone do not say
@@ -53,14 +53,14 @@ def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT
             features = network(part.to(device))
             for kind in ("pool", "spatial"):
                 if kind in features:
-                    moments.setdefault(kind, Moments(features[kind].shape[1])).update(features[kind])
+                    moments.setdefault(kind, Moments(features[kind].shape[1], device)).update(features[kind])
             if "logits" in features:
-                score.update(features["logits"])
+                score.update(features["logits"].cpu())
             if keep_rows:
-                rows.append(features["pool"].float().cpu())
+                rows.append(features["pool"].float())
     if not count:
         raise UserError(f"'{name}' holds no images.")
-    moments = {kind: (m.mean, m.covariance) for kind, m in moments.items()} if count > 1 else {}
+    moments = {kind: (m.mean.cpu(), m.covariance.cpu()) for kind, m in moments.items()} if count > 1 else {}
     kept = torch.cat(rows) if rows else None
     height, width = size[:2] if images.dtype == torch.uint8 else size[1:]
     score = score.value() if score.seen else None

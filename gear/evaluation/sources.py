@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from gear.config import UserError, given_by
 from gear.data import DataConfig, open_source, to_uint8
+from gear.evaluation.reconstruction import images_at_once
 from gear.evaluation.scores import BATCH, FeatureSet, extract
 from gear.evaluation.statistics import check_statistics
-from gear.generator.sampling import generate
+from gear.generator.sampling import generate, sampling_dtype
 from gear.home import read_array, write_array
 
-CHUNK = 64  # samples drawn at once, always: what is drawn must not depend on where a kill fell
+CHUNKS = {"cpu": 64, "cuda": 256}  # samples drawn at once, always: what is drawn must not depend on where a kill fell
+PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}  # how they are drawn where a protocol does not say it
 STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
     "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
     "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
@@ -28,19 +30,36 @@ def balanced_labels(count, classes, seed):
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(count) % classes))
 
 
-def draw_samples(folder, generator, tokenizer, labels, seed, device="cpu", quiet=False, **sampling):
-    """Yield uint8 chunks (CHUNK, H, W, 3) of samples for labels (N,), each kept in `folder` as it is drawn.
+def drawing(generator):
+    """Return what a protocol says of how `draw_samples` draws on a generator's device: dtype and chunk if not as in PLAIN."""
+    dtype = str(sampling_dtype(generator)).removeprefix("torch.")
+    how = {"dtype": dtype, "chunk": CHUNKS[generator.embedding.device.type]}
+    return {key: value for key, value in how.items() if value != PLAIN[key]}
+
+
+def filled_up(labels, size):
+    """Return labels (N,) in chunks of `size`, N if there are fewer; the last is filled up with the first labels."""
+    size = min(size, len(labels))
+    return torch.cat([labels, labels[: -len(labels) % size]]).split(size)
+
+
+def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, **sampling):
+    """Yield uint8 chunks (64, H, W, 3), on a GPU of 256, of samples for labels (N,), each kept in `folder` as it is drawn.
 
     Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was, to the same samples. One
     that is not what was written, or comes without its hash, is drawn again.
     """
-    chunks = labels.split(CHUNK)
+    device = generator.embedding.device
+    size = CHUNKS[device.type]
+    chunks = labels.split(size)
+    conditions = filled_up(labels, size) if device.type == "cuda" else chunks  # there, chunks of one size are one graph
     for i, part in enumerate(tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)):
         path = folder / f"{i:05d}.npy"
         images = read_array(path)
         if images is None or len(images) != len(part):
-            indices = generate(generator, part.to(device), seed=seed * 1_000_003 + i, **sampling)
-            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in indices.split(8)]).numpy()
+            indices = generate(generator, conditions[i], seed=seed * 1_000_003 + i, **sampling)[: len(part)]
+            grids = indices.split(images_at_once(device, indices[0].numel() * tokenizer.config.downsampling**2))
+            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in grids]).numpy()
             write_array(path, images)
         yield torch.from_numpy(images)
 

@@ -29,6 +29,7 @@ GRACE = 12  # seconds that a part which ran out of time has to save what it can
 LEAST = 20  # seconds below which training is not begun
 STOPPED = 124  # exit code of a part that was stopped at its limit, as timeout(1) has it
 SEEDS = range(3, 8)  # beside the tracked ones, 0 to 2
+LARGE = "imagenet256-l-joint"  # what the goals are about
 METHODS = "joint-naive gear llamagen-repa llamagen-repa-control llamagen-repa-half".split()
 FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
@@ -68,9 +69,9 @@ def parts(options, out, work):
     chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]  # as in test_x[cuda-...]
     tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
     step = ["--random-weights"]
-    recipes = [f"imagenet256-{name}" for name in ("l-joint", "b-joint", "l-gear")] + ["scenes-joint", "cifar10-joint"]
-    recipes = ["tiny-joint"] if options.quick else recipes
-    largest = "tiny-joint" if options.quick else "imagenet256-l-joint"
+    step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
+    main = "tiny-joint" if options.quick else LARGE
+    others = ["tiny-joint"] if options.quick else ["scenes-joint", "cifar10-joint", "imagenet256-l-gear", "imagenet256-b-joint"]
     train = [python, "-m", "gear", "train", "--device", device, "--jobs", "2" if options.quick else "8", "--keep", "1"]
     runs = ["tiny"] if options.quick else [f"scenes-{method}-s{seed}" for seed in SEEDS for method in METHODS]
     return [
@@ -78,11 +79,12 @@ def parts(options, out, work):
         Part("ceilings", 40, [bench("ceilings")]),
         Part("tests", 100, [tests]),
         Part("readout", 45, [bench("readout")]),
-        Part("step", 200, [bench("step", *step, "--batch", "32", "--steps", "8", "--recipes", *recipes)]),
-        Part("largest", 60, [bench("step", *step, "--largest", "--recipes", largest, table="largest")]),
-        Part("kernels", 40, [bench("kernels", *step, "--recipe", largest)]),
+        Part("step", 170, [bench("step", *step, "--recipes", main)]),
+        Part("kernels", 60, [bench("kernels", "--random-weights", "--recipe", main)]),
         Part("sampling", 60, [bench("sampling")]),
         Part("analysis", 30, [bench("analysis")]),
+        Part("others", 90, [bench("step", *step, "--recipes", *others, table="others")]),
+        Part("largest", 60, [bench("step", *step, "--largest", "--recipes", main, table="largest")]),
         Part("training", 240, [[*train[:4], *runs, *train[4:]]], lasts=True),
         Part("scores", 45, [[python, str(HERE / "scores.py"), "--device", device, *quick]]),
     ]
@@ -135,11 +137,15 @@ def stop(process):
 
 
 def allowance(part, left, later):
-    """Return the seconds that a part gets of those `left`, when the parts `later` still want theirs, or 0: it is skipped."""
+    """Return the seconds that a part gets of those `left`, or 0: it is skipped.
+
+    Of the parts `later`, one that lasts is kept half of its limit; to one that lasts, the others come before it.
+    """
     usable = left - PACKING - GRACE
     if part.lasts:
         usable -= sum(other.limit for other in later)
         return usable if usable >= LEAST else 0
+    usable -= sum(other.limit / 2 for other in later if other.lasts)
     return min(part.limit, usable) if usable >= part.limit / 2 else 0
 
 
@@ -216,7 +222,7 @@ def goals(tables):
     """Return a row for each goal: its threshold, and its value, "not measured" without a GPU's own."""
     step, sampling = (read_csv(tables / f"{name}.csv") for name in ("step", "sampling"))
     readout = read_csv(tables / "readout.csv")
-    large = {row["who"]: row for row in step if row.get("recipe") == "imagenet256-l-joint" and row.get("who")}
+    large = {row["who"]: row for row in step if row.get("recipe") == LARGE and row.get("who")}
     found = []
 
     def goal(text, threshold, value):

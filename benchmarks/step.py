@@ -5,16 +5,15 @@ each preset on noise, without parents. Who is compared:
 
     plain eager      the step as one would write it: the whole matrix of affinities for every read-out, every loss read, and
                      the public trainer's statistics of the assignment, at T = 1 and at tau, at every step
-    plain compiled   the same, its networks compiled as ours are: as the public trainer does it
-    ours eager       without torch.compile
-    ours             as shipped: on a GPU compiled, or where it is small one CUDA graph; on a CPU the eager one, unless
-                     --compile is given
+    plain compiled   the same, its networks compiled as ours are, where they are: as the public trainer does it
+    ours eager       without torch.compile, and without a CUDA graph
+    ours             as shipped: on a GPU compiled, or where it is small one CUDA graph; on a CPU eager, but with --compile
 
-All are steps of one state, with the same frozen networks in the same precision, and take turns; their losses are compared
-first. The median of a step's seconds counts. Utilisation is the FLOPs of `gear train --dry-run` over what the card's data sheet
-says (`of_sheet`) and over what a large product reaches on it, measured first (`of_measured`). `waits` is how often a step waits
-for a GPU. With --random-weights public teachers and LPIPS have their true architecture and seeded random weights, and the
-note names them. It prints a table and writes benchmarks/step.csv.
+All are steps of one state, compiled or not, with the same frozen networks in the same precision, and take turns; their
+losses are compared first. The median of a step's seconds counts. Utilisation is the FLOPs of `gear train --dry-run` over
+what the card's data sheet says (`of_sheet`) and over what a large product reaches on it, measured first (`of_measured`).
+`waits` is how often a step waits for a GPU. With --random-weights public teachers and LPIPS have their true architecture
+and seeded random weights, and the note names them. It prints a table and writes benchmarks/step.csv.
 """
 
 import argparse
@@ -133,14 +132,9 @@ class Lab:
         self.failures = []
         self.state.step = 1  # the first step's learning rate may be none
         shipped = way_of(self.state, options.compile)
-        # compiled and eager steps are the same networks in two stances, the one of the plain step among them
-        ways = {"plain", shipped} | ({"compiled"} if self.device.type == "cuda" else set())
-        self.running = {way: Running(self.state, way, options.checkpointing) for way in ways}
-        self.who = {"plain eager": "plain", "ours eager": "plain", "ours": shipped}
-        if shipped == "plain":
-            del self.who["ours eager"]
-        if "compiled" in ways:
-            self.who["plain compiled"] = "compiled"
+        self.running = {way: Running(self.state, way, options.checkpointing) for way in {"plain", shipped}}
+        self.who = {"plain eager": "plain", "ours": shipped} | ({"ours eager": "plain"} if shipped != "plain" else {})
+        self.who |= {"plain compiled": "compiled"} if shipped == "compiled" else {}
         rng = torch.Generator().manual_seed(1)
         size = config.data.image_size
         images = torch.rand(config.batch_size, 3, size, size, generator=rng) * 2 - 1

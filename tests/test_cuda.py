@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import scenes, stirred, tiny_generator
+from helpers import scenes, state_on, take_step, tiny_generator
 from test_generator import greedy
 from test_parity import assert_close, case, parity_normal, state_dict
 from test_readout import by_blocks, gaussian
@@ -15,15 +15,14 @@ import gear
 from gear.data import Stream, to_float
 from gear.device import open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
-from gear.generator.sampling import generate
+from gear.generator import sampling
 from gear.recipes import recipe
 from gear.run import Run
 from gear.tokenizer.readout import Affinity, entropies, soft_readout
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train
-from gear.training.objectives import gradients
-from gear.training.running import Running
-from gear.training.state import State, step_seed
+from gear.training.running import Running, upload
+from gear.training.state import State
 
 pytestmark = pytest.mark.slow
 IMAGES, LABELS = scenes(16)
@@ -35,36 +34,9 @@ def device(device):
     return open_device(device)
 
 
-def state_on(device, parts=1, recipe_name="tiny-joint", **changes):
-    """A joint state with stirred weights, the same on every device, which draws nothing at random."""
-    base = recipe(recipe_name)
-    still = replace(base.generator, dropout=0.0, class_dropout=0.0)
-    objective = replace(base.objective, gan_start=0.0)
-    config = replace(base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes)
-    torch.manual_seed(0)
-    states = [State(config, torch.device(name), parts) for name in ("cpu", device)]
-    states[0].start()
-    for name, network in states[0].networks.items():
-        if name in ("generator", "projector"):
-            stirred(network)
-        states[1].networks[name].load_state_dict(network.state_dict())
-        if name in states[1].averages:
-            states[1].averages[name].module.load_state_dict(network.state_dict())
-    return states[1]
-
-
-def step(state, images=IMAGES, labels=LABELS):
-    """Take a step as gear.training.loop does; returns its losses."""
-    torch.manual_seed(step_seed(0, state.step))
-    gradients(state, (images, labels))
-    losses = state.descend()
-    state.finish_step()
-    return losses
-
-
 def steps(state, count=2):
     """Take steps; returns the losses of each, as floats."""
-    return [{name: float(value) for name, value in step(state).items()} for _ in range(count)]
+    return [{name: float(value) for name, value in take_step(state, IMAGES, LABELS).items()} for _ in range(count)]
 
 
 def assert_near(got, want, tolerance=1e-4):
@@ -74,28 +46,15 @@ def assert_near(got, want, tolerance=1e-4):
 
 
 @contextlib.contextmanager
-def reads_alone(name, device, monkeypatch):
-    """Raise where a GPU is waited for inside the block, but by torch.Tensor's method `name`; yields its calls."""
-    calls, read = [], getattr(torch.Tensor, name)
-    debug = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
-
-    def counted(tensor, *arguments):
-        debug("default")
-        calls.append(name)
-        value = read(tensor, *arguments)
-        debug("error")
-        return value
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, name, counted)
-        debug("error")
-        try:
-            yield calls
-        finally:
-            debug("default")
-
-
-# -- as the public code, and as float64 ------------------------------------------------------------------------------------
+def no_waits(device):
+    """Raise where a GPU is waited for inside the block."""
+    if device.type != "cuda":
+        pytest.skip("nobody waits for a CPU")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ("vq16", "lfq16", "ibq16"))
@@ -140,9 +99,6 @@ def test_blocks_are_as_float64(block, count, width, device, monkeypatch):
     for exact, got in zip(*results):
         assert got.dtype == torch.float32
         assert float((got - exact).detach().norm() / exact.detach().norm()) < 1e-4
-
-
-# -- a step ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_joint_step_is_that_of_a_cpu(device):
@@ -197,20 +153,25 @@ def test_codes_that_are_looked_up_are_those_that_are_computed(device, tiny):
 
 
 def test_a_step_waits_once(device, monkeypatch):
-    state, batch = state_on(device), (IMAGES.to(device), LABELS.to(device))
-    step(state, *batch)
-    with reads_alone("tolist", device, monkeypatch) as reads:
-        step(state, *batch)
-    assert len(reads) == 1  # whether all is finite
+    """For what `descend` reads as a list: whether all is finite."""
+    state, batch, reads, tolist = state_on(device), upload([IMAGES, LABELS], device), [], torch.Tensor.tolist
+    take_step(state, *batch)
+
+    def read(tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(tolist(tensor))
+        torch.cuda.set_sync_debug_mode("error")
+        return reads[-1]
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    with no_waits(device):
+        take_step(state, *batch)
+    assert len(reads) == 1
 
 
-# -- sampling --------------------------------------------------------------------------------------------------------------
-
-
-def drawn(generator, device, cfg_scale=1.0, temperature=0, **options):
+def drawn(generator, cfg_scale=1.0, temperature=0, **options):
     """Draw 4 x 4 tokens of four classes."""
-    labels = torch.arange(4, device=device)
-    return generate(generator, labels, (4, 4), cfg_scale=cfg_scale, temperature=temperature, **options)
+    return sampling.generate(generator, torch.arange(4), (4, 4), cfg_scale=cfg_scale, temperature=temperature, **options)
 
 
 @pytest.mark.parametrize("cfg_scale", (1.0, 3.0), ids=("plain", "guided"))
@@ -219,21 +180,23 @@ def test_samples_with_a_cache_are_those_of_full_forwards(device, cfg_scale):
     generator = tiny_generator().to(device)
     want = greedy(tiny_generator(), torch.arange(4), 4, cfg_scale)
     for graph in (False, True, True, True):
-        assert torch.equal(drawn(generator, device, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want)
+        assert torch.equal(drawn(generator, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want)
     assert len(want.unique()) > 3
 
 
-@pytest.mark.parametrize("graph", (False, True), ids=("eager", "graph"))
-def test_the_sampling_loop_waits_once(device, graph, monkeypatch):
-    generator = tiny_generator().to(device)
-    for _ in range(2):  # a graph is captured in the second call
-        drawn(generator, device, 3.0, 1.0, graph=graph)
-    with reads_alone("__bool__", device, monkeypatch) as reads:
-        drawn(generator, device, 3.0, 1.0, graph=graph)
-    assert device.type == "cpu" or len(reads) == 1  # whether all logits were finite
+@pytest.mark.parametrize("name", ("launched", "repeated"))
+def test_no_token_waits(device, name, monkeypatch):
+    """From Python, and by a graph, which is captured in the second call."""
+    generator, draws = tiny_generator().to(device), getattr(sampling, name)
+    for _ in range(2):
+        drawn(generator, 3.0, 1.0, graph=name == "repeated")
 
+    def watched(*arguments):
+        with no_waits(device):
+            return draws(*arguments)
 
-# -- evaluation ------------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(sampling, name, watched)
+    drawn(generator, 3.0, 1.0, graph=name == "repeated")
 
 
 def test_an_evaluation_is_that_of_a_cpu(device, tiny):

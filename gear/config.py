@@ -87,7 +87,8 @@ WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "tr
 
 
 def check_value(name, value, kind):
-    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices, of a tuple's elements.
+    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices, of a tuple's elements,
+    or a number | words.
 
     An int will do for a float, and a bool for neither.
     """
@@ -101,6 +102,9 @@ def check_value(name, value, kind):
         if value not in arguments:
             choices = ", ".join(map(repr, arguments))
             raise UserError(f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}")
+    elif origin is typing.Union:
+        number, words = arguments
+        check_value(name, value, words if isinstance(value, str) else number)
     elif origin is tuple:
         kinds = arguments if arguments[-1] is not ... else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
         if not isinstance(value, tuple) or len(value) != len(kinds):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
@@ -37,11 +38,17 @@ UNCOUNTED = {  # by torch's counter: sums in place, and the fused attention of t
 
 
 class Count(NamedTuple):
-    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd keeps between them."""
+    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd keeps between them.
+
+    Of these bytes, `fused` go into a SiLU: compiled code does not keep them, it computes them again. The `largest` tensor
+    has so many.
+    """
 
     forward: int
     backward: int
     saved: int
+    fused: int = 0
+    largest: int = 0
 
 
 def count(work, arguments, mode, precision):
@@ -66,12 +73,17 @@ def _image(work, arguments, mode, precision):
         one, two = (_batch(work, arguments, mode, precision, n) for n in (1, 2))
     finally:
         readouts.WHOLE = kept
-    return Count(*(b - a for a, b in zip(one, two)))
+    forward, backward = (b - a for a, b in zip(one[:2], two[:2]))
+    sizes = [b - a for a, b in zip(one[2], two[2], strict=True)]
+    return Count(forward, backward, sum(sizes), two[3] - one[3], max(sizes, default=0))
 
 
 def _batch(work, arguments, mode, precision, batch):
-    """Run `work` on a batch of fake images, forward and backward; returns a Count of the batch."""
-    kept, counter = {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)  # noqa: E731
+    """Run `work` on a batch of fake images, forward and backward.
+
+    Returns the FLOPs of both, the bytes of each tensor kept between them, and those that go into a SiLU.
+    """
+    kept, fused, counter = {}, {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)  # noqa: E731
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -87,14 +99,31 @@ def _batch(work, arguments, mode, precision, batch):
         module.requires_grad_(mode == "train")
         if mode == "fixed":
             given.requires_grad_()
-        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor), _noting_silu(fused):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 out = call(given)
             out = sum(part.float().mean() for part in (out if isinstance(out, list) else [out]))
         with counter() as backward:
             if mode != "forward":
                 out.backward()
-    return Count(forward.get_total_flops(), backward.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+    again = sum(kept[number].nbytes() for number in kept.keys() & fused.keys())
+    return forward.get_total_flops(), backward.get_total_flops(), [s.nbytes() for s in kept.values()], again
+
+
+@contextlib.contextmanager
+def _noting_silu(inputs):
+    """Put the storage of whatever goes into a SiLU into `inputs`, by its number."""
+    silu = F.silu
+
+    def noted(x, inplace=False):
+        inputs[x.untyped_storage()._cdata] = x.untyped_storage()
+        return silu(x)
+
+    F.silu = noted
+    try:
+        yield
+    finally:
+        F.silu = silu
 
 
 @contextlib.contextmanager

@@ -1,18 +1,14 @@
 """What a run would cost: parameters, FLOPs, memory and hours, part by part, from networks without weights. An estimate.
-
-Every part runs the code that trains, on fake tensors (shapes and types, no memory). Products are counted as
-torch.utils.flop_counter counts them: a multiplication and an addition are two, attention is counted in full though causal.
+How parts are counted, gear/counts.py says.
 """
 
-import textwrap
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from gear import counts
-from gear.config import Range, UserError, check_value, nearest, require, to_dict
+from gear.config import Range, UserError
 from gear.counts import Count
 from gear.images import check_divides
-from gear.run import Run, run_path
 from gear.teachers import split
 from gear.tokenizer.readout import WHOLE
 
@@ -34,6 +30,7 @@ GPUS = {  # from the makers' data sheets
 }
 TRAINED, WEIGHT = 16, 4  # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged one
 Utilisation = Annotated[float, Range(0, 1, without=0)]  # the share of a GPU's data sheet that is reached
+GRADIENTS = 4  # of the largest activation, in a backward pass at once: what torch's allocator saw at 256 px
 USABLE = 0.9  # of a GPU's memory: the rest goes to its libraries and to fragments
 
 
@@ -64,6 +61,7 @@ class Price:
     trained: tuple
     averaged: tuple
     passes: list
+    is_compiled: bool = False
 
     @property
     def held(self):
@@ -78,15 +76,24 @@ class Price:
     def saved(self):
         """Bytes of activations an image: what autograd keeps for the backward pass, in the update that keeps most."""
         updates = {p.update for p in self.passes}
-        return max(sum(p.times * p.count.saved for p in self.passes if p.update == update) for update in updates)
+        return max(sum(self.saved_in(p) for p in self.passes if p.update == update) for update in updates)
+
+    def saved_in(self, work):
+        """Return the bytes an image that autograd keeps in a Pass."""
+        return work.times * (work.count.saved - self.is_compiled * work.count.fused)
+
+    @property
+    def under_way(self):
+        """Bytes of gradients an image that a backward pass holds at once: several of the largest activations."""
+        return GRADIENTS * max(p.count.largest for p in self.passes)
 
     def memory(self, images):
         """Return the peak in bytes with so many images at once."""
-        return self.held + images * self.saved
+        return self.held + images * (self.saved + self.under_way)
 
-    def images_that_fit(self, gpu):
-        """Return how many images go at once on a GPU of `GPUS`."""
-        return max(0, int((USABLE * GPUS[gpu].gigabytes * 1e9 - self.held) // self.saved))
+    def images_that_fit(self, memory):
+        """Return how many images go at once into so many bytes."""
+        return max(0, int((USABLE * memory - self.held) // (self.saved + self.under_way)))
 
     def hours(self, images, gpu, utilisation):
         """Return the hours of so many images, all steps together, on a GPU that does `utilisation` of its data sheet."""
@@ -94,8 +101,8 @@ class Price:
         return images * sum(p.training / rate(p) for p in self.passes) / 3600
 
 
-def price(config):
-    """Count what a Config's run takes: a Price. Nothing is loaded, fetched or written.
+def price(config, is_compiled=False):
+    """Count what a Config's run takes: a Price; compiled networks keep less. Nothing is loaded, fetched or written.
 
     Raises UserError for sizes that do not fit, an unknown teacher, or one whose library is not installed.
     """
@@ -109,7 +116,27 @@ def price(config):
     }
     trained = TRAINS[config.stage]
     averaged = [part for part in trained if part not in ("discriminator", "projector", "teacher")]
-    return Price(parameters, trained, tuple(averaged), passes)
+    return Price(parameters, trained, tuple(averaged), passes, is_compiled)
+
+
+def fewest_parts(images, room):
+    """Return into how few equal parts so many images go, none larger than `room`; None where there is no room for one."""
+    return next((n for n in range(1, images + 1) if images % n == 0 and images // n <= room), None)
+
+
+def parts_that_fit(config, images, memory, is_compiled):
+    """Return into how few equal parts so many images of a run's step go for each to fit into `memory` bytes.
+
+    Raises UserError where not even one image does.
+    """
+    cost = price(config, is_compiled)
+    if parts := fewest_parts(images, cost.images_that_fit(memory)):
+        return parts
+    needed, free = cost.memory(1) / 1e9, memory / 1e9
+    raise UserError(
+        f"one image at once needs {needed:.1f} GB, and {USABLE:.0%} of {free:.1f} GB are to be had: take a smaller "
+        f"generator, or --shard over several GPUs."
+    )
 
 
 def precision_of(part, mode, config):
@@ -186,94 +213,3 @@ TRAINS = {
     "joint": ("encoder", "quantizer", "decoder", "discriminator", "generator", "projector"),
     "generator": ("generator", "projector"),
 }
-
-
-# -- in words ----------------------------------------------------------------------------------------------------
-
-
-def told(name, config, gpu="h100", utilisation=0.4, accumulate=1):
-    """Say what the run `name` would cost, its batch in `accumulate` parts, as text; on "cpu" without hours."""
-    cost, images = price(config), config.steps * config.batch_size
-    head = f"{name}: stage {config.stage}, {config.steps:,} steps of {config.batch_size} images"
-    lines = [head + (f", from {config.tokenizer_run}" if config.tokenizer_run else ""), *_resolved(config), ""]
-    lines.append("  part            parameters   bytes each")
-    for part, n in cost.parameters.items():
-        learns = "trained" if part in cost.trained else "frozen"
-        averaged = ", averaged" if part in cost.averaged else ""
-        lines.append(f"  {part:13} {n:12,}   {cost.bytes_of(part):10}  {learns}{averaged}")
-    lines += ["", "  update         part           mode       GFLOP forward   in a step   MB kept   (an image)"]
-    for p in cost.passes:
-        mode, times = p.mode, f" x{p.times}" if p.times > 1 else ""
-        kept = p.times * p.count.saved / 1e6
-        lines.append(
-            f"  {p.update:14} {p.part:14} {mode + times:10} {p.count.forward / 1e9:13.3f} {p.training / 1e9:11.3f} {kept:9.2f}"
-        )
-    total = sum(p.training for p in cost.passes)
-    lines.append(f"  {'all':40} {total / 1e9:25.3f}" + f"{total * images:14.3g} FLOP in the run")
-    lines += [
-        "",
-        f"  memory, at least: {_memory(cost, config.batch_size // accumulate)}",
-        *_on(cost, config, gpu, utilisation, accumulate),
-    ]
-    return "\n".join(lines)
-
-
-def _memory(cost, batch):
-    whole = f"{cost.memory(batch) / 1e9:.1f} GB"
-    return f"{cost.held / 1e9:.1f} GB held + {batch} images x {cost.saved / 1e6:.1f} MB kept for the backward pass = {whole}"
-
-
-def _on(cost, config, gpu, utilisation, accumulate):
-    """Say how many images fit on a GPU, and the hours."""
-    if gpu not in GPUS:
-        return [f"  hours on a {gpu}: not known, nobody measured it"]
-    fit, card = cost.images_that_fit(gpu), GPUS[gpu]
-    at_once, parts = config.batch_size // accumulate, [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-    enough = next((n for n in parts if config.batch_size // n <= fit), None)
-    room = "that fits" if at_once <= fit else f"that does not fit, only {fit} images at once do"
-    room += f": --accumulate {enough}" if at_once > fit and enough else ""
-    hours = cost.hours(config.steps * config.batch_size, gpu, utilisation)
-    return [
-        f"  {gpu}, {card.gigabytes} GB: {room}",
-        f"  {gpu}, {card.bf16:g} TFLOP/s in bf16, {card.tf32:g} in TF32 and {card.float32:g} in float32, of which "
-        f"{utilisation:.0%} is assumed: {hours:.3g} hours",
-    ]
-
-
-def _resolved(config):
-    """Spell a Config out, a section a line."""
-    sections = {"run": {k: v for k, v in to_dict(config).items() if not isinstance(v, dict)}}
-    sections |= {k: v for k, v in to_dict(config).items() if isinstance(v, dict)}
-    lines = []
-    for section, values in sections.items():
-        values = ", ".join(f"{k} {v if v != '' else None}" for k, v in values.items())
-        lines += textwrap.wrap(values, 118, initial_indent=f"  {section:10} ", subsequent_indent=" " * 13)
-    return lines
-
-
-def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
-    """Print what each of the runs [(name, Config)] would cost and all of them together; those that are finished cost nothing.
-
-    Raises UserError for an unknown GPU, or a utilisation that is no share.
-    """
-    if gpu not in (*GPUS, "cpu"):
-        raise UserError(f"unknown GPU '{gpu}'.{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}; cpu gives no hours.")
-    check_value("utilisation", utilisation, Utilisation)
-    hours = 0.0
-    for name, config in planned:
-        divides = f"accumulate is {accumulate}: it has to divide batch_size, which is {config.batch_size} in {name}."
-        require(config.batch_size % accumulate == 0, divides)
-        run = Run(run_path(name))
-        if run.exists and run.is_finished:
-            print(f"{name}: finished\n")
-            continue
-        print(told(name, config, gpu, utilisation, accumulate) + "\n")
-        if gpu in GPUS:
-            hours += price(config).hours(config.steps * config.batch_size, gpu, utilisation)
-    print(f"all on one {gpu}: {hours:.3g} hours\n" * (gpu in GPUS) + CAVEAT)
-
-
-CAVEAT = """This is an estimate. FLOPs are those of matrix products and convolutions, attention in full, the adversarial term
-as if on from the start, without validation; the share of the data sheet that is reached is an assumption; memory is weights,
-gradients, Adam's moments, averages, and what autograd keeps in the update that keeps most, without work space.
-nothing was trained"""

@@ -18,9 +18,11 @@ from gear.run import Run, run_names
 from gear.studies import SAMPLES, cell_name, members, space, study
 from gear.training.loop import Runtime, is_trained
 
+GPU_JOBS = 8  # at most: each holds libraries and kernels of its own, half a gigabyte
+
 
 def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMPLES, runtime=Runtime(), tell=print):
-    """Train and score what is missing of a study, `jobs` at a time (0: one a core; on a GPU one); returns its Members.
+    """Train and score what is missing of a study, `jobs` at a time (0: see `_jobs`); returns its Members.
 
     Tells the cost before it starts, and what a member measured as soon as it has. The same call goes on after a kill.
     Raises as `jobs.train_many` does.
@@ -46,7 +48,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                 if not left[member.name]:
                     tell(_line(member, preset, count))
 
-    jobs = jobs or (1 if evaluated_on else len(os.sched_getaffinity(0)))
+    jobs = jobs or _jobs(missing.values(), bool(evaluated_on))
     work(tasks, settled | planned.keys() - missing.keys(), jobs, done)
     return found
 
@@ -105,6 +107,14 @@ def _tasks(found, missing, preset, count, runtime):
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")
             tasks.append(Task(f"scores of {member.name}", command + _device(runtime), member.name, 0))
     return tasks
+
+
+def _jobs(configs, on_gpu):
+    """Return how many runs go at once: one a core, on a GPU one; small ones, which leave most of it idle, one for two cores."""
+    cores = len(os.sched_getaffinity(0))
+    if not on_gpu:
+        return cores
+    return min(GPU_JOBS, max(1, cores // 2)) if all(config.is_small for config in configs) else 1
 
 
 def _device(runtime):

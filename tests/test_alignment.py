@@ -47,9 +47,9 @@ def dense_cknna(x, y, k):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pair", (("A", "B"), ("A", "B_outlier"), ("A", "I_indep")))
-def test_golden(pair, form):
+def test_golden(pair, form, device):
     want = EXPECTED["align"]["expected"]["A_vs_" + {"I_indep": "I"}.get(pair[1], pair[1])][form]
-    x, y = (FORMS[form](ALIGN[name]) for name in pair)
+    x, y = (FORMS[form](ALIGN[name].to(device)) for name in pair)
     assert cka(x, y, unbiased=False) == pytest.approx(want["cka_biased"], abs=1e-8)
     assert cka(x, y) == pytest.approx(want["cka_unbiased"], abs=EPS)
     for k in (5, 10, 20):
@@ -74,10 +74,11 @@ def test_golden_of_other_protocols():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_within_image_golden(form, monkeypatch):
+def test_within_image_golden(form, monkeypatch, device):
     monkeypatch.setattr(alignment, "CHUNK", 64**2 * 4)  # 6 images in chunks of 4 and 2
     want = EXPECTED["patch"]["expected"]
-    got = within_image(FORMS[form](PATCH["X"]), FORMS[form](PATCH["Y"]))
+    got = within_image(*(FORMS[form](PATCH[name].to(device)) for name in ("X", "Y")))
+    assert got.cknna.device == got.null_cka.device == torch.device("cpu")
     for name, key in (("cknna", "cknna_k10"), ("cka", "cka_unbiased"), ("mutual_knn", "mutual_knn_k10")):
         values = [image[key] for image in want[f"within_image_{form}"]["per_image"]]
         assert getattr(got, name).tolist() == pytest.approx(values, abs=EPS)

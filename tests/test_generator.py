@@ -214,6 +214,21 @@ def test_rms_norm_has_unit_mean_square_and_ignores_scale():
     torch.testing.assert_close(RMSNorm(64)(50 * x), RMSNorm(64)(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", (16, 192, 1024))
+def test_rms_norm_is_its_formula_with_its_gradients(width, device):
+    """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU within rounding."""
+    norm, x = RMSNorm(width).to(device), torch.randn(3, 7, width, device=device)
+    torch.nn.init.normal_(norm.weight)
+    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight  # noqa: E731
+    results = []
+    for function in (norm, formula):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, norm.weight])])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, **({"rtol": 0, "atol": 0} if device == "cpu" else {}))
+
+
 # -- sampling ------------------------------------------------------------------------------------------------
 
 

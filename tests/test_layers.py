@@ -61,6 +61,9 @@ LAYERS = [
         "training.optim",
         "training.processes",
         "training.settings",
+    ],
+    ["counts", "price"],
+    [
         "training.state",
         "training.objectives",
         "training.running",
@@ -70,7 +73,7 @@ LAYERS = [
         "training.meter",
         "training.loop",
     ],
-    ["presets", "recipes", "studies", "results", "jobs", "counts", "price", "sweep"],
+    ["presets", "recipes", "studies", "results", "jobs", "dry_run", "sweep"],
     ["figures", "widgets", "explore", "monitor", "parameters", "execution", "render", "gallery"],
     [
         "console",

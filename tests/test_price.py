@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gear import counts, price
 from gear.__main__ import main
 from gear.config import UserError
+from gear.dry_run import dry_run
 from gear.generator.model import GENERATORS
 from gear.presets import change
 from gear.recipes import RECIPES, plan, recipe
@@ -140,7 +141,7 @@ def test_memory_grows_with_the_batch_and_bf16_keeps_less():
     assert sizes == sorted(sizes) and sizes[0] > bf16.held
     assert 0.4 * float32.saved < bf16.saved < 0.8 * float32.saved
     assert [p.training for p in bf16.passes] == [p.training for p in float32.passes]
-    fit = bf16.images_that_fit("h100")
+    fit = bf16.images_that_fit(80e9)
     assert bf16.memory(fit) <= 0.9 * 80e9 < bf16.memory(fit + 1)
     assert float32.hours(1, "h100", 0.4) > bf16.hours(1, "h100", 0.4) == bf16.hours(2, "h100", 0.8)
 
@@ -221,7 +222,7 @@ QUICK = {"tiny", "scenes-gear", "imagenet256-l-gear", "imagenet256-l-joint-naive
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
 def test_every_recipe_has_a_price(name, home, capsys):
-    price.dry_run(plan(RECIPES[name], dry=True))
+    dry_run(plan(RECIPES[name], dry=True))
     assert "all on one h100" in capsys.readouterr().out and list(home.iterdir()) == []
 
 
@@ -234,4 +235,39 @@ def test_every_public_teacher_has_a_price(teacher):
 
 def test_an_unknown_gpu_has_no_hours():
     with pytest.raises(UserError, match="Known: h100"):
-        price.dry_run([], "h1000")
+        dry_run([], "h1000")
+
+
+GIGABYTE = 1e9
+
+
+@pytest.mark.parametrize(
+    "images, room, parts", [(256, 256, 1), (256, 255, 2), (256, 60, 8), (6, 3, 2), (7, 6, 7), (8, 0, None)]
+)
+def test_a_batch_goes_in_as_few_parts_as_fit(images, room, parts):
+    assert price.fewest_parts(images, room) == parts
+
+
+def test_parts_are_chosen_from_the_memory_there_is():
+    """Compiled code keeps less, so that more images go at once."""
+    config = RECIPES["imagenet256-b-joint"]
+    plain, compiled = (price.price(config, is_compiled) for is_compiled in (False, True))
+    assert 0.65 * plain.saved < compiled.saved < 0.8 * plain.saved
+    for cost in (plain, compiled):
+        parts = price.parts_that_fit(config, 256, 80 * GIGABYTE, cost.is_compiled)
+        assert cost.memory(256 // parts) <= 0.9 * 80 * GIGABYTE < cost.memory(2 * 256 // parts)
+    assert price.parts_that_fit(config, 256, 1e15, True) == 1
+    with pytest.raises(UserError, match=r"one image at once needs 5\.\d GB, and 90% of 5\.0 GB are to be had: take a smaller"):
+        price.parts_that_fit(config, 256, 5 * GIGABYTE, True)
+
+
+def test_auto_parts_are_those_of_the_gpu(home, capsys):
+    main(["train", "imagenet100-128-tokenizer", "--dry-run", "--accumulate", "auto", "--gpu", "rtx4090"])
+    said = capsys.readouterr().out
+    assert "rtx4090, 24 GB: that fits" in said and "GB held + 64 images x " in said
+
+
+def test_an_unknown_word_for_parts(home, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "tiny", "--accumulate", "some"])
+    assert stop.value.code == 2 and "accumulate" in capsys.readouterr().err

@@ -104,6 +104,8 @@ IDS = [f"{cls.__name__}.{name}" for cls, name in ROWS]
 def bare(kind):
     """Return (the type of a field's values or of its elements, its Range or None, whether it is a tuple)."""
     is_tuple = typing.get_origin(kind) is tuple
+    if typing.get_origin(kind) is typing.Union:  # of a number and a word
+        kind = typing.get_args(kind)[0]
     kind = typing.get_args(kind)[0] if is_tuple else kind
     bounds = next((b for b in typing.get_args(kind)[1:] if isinstance(b, Range)), None)
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind, bounds, is_tuple

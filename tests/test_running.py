@@ -1,5 +1,6 @@
 """A step that is compiled or graphed, and what happens where it cannot be."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import tiny_state
 from gear import data
 from gear.config import UserError
 from gear.data import DataConfig
-from gear.recipes import recipe
+from gear.recipes import TINY, recipe
 from gear.training import running
 from gear.training.objectives import gradients
 from gear.training.running import Running, upload, way_of
@@ -31,7 +32,7 @@ def stance():
 
 
 def placed(device="cuda", size=32, batch=32, parts=1, world=1, shard=False):
-    config = SimpleNamespace(batch_size=batch, data=SimpleNamespace(image_size=size))
+    config = replace(TINY, batch_size=batch, data=replace(TINY.data, image_size=size))
     processes = SimpleNamespace(world=world, shard=shard)
     return SimpleNamespace(device=torch.device(device), config=config, parts=parts, processes=processes)
 

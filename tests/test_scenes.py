@@ -36,6 +36,17 @@ def test_a_scene_is_a_function_of_its_number(size):
     assert (whole.images([70]) != whole.images([71])).mean() > 0.5
 
 
+@pytest.mark.parametrize("formulas, names", ((scenes.DISTANCES, SHAPES), (scenes.DARKNESSES, TEXTURES)))
+def test_each_scene_gets_the_formula_of_its_kind(formulas, names):
+    assert len(formulas) == len(names)
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, len(formulas), 20)
+    u, v, phase = (rng.random(shape, np.float32) * 3 - 1.5 for shape in ((20, 1, 7), (20, 7, 1), (20, 1, 1)))
+    coordinates = (u, v) if formulas is scenes.DISTANCES else (u, v, phase)
+    every = [np.broadcast_to(formula(*coordinates), (20, 7, 7)) for formula in formulas]
+    np.testing.assert_array_equal(scenes._by_kind(formulas, kinds, *coordinates), np.choose(kinds[:, None, None], every))
+
+
 def test_label_is_four_times_shape_plus_texture():
     labels = SOURCE.labels(ALL)
     assert len(SOURCE.classes) == NUM_CLASSES == len(SHAPES) * len(TEXTURES) and labels.dtype == np.int64

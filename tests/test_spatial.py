@@ -38,9 +38,9 @@ def blur(maps):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_moran_golden(name):
+def test_moran_golden(name, device):
     want = EXPECTED["moran"]["expected"][name]
-    maps = MORAN[name][None, ..., None]
+    maps = MORAN[name][None, ..., None].to(device)
     for reduction in ("channel_mean", "vector"):
         got = morans_i(maps, reduction).item()
         assert got == pytest.approx(want["rook_b"]["I"], abs=1e-10)
@@ -110,8 +110,8 @@ def test_chunks_and_dtypes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ("m16", "m7x9"))
-def test_high_frequency_golden(name):
-    want, maps = EXPECTED["fft"]["expected"][name], FFT[name][None]
+def test_high_frequency_golden(name, device):
+    want, maps = EXPECTED["fft"]["expected"][name], FFT[name][None].to(device)
     got = high_frequency_ratio(maps).item()
     assert got == pytest.approx(want["PRIMARY radial>0.25 noDC pooled"], abs=1e-9)
     for other in ("radial>0.25 withDC pooled", "chebyshev>0.25 noDC pooled", "radial>0.3535534 noDC pooled"):

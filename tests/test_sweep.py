@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from helpers import record_scored, record_study, recorded
@@ -15,7 +16,7 @@ from gear import sweep
 from gear.__main__ import main
 from gear.config import UserError, to_dict
 from gear.home import runs_dir
-from gear.recipes import recipe
+from gear.recipes import TINY, recipe
 from gear.run import Run, run_names
 from gear.studies import members
 
@@ -174,3 +175,13 @@ def _belongs(process, home):
             return home.encode() in environment.read() and b"gear\0train" in command.read()
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    "cores, sizes, jobs", [(16, (32, 32), 8), (4, (32,), 2), (1, (32,), 1), (64, (32,), 8), (16, (32, 256), 1)]
+)
+def test_small_runs_share_a_gpu(cores, sizes, jobs, monkeypatch):
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: range(cores))
+    configs = [replace(TINY, batch_size=64, data=replace(TINY.data, image_size=size)) for size in sizes]
+    assert sweep._jobs(configs, on_gpu=True) == jobs
+    assert sweep._jobs(configs, on_gpu=False) == cores

@@ -1,7 +1,7 @@
 """How far two representations of the same samples agree: CKA, CKNNA and mutual k-nearest neighbours.
 
-Every function works in float64 and none normalises: k-NN here ranks raw inner products, so callers usually pass
-`l2_normalise`d rows. Denominators carry no epsilon; where one vanishes a scalar function raises ValueError.
+Every function works in float64 on its inputs' device, its result lies on the CPU, and none normalises: k-NN here ranks raw
+inner products, so callers usually pass `l2_normalise`d rows. Where a denominator vanishes a scalar function raises ValueError.
 References: Kornblith et al. 2019 (CKA), Song et al. 2012 (unbiased HSIC), Huh et al. 2024 (CKNNA, mutual k-NN;
 we follow their code, which keeps reciprocal pairs only, not the written equation).
 """
@@ -119,7 +119,7 @@ def within_image(x: torch.Tensor, y: torch.Tensor, k: int = 10, shift: int = 1, 
         others, place = torch.cat([images, (images + shift) % n]).unique(return_inverse=True)
         a, b = (_tokens(z[rows[:, None], order].double(), k, unbiased) for z, rows in ((x, images), (y, others)))
         values.append(torch.cat([_compare(a, b.at(rows), unbiased) for rows in place.split(len(images))]))  # (6, images)
-    return WithinImage(*torch.cat(values, 1)[:, sequence.argsort()])
+    return WithinImage(*torch.cat(values, 1)[:, sequence.argsort()].cpu())
 
 
 def _paired(*inputs: torch.Tensor, minimum: int, ndim: int = 2) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,6 @@
 """How smooth a feature map is over the token grid: Moran's I, high-frequency ratio, local-versus-distant similarity.
 
-All take finite (N, h, w, C) of any float dtype, else ValueError, and give one float64 value an image.
+All take finite (N, h, w, C) of any float dtype, on any device, else ValueError, and give one float64 value an image, on a CPU.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def morans_i(features: torch.Tensor, reduction: str = "channel_mean") -> torch.T
     """
     if reduction not in ("channel_mean", "vector"):
         raise ValueError(f'reduction must be "channel_mean" or "vector", got {reduction!r}')
-    return torch.cat([_morans_i(maps, reduction) for maps in _maps(features)])
+    return torch.cat([_morans_i(maps, reduction) for maps in _maps(features)]).cpu()
 
 
 def high_frequency_ratio(features: torch.Tensor, cutoff: float = 0.25) -> torch.Tensor:
@@ -37,7 +37,7 @@ def high_frequency_ratio(features: torch.Tensor, cutoff: float = 0.25) -> torch.
     """
     if not 0 <= cutoff < 0.5**0.5:
         raise ValueError(f"cutoff={cutoff} is outside [0, 0.71)")
-    return torch.cat([_high_frequency_ratio(maps, cutoff) for maps in _maps(features)])
+    return torch.cat([_high_frequency_ratio(maps, cutoff) for maps in _maps(features)]).cpu()
 
 
 def local_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def local_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     maps = _maps(features)
     if sum(features.shape[1:3]) < DISTANCES + 2:
         raise ValueError(f"grid {tuple(features.shape[1:3])} has no tokens {DISTANCES} steps apart")
-    return tuple(torch.cat(parts) for parts in zip(*(_local_similarity(chunk) for chunk in maps)))
+    return tuple(torch.cat(parts).cpu() for parts in zip(*(_local_similarity(chunk) for chunk in maps)))
 
 
 def _maps(features: torch.Tensor) -> Iterator[torch.Tensor]:

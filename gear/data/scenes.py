@@ -109,19 +109,21 @@ class Scenes:
         image = self._ground(draw, axis)
         owner = np.zeros((b, size, size), np.int64)
         palette = np.array(list(COLOURS.values()), np.float32) / 255
-        column = lambda key, i: draw[key][:, i].astype(np.float32)[:, None, None]  # noqa: E731
         for i in reversed(range(OBJECTS)):
-            u = (axis[None, None, :] - column("x", i)) / column("radius", i)  # object coordinates, radius 1
-            v = (axis[None, :, None] - column("y", i)) / column("radius", i)
-            present = draw["present"][:, i, None, None]
+            rows = np.flatnonzero(draw["present"][:, i])
+            of_rows = {key: draw[key][rows, i] for key in ("shape", "texture", "colour", "jitter")}
+            x, y, radius, phase = (draw[k][rows, i].astype(np.float32)[:, None, None] for k in ("x", "y", "radius", "phase"))
+            u = (axis[None, None, :] - x) / radius  # object coordinates, radius 1
+            v = (axis[None, :, None] - y) / radius
             shadow = 1 / (1 + np.exp(np.minimum(6 * (np.hypot(u - 0.2, v - 0.3) - 1), 30)))
-            image *= 1 - 0.35 * (shadow * present)[..., None]
-            distance = _distance(draw["shape"][:, i], u, v) * column("radius", i) * size  # signed, in pixels
-            mask = np.clip(0.5 - distance, 0, 1) * present
-            colour = palette[draw["colour"][:, i]] + 0.12 * draw["jitter"][:, i]
-            paint = colour[:, None, None] * (1 - 0.6 * _texture(draw["texture"][:, i], u, v, column("phase", i)))[..., None]
-            image += mask[..., None] * (paint - image)
-            owner[mask > 0.5] = i + 1
+            below = image[rows] * (1 - 0.35 * shadow)[..., None]
+            distance = _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size  # signed, in pixels
+            mask = np.clip(0.5 - distance, 0, 1)
+            darkness = _by_kind(DARKNESSES, of_rows["texture"], u, v, phase)
+            colour = palette[of_rows["colour"]] + 0.12 * of_rows["jitter"]
+            paint = colour[:, None, None] * (1 - 0.6 * darkness)[..., None]
+            image[rows] = below + mask[..., None] * (paint - below)
+            owner[rows] = np.where(mask > 0.5, i + 1, owner[rows])
         return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
 
     def _ground(self, draw, axis):
@@ -137,25 +139,45 @@ class Scenes:
         return (colour[:, None, None] * (1 + 0.05 * field + 0.35 * slope)[..., None]).astype(np.float32)
 
 
-def _distance(shape, u, v):
-    """Signed distance to each scene's shape in object coordinates, (B, S, S); negative inside."""
-    radius, au, av = np.hypot(u, v), np.abs(u), np.abs(v)
-    au, av = np.broadcast_arrays(au, av)
-    every = (
-        radius - 1,
-        np.maximum(au, av) - 0.85,
-        np.maximum(v - 0.65, 0.85 * (au - 0.6 * (v + 1))),
-        (au + av - 1.15) / np.sqrt(2),
-        np.abs(radius - 0.72) - 0.28,
-        np.minimum(np.maximum(au - 1, av - 0.34), np.maximum(au - 0.34, av - 1)),
-    )
-    return np.choose(shape[:, None, None], [np.broadcast_to(d, radius.shape) for d in every])
+def _by_kind(formulas, kinds, *coordinates):
+    """Apply to each scene the formula of its kind, (B,): coordinates (B, 1 or S, 1 or S) -> (B, S, S) float64."""
+    values = np.empty(np.broadcast_shapes(*(c.shape for c in coordinates)))
+    for kind, formula in enumerate(formulas):
+        rows = np.flatnonzero(kinds == kind)
+        values[rows] = formula(*(c[rows] for c in coordinates))
+    return values
 
 
-def _texture(texture, u, v, phase):
-    """Darkness of each scene's texture in object coordinates, (B, S, S) in [0, 1]."""
-    wave = lambda x: np.sin(2 * np.pi * (x / 1.1 + phase))  # noqa: E731
-    soft = lambda x: np.clip(0.5 + 2 * x, 0, 1)  # noqa: E731
-    shape = np.broadcast_shapes(u.shape, v.shape)
-    every = (np.zeros(shape), soft(wave(u + v)), soft(wave(u) * wave(v)), soft(wave(u) + wave(v) - 0.8))
-    return np.choose(texture[:, None, None], [np.broadcast_to(t, shape) for t in every])
+def _triangle(u, v):
+    return np.maximum(v - 0.65, 0.85 * (np.abs(u) - 0.6 * (v + 1)))
+
+
+def _cross(u, v):
+    au, av = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(au - 1, av - 0.34), np.maximum(au - 0.34, av - 1))
+
+
+DISTANCES = (  # of SHAPES, signed, in object coordinates; negative inside
+    lambda u, v: np.hypot(u, v) - 1,
+    lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.85,
+    _triangle,
+    lambda u, v: (np.abs(u) + np.abs(v) - 1.15) / np.sqrt(2),
+    lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.28,
+    _cross,
+)
+
+
+def _wave(x, phase):
+    return np.sin(2 * np.pi * (x / 1.1 + phase))
+
+
+def _soft(x):
+    return np.clip(0.5 + 2 * x, 0, 1)
+
+
+DARKNESSES = (  # of TEXTURES, in object coordinates, in [0, 1]
+    lambda u, v, phase: 0.0,
+    lambda u, v, phase: _soft(_wave(u + v, phase)),
+    lambda u, v, phase: _soft(_wave(u, phase) * _wave(v, phase)),
+    lambda u, v, phase: _soft(_wave(u, phase) + _wave(v, phase) - 0.8),
+)

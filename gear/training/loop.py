@@ -4,6 +4,7 @@ import itertools
 import signal
 import sys
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -13,11 +14,12 @@ from gear.data.trained import note
 from gear.device import open_device
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
 from gear.home import check_writable, write_atomically
+from gear.price import parts_that_fit
 from gear.run import Run, run_path
 from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
-from gear.training.processes import Processes
+from gear.training.processes import Processes, world_size
 from gear.training.running import Running, upload, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed
@@ -33,7 +35,8 @@ class Runtime(Checked):
     threads: Parallel = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
-    accumulate: Count = 1  # parts of a batch, one after another: less memory, the same step
+    accumulate: Count | Literal["auto"] = 1  # parts of a batch, one after another: less memory, the same step;
+    # "auto": as few as fit on the GPU
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
     compile: bool = False  # compile the networks, also on a CPU and where they are small (torch.compile)
     eager: bool = False  # neither compile nor graph a step, as is done on a GPU
@@ -59,9 +62,10 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     if is_trained(run, config, runtime.rebuild):
         return run
     check_writable(run.path, "GEAR_RUNS")
-    processes = Processes(device, config.batch_size, runtime.accumulate, runtime.shard)
+    parts = parts_of(config, runtime, device)
+    processes = Processes(device, config.batch_size, parts, runtime.shard)
     torch.manual_seed(step_seed(config.seed, -1))
-    state, meter = State(config, processes.device, runtime.accumulate, processes), Meter(processes)
+    state, meter = State(config, processes.device, parts, processes), Meter(processes)
     validation = Validation(state)
     if not run.checkpoint_steps():
         state.start()
@@ -92,6 +96,19 @@ def train(config, name=None, runtime=Runtime(), wait=False):
                     saved = f"run '{run.name}' is saved at step {state.step} of {config.steps}"
                     raise Interrupted(f"{saved}. The same command goes on from there.", (signals or [signal.SIGTERM])[0])
     return run
+
+
+def parts_of(config, runtime, device):
+    """Return into how many parts a batch goes; with `accumulate` "auto" as few as fit into what a GPU has free."""
+    if runtime.accumulate != "auto":
+        return runtime.accumulate
+    if device.type == "cpu":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    is_compiled = not (runtime.eager or config.is_small) or runtime.compile
+    parts = parts_that_fit(config, config.batch_size // world_size(), free, is_compiled)
+    print(f"a batch of {config.batch_size} goes in {parts} parts", file=sys.stderr)
+    return parts
 
 
 def _descend(state, skip):

@@ -13,6 +13,11 @@ from gear.training import shards
 PATIENCE = timedelta(hours=2)  # for a process that validates or saves while the others wait
 
 
+def world_size():
+    """Return how many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Processes:
     """The processes that `torchrun --nproc-per-node N -m gear train ...` started, or this one alone.
 
@@ -22,7 +27,7 @@ class Processes:
     """
 
     def __init__(self, device, batch_size, parts=1, shard=False):
-        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         if batch_size % (self.world * parts):
             raise UserError(
                 f"a batch of {batch_size} images cannot be shared out evenly to {self.world} processes of {parts} parts each: "

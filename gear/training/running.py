@@ -15,8 +15,6 @@ from gear.data import to_float
 from gear.training.objectives import gradients
 from gear.training.state import step_seed
 
-SMALL = 2**19  # pixels of a batch up to which a step is launched for longer than it is computed
-
 
 def upload(samples, device):
     """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8 become float there."""
@@ -31,10 +29,8 @@ def way_of(state, compiled=False, eager=False):
         return "compiled" if compiled else "plain"
     if state.device.type != "cuda" or state.processes.shard:
         return "plain"
-    config = state.config
-    is_small = config.batch_size * config.data.image_size**2 <= SMALL
     is_alone = state.parts == 1 and state.processes.world == 1  # parts reseed, processes talk: no graph holds that
-    return "graphed" if is_small and is_alone else "compiled"
+    return "graphed" if state.config.is_small and is_alone else "compiled"
 
 
 class Running:

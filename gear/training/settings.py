@@ -29,6 +29,9 @@ class ObjectiveConfig(Checked):
     disc_layers: Count = 3
 
 
+SMALL = 2**19  # pixels of a batch
+
+
 @dataclass(frozen=True)
 class Config(Checked):
     """One run: one stage of one method. Composed in gear/recipes.py."""
@@ -50,6 +53,11 @@ class Config(Checked):
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def is_small(self):
+        """Whether a GPU would take longer to launch a step than to compute it: see gear/training/running.py."""
+        return self.batch_size * self.data.image_size**2 <= SMALL
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,6 +3,7 @@
 import csv
 import functools
 import multiprocessing
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import recorded
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,9 +24,11 @@ import measure  # noqa: E402
 import sampling  # noqa: E402
 import step  # noqa: E402
 
+from gear.__main__ import main  # noqa: E402
 from gear.data import DataConfig  # noqa: E402
 from gear.evaluation.reconstruction import load_lpips  # noqa: E402
 from gear.generator.model import GENERATORS, Generator  # noqa: E402
+from gear.recipes import recipe  # noqa: E402
 from gear.teachers import load_teacher  # noqa: E402
 
 FILES = {"env.txt", "junit.xml", "summary.csv", "goals.csv", "report.txt", "tables.tgz", "runs.tgz", "log.tgz"}
@@ -196,3 +200,29 @@ def test_a_quick_visit_runs_every_part_on_a_cpu(home):
         kept = {f"tiny/{name}" for name in ("metrics.jsonl", "metrics.json", "analysis/layer_profile.parquet")}
         assert kept <= set(tar.getnames()) and not any("checkpoints" in name for name in tar.getnames())
     assert 'failures="0"' in (home / "out" / "junit.xml").read_text()
+
+
+# -- docs/gpu.md -----------------------------------------------------------------------------------------------------------
+
+DOCS = (ROOT / "docs" / "gpu.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].split()[1:] for line in DOCS.splitlines() if line.startswith("gear ") and "--device cuda" in line
+]
+
+
+def test_the_page_names_the_files_that_come_back(folders):
+    assert set(re.findall(r"^\| `([\w.]+)` \|", DOCS, re.M)) >= FILES
+    options = Namespace(device="cuda", quick=False)
+    names = {part.name for part in gpu.parts(options, *folders)}
+    assert set(re.search(r"--parts ([a-z ]+)", DOCS)[1].split()) < names
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_the_commands_of_the_page_are_understood(words, home, capsys):
+    """All but the device, which is not here."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recorded("scenes-gear-s0", recipe("scenes-gear-s0"))
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2 and "no device 'cuda' here" in capsys.readouterr().err

@@ -44,12 +44,12 @@ OUT = Path(__file__).with_suffix(".csv")
 ATTENTION = 2**25  # elements of A up to which attention is measured too
 
 
-def inputs(count, size, width, device, dtype=torch.float32):
+def inputs(count, size, width, device):
     """Unit latents and codes, a table E, and the gradient that reaches the read-out."""
-    rng = torch.Generator().manual_seed(0)
-    z, c = (F.normalize(torch.randn(n, DIM, generator=rng), dim=-1) for n in (count, size))
-    e, g = torch.randn(size, width, generator=rng), torch.randn(count, width, generator=rng)
-    return [x.to(device, dtype) for x in (z, c, e, g)]
+    rng = torch.Generator(device).manual_seed(0)
+    shapes = (count, DIM), (size, DIM), (size, width), (count, width)
+    z, c, e, g = (torch.randn(shape, generator=rng, device=device) for shape in shapes)
+    return [F.normalize(z, dim=-1), F.normalize(c, dim=-1), e, g]
 
 
 def library(z, c, e):
@@ -192,7 +192,8 @@ def main():
     for precision in ("float32", "bf16") if options.device.type == "cuda" else ("float32",):
         open_device(str(options.device), precision)
         for shape in shapes_of(options):
-            repeats = 10 if options.device.type == "cuda" else max(1, min(4, 2**28 // (shape[0] * shape[1])))
+            most, elements = (10, 2**32) if options.device.type == "cuda" else (4, 2**28)  # of A, all repeats together
+            repeats = max(1, min(most, elements // (shape[0] * shape[1])))
             rows += measure(shape, repeats, options.device, precision)
     table = pd.DataFrame(rows).drop(columns="note").assign(note=[row["note"] for row in rows])
     table.to_csv(options.out, index=False, float_format="%.4g")

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import multiprocessing
 import re
 import subprocess
@@ -196,6 +197,9 @@ def test_a_quick_visit_runs_every_part_on_a_cpu(home):
     with tarfile.open(home / "out" / "tables.tgz") as tar:
         tables = "analysis ceilings kernels largest others readout sampling step".split()
         assert tar.getnames() == [f"{table}.csv" for table in tables]
+        rows = list(csv.DictReader(io.TextIOWrapper(tar.extractfile("step.csv"))))
+    assert [(row["who"], row["note"]) for row in rows] == [("plain eager", ""), ("ours", "")]
+    assert all(row["card"] == measure.card(CPU) and 0 < float(row["of_measured"]) < 1 for row in rows)
     with tarfile.open(home / "out" / "runs.tgz") as tar:
         kept = {f"tiny/{name}" for name in ("metrics.jsonl", "metrics.json", "analysis/layer_profile.parquet")}
         assert kept <= set(tar.getnames()) and not any("checkpoints" in name for name in tar.getnames())

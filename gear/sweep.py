@@ -27,7 +27,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     Tells the cost before it starts, and what a member measured as soon as it has. The same call goes on after a kill.
     Raises as `jobs.train_many` does.
     """
-    evaluated_on = _device(runtime)
+    device = find_device(runtime.device)
     found = members(name, preset, seeds, cells)
     settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
     planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
@@ -48,7 +48,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                 if not left[member.name]:
                     tell(_line(member, preset, count))
 
-    jobs = jobs or _jobs(missing.values(), bool(evaluated_on))
+    jobs = jobs or _jobs(missing.values(), device.type == "cuda")
     work(tasks, settled | planned.keys() - missing.keys(), jobs, done)
     return found
 
@@ -105,7 +105,8 @@ def _tasks(found, missing, preset, count, runtime):
     for member in found:
         if member.name in missing or not _is_scored(member, preset, count):
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")
-            tasks.append(Task(f"scores of {member.name}", command + _device(runtime), member.name, 0))
+            command += ("--device", runtime.device)
+            tasks.append(Task(f"scores of {member.name}", command, member.name, 0))
     return tasks
 
 
@@ -115,12 +116,6 @@ def _jobs(configs, on_gpu):
     if not on_gpu:
         return cores
     return min(GPU_JOBS, max(1, cores // 2)) if all(config.is_small for config in configs) else 1
-
-
-def _device(runtime):
-    """Return what an evaluation is told of the device: nothing on a CPU. Raises UserError for one that is not here."""
-    device = find_device(runtime.device)
-    return () if device.type == "cpu" else ("--device", str(device))
 
 
 def _words(member, name):

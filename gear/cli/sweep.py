@@ -17,7 +17,7 @@ class SweepOptions(Checked):
     preset: str = "scenes"  # scenes, cifar10, cifar10-smoke, imagenet100-128, imagenet256-l
     seeds: str = "0,1,2"
     cells: str = ""  # some of the study's, with commas between; "": all
-    jobs: Parallel = 0  # at once; 0: one a core, and on a GPU one
+    jobs: Parallel = 0  # at once; 0: one a core, on a GPU one, and there small runs one for two cores
     count: Samples = 1_000  # samples that a cell is scored by
     list: bool = False  # print one command a cell and seed for a scheduler, and run nothing
     device: str = "auto"  # or "cpu", "cuda", "cuda:1"

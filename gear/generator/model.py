@@ -67,6 +67,7 @@ class Generator(nn.Module):
         self.config, self.codebook_size = config, codebook_size
         self.uniform = torch.rand  # draws which conditions are dropped
         self.checkpointing = False  # whether blocks are computed again in backward, to save memory
+        self._tables = {}  # rotations, by grid, condition and device
         width = config.width
         if config.text_slots:
             self.text_embedding = nn.Sequential(
@@ -203,8 +204,10 @@ class Generator(nn.Module):
         side = math.isqrt(length)
         if side * side != length:
             raise UserError(f"a sequence of {length} tokens is not a square grid.")
-        head_dim = self.config.width // self.config.heads
-        return rotation_table(side, head_dim, condition, self.config.condition_rotation, device=device)
+        head_dim, key = self.config.width // self.config.heads, (side, condition, device)
+        if key not in self._tables:  # thirty small kernels a step otherwise
+            self._tables[key] = rotation_table(side, head_dim, condition, self.config.condition_rotation, device=device)
+        return self._tables[key]
 
 
 class Projector(nn.Module):

@@ -88,7 +88,7 @@ class Graph:
             gradients(state, self.samples)
             state.discard()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may pin memory
             gradients(state, self.samples)
         parameters = [p for optimizer in state.optimizers.values() for p in optimizer.parameters]
         self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]

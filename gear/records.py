@@ -6,7 +6,7 @@ import math
 import pyarrow.parquet as pq
 
 from gear.config import UserError
-from gear.home import parse_json, read_json
+from gear.home import is_utf8, parse_json, read_json
 
 FIELDS = {  # of a configuration, and what they are
     "recipe": str, "stage": str, "teacher": str, "tokenizer_run": str, "steps": int, "seed": int, "batch_size": int,
@@ -82,6 +82,23 @@ def state_faults(state, expected):
     if not _is_of(state.get("skipped", 0), int) or not isinstance(state.get("classes", []), list):
         faults.append("skipped and classes are no number and no list")
     return faults
+
+
+def write_tensors(tensors, path):
+    """Write {name: tensor} as a safetensors file; the library itself opens paths in UTF-8 alone."""
+    import safetensors.torch  # 1 s, for which one who lists runs or reads their metrics does not wait
+
+    if is_utf8(path):
+        safetensors.torch.save_file(tensors, path)
+    else:
+        path.write_bytes(safetensors.torch.save(tensors))
+
+
+def read_tensors(path):
+    """Return the {name: tensor} of a safetensors file; raises what the library raises."""
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
 
 
 def read_table(path):

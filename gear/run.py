@@ -19,12 +19,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load, load_file, save, save_file
 
 from gear.catalogue import readable, run_names, run_path
 from gear.config import UserError, config_hash, differences, nearest
-from gear.home import flush, is_utf8, read_json, runs_dir, write_atomically
-from gear.records import read_config, read_log, read_table, state_faults
+from gear.home import flush, read_json, runs_dir, write_atomically
+from gear.records import read_config, read_log, read_table, read_tensors, state_faults, write_tensors
 
 PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
 
@@ -176,7 +175,7 @@ class Run:
         try:
             for name, values in tensors.items():
                 whole = {k: v.detach().cpu().contiguous() for k, v in values.items()}
-                _write_tensors(whole, temporary / f"{name}.safetensors")
+                write_tensors(whole, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
             for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
                 if path.exists():
@@ -198,7 +197,7 @@ class Run:
         """
         folder = self._checkpoint(step)
         try:
-            return _read_tensors(folder / f"{file}.safetensors")
+            return read_tensors(folder / f"{file}.safetensors")
         except Exception as error:  # safetensors raises its own Rust exception type
             raise UserError(
                 f"checkpoint {folder / file}.safetensors cannot be read ({error}): it is truncated or not a checkpoint. "
@@ -283,15 +282,6 @@ def load_runs(pattern="*"):
             )
     columns = ["run", "recipe", "seed", "step", "metric", "value"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-
-
-def _write_tensors(tensors, path):
-    """Write a safetensors file; the library itself opens paths in UTF-8 alone."""
-    save_file(tensors, path) if is_utf8(path) else path.write_bytes(save(tensors))
-
-
-def _read_tensors(path):
-    return load_file(path) if is_utf8(path) else load(path.read_bytes())
 
 
 def _science(config):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import TOKENIZER, tiny_generator
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import gear
 from gear import UserError
@@ -270,7 +271,7 @@ def test_what_is_cut_short(file, home):
 
 
 def test_a_file_of_ours_without_its_card(home):
-    gear.run.save_file({"a": torch.zeros(1)}, home / "other.safetensors")
+    save_file({"a": torch.zeros(1)}, home / "other.safetensors")
     refused(home / "other.safetensors", "no card of gear")
 
 
@@ -358,7 +359,7 @@ def test_a_card_that_does_not_fit(file, home):
     name = next(iter(tensors))
 
     def written(tensors, card):
-        gear.run.save_file(tensors, path, {"gear": card if isinstance(card, str) else json.dumps(card)})
+        save_file(tensors, path, {"gear": card if isinstance(card, str) else json.dumps(card)})
         return path
 
     assert same_outputs(gear.load_tokenizer(written(tensors, card)), tokenizer())
@@ -490,7 +491,7 @@ FLAT = [name for name, (content, *_) in ALONE.items() if all(isinstance(value, t
 @pytest.mark.parametrize(("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT])
 def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsys):
     (content, place, averaged), path = ALONE[name], home / f"file{suffix}"
-    (torch.save if suffix == ".pt" else gear.run.save_file)(content, path)
+    (torch.save if suffix == ".pt" else save_file)(content, path)
     loaded, kind = gear.load_tokenizer(path), "tokenizer_ema" if averaged else "tokenizer"
     assert same_outputs(loaded, tokenizer(seed=int(averaged)))
     assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{place}')"
@@ -602,9 +603,9 @@ def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, ca
     with pytest.raises(UserError, match=rf"running_var holds {said} in 1 of 32 values"):
         load_discriminator(file({"discriminator": discriminator}))
     path = sorted((tiny / "tiny").glob("checkpoints/*/networks.safetensors"))[-1]
-    tensors = gear.run.load_file(path)
+    tensors = load_file(path)
     next(t for name, t in tensors.items() if name.startswith("generator_ema.")).view(-1)[0] = value
-    gear.run.save_file(tensors, path)
+    save_file(tensors, path)
     with pytest.raises(UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"):
         gear.load_generator("tiny")
 
@@ -665,7 +666,7 @@ def test_a_torchscript_archive_is_named(home):
 
 
 def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
-    gear.run.save_file(A, home / "tensors.safetensors")
+    save_file(A, home / "tensors.safetensors")
     torch.save(A, home / "legacy.pt", _use_new_zipfile_serialization=False)
     for source, name in (("tensors.safetensors", "a.pt"), (file(A), "b.safetensors"), ("legacy.pt", "c.safetensors")):
         (home / name).write_bytes((home / source).read_bytes())
@@ -675,7 +676,7 @@ def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
 @pytest.mark.parametrize("name", (b"caf\xe9.pt", b"caf\xe9.safetensors"))
 def test_a_file_whose_name_is_no_utf_8_is_read(name, home, capsys):
     path = home / os.fsdecode(name)
-    gear.run.save_file(A, home / "plain.safetensors")
+    save_file(A, home / "plain.safetensors")
     torch.save(A, home / "plain.pt")
     path.write_bytes((home / f"plain{path.suffix}").read_bytes())
     assert same_outputs(gear.load_tokenizer(path), tokenizer())
@@ -684,7 +685,7 @@ def test_a_file_whose_name_is_no_utf_8_is_read(name, home, capsys):
 
 
 def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
-    gear.run.save_file(A, home / "ours.safetensors")
+    save_file(A, home / "ours.safetensors")
     content = (home / "ours.safetensors").read_bytes()
     for wrong in (content[:-9], content[:100], (2**62).to_bytes(8, "little") + content[8:], b"\xff" * 7 + b"\0{"):
         (home / "cut.safetensors").write_bytes(wrong)

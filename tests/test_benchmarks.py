@@ -201,7 +201,7 @@ def test_a_quick_visit_runs_every_part_on_a_cpu(home):
     assert [(row["who"], row["note"]) for row in rows] == [("plain eager", ""), ("ours", "")]
     assert all(row["card"] == measure.card(CPU) and 0 < float(row["of_measured"]) < 1 for row in rows)
     with tarfile.open(home / "out" / "runs.tgz") as tar:
-        kept = {f"tiny/{name}" for name in ("metrics.jsonl", "metrics.json", "analysis/layer_profile.parquet")}
+        kept = {f"tiny-llamagen-repa/{name}" for name in ("metrics.jsonl", "metrics.json", "analysis/layer_profile.parquet")}
         assert kept <= set(tar.getnames()) and not any("checkpoints" in name for name in tar.getnames())
     assert 'failures="0"' in (home / "out" / "junit.xml").read_text()
 

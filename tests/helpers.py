@@ -1,10 +1,12 @@
 """Tiny networks, configurations and images that several tests share."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from gear import data
@@ -142,9 +144,9 @@ def record_scored(name, config, effect=0.0):
     return recorded(name, config, scores, **losses)
 
 
-def state_on(device, parts=1, recipe_name="tiny-joint", **changes):
+def state_on(device, parts=1, **changes):
     """A joint state with stirred weights, the same on every device, which draws nothing at random."""
-    base = recipe(recipe_name)
+    base = recipe("tiny-joint")
     still = replace(base.generator, dropout=0.0, class_dropout=0.0)
     objective = replace(base.objective, gan_start=0.0)
     config = replace(base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes)
@@ -167,3 +169,15 @@ def take_step(state, images, labels):
     losses = state.descend()
     state.finish_step()
     return losses
+
+
+@contextlib.contextmanager
+def no_waits(device):
+    """Raise where a GPU is waited for inside the block."""
+    if device.type != "cuda":
+        pytest.skip("nobody waits for a CPU")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

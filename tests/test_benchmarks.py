@@ -116,6 +116,7 @@ def test_goals_are_not_measured_without_a_gpu_and_computed_with_one(home):
     assert gpu.goals(home)[0]["value"] == "not measured"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_sentence_says_so(home):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -129,6 +130,7 @@ def test_without_a_gpu_one_sentence_says_so(home):
 # -- what they compute -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bound_of_sampling_is_what_weights_and_cache_take():
     """LlamaGen-L, 64 rows: 1.46 GB a token, 514 images/s at 3.0 TB/s; 256 rows: 3.88 GB, 773 images."""
     with torch.device("meta"):

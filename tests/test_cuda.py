@@ -1,12 +1,11 @@
 """What a device has to compute: the public code's outputs, float64's, a CPU's, and the same again after any detour."""
 
-import contextlib
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import scenes, state_on, take_step, tiny_generator
+from helpers import no_waits, scenes, state_on, take_step, tiny_generator
 from test_generator import greedy
 from test_parity import assert_close, case, parity_normal, state_dict
 from test_readout import by_blocks, gaussian
@@ -43,18 +42,6 @@ def assert_near(got, want, tolerance=1e-4):
     """Every loss of every step is within a relative `tolerance`."""
     for one, other in zip(got, want, strict=True):
         assert one == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True)
-
-
-@contextlib.contextmanager
-def no_waits(device):
-    """Raise where a GPU is waited for inside the block."""
-    if device.type != "cuda":
-        pytest.skip("nobody waits for a CPU")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ("vq16", "lfq16", "ibq16"))
@@ -199,7 +186,8 @@ def test_no_token_waits(device, name, monkeypatch):
     drawn(generator, 3.0, 1.0, graph=name == "repeated")
 
 
-def test_an_evaluation_is_that_of_a_cpu(device, tiny):
+def test_an_evaluation_is_that_of_a_cpu(device, tiny, monkeypatch):
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda generator: torch.float32)  # the same indices
     options = EvaluateOptions(Sampling(count=64, temperature=0), reference_count=100, both=True, quiet=True)
     values = []
     for name in ("cpu", str(device)):

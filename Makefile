@@ -10,7 +10,7 @@ DEMO := GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 AGAIN := GEAR_RUNS=$(CURDIR)/runs/again GEAR_FIGURES=$(CURDIR)/figures/again
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo figures reference test test-slow bench lab lint strip teacher
+.PHONY: setup demo figures reference test test-slow bench gpu lab lint strip teacher
 .DEFAULT_GOAL := setup
 
 setup: .venv/.installed
@@ -60,3 +60,6 @@ strip: setup  ## removes outputs and counts from the notebooks
 teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
 	$(BIN)/python -m gear teacher teacher-scenes
+
+gpu:  ## what a visit to a GPU should do, in ten minutes; without one: make gpu GPU="--quick --device cpu"
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(GPU)

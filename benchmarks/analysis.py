@@ -1,12 +1,13 @@
 """How fast the alignments are: seconds and peak memory beyond the inputs, ours beside the definitions written out.
 
-`python benchmarks/analysis.py [--quick]` measures gear.analysis.alignment on float32 inputs beside the textbook forms below,
-dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each measurement is a process of
-its own with two threads, the two forms of a size one after the other. It prints a table and writes benchmarks/analysis.csv.
-What takes the direct form too long is listed as not measured. `seconds` go by the clock, `cpu_seconds` are what both threads
-worked together: where other programs take their turns on the cores (`load`, of the last minute), seconds are an upper bound,
-and half the cpu_seconds come nearer to what an idle machine takes; `times_ours` is of cpu_seconds. `difference` is that of the
-two forms' values.
+`python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.analysis.alignment on float32 inputs beside the
+textbook forms below, dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each
+measurement is a process of its own with two threads, the two forms of a size one after the other. It prints a table and
+writes benchmarks/analysis.csv. What takes the direct form too long is listed as not measured. `seconds` go by the clock,
+`cpu_seconds` are what both threads worked together: where other programs take their turns on the cores (`load`, of the last
+minute), seconds are an upper bound, and half the cpu_seconds come nearer to what an idle machine takes; `times_ours` is of
+cpu_seconds. `difference` is that of the two forms' values. On a GPU `seconds` count alone, and a second call is timed: the
+first one pays for libraries.
 """
 
 import argparse
@@ -23,11 +24,14 @@ import gear  # noqa: F401  before torch: it sets what torch's libraries read whe
 
 import pandas as pd
 import torch
+from measure import card, memory_rise, wait
 
 from gear.analysis.alignment import cka, cknna, null, within_image
+from gear.device import open_device
 
 THREADS, K, DRAWS, LIMIT = 2, 10, 20, 300  # LIMIT: seconds a measurement may take
 OUT = Path(__file__).with_suffix(".csv")
+COLUMNS = "what form size device card seconds cpu_seconds peak_mib times_ours difference value load note".split()
 
 
 # -- the definitions, written out ------------------------------------------------------------------------------------------
@@ -101,40 +105,47 @@ QUICK = [(WITHIN, (10, 64, 128)), *((what, (300, 128)) for what in list(FORMS)[1
 # -- how it is measured ----------------------------------------------------------------------------------------------------
 
 
-def inputs(shape):
+def inputs(shape, device):
     """Two float32 representations, half of the second's variance the first's."""
     rng = torch.Generator().manual_seed(0)
     x, y = (torch.randn(shape, generator=rng) for _ in range(2))
-    return x, y.add_(x)
+    return x.to(device), y.add_(x).to(device)
 
 
-def _inside(pipe, what, ours, shape):
+def _measure(what, ours, shape, device):
+    function, sets, taken = FORMS[what][0 if ours else 1], inputs(shape, device), {}
+    small = inputs((4, 16, 8) if len(shape) == 3 else (40, 8), device)
+    function(*(sets if device.type == "cuda" else small))  # what torch's start takes is not counted
+
+    def work():
+        start, worked = time.perf_counter(), time.process_time()
+        taken["value"] = function(*sets)
+        wait(device)
+        taken.update(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - worked)
+
+    rise, _ = memory_rise(work, device)
+    return taken | dict(peak_mib=rise, note="")
+
+
+def _inside(pipe, *arguments):
     torch.set_num_threads(THREADS)
-    function, (x, y) = FORMS[what][0 if ours else 1], inputs(shape)
-    function(*inputs((4, 16, 8) if len(shape) == 3 else (40, 8)))  # what torch's start takes is not counted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start, worked = _peak(), time.perf_counter(), time.process_time()
-    value = function(x, y)
-    pipe.send((time.perf_counter() - start, time.process_time() - worked, _peak() - before, value))
+    pipe.send(_measure(*arguments))
 
 
-def _peak():
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) / 1024
-
-
-def measure(what, ours, shape):
-    """Return what was measured in a process of its own, or why nothing was."""
+def measure(what, ours, shape, device):
+    """Return what was measured, on a CPU in a process of its own, or why nothing was."""
     if not ours and shape[0] > FORMS[what][2]:
         return dict(note="not measured: too long")
+    if device.type == "cuda":
+        return _measure(what, ours, shape, device)
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, what, ours, shape))
+    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, what, ours, shape, device))
     process.start()
     there.close()
     found = dict(note=f"not measured: above {LIMIT} s")
     try:
         if here.poll(LIMIT):
-            found = dict(zip(("seconds", "cpu_seconds", "peak_mib", "value"), here.recv())) | dict(note="")
+            found = here.recv()
     except EOFError:
         found = dict(note="not measured: the process was killed (memory)")
     process.kill()
@@ -142,24 +153,31 @@ def measure(what, ours, shape):
     return found
 
 
+def chosen(quick, device):
+    """Return the (what, shape) to measure: on a GPU the largest of each alone."""
+    largest = dict(SIZES) if device.type == "cuda" else {}
+    return QUICK if quick else list(largest.items()) or SIZES
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size of each: under a minute, to see that it runs")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options, rows = parser.parse_args(), []
-    for what, shape in QUICK if options.quick else SIZES:
+    device = open_device(options.device)
+    for what, shape in chosen(options.quick, device):
         pair = [dict(what=what, form=form, size="x".join(map(str, shape))) for form in ("gear", "direct")]
         for ours, row in zip((True, False), pair):
-            row |= measure(what, ours, shape) | dict(load=os.getloadavg()[0])
+            row |= dict(device=str(device), card=card(device))
+            row |= measure(what, ours, shape, device) | dict(load=os.getloadavg()[0])
         if "value" in pair[0] and "value" in pair[1]:
-            pair[1] |= dict(
-                times_ours=pair[1]["cpu_seconds"] / pair[0]["cpu_seconds"], difference=abs(pair[1]["value"] - pair[0]["value"])
-            )
+            clock = "cpu_seconds" if device.type == "cpu" else "seconds"
+            pair[1] |= dict(times_ours=pair[1][clock] / pair[0][clock], difference=abs(pair[1]["value"] - pair[0]["value"]))
         for row in pair:
             print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
         rows += pair
-    columns = "what form size seconds cpu_seconds peak_mib times_ours difference value load note".split()
-    pd.DataFrame(rows, columns=columns).to_csv(options.out, index=False, float_format="%.4g")
+        pd.DataFrame(rows, columns=COLUMNS).to_csv(options.out, index=False, float_format="%.4g")
     print(f"\n{options.out}: {len(rows)} rows; two threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print("Where the load was above zero, seconds are upper bounds.")
 

@@ -1,9 +1,10 @@
 """How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours beside others'.
 
-`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048]` gives every library the same random
-features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts. It prints a table
-and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs take 8 N^2 bytes each,
-so that 50,000 samples need more memory than most machines have: what does not fit is listed as not measured.
+`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device cuda]` gives every library
+the same random features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts.
+It prints a table and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs
+take 8 N^2 bytes each, so that 50,000 samples need more memory than most machines have: what does not fit is listed as not
+measured. On a GPU ours are measured alone, in this process.
 """
 
 import argparse
@@ -23,6 +24,9 @@ import gear  # noqa: F401  before torch: it sets what torch's libraries read whe
 
 import pandas as pd
 import torch
+from measure import card, memory_rise, seconds, wait
+
+from gear.device import open_device
 
 LIMIT = 600  # seconds a measurement may take
 OUT = Path(__file__).with_suffix(".csv")
@@ -155,6 +159,16 @@ def _inside(pipe, function, count, dim):
         pipe.send("not measured: out of memory")
 
 
+def measure_here(function, sets, device):
+    """Return (seconds, value, MiB) of the second of two calls on a GPU, or why there is none."""
+    values = []
+    try:
+        times = seconds(lambda: values.append(float(function(*sets))), device, 2)
+        return times[1], values[1], memory_rise(lambda: function(*sets), device)[0]
+    except torch.OutOfMemoryError:
+        return "not measured: out of memory"
+
+
 def measure(function, count, dim):
     """Return (seconds, value, MiB) or why there is none."""
     here, there = multiprocessing.Pipe()
@@ -186,18 +200,22 @@ def free_memory():
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def statistics(counts, dims, repeats, only):
+def statistics(counts, dims, repeats, only, device):
     rows = []
     for count in counts:
         for dim in dims:
-            features(count, dim)  # once: the processes inherit it
+            sets = [both.to(device) for both in features(count, dim)]  # once: the processes inherit it
             for statistic, libraries in STATISTICS.items():
                 if only and not any(word in statistic for word in only):
                     continue
+                if device.type == "cuda":
+                    libraries = {"gear": libraries["gear"]} if "gear" in libraries else {}
                 runs = {library: [] for library in libraries}
                 for _ in range(repeats):
                     for library, function in libraries.items():  # in turn
-                        if needs(statistic, library, count, dim) > 0.8 * free_memory():
+                        if device.type == "cuda":
+                            found = measure_here(function, sets, device)
+                        elif needs(statistic, library, count, dim) > 0.8 * free_memory():
                             found = f"not measured: needs {needs(statistic, library, count, dim) / 2**30:.0f} GiB"
                         else:
                             found = measure(function, count, dim)
@@ -238,8 +256,8 @@ def _line(row):
     )
 
 
-def extraction(images, side):
-    """Return images/s of each feature network whose weights are on this machine: batches of 64, one core."""
+def extraction(images, side, device):
+    """Return images/s of each feature network whose weights are on this machine: batches of 64, a GPU or one core."""
     from gear.config import UserError
     from gear.evaluation.networks import NETWORKS, load_network_by_name
 
@@ -248,12 +266,14 @@ def extraction(images, side):
     for name in NETWORKS:
         row = dict(what=f"features of {side} px images", library=name)
         try:
-            network = load_network_by_name(name, offline=True)
-            network(batch[:2])
+            network = load_network_by_name(name, offline=True).to(device)
+            network(batch[:2].to(device))
+            wait(device)
             start, seen = time.perf_counter(), 0
             while seen < images:
-                network(batch)
+                network(batch.to(device))
                 seen += len(batch)
+            wait(device)
             row |= dict(count=seen, images_s=seen / (time.perf_counter() - start), note="")
         except (UserError, ImportError) as error:
             row |= dict(note=f"not measured: {str(error)[:70]}...")
@@ -269,19 +289,21 @@ def main():
     parser.add_argument("--dims", type=int, nargs="+", default=[1280, 2048])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], help="words of the statistics wanted")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    device = open_device(options.device)
     if options.quick:
         options.counts, options.dims, options.repeats = [1_000], [256], 1
     import torch_fidelity  # noqa: F401  imported once, so that no process is charged for it
     import torch_fidelity.metric_fid  # noqa: E401, F401, I001
 
-    rows = extraction(64 if options.quick else 256, 32) if not options.only else []
-    rows += statistics(options.counts, options.dims, options.repeats, options.only)
-    table = pd.DataFrame(rows)
+    rows = extraction(64 if options.quick else 256, 32, device) if not options.only else []
+    rows += statistics(options.counts, options.dims, options.repeats, options.only, device)
+    table = pd.DataFrame(rows).assign(device=str(device), card=card(device))
     table.to_csv(options.out, index=False, float_format="%.6g")
     missing = int((table["note"] != "").sum())
-    print(f"\n{options.out}: {len(table)} rows, {missing} not measured; one core, load {os.getloadavg()[0]:.1f}")
+    print(f"\n{options.out}: {len(table)} rows, {missing} not measured; {card(device)}, load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

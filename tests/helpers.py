@@ -1,10 +1,12 @@
 """Tiny networks, configurations and images that several tests share."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from gear import data
@@ -12,13 +14,14 @@ from gear.config import to_dict
 from gear.data.scenes import Scenes
 from gear.evaluation.scores import record
 from gear.generator.model import Generator, GeneratorConfig
-from gear.recipes import TINY
+from gear.recipes import TINY, recipe
 from gear.run import Run
 from gear.studies import members
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.training.losses import entropy_loss
-from gear.training.state import State
+from gear.training.objectives import gradients
+from gear.training.state import State, step_seed
 
 TOKENIZER = TokenizerConfig(codebook_size=32, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
 GENERATOR = GeneratorConfig(
@@ -139,3 +142,42 @@ def record_scored(name, config, effect=0.0):
     scores.append((0, 0, {"rfd_scenes": 2 + noise.uniform(0, 0.1), "psnr": 20 + noise.uniform(0, 0.1), "ssim": 0.6}))
     losses = {"ntp_loss": 3 + noise.uniform(0, 0.1), "align_loss": -0.5, "usage_entropy": 4.0, "psnr": 20.0}
     return recorded(name, config, scores, **losses)
+
+
+def state_on(device, parts=1, **changes):
+    """A joint state with stirred weights, the same on every device, which draws nothing at random."""
+    base = recipe("tiny-joint")
+    still = replace(base.generator, dropout=0.0, class_dropout=0.0)
+    objective = replace(base.objective, gan_start=0.0)
+    config = replace(base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes)
+    torch.manual_seed(0)
+    states = [State(config, torch.device(name), parts) for name in ("cpu", device)]
+    states[0].start()
+    for name, network in states[0].networks.items():
+        if name in ("generator", "projector"):
+            stirred(network)
+        states[1].networks[name].load_state_dict(network.state_dict())
+        if name in states[1].averages:
+            states[1].averages[name].module.load_state_dict(network.state_dict())
+    return states[1]
+
+
+def take_step(state, images, labels):
+    """Take a step as gear.training.loop does; returns its losses."""
+    torch.manual_seed(step_seed(0, state.step))
+    gradients(state, (images, labels))
+    losses = state.descend()
+    state.finish_step()
+    return losses
+
+
+@contextlib.contextmanager
+def no_waits(device):
+    """Raise where a GPU is waited for inside the block."""
+    if device.type != "cuda":
+        pytest.skip("nobody waits for a CPU")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -202,6 +202,22 @@ def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
     assert not (home / "runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ("False", "True"))
+def test_papermill_drives_a_run_from_its_first_step_to_its_samples(compiled, home, device):
+    """`papermill train.ipynb out.ipynb -p device cuda`: progress, losses, pictures and the last numbers are in its outputs."""
+    given = {"recipe": "tiny-joint-no-init", "device": device, "compile": compiled}
+    words = [word for key, value in given.items() for word in ("-p", key, value)]
+    notebook, out = ROOT / "notebooks" / "train.ipynb", home / "out.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", notebook, out, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in code_cells(out) for output in cell["outputs"]]
+    shown = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    assert len(shown) == 2 and "100%" in text and "images/s" in text
+    assert "tiny-joint-no-init: step 24, validation next-token loss" in text
+
+
 def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, capsys, monkeypatch):
     given = [word for key in ("joint", "control", "half") for word in ("-p", key, "tiny-joint")]
     main(["figures", "codebook_usage", *given])

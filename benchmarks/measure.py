@@ -1,0 +1,89 @@
+"""What the benchmarks measure with: seconds, memory, and what a device can do at most."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from gear.price import GPUS
+
+CPU_PRODUCT, GPU_PRODUCT = 1024, 8192  # side of the square matrices whose product is timed
+
+
+def card(device):
+    """Return the name of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+
+
+def data_sheet(device):
+    """Return the row of gear.price.GPUS that describes a device, or None."""
+    name = card(device).lower().replace(" ", "")
+    return next((gpu for key, gpu in GPUS.items() if key in name), None) if device.type == "cuda" else None
+
+
+def wait(device):
+    """Wait until a device has done what it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device, repeats=5):
+    """Return the seconds of each of `repeats` calls, the device waited for."""
+    found = []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        function()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def product_rate(device, kind=torch.float32):
+    """Return the FLOP/s of a large product of random matrices of dtype `kind`: the best of five, after a first."""
+    side = GPU_PRODUCT if device.type == "cuda" else CPU_PRODUCT
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device, 6)[1:])
+
+
+def copy_rate(device):
+    """Return the bytes/s that a large copy reads and writes: the best of five, after a first."""
+    count = 2**32 if device.type == "cuda" else 2**27
+    source = torch.empty(count, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    return 2 * count / min(seconds(lambda: target.copy_(source), device, 6)[1:])
+
+
+def memory_rise(function, device):
+    """Return (MiB at the peak above what is held before, MiB held before) while `function` runs.
+
+    Of a GPU that is what torch's allocator gave out. Of a CPU it is this process's memory: give it a process of its own, and
+    where the system does not let a process forget its earlier peak, the rise is an upper bound.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        function()
+        wait(device)
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20, held / 2**20
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    held = resident("VmRSS")
+    function()
+    return resident("VmHWM") - held, held
+
+
+def resident(what):
+    """Return the MiB of memory that this process holds, "VmRSS", or has held at most, "VmHWM"."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024
+
+
+def write_table(rows, path):
+    """Write rows, one dict each, as CSV with four digits; a first row's missing columns come last."""
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")

@@ -1,0 +1,54 @@
+"""Score the finished runs in $GEAR_RUNS, and measure what their weights say: a process a run, eight at a time.
+
+`python benchmarks/scores.py [--quick] [--device cuda]` leaves metrics.json and analysis/ in every run that is trained to its
+end: samples and reconstructions, the profiles of its layers and its tokenizer, the floors of its alignment.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gear
+
+# isort: split
+
+from gear.analysis.tables import alignment_floors, layer_profile, tokenizer_profile
+from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
+
+JOBS = 8
+
+
+def score(name, device, quick):
+    """Score one run and keep what was found beside it."""
+    run, images = gear.Run.open(name), 40 if quick else 1_000
+    few = dict(sampling=Sampling(count=64), reference_count=100) if quick else {}
+    evaluate(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
+    tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
+    tables.append((layer_profile, tables[0][1]))
+    tables.append((alignment_floors, dict(images=200 if quick else 4_000)))
+    for table, sizes in tables:
+        table(run, **sizes)
+    return name
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images: to see that it runs")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    finished = [run for run in gear.open_runs("*") if run.is_finished and run.config["stage"] == "generator"]
+    if not finished:
+        print("no run is trained to its end")
+        sys.exit(1)
+    jobs = min(JOBS, os.cpu_count(), len(finished))
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        pending = [pool.apply_async(score, (run.name, options.device, options.quick)) for run in finished]
+        for result in pending:
+            print(f"scored: {result.get()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,10 +36,10 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory, worker_id):
+def tiny_runs(tmp_path_factory):
     """The folder of the runs tiny-tokenizer, tiny-joint and tiny; read it, do not write to it."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "tiny_runs"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
     with open(folder.with_suffix(".lock"), "w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker trains, the others wait
         patch.setenv("GEAR_RUNS", str(folder))

@@ -177,8 +177,9 @@ class LookupFreeQuantizer(Quantizer):
         """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
-        maps, losses = as_maps(z + (code - z).detach(), latents), {"commit_loss": F.mse_loss(z, code)}
-        return Quantized(_pack(z > 0), maps, losses, SignAffinity(as_rows(latents)), bit_entropies(z))
+        losses, entropies = {"commit_loss": F.mse_loss(z, code)}, bit_entropies(z)
+        maps = as_maps(z + (code - z).detach(), latents)
+        return Quantized(_pack(z > 0), maps, losses, SignAffinity(as_rows(latents)), entropies)
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""

@@ -300,10 +300,10 @@ def test_a_folder_of_images_trains(home, capsys):
     for name in ("cat", "dog"):
         for i in range(30):
             picture(home / "pets" / name / f"{i}.png")
-    main(["train", "tiny", "--source", str(home / "pets"), "--label", "pets", "--quiet", "--device", "cpu"])
+    main(["train", "tiny-joint", "--source", str(home / "pets"), "--label", "pets", "--quiet", "--device", "cpu"])
     runs = home / "runs"
-    assert {p.name for p in runs.iterdir()} == {"tiny-pets", "tiny-joint-pets", "tiny-tokenizer-pets"}
-    assert '"num_classes": 2' in (runs / "tiny-pets" / "config.json").read_text()
+    assert {p.name for p in runs.iterdir()} == {"tiny-joint-pets", "tiny-tokenizer-pets"}
+    assert '"num_classes": 2' in (runs / "tiny-joint-pets" / "config.json").read_text()
 
 
 def test_classes_unlike_the_configuration(home):

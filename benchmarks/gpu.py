@@ -40,7 +40,7 @@ KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysi
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the visit: commands, run one after another until one fails, and the seconds they may take together.
+    """A part of the visit: commands, run one after another, whichever fails, and the seconds they may take together.
 
     `lasts` says that the part takes whatever time there is and ends with it: to be stopped is no failure.
     """
@@ -104,7 +104,7 @@ def environment(work):
 
 def run(part, limit, work):
     """Run a part's commands for `limit` seconds at most, its output to a log; returns (exit code, note)."""
-    end = time.monotonic() + limit
+    end, failure = time.monotonic() + limit, (0, "")
     with open(work / "log" / f"{part.name}.txt", "w") as log:
         for command in part.commands:
             log.write(f"$ {' '.join(command)}\n")
@@ -118,9 +118,9 @@ def run(part, limit, work):
                 return (0 if part.lasts else STOPPED), f"stopped after {limit:.3g} s"
             finally:
                 stop(process)
-            if code:
-                return code, f"exit code of: {' '.join(Path(word).name for word in command[:4])}"
-    return 0, ""
+            if code and not failure[0]:
+                failure = code, f"exit code of: {' '.join(Path(word).name for word in command[:4])}"
+    return failure
 
 
 def stop(process):

@@ -30,7 +30,7 @@ def score(name, device, quick):
     tables.append((layer_profile, tables[0][1]))
     tables.append((alignment_floors, dict(images=200 if quick else 4_000)))
     for table, sizes in tables:
-        table(run, **sizes)
+        table(run, device=device, **sizes)
     return name
 
 

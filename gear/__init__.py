@@ -28,7 +28,7 @@ def __getattr__(name):
     """Return a public name, or a module of the package: gear.Run, gear.data."""
     if name in MODULES:
         return getattr(importlib.import_module(f"gear.{MODULES[name]}"), name)
-    if importlib.util.find_spec(f"gear.{name}"):
+    if name.isidentifier() and importlib.util.find_spec(f"gear.{name}"):
         return importlib.import_module(f"gear.{name}")
     raise AttributeError(f"module 'gear' has no attribute {name!r}")
 

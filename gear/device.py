@@ -47,3 +47,23 @@ def tensor_core_products():
         yield
     finally:
         products.allow_tf32 = exact
+
+
+@contextlib.contextmanager
+def capturing(graph, device):
+    """Capture what runs inside as a CUDA graph, on a stream of `device`, a torch.device.
+
+    Where that fails, the error is raised again once the process is as it was: on its own stream, with a default generator
+    that does not count itself as captured any more (its seed is lost).
+    """
+    with torch.cuda.device(device):
+        stream, number = torch.cuda.current_stream(), torch.cuda.current_device()
+        try:  # other threads may allocate memory meanwhile, which the mode "global" forbids
+            aside = torch.cuda.Stream(device)
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                yield
+        except Exception:
+            torch.cuda.set_stream(stream)
+            fresh = torch.Generator(device).graphsafe_get_state()
+            torch.cuda.default_generators[number].graphsafe_set_state(fresh)
+            raise

@@ -58,7 +58,7 @@ def _on(cost, config, gpu, utilisation, at_once, fit, fitting):
     hours = cost.hours(config.steps * config.batch_size, gpu, utilisation)
     return [
         f"  {gpu}, {card.gigabytes} GB: {room}",
-        f"  {gpu}, {card.bf16:g} TFLOP/s in bf16, {card.tf32:g} in TF32 and {card.float32:g} in float32, of which "
+        f"  {gpu}, {card.bf16:g} TFLOP/s in bf16 and {card.float32:g} in float32, of which "
         f"{utilisation:.0%} is assumed: {hours:.3g} hours",
     ]
 
@@ -98,5 +98,6 @@ def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
 
 CAVEAT = """This is an estimate. FLOPs are those of matrix products and convolutions, attention in full, the adversarial term
 as if on from the start, without validation; the share of the data sheet that is reached is an assumption; memory is weights,
-gradients, Adam's moments, averages, and what autograd keeps in the update that keeps most, without the libraries' work space.
+gradients, Adam's moments, averages, what autograd keeps in the update that keeps most, and some of the gradients that are under
+way in it, without the libraries' work space.
 nothing was trained"""

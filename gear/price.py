@@ -14,23 +14,22 @@ from gear.tokenizer.readout import WHOLE
 
 
 class GPU(NamedTuple):
-    """Dense TFLOP/s of products in bf16 (summed in float32), in TF32, and in float32 outside the tensor cores; memory in GB."""
+    """Dense TFLOP/s of products in bf16 (summed in float32), and in float32 outside the tensor cores; memory in GB."""
 
     bf16: float
-    tf32: float
     float32: float
     gigabytes: float
 
 
 GPUS = {  # from the makers' data sheets
-    "h100": GPU(989.4, 494.7, 66.9, 80),  # SXM
-    "h200": GPU(989.4, 494.7, 66.9, 141),  # SXM
-    "a100": GPU(312.0, 156.0, 19.5, 80),  # SXM
-    "rtx4090": GPU(165.2, 82.6, 82.6, 24),
+    "h100": GPU(989.4, 66.9, 80),  # SXM
+    "h200": GPU(989.4, 66.9, 141),  # SXM
+    "a100": GPU(312.0, 19.5, 80),  # SXM
+    "rtx4090": GPU(165.2, 82.6, 24),
 }
 TRAINED, WEIGHT = 16, 4  # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged one
 Utilisation = Annotated[float, Range(0, 1, without=0)]  # the share of a GPU's data sheet that is reached
-GRADIENTS = 4  # of the largest activation, in a backward pass at once: what torch's allocator saw at 256 px
+GRADIENTS = 6  # of the largest activation, in a backward pass at once: what torch's allocator saw at 256 px
 USABLE = 0.9  # of a GPU's memory: the rest goes to its libraries and to fragments
 
 
@@ -140,12 +139,8 @@ def parts_that_fit(config, images, memory, is_compiled):
 
 
 def precision_of(part, mode, config):
-    """Return the type of a part's products: of a teacher, of LPIPS and of A it is float32, whatever the run's precision."""
-    if part in ("quantizer", "read-out", "teacher") and config.stage != "teacher":
-        return "float32"
-    if part == "LPIPS" and config.precision == "bf16":
-        return "tf32"  # which float32 convolutions may be there: see gear.device
-    return config.precision
+    """Return the type of a part's products on a GPU: the run's, but of A and of the read-outs float32."""
+    return "float32" if part in ("quantizer", "read-out") else config.precision
 
 
 def is_aligned(config):

@@ -1,5 +1,7 @@
 """A step that is compiled or graphed, and what happens where it cannot be."""
 
+import contextlib
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,14 +9,17 @@ import pytest
 import torch
 from helpers import tiny_state
 
-from gear import data
+from gear import data, price
 from gear.config import UserError
 from gear.data import DataConfig
+from gear.device import capturing
 from gear.recipes import TINY, recipe
-from gear.training import running
+from gear.run import Run
+from gear.training import loop, running
+from gear.training.loop import Runtime
 from gear.training.objectives import gradients
-from gear.training.running import Running, upload, way_of
-from gear.training.state import step_seed
+from gear.training.running import Ahead, Running, compile_networks, upload, way_of
+from gear.training.state import State, step_seed
 
 CPU = torch.device("cpu")
 
@@ -23,12 +28,6 @@ CPU = torch.device("cpu")
 def samples():
     """Sixteen scenes as a stream gives them."""
     return next(data.stream(DataConfig(image_size=16, train_images=64), seed=0, batch_size=16))
-
-
-@pytest.fixture(autouse=True)
-def stance():
-    yield
-    torch.compiler.set_stance("default")
 
 
 def placed(device="cuda", size=32, batch=32, parts=1, world=1, shard=False):
@@ -94,7 +93,7 @@ def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, mo
         raise RuntimeError("no compiler\nwith a long story")
 
     state, calls = tiny_state(), []
-    monkeypatch.setattr(running, "compile_networks", lambda _: calls.append("compile"))
+    monkeypatch.setattr(running, "compile_networks", lambda _: calls.append("compile") or [])
     compute = Running(state, way)
     with monkeypatch.context() as patch:
         if way == "compiled":
@@ -116,7 +115,7 @@ def test_what_another_way_would_not_mend_is_raised(error, samples, monkeypatch):
         raise error
 
     monkeypatch.setattr(running, "gradients", failing)
-    monkeypatch.setattr(running, "compile_networks", lambda _: None)
+    monkeypatch.setattr(running, "compile_networks", lambda _: [])
     with pytest.raises(type(error)):
         Running(tiny_state(), "compiled")(upload(samples, CPU))
 
@@ -156,3 +155,118 @@ def test_a_compiled_step_is_the_plain_one(stage, samples):
     losses, _ = descended(compiled, samples, Running(compiled, "compiled"))
     assert losses == pytest.approx(expected, rel=1e-4)
     assert compiled.is_compiled
+
+
+def test_a_fall_back_is_of_one_run(samples):
+    """The next run of the process is compiled again."""
+    state = tiny_state()
+    compute = Running(state, "compiled")
+    parts = compute.compiled
+    assert state.networks["tokenizer"] in parts and state.is_compiled
+    assert all(part._compiled_call_impl is not None for part in parts)
+    compute._fall_back(RuntimeError("no compiler"))
+    assert all(part._compiled_call_impl is None for part in parts) and not state.is_compiled
+    assert Running(state, "compiled").way == "compiled" and state.is_compiled
+
+
+def test_a_frozen_tokenizer_is_not_compiled(tiny):
+    """It encodes as it does at inference."""
+    state = State(recipe("tiny"), CPU)
+    parts = compile_networks(state)
+    tokenizer = state.networks["tokenizer"]
+    assert set(parts) == {*state.networks["generator"].blocks, state.teacher_features}
+    assert all(module._compiled_call_impl is None for module in tokenizer.modules())
+
+
+def test_what_comes_next_is_fetched_early_and_fails_late():
+    def items():
+        yield 1
+        yield 2
+        raise UserError("an image that cannot be read")
+
+    ahead = Ahead(items())
+    assert ahead.take() == 1
+    ahead.fetch()
+    assert ahead.take() == 2
+    ahead.fetch()  # of the step after this one
+    with pytest.raises(UserError, match="an image that cannot be read"):
+        ahead.take()
+    assert Ahead(iter(())).take() is None
+
+
+def test_a_step_whose_next_images_cannot_be_read_is_saved(tiny, monkeypatch):
+    monkeypatch.setattr(loop, "upload", broken_after(3))
+    config = replace(recipe("tiny-tokenizer"), steps=8, save_every=3, log_every=1)
+    with pytest.raises(UserError, match="cannot be read"):
+        loop.train(config, "broken", Runtime(device="cpu", quiet=True))
+    assert Run.open("broken").checkpoint_steps() == [3] and Run.open("broken").logged_step == 3
+
+
+def broken_after(count):
+    numbers = itertools.count()
+
+    def upload_some(uploaded, device):
+        if next(numbers) == count:
+            raise UserError("an image cannot be read")
+        return upload(uploaded, device)
+
+    return upload_some
+
+
+class Capture:
+    """What torch.cuda is to `capturing`, on a machine without: streams and generators by name."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.stream, self.states, self.error = "own", [], error
+        fresh = SimpleNamespace(graphsafe_get_state=lambda: "fresh")
+        monkeypatch.setattr(torch, "Generator", lambda device: fresh)
+        generator = SimpleNamespace(graphsafe_set_state=self.states.append)
+        for name, value in {
+            "device": lambda device: contextlib.nullcontext(), "current_device": lambda: 1,
+            "current_stream": lambda: self.stream, "set_stream": self.set_stream, "Stream": lambda device: "aside",
+            "graph": self.graph,
+            "default_generators": [None, generator],
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        self.stream = stream
+        yield
+        if self.error:
+            raise self.error  # as where the driver has thrown a capture away: nothing is put back
+        self.stream = "own"
+
+
+def test_a_capture_that_fails_leaves_the_process_as_it_was(monkeypatch):
+    capture = Capture(monkeypatch, RuntimeError("invalidated"))
+    with pytest.raises(RuntimeError, match="invalidated"), capturing("graph", torch.device("cuda:1")):
+        assert capture.stream == "aside"
+    assert capture.stream == "own" and capture.states == ["fresh"]
+
+
+def test_a_capture_that_succeeds_leaves_the_generator_alone(monkeypatch):
+    capture = Capture(monkeypatch)
+    with capturing("graph", torch.device("cuda:1")):
+        assert capture.stream == "aside"
+    assert capture.stream == "own" and capture.states == []
+
+
+def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
+    """Every process gives the same answer, whoever else is on the card; on a CPU there is one part."""
+    config, cuda = recipe("imagenet256-b-joint"), torch.device("cuda")
+    card = SimpleNamespace(total_memory=70e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert loop.parts_of(config, Runtime(accumulate=3), cuda) == 3
+    auto = Runtime(accumulate="auto")
+    assert loop.parts_of(config, auto, CPU) == 1
+    parts = loop.parts_of(config, auto, cuda)
+    assert parts == price.parts_that_fit(config, 256, 70e9, is_compiled=True) and parts > 1
+    assert loop.parts_of(config, replace(auto, eager=True), cuda) > parts
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert loop.parts_of(config, auto, cuda) == price.parts_that_fit(config, 128, 70e9, is_compiled=True)
+    with pytest.raises(UserError, match="--accumulate auto counts a whole generator: with --shard, give a number"):
+        loop.parts_of(config, replace(auto, shard=True), cuda)

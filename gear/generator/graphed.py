@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from gear.device import capturing
 from gear.home import say_once
 
 # network -> (kind of its last call, its Graph; None: not yet captured, False: cannot be)
@@ -26,10 +27,9 @@ class Graph:
         self.network = copy.deepcopy(network).to(dtype)
         self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         device = inputs[0].device
-        self.rng, self.graph, aside = torch.Generator(device), torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        self.rng, self.graph = torch.Generator(device), torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.rng)  # else every replay would draw the same
-        # other threads may allocate memory meanwhile, which the mode "global" forbids
-        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
+        with capturing(self.graph, device):
             self.outputs = function(settings, self.network, *self.inputs, self.rng)
 
     def __call__(self, network, inputs, seed):

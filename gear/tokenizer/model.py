@@ -27,8 +27,8 @@ class Tokenizer(nn.Module):
 
     Images of any float type are taken as the network's own. In evaluation mode an image out of range and a value that is not
     finite raise UserError; training, and a frozen tokenizer in it (`check` false), must not wait for the device to say so.
-    One that was trained in the `precision` "bf16" encodes in it, whoever asks: on one kind of device the indices in training
-    are those at inference.
+    One that was trained in the `precision` "bf16" encodes in it, whoever asks: on one kind of device the indices that a
+    generator is trained on are those at inference. (Compiled code, which trains a tokenizer on a GPU, rounds less.)
     """
 
     def __init__(self, config, precision="float32"):

@@ -1,7 +1,7 @@
 """Quantizers behind one interface: an affinity A to every code, the hard index, a quantised latent with its gradient rule.
 
 Latents are (B, D, h, w); in rows, (B, L, D) with L = h w in raster order. Whatever the autocast dtype, a quantizer computes
-in float32, so that the index in training equals the one at inference.
+in float32, so that the same latents have the same indices in training and at inference.
 """
 
 import functools

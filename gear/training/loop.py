@@ -9,7 +9,19 @@ from typing import Literal
 import torch
 
 from gear import data
-from gear.config import Checked, Count, Interrupted, Parallel, UserError, Whole, __version__, from_dict, given_by, to_dict
+from gear.config import (
+    Checked,
+    Count,
+    Interrupted,
+    Parallel,
+    UserError,
+    Whole,
+    __version__,
+    from_dict,
+    given_by,
+    require,
+    to_dict,
+)
 from gear.data.trained import note
 from gear.device import open_device
 from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
@@ -20,7 +32,7 @@ from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
 from gear.training.processes import Processes, world_size
-from gear.training.running import Running, upload, way_of
+from gear.training.running import Ahead, Running, upload, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed
 from gear.training.validate import Validation
@@ -36,7 +48,7 @@ class Runtime(Checked):
     quiet: bool = False  # no progress bar
     rebuild: bool = False  # train again a finished run that came without its weights
     accumulate: Count | Literal["auto"] = 1  # parts of a batch, one after another: less memory, the same step;
-    # "auto": as few as fit on the GPU
+    # "auto": as few as fit on the GPU, reckoned without checkpointing
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
     compile: bool = False  # compile the networks, also on a CPU and where they are small (torch.compile)
     eager: bool = False  # neither compile nor graph a step, as is done on a GPU
@@ -81,11 +93,12 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         with Progress(run, config, state.step, runtime.quiet or not processes.main) as progress:
             remaining = itertools.islice(stream, config.steps - state.step)
             uploaded = (upload(samples, state.device) for samples in remaining)
-            samples = next(uploaded, None)
+            samples = Ahead(uploaded)
             while state.step < config.steps:
                 torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
-                compute(samples)  # `gradients`: forward and backward of every update
-                samples = next(uploaded, None)  # the next step's, while the device computes
+                compute(samples.take())  # `gradients`: forward and backward of every update
+                if not signals:
+                    samples.fetch()  # the next step's, while the device computes
                 losses = _descend(state, runtime.skip)  # clip, step: every network
                 state.finish_step()  # EMA, counter
                 meter.add(losses)
@@ -99,14 +112,18 @@ def train(config, name=None, runtime=Runtime(), wait=False):
 
 
 def parts_of(config, runtime, device):
-    """Return into how many parts a batch goes; with `accumulate` "auto" as few as fit into what a GPU has free."""
+    """Return into how many parts a batch goes; with `accumulate` "auto" as few as fit on the GPU, were it empty.
+
+    Every process gives the same answer. Raises UserError where blocks are sharded: what they take is not counted.
+    """
     if runtime.accumulate != "auto":
         return runtime.accumulate
+    require(not runtime.shard, "--accumulate auto counts a whole generator: with --shard, give a number.")
     if device.type == "cpu":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
     is_compiled = not (runtime.eager or config.is_small) or runtime.compile
-    parts = parts_that_fit(config, config.batch_size // world_size(), free, is_compiled)
+    parts = parts_that_fit(config, config.batch_size // world_size(), memory, is_compiled)
     print(f"a batch of {config.batch_size} goes in {parts} parts", file=sys.stderr)
     return parts
 

@@ -1,9 +1,9 @@
 """How the gradients of a step are computed: as they stand in objectives.py, compiled, or as one CUDA graph.
 
 On a GPU a large step is compiled, which fuses what lies between products. A small one takes longer to
-launch than to compute: it is captured once and replayed as one graph. Both compute the same up to
-rounding, but for dropout, which compiled code draws in its own way from the step's seed. Where either
-fails, the step is computed plainly, and a line says so.
+launch than to compute: it is captured once and replayed as one graph, unless it goes in parts or over
+several processes. Both compute the same up to rounding, but for dropout, which compiled code draws in
+its own way from the step's seed. Where either fails, the step is computed plainly, and a line says so.
 """
 
 import sys
@@ -12,6 +12,7 @@ import torch
 
 from gear.config import UserError
 from gear.data import to_float
+from gear.device import capturing
 from gear.training.objectives import gradients
 from gear.training.state import step_seed
 
@@ -33,6 +34,27 @@ def way_of(state, compiled=False, eager=False):
     return "graphed" if state.config.is_small and is_alone else "compiled"
 
 
+class Ahead:
+    """The next item of an iterator, fetched early; what that raises is raised when the item is asked for."""
+
+    def __init__(self, items):
+        self.items, self.item, self.error = items, None, None
+        self.fetch()
+
+    def fetch(self):
+        """Fetch the next item, None after the last."""
+        try:
+            self.item = next(self.items, None)
+        except Exception as error:
+            self.error = error
+
+    def take(self):
+        """Return the item that was fetched."""
+        if self.error is not None:
+            raise self.error
+        return self.item
+
+
 class Running:
     """Computes the gradients of a State's steps one of the ways of `way_of`, and plainly where that fails."""
 
@@ -40,8 +62,7 @@ class Running:
         self.state, self.way, self.graphs = state, way, {}
         for name in {"tokenizer", "generator"} & state.networks.keys():
             state.networks[name].checkpointing = checkpointing
-        if way == "compiled":
-            compile_networks(state)
+        self.compiled = compile_networks(state) if way == "compiled" else []
 
     def __call__(self, samples):
         """Add up the gradients of one step: see `gradients`."""
@@ -71,7 +92,8 @@ class Running:
         print(f"steps cannot be {self.way} here, and are computed plainly: {reason[:200]}", file=sys.stderr)
         self.way = "plain"
         self.graphs.clear()
-        torch.compiler.set_stance("force_eager")
+        for part in self.compiled:
+            part._compiled_call_impl = None  # torch has no public way back
         self.state.is_compiled = False
         self.state.discard()
         torch.manual_seed(step_seed(self.state.config.seed, self.state.step))
@@ -82,13 +104,13 @@ class Graph:
 
     def __init__(self, state, samples):
         self.state, self.samples = state, [sample.clone() for sample in samples]
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(state.device)
+        stream.wait_stream(torch.cuda.current_stream(state.device))
         with torch.cuda.stream(stream):  # libraries set up what they need the first time they are used
             gradients(state, self.samples)
             state.discard()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may pin memory
+        torch.cuda.current_stream(state.device).wait_stream(stream)
+        with capturing(self.graph, state.device):
             gradients(state, self.samples)
         parameters = [p for optimizer in state.optimizers.values() for p in optimizer.parameters]
         self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -107,13 +129,18 @@ class Graph:
 
 
 def compile_networks(state):
-    """Compile what a State's step runs; a generator's blocks one by one, since one compilation serves all."""
-    networks = dict(state.networks)
-    generator, tokenizer = networks.pop("generator", None), networks.get("tokenizer")
-    networks.pop("projector", None)  # compiled with the loss
-    parts = [*networks.values(), *(generator.blocks if generator else [])]
-    parts += [tokenizer.encoder] if tokenizer else []  # for `encode`, which is not the network's forward
+    """Compile what a State's step runs; returns the parts. A generator's blocks go one by one: one compilation serves all.
+
+    A frozen tokenizer is left alone: compiled code rounds less than the one that encodes at inference, and where a run is
+    in bf16 some indices would be others.
+    """
+    networks = state.networks
+    parts = [networks[name] for name in ("discriminator", "teacher") if name in networks]
+    parts += list(networks["generator"].blocks) if "generator" in networks else []
+    if "tokenizer" in state.averages:  # it trains; the encoder alone is for a batch in parts
+        parts += [networks["tokenizer"], networks["tokenizer"].encoder]
     parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
     for part in parts:
         part.compile()
     state.is_compiled = True
+    return parts

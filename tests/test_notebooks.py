@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import matplotlib.pyplot
 import pandas as pd
 import pytest
 from helpers import record_scored, record_study
@@ -42,7 +43,7 @@ ON_TINY = {
     "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
-    "protocols": {"run": "tiny", "count": 16},
+    "protocols": {"run": "tiny", "count": 32},
     "convergence": SYSTEMS | {"preset": "tiny", "count": 100, "at": "12,24"},
     "system_comparison": SYSTEMS | {"count": 100},
     "guidance_sweep": {"warm_up": "tiny-llamagen-repa-s[012]", "method": "tiny-gear-s[012]", "count": 100, "scales": "1,1.5,2"},
@@ -99,19 +100,24 @@ def record_runs():
             record_scored(f"tiny-{method}-s{seed}", recipe(f"tiny-{method}-s{seed}"))
 
 
-@pytest.mark.parametrize("name", [p.stem for p in NOTEBOOKS])
-def test_runs_on_tiny(name, tiny, home, monkeypatch):
-    """From any working directory. One is drawn again from tables and metrics alone, byte for byte."""
-    monkeypatch.chdir(home)
-    if name in SCORED:
-        record_runs()
-    executed = render.execute(name, ON_TINY[name])
-    assert executed.exists()
-    if name in render.INTERACTIVE:  # what can be turned is there as a picture too, for those who only read
-        shown = [output["data"] for cell in code_cells(executed) for output in cell["outputs"] if "data" in output]
-        pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
-        assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
-        return
+IN_A_KERNEL = (*render.INTERACTIVE, "generator_alignment")  # in the quick tests: a kernel takes seconds to start
+DRAWN = [path.stem for path in NOTEBOOKS if path.stem not in render.INTERACTIVE]
+
+
+def run_here(name, parameters):
+    """Run a notebook's cells in this process."""
+    first, *others = ("".join(cell["source"]) for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb"))
+    namespace = {}
+    with matplotlib.rc_context():
+        exec(first, namespace)
+        namespace |= parameters
+        for source in others:
+            exec(source, namespace)
+    matplotlib.pyplot.close("all")
+
+
+def check_figure(name, home):
+    """Assert that a notebook has left a picture with its PDF and CSV, and where it comes from."""
     product = home / "figures" / (f"{name}_temperature" if name == "ablations" else name)
     picture = matplotlib.image.imread(product.with_suffix(".png"))
     assert picture.std() > 0.05 and product.with_suffix(".pdf").stat().st_size > 5_000
@@ -120,6 +126,34 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
     assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance["runs"].keys() or name == "text_to_image"
     assert all(provenance["statistics"].values())
     assert len(pd.read_csv(product.with_suffix(".csv"), comment="#")) > 5
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name not in IN_A_KERNEL])
+def test_its_cells_run_on_tiny(name, tiny, home):
+    if name in SCORED:
+        record_runs()
+    run_here(name, ON_TINY[name])
+    check_figure(name, home)
+
+
+@pytest.mark.parametrize("name", render.INTERACTIVE)
+def test_those_to_sit_before_run_on_tiny(name, tiny, home, monkeypatch):
+    """From any working directory. What can be turned is there as a picture too, for those who only read."""
+    monkeypatch.chdir(home)
+    executed = render.execute(name, ON_TINY[name])
+    shown = [output["data"] for cell in code_cells(executed) for output in cell["outputs"] if "data" in output]
+    pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
+    assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
+
+
+@pytest.mark.parametrize("name", [n if n in IN_A_KERNEL else pytest.param(n, marks=pytest.mark.slow) for n in DRAWN])
+def test_runs_on_tiny(name, tiny, home, monkeypatch):
+    """From any working directory. One is drawn again from tables and metrics alone, byte for byte."""
+    monkeypatch.chdir(home)
+    if name in SCORED:
+        record_runs()
+    assert render.execute(name, ON_TINY[name]).exists()
+    check_figure(name, home)
     if name == "generator_alignment":
         files = {path.name: path.read_bytes() for path in (home / "figures").glob(f"{name}.*")}
         assert set(files) == {f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}

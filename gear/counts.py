@@ -55,7 +55,7 @@ def count(work, arguments, mode, precision):
     """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
 
     `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no gradient), `precision`
-    "float32" or "bf16". An image is what two take more than one, so that what is done once a batch drops out. The blocks
+    "float32" or "bf16". An image is what three take more than two, so that what is done once a batch drops out. The blocks
     of a generator are alike: one is counted, the difference of two generators.
     """
     if work is not generator:
@@ -70,7 +70,7 @@ def count(work, arguments, mode, precision):
 def _image(work, arguments, mode, precision):
     kept = readouts.WHOLE
     try:
-        one, two = (_batch(work, arguments, mode, precision, n) for n in (1, 2))
+        one, two = (_batch(work, arguments, mode, precision, n) for n in (2, 3))
     finally:
         readouts.WHOLE = kept
     forward, backward = (b - a for a, b in zip(one[:2], two[:2]))

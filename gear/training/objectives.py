@@ -148,7 +148,7 @@ def aligned(projector, hidden, target, widths):
     return alignment_loss(projector(hidden), target, widths)
 
 
-compiled = functools.cache(torch.compile)
+compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def _loss(state, function, *arguments):

@@ -141,6 +141,6 @@ def compile_networks(state):
         parts += [networks["tokenizer"], networks["tokenizer"].encoder]
     parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
     for part in parts:
-        part.compile()
+        part.compile(dynamic=False)  # another run's sizes in this process must not make those of this one variable
     state.is_compiled = True
     return parts

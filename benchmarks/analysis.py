@@ -1,6 +1,6 @@
 """How fast the alignments are: seconds and peak memory beyond the inputs, ours beside the definitions written out.
 
-`python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.analysis.alignment on float32 inputs beside the
+`python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.measures.alignment on float32 inputs beside the
 textbook forms below, dense and in loops: centring matrices, n x n masks, every term from matrix products, O(n^3). Each
 measurement is a process of its own with two threads, the two forms of a size one after the other. It prints a table and
 writes benchmarks/analysis.csv. What takes the direct form too long is listed as not measured. `seconds` go by the clock,
@@ -26,8 +26,8 @@ import pandas as pd
 import torch
 from measure import card, memory_rise, wait
 
-from gear.analysis.alignment import cka, cknna, null, within_image
 from gear.device import open_device
+from gear.measures.alignment import cka, cknna, null, within_image
 
 THREADS, K, DRAWS, LIMIT = 2, 10, 20, 300  # LIMIT: seconds a measurement may take
 OUT = Path(__file__).with_suffix(".csv")

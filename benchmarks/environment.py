@@ -21,7 +21,7 @@ PACKAGES = (
 ).split()
 
 
-IN_JUPYTER = {"gear.explore", "gear.monitor", "gear.widgets"}
+IN_JUPYTER = {"gear.interactive.tour", "gear.interactive.monitor", "gear.interactive.widgets"}
 
 
 def modules():

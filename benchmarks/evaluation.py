@@ -45,7 +45,7 @@ def features(count, dim):
 
 
 def our_moments(fake, real):
-    from gear.evaluation.statistics import Moments
+    from gear.measures.frechet import Moments
 
     return [_stream(Moments(rows.shape[1]), rows) for rows in (fake, real)]
 
@@ -57,7 +57,7 @@ def _stream(moments, rows):
 
 
 def our_fd(fake, real):
-    from gear.evaluation.statistics import frechet_distance
+    from gear.measures.frechet import frechet_distance
 
     return frechet_distance(*our_moments(fake, real))
 
@@ -70,7 +70,7 @@ def fidelity_fd(fake, real):
 
 
 def our_kid(fake, real):
-    from gear.evaluation.neighbours import polynomial_mmd
+    from gear.measures.neighbours import polynomial_mmd
 
     return polynomial_mmd(real, fake, 100, min(1_000, len(fake)), seed=2020)[0]
 
@@ -85,7 +85,7 @@ def fidelity_kid(fake, real, exact=False):
 
 
 def our_precision_recall(fake, real, half=False):
-    from gear.evaluation.neighbours import precision_recall
+    from gear.measures.neighbours import precision_recall
 
     return precision_recall(real, fake, 3, half)[0]
 
@@ -98,7 +98,7 @@ def fidelity_precision_recall(fake, real):
 
 
 def our_prdc(fake, real):
-    from gear.evaluation.neighbours import prdc
+    from gear.measures.neighbours import prdc
 
     return prdc(real, fake, 5)["density"]
 
@@ -117,7 +117,7 @@ def one_job(function, *arguments, n_jobs=None, **keywords):
 
 
 def our_score(fake, real):
-    from gear.evaluation.statistics import InceptionScore
+    from gear.measures.frechet import InceptionScore
 
     return InceptionScore(len(fake) // 10).update(fake[:, :1008]).value()
 

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gear.device import open_device
-from gear.recipes import recipe
+from gear.experiments.recipes import recipe
 
 OUT, STEPS, LONGEST = Path(__file__).with_suffix(".csv"), 2, 60
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from gear.price import GPUS
+from gear.cost.price import GPUS
 
 CPU_PRODUCT, GPU_PRODUCT = 1024, 8192  # side of the square matrices whose product is timed
 
@@ -21,7 +21,7 @@ def card(device):
 
 
 def data_sheet(device):
-    """Return the row of gear.price.GPUS that describes a device, or None."""
+    """Return the row of gear.cost.price.GPUS that describes a device, or None."""
     name = card(device).lower().replace(" ", "")
     return next((gpu for key, gpu in GPUS.items() if key in name), None) if device.type == "cuda" else None
 

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from gear.config import to_dict
-from gear.recipes import recipe
-from gear.run import Run
+from gear.experiments.recipes import recipe
+from gear.runs.run import Run
 from gear.training.objectives import STAGES
 from gear.training.state import State
 

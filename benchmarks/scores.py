@@ -15,7 +15,7 @@ import gear
 
 # isort: split
 
-from gear.analysis.tables import alignment_floors, layer_profile, tokenizer_profile
+from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
 
 JOBS = 8

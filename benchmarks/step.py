@@ -40,13 +40,14 @@ import torch
 from measure import card, data_sheet, memory_rise, product_rate, wait, write_table
 
 from gear.config import UserError
+from gear.cost.price import price
 from gear.device import open_device
-from gear.price import price
-from gear.recipes import recipe
+from gear.experiments.recipes import recipe
 from gear.teachers import efficientnet
 from gear.teachers.networks import build
 from gear.teachers.vit import parse
 from gear.tokenizer import readout
+from gear.training.loop import Runtime
 from gear.training.objectives import STAGES
 from gear.training.running import Running, upload, way_of
 from gear.training.state import State, step_seed
@@ -89,8 +90,8 @@ def random_weights():
         network = lpips.LPIPS
         patches |= {
             "lpips.LPIPS": lpips_network,
-            "gear.evaluation.reconstruction.lpips_backbone": lambda: Path(__file__),
-            "gear.evaluation.reconstruction.file_hash": lambda path: LPIPS_HASH,
+            "gear.evaluation.lpips.lpips_backbone": lambda: Path(__file__),
+            "gear.evaluation.lpips.file_hash": lambda path: LPIPS_HASH,
         }
     with contextlib.ExitStack() as stack:
         for name, value in patches.items():
@@ -132,7 +133,8 @@ class Lab:
             self.state.tokenizer.skip_in.weight.data.normal_(0, 0.1)
         self.failures = []
         self.state.step = 1  # the first step's learning rate may be none
-        shipped = way_of(self.state, options.compile)
+        is_alone = options.accumulate == 1
+        shipped = way_of(config, self.device, Runtime(compile=options.compile), is_alone)
         self.running = {way: Running(self.state, way, options.checkpointing) for way in {"plain", shipped}}
         self.who = {"plain eager": "plain", "ours": shipped} | ({"ours eager": "plain"} if shipped != "plain" else {})
         self.who |= {"plain compiled": "compiled"} if shipped == "compiled" else {}

@@ -18,9 +18,13 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 from gear.config import UserError, __version__
 
 MODULES = {  # of public names, which are imported when they are first asked for: torch takes a second
-    "Run": "run", "load_generator": "checkpoints", "load_runs": "run", "load_tokenizer": "checkpoints", "open_runs": "run",
+    "Run": "runs.run",
+    "load_generator": "checkpoints",
+    "load_runs": "runs.run",
+    "load_tokenizer": "checkpoints",
+    "open_runs": "runs.run",
     "sample": "generator.sampling",
-}  # fmt: skip
+}
 __all__ = ["UserError", "__version__", *MODULES]
 
 

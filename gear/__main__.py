@@ -3,8 +3,8 @@
 import importlib
 import sys
 
+from gear.cli.console import console
 from gear.config import UserError, __version__, nearest
-from gear.console import console
 
 COMMANDS = {  # their modules are imported when they are called: torch alone takes a second
     "train": "Train runs by recipe name; parents that are missing come first. The same command resumes.",

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from gear.config import UserError, from_dict
-from gear.containers import CONTAINERS, Checkpoint, Part, check_depth, grouped
 from gear.generator.model import Generator, GeneratorConfig
-from gear.layouts import public_layout
-from gear.layouts.base import listed, mismatches
-from gear.run import Run, run_names
-from gear.tensorfiles import WEIGHTS, first_line, not_finite, odd_tensors
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.public.containers import CONTAINERS, Checkpoint, Part, check_depth, grouped
+from gear.public.layouts import public_layout
+from gear.public.tensorfiles import WEIGHTS, first_line
+from gear.public.wrappings import read_checkpoint
+from gear.runs.run import Run, run_names
+from gear.tokenizer.autoencoder import TokenizerConfig, token_grid
 from gear.tokenizer.model import Tokenizer
-from gear.wrappings import read_checkpoint
+from gear.weights import listed, load_module, not_finite
 
 
 def load_tokenizer(source, ema=True, step=None):
@@ -110,12 +110,6 @@ def _described(size):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def token_grid(config):
-    """Return the token grid (h, w) of a run's configuration, a dict."""
-    tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
-    return (config["data"]["image_size"] // tokenizer.downsampling,) * 2
-
-
 def load_networks(run, file="networks", step=None):
     """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...}, "tokenizer_ema": {...}, ...}."""
     return grouped(run.load_checkpoint(file, step))
@@ -145,30 +139,3 @@ def network(groups, name, source):
     if name not in groups:
         raise UserError(f"run '{source}' holds no {name}: it holds {', '.join(sorted(groups)) or 'nothing'}.")
     return groups[name]
-
-
-def check_fit(network, tensors, source, what=""):
-    """Raise UserError unless `tensors` are those of a network by name and shape, and finite numbers; it lists what is wrong."""
-    what = what or type(network).__name__
-    check_shapes({name: tuple(t.shape) for name, t in network.state_dict().items()}, tensors, source, what)
-    check_numbers(network, tensors, source, what)
-
-
-def check_numbers(network, tensors, source, what):
-    """Raise UserError listing those `tensors` for a network that are no floating-point numbers, or hold NaN or infinity."""
-    counts = {name for name, t in network.state_dict().items() if not t.is_floating_point()}
-    if faults := odd_tensors(tensors, counts) or not_finite(tensors):
-        raise UserError(listed(f"the weights of '{source}' are not all numbers that this {what} can have", faults))
-
-
-def check_shapes(expected, tensors, source, what):
-    """Raise UserError listing what is missing, unexpected or of another shape; `expected` is {name: shape}."""
-    if faults := mismatches(expected, {name: tuple(t.shape) for name, t in tensors.items()}):
-        raise UserError(listed(f"the weights of '{source}' do not fit this {what}", faults))
-
-
-def load_module(module, tensors, source, assign=False):
-    """Load `tensors` into `module`, strictly; raises UserError listing the names that do not fit. Returns the module."""
-    check_fit(module, tensors, source)
-    module.load_state_dict(tensors, assign=assign)
-    return module

@@ -7,6 +7,20 @@ from gear.config import UserError
 TOLERANCE = 1e-3  # beyond [-1, 1], for what rounding adds
 
 
+def to_float(images):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]: x = uint8 / 127.5 - 1."""
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255)).
+
+    Raises UserError for NaN and infinity, which have no pixel.
+    """
+    check_finite(images, "the images", "look at what they were computed from")
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def check_images(images, values=True):
     """Raise UserError unless images are floats (B, 3, H, W) in [-1, 1]; NaN lies in no range.
 

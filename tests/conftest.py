@@ -14,7 +14,7 @@ import matplotlib
 import pytest
 import torch
 
-from gear.recipes import recipe, train_with_parents
+from gear.experiments.recipes import recipe, train_with_parents
 from gear.training.loop import Runtime
 
 matplotlib.use("Agg")

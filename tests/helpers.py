@@ -13,10 +13,10 @@ from gear import data
 from gear.config import to_dict
 from gear.data.scenes import Scenes
 from gear.evaluation.scores import record
+from gear.experiments.recipes import TINY, recipe
+from gear.experiments.studies import members
 from gear.generator.model import Generator, GeneratorConfig
-from gear.recipes import TINY, recipe
-from gear.run import Run
-from gear.studies import members
+from gear.runs.run import Run
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.training.losses import entropy_loss

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from gear.analysis import alignment
-from gear.analysis.alignment import cka, cknna, l2_normalise, mutual_knn, null, tie_fraction, within_image
+from gear.measures import alignment
+from gear.measures.alignment import (
+    cka,
+    cknna,
+    l2_normalise,
+    mutual_knn,
+    null,
+    tie_fraction,
+    within_image,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -27,9 +27,9 @@ import step  # noqa: E402
 
 from gear.__main__ import main  # noqa: E402
 from gear.data import DataConfig  # noqa: E402
-from gear.evaluation.reconstruction import load_lpips  # noqa: E402
+from gear.evaluation.lpips import load_lpips  # noqa: E402
+from gear.experiments.recipes import recipe  # noqa: E402
 from gear.generator.model import GENERATORS, Generator  # noqa: E402
-from gear.recipes import recipe  # noqa: E402
 from gear.teachers import load_teacher  # noqa: E402
 
 FILES = {"env.txt", "junit.xml", "summary.csv", "goals.csv", "report.txt", "tables.tgz", "runs.tgz", "log.tgz"}

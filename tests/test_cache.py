@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gear.data import to_float
+from gear.images import to_float
 from gear.teachers import cache
 from gear.teachers.cache import CHUNK, FeatureCache
 

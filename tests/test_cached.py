@@ -13,7 +13,7 @@ from PIL import Image
 
 from gear.config import Interrupted, TrainingStopped, UserError
 from gear.data import DataConfig, Stream
-from gear.recipes import recipe
+from gear.experiments.recipes import recipe
 from gear.training import cached
 from gear.training.cached import Cached, Rows
 from gear.training.loop import Runtime, train

@@ -21,10 +21,10 @@ import gear
 from gear import UserError
 from gear.__main__ import main
 from gear.checkpoints import load_discriminator, open_checkpoint
-from gear.containers import export
+from gear.files import ROOT
 from gear.generator.model import Generator, GeneratorConfig
-from gear.home import ROOT
-from gear.layouts import LAYOUTS
+from gear.public.containers import export
+from gear.public.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
@@ -128,7 +128,7 @@ def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monke
     """Names without dots cannot be told apart by themselves: they are looked up in the released sizes."""
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
-    monkeypatch.setattr("gear.wrappings.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
+    monkeypatch.setattr("gear.public.wrappings.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
     loaded = gear.load_tokenizer(file({"state_dict": dotless(public(averaged, "IBQ"))}))
     assert same_outputs(loaded, averaged)
 
@@ -202,10 +202,10 @@ def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
 
 def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
     """The public networks silence a condition's key: read back by them, ours would be another network."""
-    assert gear.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
+    assert gear.public.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
     turned = GeneratorConfig(**GENERATOR.__dict__ | {"condition_rotation": "identity"})
-    assert gear.layouts.public_layout("generator", (turned, 32)) is None
-    assert gear.layouts.public_layout("generator", (tiny_generator().config, 11)) is None  # heads that no table tells
+    assert gear.public.layouts.public_layout("generator", (turned, 32)) is None
+    assert gear.public.layouts.public_layout("generator", (tiny_generator().config, 11)) is None  # heads that no table tells
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_a_tensor_of_a_released_file_is_named_whichever_it_is():
         ("vq16", "encoder.conv_in.weight"),
     ):
         shapes = {n: tuple(s) for n, s in json.loads((ROOT / "tests" / "parity" / "keys" / f"{name}.json").read_text()).items()}
-        of = gear.layouts.recognise(shapes, name)
+        of = gear.public.layouts.recognise(shapes, name)
         with pytest.raises(UserError) as error:
             of.fit({n: s for n, s in shapes.items() if n != tensor}, name)
         assert str(error.value).splitlines()[1:] == [f"  missing {tensor} {shapes[tensor]}"]
@@ -354,7 +354,7 @@ def test_a_card_that_does_not_fit(file, home):
     """Cards and tensors of our own files are held against each other when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
-    with gear.tensorfiles.safe_open(path, "pt") as whole:
+    with gear.public.tensorfiles.safe_open(path, "pt") as whole:
         tensors, card = {n: whole.get_tensor(n) for n in whole.keys()}, json.loads(whole.metadata()["gear"])
     name = next(iter(tensors))
 

@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from gear.analysis import claims
-from gear.analysis.claims import Claim, verdict
-from gear.run import Run
+from gear.experiments import claims
+from gear.experiments.claims import Claim, verdict
+from gear.runs.run import Run
 
 LOWER = Claim("lower", "Fig. 3", "next-token loss (nats a token)", "gear", "llamagen-repa", -1)
 ALIKE = Claim("alike", "Table 8", "PSNR (dB)", "gear", "llamagen-repa", 0, 0.3)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import gear
 from gear.__main__ import main
 from gear.data import DataConfig
-from gear.recipes import TINY
+from gear.experiments.recipes import TINY
 from gear.teachers import scenes
 from gear.training.loop import Runtime, train
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gear.analysis import codes
+from gear.measures import codes
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["codebook"]["expected"]

@@ -3,7 +3,7 @@
 import pytest
 
 from gear.config import UserError, config_hash, differences, from_dict, to_dict
-from gear.recipes import RECIPES
+from gear.experiments.recipes import RECIPES
 from gear.training.settings import Config
 
 

@@ -11,12 +11,13 @@ from test_parity import assert_close, case, parity_normal, state_dict
 from test_readout import by_blocks, gaussian
 
 import gear
-from gear.data import Stream, to_float
+from gear.data import Stream
 from gear.device import open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
+from gear.experiments.recipes import recipe
 from gear.generator import sampling
-from gear.recipes import recipe
-from gear.run import Run
+from gear.images import to_float
+from gear.runs.run import Run
 from gear.tokenizer.readout import Affinity, entropies, soft_readout
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train

@@ -20,7 +20,8 @@ from torchvision import datasets
 
 from gear import data
 from gear.config import UserError
-from gear.data import DataConfig, folders, open_source, to_float, to_uint8
+from gear.data import DataConfig, folders, open_source
+from gear.images import to_float, to_uint8
 
 SCENES = DataConfig(image_size=16, train_images=20, val_images=10)
 

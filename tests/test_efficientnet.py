@@ -17,8 +17,9 @@ from PIL import Image
 
 from gear.__main__ import main
 from gear.config import UserError
-from gear.data import DataConfig, load, to_uint8
-from gear.recipes import TINY, recipe
+from gear.data import DataConfig, load
+from gear.experiments.recipes import TINY, recipe
+from gear.images import to_uint8
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.efficientnet import INSTALL
 from gear.training.loop import Runtime, train

@@ -17,14 +17,17 @@ from safetensors.torch import save_file
 from gear.__main__ import main
 from gear.config import UserError
 from gear.evaluation import evaluate as evaluation
-from gear.evaluation import neighbours, networks, scores, sources
+from gear.evaluation import networks, scores, sources
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, metrics_table, read_metrics
-from gear.evaluation.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
-from gear.evaluation.reconstruction import images_at_once, l1, load_lpips, measure, psnr, reconstruct, ssim
+from gear.evaluation.lpips import load_lpips, measure
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
-from gear.evaluation.statistics import ROWS, InceptionScore, Moments, frechet_distance
-from gear.run import Run
+from gear.measures import neighbours
+from gear.measures.frechet import ROWS, InceptionScore, Moments, frechet_distance
+from gear.measures.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
+from gear.measures.reconstruction import l1, psnr, ssim
+from gear.runs.run import Run
+from gear.tokenizer.model import images_at_once, reconstruct
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = np.load(GOLDEN / "dist.npz")
@@ -816,8 +819,8 @@ def test_reconstruction_refuses_another_range():
 
 def test_lpips_looks_at_what_no_gradient_is_asked_of(monkeypatch, home):
     """Training computes it at every step, and must not wait."""
-    monkeypatch.setattr("gear.evaluation.reconstruction.lpips_backbone", lambda: home)
-    monkeypatch.setattr("gear.evaluation.reconstruction.file_hash", lambda path: "397923af")
+    monkeypatch.setattr("gear.evaluation.lpips.lpips_backbone", lambda: home)
+    monkeypatch.setattr("gear.evaluation.lpips.file_hash", lambda path: "397923af")
     monkeypatch.setattr("lpips.LPIPS", lambda **options: torch.nn.PairwiseDistance())
     distance, images = load_lpips(), torch.rand(2, 3, 16, 16)
     assert distance(images, images).shape == (2 * 3 * 16,)

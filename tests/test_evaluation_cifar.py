@@ -16,10 +16,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from gear.evaluation.neighbours import polynomial_mmd, precision_recall
 from gear.evaluation.networks import load_network_by_name
 from gear.evaluation.scores import compare, extract
 from gear.evaluation.sources import read_images
+from gear.measures.neighbours import polynomial_mmd, precision_recall
 
 NAME = "efficientnet-lite0"
 DATA = Path(__file__).parents[2] / "shared" / "data"

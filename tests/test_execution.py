@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import gear
-from gear.execution import parameters_of, run_notebook, this_environment
+from gear.figures.execution import parameters_of, run_notebook, this_environment
 
 SOURCES = [
     "count: int = 1  # how many",

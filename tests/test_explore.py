@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import GENERATOR, scenes, stirred, tiny_tokenizer
 
-from gear import explore
 from gear.config import UserError
-from gear.data import to_uint8
 from gear.generator.model import Generator
-from gear.widgets import TokenGrid, to_png
+from gear.images import to_uint8
+from gear.interactive import tour
+from gear.interactive.widgets import TokenGrid, to_png
 
 CLASSES = [f"class {i}" for i in range(GENERATOR.num_classes)]
 
@@ -46,25 +46,25 @@ def shown(axis):
 def test_the_soft_read_out_turns_hard_as_tau_falls(tokenizer, images):
     affinity = tokenizer.affinity(images[:1])[0]
     hard = tokenizer.decode(tokenizer.encode(images[:1]))[0]
-    far = [float((explore.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean()) for tau in (1.0, 0.1, 1e-5)]
-    assert torch.allclose(explore.decode_mixture(tokenizer, affinity, 0), hard, atol=1e-5)
+    far = [float((tour.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean()) for tau in (1.0, 0.1, 1e-5)]
+    assert torch.allclose(tour.decode_mixture(tokenizer, affinity, 0), hard, atol=1e-5)
     assert far[0] > far[1] > far[2] and far[2] < 1e-4
 
 
 def test_exp_h_counts_the_codes_of_a_mixture():
     even = torch.zeros(3, 16)
-    assert torch.allclose(explore.entropies(even, 0.1).exp(), torch.tensor(16.0))
+    assert torch.allclose(tour.entropies(even, 0.1).exp(), torch.tensor(16.0))
     two = torch.full((16,), -4.0).index_fill(0, torch.tensor([3, 9]), -1.0)
-    assert float(explore.entropies(two, 0.01).exp()) == pytest.approx(2)
+    assert float(tour.entropies(two, 0.01).exp()) == pytest.approx(2)
 
 
 def test_variants_put_each_code_in_the_patchs_place(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]  # (8, 8)
     f, position = tokenizer.config.downsampling, 8 * 3 + 5
-    own, other = explore.variants(tokenizer, indices, position, torch.stack([indices[3, 5], (indices[3, 5] + 1) % 32]))
+    own, other = tour.variants(tokenizer, indices, position, torch.stack([indices[3, 5], (indices[3, 5] + 1) % 32]))
     assert torch.allclose(own, tokenizer.decode(indices[None])[0][:, 2 * f : 5 * f, 4 * f : 7 * f], atol=1e-5)
     assert not torch.allclose(own, other, atol=1e-2)
-    assert explore.variants(tokenizer, indices, 0, indices[0, :1]).shape == (
+    assert tour.variants(tokenizer, indices, 0, indices[0, :1]).shape == (
         1,
         3,
         2 * f,
@@ -74,28 +74,28 @@ def test_variants_put_each_code_in_the_patchs_place(tokenizer, images):
 
 def test_a_code_has_one_colour_wherever_it_stands(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]
-    colours = explore.code_colours(tokenizer, indices)
+    colours = tour.code_colours(tokenizer, indices)
     assert colours.shape == (8, 8, 3) and 0 <= colours.min() and colours.max() <= 1
-    assert torch.allclose(explore.code_colours(tokenizer, indices.T), colours.transpose(0, 1), atol=1e-6)
+    assert torch.allclose(tour.code_colours(tokenizer, indices.T), colours.transpose(0, 1), atol=1e-6)
 
 
 def test_changed_tokens_are_those_another_tokenizer_reads_otherwise(tokenizer, images):
-    assert not explore.changed_tokens(tokenizer, tokenizer, images).any()
+    assert not tour.changed_tokens(tokenizer, tokenizer, images).any()
     before = stirred(stirred(tiny_tokenizer())).eval()
-    changed = explore.changed_tokens(tokenizer, before, images)
+    changed = tour.changed_tokens(tokenizer, before, images)
     assert torch.equal(changed, tokenizer.encode(images) != before.encode(images)) and changed.any()
     with pytest.raises(UserError, match="different codes"):
-        explore.changed_tokens(tokenizer, tiny_tokenizer(codebook_size=16), images)
+        tour.changed_tokens(tokenizer, tiny_tokenizer(codebook_size=16), images)
 
 
 def test_the_read_out_shows_the_masses_of_the_nearest_codes(tokenizer, images):
-    fig = explore.draw_readout(tokenizer, images, 1, 20, 0.1)
+    fig = tour.draw_readout(tokenizer, images, 1, 20, 0.1)
     bars, strip, image, hard, soft, sizes = fig.axes
     pi = (tokenizer.affinity(images[1:2])[0, 20] / 0.1).softmax(-1)
-    near = pi.topk(explore.NEAREST)
+    near = pi.topk(tour.NEAREST)
     assert np.allclose([bar.get_height() for bar in bars.patches], near.values, rtol=1e-5)
     assert [int(label.get_text()) for label in strip.get_xticklabels()] == near.indices.tolist()
-    assert len(strip.get_images()) == explore.NEAREST
+    assert len(strip.get_images()) == tour.NEAREST
     size = math.exp(float(torch.special.entr(pi).sum()))
     assert f"exp H = {size:.3g} codes" in bars.get_title(loc="left")
     assert shown(sizes)[20 // 8, 20 % 8] == pytest.approx(size, rel=1e-4)
@@ -105,7 +105,7 @@ def test_the_read_out_shows_the_masses_of_the_nearest_codes(tokenizer, images):
 
 
 def test_a_row_of_taus_ends_with_the_hard_one(tokenizer, images):
-    fig = explore.draw_taus(tokenizer, images[0], 9, [1.0, 0.01])
+    fig = tour.draw_taus(tokenizer, images[0], 9, [1.0, 0.01])
     above, below = np.array(fig.axes).reshape(2, 3)
     assert (shown(above[-1]) == to_uint8(tokenizer.decode(tokenizer.encode(images[:1])))[0].numpy()).all()
     assert below[-1].patches[0].get_height() == pytest.approx(1) and below[-1].get_xlabel() == "exp H = 1"
@@ -115,16 +115,16 @@ def test_a_row_of_taus_ends_with_the_hard_one(tokenizer, images):
 
 def test_turning_a_control_draws_what_it_says_and_leaves_no_figure_behind(tokenizer, images):
     plt.close("all")
-    panel = explore.readout(tokenizer, images, tau=0.1, position=4)
+    panel = tour.readout(tokenizer, images, tau=0.1, position=4)
     before = pixels(panel)
     panel.controls["tau"].value = 1.0
     soft = pixels(panel)
     assert before.shape == soft.shape and (before != soft).any()
-    assert panel.picture.value == to_png(explore.draw_readout(tokenizer, images, 0, 4, 1.0))
+    assert panel.picture.value == to_png(tour.draw_readout(tokenizer, images, 0, 4, 1.0))
     panel.controls["position"].children[30].click()
-    assert panel.picture.value == to_png(explore.draw_readout(tokenizer, images, 0, 30, 1.0))
+    assert panel.picture.value == to_png(tour.draw_readout(tokenizer, images, 0, 30, 1.0))
     panel.controls["image"].value = 2
-    assert panel.picture.value == to_png(explore.draw_readout(tokenizer, images, 2, 30, 1.0))
+    assert panel.picture.value == to_png(tour.draw_readout(tokenizer, images, 2, 30, 1.0))
     buttons = panel.controls["position"].children
     assert [int(b.description) for b in buttons] == tokenizer.encode(images[2:3]).flatten().tolist()
     assert [i for i, b in enumerate(buttons) if b.layout.border_top] == [30]
@@ -132,17 +132,17 @@ def test_turning_a_control_draws_what_it_says_and_leaves_no_figure_behind(tokeni
 
 
 def test_tokens_follow_the_image(tokenizer, images):
-    panel = explore.tokens(tokenizer, tokenizer, images)
+    panel = tour.tokens(tokenizer, tokenizer, images)
     assert panel.controls["image"].max == 2
     panel.controls["image"].value = 1
-    fig = explore.draw_tokens(tokenizer, tokenizer, images, 1)
+    fig = tour.draw_tokens(tokenizer, tokenizer, images, 1)
     assert [int(text.get_text()) for text in fig.axes[1].texts] == tokenizer.encode(images[1:2]).flatten().tolist()
     assert fig.axes[3].get_title(loc="left") == "0 of 64 tokens changed"
     assert panel.picture.value == to_png(fig)
 
 
 def test_samples_of_a_class_repeat_with_the_seed_and_change_with_everything(tokenizer, generator):
-    panel = explore.samples(generator, tokenizer, (8, 8), CLASSES)
+    panel = tour.samples(generator, tokenizer, (8, 8), CLASSES)
     seen = [panel.picture.value]
     again = panel.column.children[-1]
     for turn in (
@@ -155,21 +155,21 @@ def test_samples_of_a_class_repeat_with_the_seed_and_change_with_everything(toke
         assert panel.picture.value not in seen
         seen.append(panel.picture.value)
     assert panel.controls["seed"].value == 1 and panel.controls["label"].value == 3
-    assert panel.picture.value == to_png(explore.draw_samples(generator, tokenizer, (8, 8), 3, 4.0, 0.5, 1))
+    assert panel.picture.value == to_png(tour.draw_samples(generator, tokenizer, (8, 8), 3, 4.0, 0.5, 1))
     panel.controls["seed"].value = 0
     assert panel.picture.value == seen[-2]
 
 
 def test_without_guidance_both_rows_are_the_same(tokenizer, generator):
-    fig = explore.draw_samples(generator, tokenizer, (8, 8), 1, 1.0, 1.0, 0)
-    axes = np.array(fig.axes).reshape(3, explore.SAMPLES)
+    fig = tour.draw_samples(generator, tokenizer, (8, 8), 1, 1.0, 1.0, 0)
+    axes = np.array(fig.axes).reshape(3, tour.SAMPLES)
     assert all((shown(one) == shown(other)).all() for one, other in zip(axes[0], axes[1]))
     assert all(0 <= shown(axis).min() and shown(axis).max() <= math.log(32) + 1e-4 for axis in axes[2])
     plt.close(fig)
 
 
 def test_a_panel_is_a_picture_where_no_widgets_live(tokenizer, images):
-    panel = explore.tokens(tokenizer, tokenizer, images)
+    panel = tour.tokens(tokenizer, tokenizer, images)
     bundle = panel._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "image/png", "application/vnd.jupyter.widget-view+json"}
 

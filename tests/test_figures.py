@@ -9,7 +9,7 @@ from PIL import Image
 
 from gear import data, figures, load_tokenizer
 from gear.config import UserError, from_dict
-from gear.run import Run
+from gear.runs.run import Run
 
 CONFIG = {
     "recipe": "r", "seed": 3, "steps": 20, "batch_size": 4, "data": {"source": "/a/b/pets/", "image_size": 32},

@@ -20,8 +20,8 @@ from gear.config import UserError
 from gear.evaluation.clip import read_captions
 from gear.evaluation.evaluate import report
 from gear.evaluation.sources import npz_images, reference
-from gear.layouts import LAYOUTS
-from gear.run import Run, load_runs
+from gear.public.layouts import LAYOUTS
+from gear.runs.run import Run, load_runs
 
 pytestmark = pytest.mark.slow
 CASES = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))

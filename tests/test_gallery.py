@@ -7,9 +7,9 @@ import papermill
 import pytest
 from PIL import Image
 
-from gear import gallery, render
 from gear.__main__ import main
 from gear.config import TrainingStopped, UserError
+from gear.figures import gallery, render
 
 CELLS = [
     ("markdown", "# One & two <three> (Table 7, Fig. 1)\n\nWhat *is* `claimed`: 1 < 2."),

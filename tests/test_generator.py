@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from helpers import GENERATOR, K, tiny_generator, tiny_tokenizer
 
 from gear.config import UserError
-from gear.data import to_uint8
 from gear.generator import sampling
 from gear.generator.model import Generator, GeneratorConfig, Projector
 from gear.generator.sampling import filter_logits, generate, sample, sampling_dtype
 from gear.generator.transformer import Attention, KVCache, RMSNorm, rotate, rotation_table
+from gear.images import to_uint8
 
 L = 16
 TOKENS = torch.randint(0, K, (3, L), generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,9 @@ import torch
 from helpers import tiny_generator
 from torch import nn
 
+from gear.files import say_once
 from gear.generator import graphed, sampling
 from gear.generator.sampling import generate
-from gear.home import say_once
 
 LABELS = torch.tensor([0, 3, 4])
 

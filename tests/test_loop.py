@@ -16,8 +16,8 @@ from helpers import assert_same_run
 from gear import load_tokenizer
 from gear.config import TrainingStopped, UserError, from_dict
 from gear.data import load
-from gear.recipes import recipe
-from gear.run import Run
+from gear.experiments.recipes import recipe
+from gear.runs.run import Run
 from gear.training import objectives, validate
 from gear.training.loop import Runtime, train
 from gear.training.settings import Config

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gear import monitor
 from gear.config import UserError
-from gear.run import Run
-from gear.widgets import Table
+from gear.interactive import monitor
+from gear.interactive.widgets import Table
+from gear.runs.run import Run
 
 BASE = {
     "recipe": "a",

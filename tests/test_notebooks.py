@@ -16,11 +16,11 @@ import pytest
 from helpers import record_scored, record_study
 from PIL import Image
 
-from gear import render
 from gear.__main__ import main
 from gear.config import TrainingStopped, UserError
-from gear.recipes import recipe
-from gear.studies import STUDIES
+from gear.experiments.recipes import recipe
+from gear.experiments.studies import STUDIES
+from gear.figures import render
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

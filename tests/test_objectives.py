@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from helpers import same, scenes, tiny_state, weights
 
 from gear.config import UserError
-from gear.evaluation.reconstruction import l1, load_lpips, psnr
+from gear.evaluation.lpips import load_lpips
+from gear.measures.reconstruction import l1, psnr
 from gear.tokenizer.readout import straight_through_assignment
 from gear.training import losses
 from gear.training.objectives import (

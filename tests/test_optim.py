@@ -7,11 +7,11 @@ import torch
 from helpers import scenes, tiny_state
 
 from gear.checkpoints import load_tokenizer, open_checkpoint
-from gear.containers import export
 from gear.device import open_device, tensor_core_products
+from gear.experiments.recipes import recipe
 from gear.generator import model
-from gear.recipes import recipe
-from gear.run import Run
+from gear.public.containers import export
+from gear.runs.run import Run
 from gear.tokenizer.autoencoder import group_norm
 from gear.training.loop import Runtime, train
 from gear.training.objectives import STAGES

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from helpers import loss_terms
 
 import gear
-from gear.analysis import codes
 from gear.checkpoints import load_discriminator, open_checkpoint
-from gear.containers import export
 from gear.generator.model import GENERATORS, Generator
-from gear.layouts import LAYOUTS
+from gear.measures import codes
+from gear.public.containers import export
+from gear.public.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.quantize import bit_entropies
@@ -145,7 +145,7 @@ BY_NAME_ONLY = {"llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_XL_256"}  #
 def test_every_public_name_and_shape_is_ours(name):
     """In both directions: each public name of the layout is one of our tensors, and the reverse, but for extra buffers."""
     public = shapes(name)
-    layout = gear.layouts.recognise(public, name)
+    layout = gear.public.layouts.recognise(public, name)
     size, names = layout.fit(public, name)
     _, expected = layout.names(size)
     extra = public.keys() - expected.keys()
@@ -189,5 +189,5 @@ def test_parameters():
 
 
 def test_every_layout_has_a_key_list():
-    found = {gear.layouts.recognise(shapes(name), name).name for name in NAMES}
+    found = {gear.public.layouts.recognise(shapes(name), name).name for name in NAMES}
     assert found == {layout.name for layout in LAYOUTS}

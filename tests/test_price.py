@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gear import counts, price
 from gear.__main__ import main
 from gear.config import UserError
-from gear.dry_run import dry_run
+from gear.cost import counts, price
+from gear.cost.dry_run import dry_run
+from gear.experiments.presets import change
+from gear.experiments.recipes import RECIPES, plan, recipe
 from gear.generator.model import GENERATORS
-from gear.presets import change
-from gear.recipes import RECIPES, plan, recipe
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.training.objectives import STAGES
 from gear.training.state import State

@@ -9,18 +9,20 @@ import pytest
 import torch
 from helpers import scenes
 
-from gear import figures, load_generator, load_tokenizer, render
-from gear.analysis import codes, probe
+from gear import figures, load_generator, load_tokenizer
+from gear.analysis import probe
 from gear.analysis.features import generator_features, teacher_features, tokenizer_features
-from gear.analysis.tables import profile, tokenizer_table
+from gear.analysis.profiles import profile, tokenizer_table
 from gear.checkpoints import open_checkpoint
 from gear.config import UserError
-from gear.containers import Checkpoint, Part, export
 from gear.data import DataConfig
-from gear.evaluation.reconstruction import l1, psnr
+from gear.figures import render
 from gear.generator.model import Generator, GeneratorConfig
-from gear.layouts import public_layout
-from gear.run import Run
+from gear.measures import codes
+from gear.measures.reconstruction import l1, psnr
+from gear.public.containers import Checkpoint, Part, export
+from gear.public.layouts import public_layout
+from gear.runs.run import Run
 from gear.teachers.scenes import load_scenes_teacher
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer

@@ -13,8 +13,8 @@ from helpers import scenes, tiny_state
 
 from gear.checkpoints import load_generator
 from gear.config import UserError
-from gear.recipes import recipe
-from gear.run import Run
+from gear.experiments.recipes import recipe
+from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 from gear.training.losses import entropy_loss
 from gear.training.objectives import STAGES

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gear.analysis.tables import published
+from gear.analysis.profiles import published
 from gear.config import UserError
 
 PAPER = Path(__file__).parents[2] / "shared" / "reference" / "paper.md"

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from helpers import loss_terms, scenes
 
 import gear
-from gear import render
 from gear.checkpoints import open_checkpoint
 from gear.config import UserError
-from gear.home import ROOT
-from gear.layouts import public_layout
-from gear.recipes import RECIPES, SCENES, TINY
+from gear.experiments.recipes import RECIPES, SCENES, TINY
+from gear.figures import render
+from gear.files import ROOT
+from gear.public.layouts import public_layout
 from gear.tokenizer.autoencoder import AdaptiveNorm, TokenizerConfig, Upsample
 from gear.tokenizer.model import Tokenizer, initialise_from_data
 from gear.tokenizer.quantize import (
@@ -269,8 +269,3 @@ def test_notebooks_draw_them(name, trained, monkeypatch, home):
 def test_training_does_not_ask_which_quantizer():
     sources = "\n".join(path.read_text() for path in (ROOT / "gear" / "training").glob("*.py"))
     assert not re.search(r"\.quantizer\b|LookupFree|IndexBackprop|VectorQuantizer|\"(vq|lfq|ibq)\"", sources)
-
-
-def test_the_three_families_stay_small():
-    """One set of blocks behind them: 830 lines together at most, 120 of them the read-outs by blocks with their gradients."""
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "gear" / "tokenizer").glob("*.py")) <= 830

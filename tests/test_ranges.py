@@ -14,9 +14,8 @@ import torch
 from helpers import TOKENIZER, recorded
 
 import gear.__main__
-from gear import render, results
 from gear.__main__ import main
-from gear.analysis import probe, tables
+from gear.analysis import probe, profiles
 from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivity
 from gear.cli.claims import ClaimOptions
 from gear.cli.data import DataOptions
@@ -30,16 +29,18 @@ from gear.data import DataConfig
 from gear.device import find_device, open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, read_metrics
 from gear.evaluation.protocols import sensitivity
-from gear.execution import parameters_of
-from gear.explore import samples
+from gear.experiments import results
+from gear.experiments.jobs import train_many
+from gear.experiments.recipes import RECIPES, plan, recipe
+from gear.experiments.studies import seeds_of
+from gear.experiments.sweep import sweep
+from gear.figures import render
+from gear.figures.execution import parameters_of
+from gear.figures.parameters import RANGES, READ
 from gear.generator.model import GeneratorConfig
-from gear.jobs import train_many
-from gear.monitor import Compare
-from gear.parameters import RANGES, READ
-from gear.recipes import RECIPES, plan, recipe
-from gear.run import Run
-from gear.studies import seeds_of
-from gear.sweep import sweep
+from gear.interactive.monitor import Compare
+from gear.interactive.tour import samples
+from gear.runs.run import Run
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.training.loop import Runtime, train
 from gear.training.optim import OptimizerConfig
@@ -288,18 +289,18 @@ def record(home):
 
 
 @pytest.mark.parametrize("call, said", [
-    (lambda run: tables.layer_profile(run, 40, 0), "with 64 tokens an image: k is 0"),
-    (lambda run: tables.layer_profile(run, 40, 63), "k is 63: it has to be at least 1 and at most 62"),
-    (lambda run: tables.tokenizer_profile(run, 40, NAN), "k is nan: it has to be a whole number"),
-    (lambda run: tables.tokenizer_profile(run, 10, 10), "images is 10: it has to be at least 11"),
-    (lambda run: tables.layer_profile(run, 3, 1), "images is 3: it has to be at least 4"),
-    (lambda run: tables.alignment_floors(run, 0), "images is 0"),
+    (lambda run: profiles.layer_profile(run, 40, 0), "with 64 tokens an image: k is 0"),
+    (lambda run: profiles.layer_profile(run, 40, 63), "k is 63: it has to be at least 1 and at most 62"),
+    (lambda run: profiles.tokenizer_profile(run, 40, NAN), "k is nan: it has to be a whole number"),
+    (lambda run: profiles.tokenizer_profile(run, 10, 10), "images is 10: it has to be at least 11"),
+    (lambda run: profiles.layer_profile(run, 3, 1), "images is 3: it has to be at least 4"),
+    (lambda run: profiles.alignment_floors(run, 0), "images is 0"),
     (lambda run: generator_sensitivity(run, 15, 5), "images is 15: it has to be at least 16"),
     (lambda run: tokenizer_sensitivity(run, 16, -1), "k is -1"),
     (lambda run: sensitivity(run, 7), "count is 7: it has to be at least 8"),
-    (lambda run: tables.layer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
-    (lambda run: tables.tokenizer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
-    (lambda run: tables.alignment_floors(run, 40, device="gpu"), "no device 'gpu' here"),
+    (lambda run: profiles.layer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
+    (lambda run: profiles.tokenizer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
+    (lambda run: profiles.alignment_floors(run, 40, device="gpu"), "no device 'gpu' here"),
     (lambda run: generator_sensitivity(run, 16, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: tokenizer_sensitivity(run, 16, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: sensitivity(run, 8, device="gpu"), "no device 'gpu' here"),

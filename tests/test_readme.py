@@ -13,13 +13,12 @@ from helpers import record_study
 from PIL import Image
 
 import gear
-from gear import results
 from gear.__main__ import main
-from gear.analysis import claims
+from gear.experiments import claims, results
+from gear.experiments.studies import STUDIES
+from gear.files import ROOT
 from gear.generator.model import GENERATORS, Generator, GeneratorConfig
-from gear.home import ROOT
-from gear.layouts import public_layout
-from gear.studies import STUDIES
+from gear.public.layouts import public_layout
 from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
@@ -79,7 +78,7 @@ def test_commands_run(command, tiny, home, files, monkeypatch):
     if arguments[0] == "sweep":  # what is there is not done again
         record_study(arguments[1], seeds=(0, 1, 2))
     if arguments[0] == "figures":
-        monkeypatch.setattr(gear.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
+        monkeypatch.setattr(gear.figures.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
     if arguments[0] == "train":
         arguments.append("--quiet")
     main(arguments)

@@ -7,7 +7,7 @@ import torch
 from helpers import loss_terms, scenes, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gear.analysis import codes
+from gear.measures import codes
 from gear.tokenizer import readout
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer

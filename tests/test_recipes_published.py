@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gear.analysis.tables import published
+from gear.analysis.profiles import published
 from gear.config import flatten, to_dict
 from gear.evaluation.evaluate import Sampling
+from gear.experiments.presets import change
+from gear.experiments.recipes import RECIPES, known
 from gear.generator.model import GENERATORS
-from gear.presets import change
-from gear.recipes import RECIPES, known
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.training.optim import Optimizer
 

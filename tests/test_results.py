@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from helpers import record_scored, record_study
 
-from gear import results
 from gear.config import UserError
-from gear.home import runs_dir
-from gear.recipes import recipe
-from gear.run import Run
+from gear.experiments import results
+from gear.experiments.recipes import recipe
+from gear.files import runs_dir
+from gear.runs.run import Run
 
 
 def test_scores_are_read_at_their_step_and_guidance():

@@ -9,12 +9,14 @@ import pytest
 import torch
 from helpers import tiny_state
 
-from gear import data, price
+from gear import data
 from gear.config import UserError
+from gear.cost import price
 from gear.data import DataConfig
 from gear.device import capturing
-from gear.recipes import TINY, recipe
-from gear.run import Run
+from gear.experiments import recipes
+from gear.experiments.recipes import TINY, in_parts, recipe
+from gear.runs.run import Run
 from gear.training import loop, running
 from gear.training.loop import Runtime
 from gear.training.objectives import gradients
@@ -30,37 +32,36 @@ def samples():
     return next(data.stream(DataConfig(image_size=16, train_images=64), seed=0, batch_size=16))
 
 
-def placed(device="cuda", size=32, batch=32, parts=1, world=1, shard=False):
+def placed(device="cuda", size=32, batch=32, is_alone=True):
+    """The arguments of `way_of` but its Runtime."""
     config = replace(TINY, batch_size=batch, data=replace(TINY.data, image_size=size))
-    processes = SimpleNamespace(world=world, shard=shard)
-    return SimpleNamespace(device=torch.device(device), config=config, parts=parts, processes=processes)
+    return config, torch.device(device), is_alone
 
 
 @pytest.mark.parametrize(
-    "state, options, way",
+    "arguments, options, way",
     [
         (placed("cpu"), {}, "plain"),
-        (placed("cpu"), {"compiled": True}, "compiled"),
+        (placed("cpu"), {"compile": True}, "compiled"),
         (placed(), {}, "graphed"),
         (placed(size=128, batch=32), {}, "graphed"),
         (placed(size=256), {}, "compiled"),
-        (placed(parts=4), {}, "compiled"),
-        (placed(world=2), {}, "compiled"),
-        (placed(world=2, shard=True), {}, "plain"),
-        (placed(), {"compiled": True}, "compiled"),
+        (placed(is_alone=False), {}, "compiled"),
+        (placed(is_alone=False), {"shard": True}, "plain"),
+        (placed(), {"compile": True}, "compiled"),
         (placed(), {"eager": True}, "plain"),
         (placed(size=256), {"eager": True}, "plain"),
     ],
 )
-def test_a_gpu_compiles_large_steps_and_graphs_small_ones(state, options, way):
-    assert way_of(state, **options) == way
+def test_a_gpu_compiles_large_steps_and_graphs_small_ones(arguments, options, way):
+    config, device, is_alone = arguments
+    assert way_of(config, device, Runtime(**options), is_alone) == way
 
 
 @pytest.mark.parametrize("name, way", [("scenes-joint", "graphed"), ("cifar10-joint", "graphed"), ("tiny", "graphed"),
                                        ("imagenet256-b-joint", "compiled"), ("imagenet256-l-gear", "compiled")])  # fmt: skip
 def test_presets_are_small_or_large(name, way):
-    config = recipe(name)
-    assert way_of(placed(size=config.data.image_size, batch=config.batch_size)) == way
+    assert way_of(recipe(name), torch.device("cuda"), Runtime(), is_alone=True) == way
 
 
 def test_uploaded_images_are_floats(samples):
@@ -260,13 +261,16 @@ def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
     config, cuda = recipe("imagenet256-b-joint"), torch.device("cuda")
     card = SimpleNamespace(total_memory=70e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert loop.parts_of(config, Runtime(accumulate=3), cuda) == 3
-    auto = Runtime(accumulate="auto")
-    assert loop.parts_of(config, auto, CPU) == 1
-    parts = loop.parts_of(config, auto, cuda)
+    parts_of = lambda **options: in_parts(config, Runtime(**options)).accumulate  # noqa: E731
+    assert parts_of(accumulate=3) == 3
+    assert parts_of(accumulate="auto", device="cpu") == 1
+    monkeypatch.setattr(recipes, "find_device", lambda name: cuda)
+    parts = parts_of(accumulate="auto")
     assert parts == price.parts_that_fit(config, 256, 70e9, is_compiled=True) and parts > 1
-    assert loop.parts_of(config, replace(auto, eager=True), cuda) > parts
+    assert parts_of(accumulate="auto", eager=True) > parts
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert loop.parts_of(config, auto, cuda) == price.parts_that_fit(config, 128, 70e9, is_compiled=True)
+    assert parts_of(accumulate="auto") == price.parts_that_fit(config, 128, 70e9, is_compiled=True)
     with pytest.raises(UserError, match="--accumulate auto counts a whole generator: with --shard, give a number"):
-        loop.parts_of(config, replace(auto, shard=True), cuda)
+        parts_of(accumulate="auto", shard=True)
+    with pytest.raises(UserError, match="accumulate is 'auto'"):
+        loop.train(config, runtime=Runtime(accumulate="auto", device="cpu"))

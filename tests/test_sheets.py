@@ -2,8 +2,9 @@
 
 from helpers import scenes, tiny_tokenizer
 
-from gear.evaluation.reconstruction import psnr, reconstruct
 from gear.evaluation.sheets import reconstruction_sheet
+from gear.measures.reconstruction import psnr
+from gear.tokenizer.model import reconstruct
 
 
 def test_chunks_give_what_all_images_at_once_give(monkeypatch):

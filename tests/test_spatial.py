@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gear.analysis import spatial
-from gear.analysis.spatial import high_frequency_ratio, local_similarity, morans_i
+from gear.measures import spatial
+from gear.measures.spatial import high_frequency_ratio, local_similarity, morans_i
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

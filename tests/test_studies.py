@@ -2,13 +2,13 @@
 
 import pytest
 
-from gear.analysis.tables import published
+from gear.analysis.profiles import published
 from gear.cli.arguments import parse
 from gear.cli.train import TrainOptions
 from gear.config import UserError, differences, to_dict
-from gear.presets import change
-from gear.recipes import RECIPES, plan, recipe
-from gear.studies import STUDIES, cell_name, members, seeds_of, space, study
+from gear.experiments.presets import change
+from gear.experiments.recipes import RECIPES, plan, recipe
+from gear.experiments.studies import STUDIES, cell_name, members, seeds_of, space, study
 
 TEACHERS = {"dinov2-b": "DINOv2", "dinov3-b": "DINOv3", "siglip2-b": "SigLIPv2", "vjepa2-l": "V-JEPA2.1"}
 AXES = {  # a study: its column of Table 15, the bold line, and what a cell's joint stage has there

@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 from helpers import record_scored, record_study, recorded
 
-from gear import sweep
 from gear.__main__ import main
 from gear.config import UserError, to_dict
-from gear.home import runs_dir
-from gear.recipes import TINY, recipe
-from gear.run import Run, run_names
-from gear.studies import members
+from gear.experiments import sweep
+from gear.experiments.recipes import TINY, recipe
+from gear.experiments.studies import members
+from gear.files import runs_dir
+from gear.runs.run import Run, run_names
 
 
 def test_one_command_a_cell_and_seed(capsys):

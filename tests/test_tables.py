@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from helpers import scenes
 
 from gear import load_generator, load_tokenizer
-from gear.analysis import tables
-from gear.analysis.alignment import cka
+from gear.analysis import profiles
 from gear.analysis.features import generator_features, teacher_features, tokenizer_features
 from gear.analysis.sensitivity import ONLY, generator_sensitivity, sensitivity, tokenizer_sensitivity
 from gear.config import UserError
-from gear.run import Run
+from gear.measures.alignment import cka
+from gear.runs.run import Run
 from gear.teachers.scenes import load_scenes_teacher
 
 N, L, K = 40, 16, 5
 
 
 def profile(rows, target, **choices):
-    return tables.profile({0: rows}, target, K, **choices).set_index(["level", "metric"])
+    return profiles.profile({0: rows}, target, K, **choices).set_index(["level", "metric"])
 
 
 @pytest.fixture(scope="module")
@@ -98,28 +98,28 @@ def test_a_constant_channel_tells_nothing_when_standardised(noise):
 
 def test_tables_from_before_the_choices_still_fit(tiny):
     """A default is not named among a table's parameters; another choice is, and the tracked table stays."""
-    for name, table in (("layer_profile", tables.layer_profile), ("tokenizer_profile", tables.tokenizer_profile)):
+    for name, table in (("layer_profile", profiles.layer_profile), ("tokenizer_profile", profiles.tokenizer_profile)):
         run, kept = Run.open("tiny"), pd.DataFrame({"kept": [1]})
         run.table(name, {"images": 40, "k": 5}, lambda kept=kept: kept)
         assert table(run, 40, 5).equals(kept) and table(run, 40, 5, normalise="l2", estimator="unbiased").equals(kept)
         other = table(run, 40, 5, normalise="none")
-        assert list(other) == tables.COLUMNS and table(run, 40, 5).equals(kept)
+        assert list(other) == profiles.COLUMNS and table(run, 40, 5).equals(kept)
     with pytest.raises(UserError, match="unknown normalise 'l1'.*Known: l2, none, standard"):
-        tables.layer_profile(run, 40, 5, normalise="l1")
+        profiles.layer_profile(run, 40, 5, normalise="l1")
     with pytest.raises(UserError, match="unknown estimator 'debiased'.*Known: unbiased, biased"):
-        tables.tokenizer_profile(run, 40, 5, estimator="debiased")
+        profiles.tokenizer_profile(run, 40, 5, estimator="debiased")
     with pytest.raises(UserError, match="unknown pairing 'next'.*Known: predicts, sees"):
-        tables.layer_profile(run, 40, 5, pairing="next")
+        profiles.layer_profile(run, 40, 5, pairing="next")
 
 
 def test_sensitivity_changes_one_choice_at_a_time(noise):
     rows, target = noise[0] + noise[1], noise[0]
-    table = sensitivity({"last": rows}, target, 20, 4, tables.CHOICES).set_index(["choice", "setting", "level", "metric"])
-    base = tables.alignments(rows[:20], target[:20], 4)
+    table = sensitivity({"last": rows}, target, 20, 4, profiles.CHOICES).set_index(["choice", "setting", "level", "metric"])
+    base = profiles.alignments(rows[:20], target[:20], 4)
     changed = {
-        ("images", "40"): tables.alignments(rows, target, 4),
-        ("k", "8"): tables.alignments(rows[:20], target[:20], 8),
-        ("pairing", "sees"): tables.alignments(rows[:20], target[:20], 4, pairing="sees"),
+        ("images", "40"): profiles.alignments(rows, target, 4),
+        ("k", "8"): profiles.alignments(rows[:20], target[:20], 8),
+        ("pairing", "sees"): profiles.alignments(rows[:20], target[:20], 4, pairing="sees"),
     } | {
         (choice, value): base
         for choice, value in (("images", "20"), ("k", "4"), ("estimator", "unbiased"), ("pairing", "predicts"))
@@ -134,15 +134,15 @@ def test_sensitivity_changes_one_choice_at_a_time(noise):
 
 def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
     run = Run.open("tiny-joint")
-    table, profile = tokenizer_sensitivity(run, 40, 5), tables.tokenizer_profile(run, 40, 5)
-    base = table[(table.choice == "images") & (table.setting == "40")][tables.COLUMNS]
+    table, profile = tokenizer_sensitivity(run, 40, 5), profiles.tokenizer_profile(run, 40, 5)
+    base = table[(table.choice == "images") & (table.setting == "40")][profiles.COLUMNS]
     known = profile[
         profile.layer.isin(["pre", "post"]) & profile.level.isin(["image", "patch", "content"]) & (profile.metric != "ties")
     ]
     pd.testing.assert_frame_equal(base.reset_index(drop=True), known.reset_index(drop=True))
     assert "pairing" not in set(table.choice)
     generators = generator_sensitivity(Run.open("tiny"), 40, 5)
-    assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {"images", "k", *tables.CHOICES}
+    assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {"images", "k", *profiles.CHOICES}
     for weights in tiny.glob("*/checkpoints"):
         weights.rename(weights.with_name("gone"))
     pd.testing.assert_frame_equal(generator_sensitivity(Run.open("tiny"), 40, 5), generators)
@@ -150,7 +150,7 @@ def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
 
 def test_floors_are_what_constant_answers_reach(tiny):
     """Each by its definition, on the run's own training and validation images; more knowledge of where does not hurt here."""
-    table = tables.alignment_floors(Run.open("tiny"), images=512).set_index("predictor").value
+    table = profiles.alignment_floors(Run.open("tiny"), images=512).set_index("predictor").value
     teacher = load_scenes_teacher()
     (train, classes), (val, labels) = scenes(512), scenes(96, first=1 << 40)
     unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
@@ -166,7 +166,7 @@ def test_profiles_of_a_gpu_are_those_of_a_cpu(tiny):
     """To what its features are rounded to; the nulls are of the same permutations."""
     run = Run.open("tiny")
     for name in ("layer_profile", "tokenizer_profile", "alignment_floors"):
-        measure = getattr(tables, f"_{name}")
+        measure = getattr(profiles, f"_{name}")
         sizes = (200,) if name == "alignment_floors" else (40, 5)
         one, other = (measure(run, *sizes, torch.device(device)) for device in ("cpu", "cuda"))
         pd.testing.assert_frame_equal(one, other, rtol=0, atol=0.02)
@@ -191,7 +191,7 @@ def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
     codes = tokenizer.quantizer.codes()
     assert torch.equal(features["pre"], tokenizer.latents(images).flatten(2).transpose(1, 2))
     assert torch.equal(features["post"], codes[tokenizer.encode(images).flatten(1)])
-    table = tables.tokenizer_profile(Run.open("tiny-joint"), images=40, k=5)
+    table = profiles.tokenizer_profile(Run.open("tiny-joint"), images=40, k=5)
     assert set(table.layer) == {"pre", "post", "teacher"} and set(table.level) == {"image", "patch", "content", "map"}
     ties = table[table.metric == "ties"].value.item()
     assert 0.5 < ties <= 1  # 64 codes for 64 tokens: many are equal
@@ -210,6 +210,6 @@ def test_speedups_of_seeds_are_each_seeds_own():
     lines = [("fd", s, v, "b", seed) for seed in ends for s, v in zip(steps, [12 - 0.1 * s for s in steps])]
     lines += [("fd", s, v, "m", seed) for seed, values in ends.items() for s, v in zip(steps, values)]
     curves = pd.DataFrame(lines, columns=["metric", "step", "value", "method", "seed"])
-    table = tables.speedups_by_seed(curves, "b", "m", ["fd"]).set_index("seed")
+    table = profiles.speedups_by_seed(curves, "b", "m", ["fd"]).set_index("seed")
     assert table.value[0] == pytest.approx(2.0) and table.value.isna().tolist() == [False, False, True]
     assert table.value[1] >= 10 and table.over.tolist() == [False, True, False] and set(table.target) == {2.0}

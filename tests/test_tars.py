@@ -16,8 +16,8 @@ from PIL import Image
 from gear import data
 from gear.config import UserError
 from gear.data import DataConfig, open_source, tars
-from gear.recipes import recipe
-from gear.run import Run
+from gear.experiments.recipes import recipe
+from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 
 SHARDS, SAMPLES = 10, 9

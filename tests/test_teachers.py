@@ -6,15 +6,15 @@ import pytest
 import torch
 from helpers import scenes
 
-from gear.checkpoints import check_fit
 from gear.config import UserError, from_dict
 from gear.data import DataConfig
 from gear.data.scenes import FACTORS, Scenes
-from gear.recipes import plan, recipe
+from gear.experiments.recipes import plan, recipe
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.scenes import PACKAGED, ScenesTeacher
 from gear.teachers.weights import named_for, read_tensors
 from gear.training.settings import Config
+from gear.weights import check_fit
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gear import render
-from gear.gallery import write_gallery
-from gear.home import ROOT
+from gear.figures import render
+from gear.figures.gallery import write_gallery
+from gear.files import ROOT
 
 SUFFIXES = ("png", "pdf", "csv", "json")
 DRAWN = [p for p in render.products() if p not in render.NEEDS_WEIGHTS and (ROOT / "figures" / f"{p}.png").exists()]

@@ -12,11 +12,11 @@ from PIL import Image
 
 from gear import data
 from gear.__main__ import main
-from gear.analysis.tables import observed
+from gear.analysis.profiles import observed
 from gear.config import UserError
 from gear.data import DataConfig, trained_on
-from gear.recipes import plan, recipe, train_with_parents
-from gear.run import Run
+from gear.experiments.recipes import plan, recipe, train_with_parents
+from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 
 QUIET = Runtime(device="cpu", quiet=True)

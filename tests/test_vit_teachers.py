@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from gear.config import UserError
 from gear.data import DataConfig
-from gear.recipes import TINY
+from gear.experiments.recipes import TINY
 from gear.teachers import TEACHERS, check_grid, check_installed, load_teacher, load_teachers
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
 from gear.teachers.vit import ViTTeacher, parse, spatially_normalised

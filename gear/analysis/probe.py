@@ -10,17 +10,17 @@ import pandas as pd
 import torch
 
 from gear import data
-from gear.analysis import codes
 from gear.analysis.features import generator_features, teacher_features, tokenizer_features
-from gear.analysis.tables import COLUMNS, check_neighbours, profile, tokenizer_table
+from gear.analysis.profiles import COLUMNS, check_neighbours, profile, tokenizer_table
 from gear.checkpoints import load_generator, load_tokenizer, open_checkpoint
 from gear.config import Samples, Tau, UserError, check_value
 from gear.data.trained import place_of
 from gear.device import open_device
-from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.model import Generator
 from gear.images import check_divides
-from gear.run import Run
+from gear.measures import codes
+from gear.measures.reconstruction import l1, psnr
+from gear.runs.run import Run
 from gear.teachers import check_grid, load_teacher
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.readout import soft_assignment

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from gear.analysis.features import generator_features, tokenizer_features
-from gear.analysis.tables import CHOICES, COLUMNS, alignments, check_observed, observed
+from gear.analysis.profiles import CHOICES, COLUMNS, alignments, check_observed, observed
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import UserError
 from gear.device import open_device

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from gear.analysis import claims
 from gear.cli.arguments import parse
 from gear.config import Checked, UserError, nearest
-from gear.figures import rounded
-from gear.home import check_writable, figures_dir, write_atomically
-from gear.recipes import RECIPES
+from gear.experiments import claims
+from gear.experiments.recipes import RECIPES
+from gear.figures.style import rounded
+from gear.files import check_writable, figures_dir, write_atomically
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gear import data
 from gear.cli.arguments import parse
 from gear.config import Checked, UserError, Whole
-from gear.run import open_runs
+from gear.runs.run import open_runs
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from gear.cli.arguments import parse
 from gear.config import UserError
 from gear.evaluation.evaluate import EvaluateOptions, evaluate, report
-from gear.run import open_runs
+from gear.runs.run import open_runs
 
 
 def command(names, arguments):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gear.checkpoints import open_checkpoint
 from gear.config import UserError
-from gear.containers import export
+from gear.public.containers import export
 
 
 def command(names, arguments):

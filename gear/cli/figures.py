@@ -7,9 +7,9 @@ import tyro
 
 from gear.cli.arguments import parse
 from gear.config import Checked, Jobs, TrainingStopped, given_by
-from gear.gallery import write_gallery
-from gear.render import render
-from gear.studies import seeds_of
+from gear.experiments.studies import seeds_of
+from gear.figures.gallery import write_gallery
+from gear.figures.render import render
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from gear.config import Checked, Count, Range, UserError, from_dict, given_by
 from gear.data import DataConfig, load, trained_on
 from gear.device import open_device
 from gear.evaluation.sheets import reconstruction_sheet
-from gear.home import check_target, write_atomically
+from gear.files import check_target, write_atomically
 from gear.images import check_divides
-from gear.run import Run
+from gear.runs.run import Run
 
 
 @dataclass(frozen=True)

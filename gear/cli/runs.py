@@ -1,8 +1,8 @@
 """gear runs: which runs there are, and how far they are."""
 
-from gear.catalogue import readable, run_names
 from gear.config import UserError
-from gear.run import Run, open_runs
+from gear.runs.names import readable, run_names
+from gear.runs.run import Run, open_runs
 
 
 def command(names, arguments):

@@ -10,11 +10,10 @@ from PIL import Image
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.cli.arguments import parse
 from gear.config import Checked, Range, Seed, Share, UserError, Whole, given_by
-from gear.data import to_float, to_uint8
 from gear.device import open_device
+from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature, sample
-from gear.home import check_target, write_atomically
-from gear.images import image_grid
+from gear.images import image_grid, to_float, to_uint8
 
 
 @dataclass(frozen=True)

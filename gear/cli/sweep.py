@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from gear.cli.arguments import parse
 from gear.config import Checked, Parallel, Samples, UserError, given_by
-from gear.results import directions, results, summary, told
-from gear.studies import STUDIES, seeds_of
-from gear.sweep import commands, sweep
+from gear.experiments.results import directions, results, summary, told
+from gear.experiments.studies import STUDIES, seeds_of
+from gear.experiments.sweep import commands, sweep
 from gear.training.loop import Runtime
 
 

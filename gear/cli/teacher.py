@@ -1,9 +1,10 @@
 """gear teacher: package a run as the scenes teacher."""
 
 from gear import data
-from gear.checkpoints import load_module, load_networks, network
-from gear.run import Run
+from gear.checkpoints import load_networks, network
+from gear.runs.run import Run
 from gear.teachers.scenes import ScenesTeacher, package
+from gear.weights import load_module
 
 
 def command(names, arguments):

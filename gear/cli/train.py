@@ -4,11 +4,18 @@ from dataclasses import dataclass, field
 
 from gear.cli.arguments import parse
 from gear.config import Checked, Jobs, UserError, given_by
-from gear.dry_run import dry_run
-from gear.jobs import train_many
-from gear.price import Utilisation
-from gear.recipes import RECIPES, check_teachers, known, plan, recipe, train_with_parents
-from gear.run import Run, run_path
+from gear.cost.dry_run import dry_run
+from gear.cost.price import Utilisation
+from gear.experiments.jobs import train_many
+from gear.experiments.recipes import (
+    RECIPES,
+    check_teachers,
+    known,
+    plan,
+    recipe,
+    train_with_parents,
+)
+from gear.runs.run import Run, run_path
 from gear.training.loop import Runtime
 from gear.training.settings import Config
 

@@ -12,10 +12,9 @@ from gear.data.stream import (
     open_source,
     read,
     stream,
-    to_float,
-    to_uint8,
 )
 from gear.data.trained import trained_on
+from gear.images import to_float, to_uint8
 
 __all__ = [
     "DataConfig",

@@ -4,7 +4,7 @@ from collections import Counter
 
 from gear.config import UserError
 from gear.data.pixels import suffix_of, why_no_image
-from gear.home import say_once
+from gear.files import say_once
 
 LOST_SHARE = 0.01  # of a source's images that may be left out
 

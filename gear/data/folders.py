@@ -15,7 +15,7 @@ from gear.config import UserError, nearest
 from gear.data.pixels import INTERPOLATIONS, RULES, resized_to, square, to_rgb, why_no_image
 from gear.data.stores import DOWNLOADS, Directory, Download, Zip
 from gear.data.tars import Shards
-from gear.home import read_lines
+from gear.files import read_lines
 
 VALIDATION_SHARE = 0.05  # of a folder's images
 UNREADABLE_SHARE = 0.01  # of a folder's images that may be skipped

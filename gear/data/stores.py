@@ -16,7 +16,7 @@ from gear.config import UserError
 from gear.data.census import Census
 from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
-from gear.home import cache_dir
+from gear.files import cache_dir
 
 DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision's class, classes
 

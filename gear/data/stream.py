@@ -18,7 +18,7 @@ from gear.config import Checked, Count, Pixels, UserError, check_value, nearest
 from gear.data.folders import Folder
 from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
-from gear.images import check_finite
+from gear.images import to_float
 
 PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
 LABELS = ("class", "factors")  # what is no file
@@ -191,17 +191,3 @@ def read(source, config, count=None):
         check_value("count", count, Count)
     positions = np.arange(len(source) if count is None else min(count, len(source)))
     return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(_labels(source, config, positions))
-
-
-def to_float(images):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]: x = uint8 / 127.5 - 1."""
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
-
-
-def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128, 0, 255)).
-
-    Raises UserError for NaN and infinity, which have no pixel.
-    """
-    check_finite(images, "the images", "look at what they were computed from")
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

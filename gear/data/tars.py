@@ -25,7 +25,7 @@ from gear.config import UserError
 from gear.data.census import Census
 from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
-from gear.home import cache_dir, say_once, write_atomically
+from gear.files import cache_dir, say_once, write_atomically
 
 GROUP = 16  # shards that are read at a time: an epoch mixes samples among so many
 MOST_CLASSES = 1_000_000

@@ -12,7 +12,7 @@ from dataclasses import replace
 from gear.config import UserError, from_dict
 from gear.data.stores import DOWNLOADS
 from gear.data.stream import DataConfig, absolute, check_classes, open_source
-from gear.home import say_once, write_atomically
+from gear.files import say_once, write_atomically
 
 FACTS = {"source": str, "labels": str, "classes": list, "images": int, "identity": str}
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gear.checkpoints import check_fit
 from gear.config import UserError
 from gear.evaluation.networks import as_pixels
-from gear.home import read_lines
+from gear.files import read_lines
+from gear.public.tensorfiles import first_line, what_else
 from gear.teachers.networks import CLIP as NORM
 from gear.teachers.networks import INSTALL, renamed
 from gear.teachers.weights import file_hash, find_weights, named_for, read_tensors
-from gear.tensorfiles import first_line, what_else
+from gear.weights import check_fit
 
 REPO, NAME = "openai/clip-vit-base-patch32", "clip-b32"
 FILES = {"pytorch_model.bin": "605 MB", "tokenizer.json": "2 MB"}  # of the hub; a folder may hold model.safetensors instead

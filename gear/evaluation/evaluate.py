@@ -9,21 +9,23 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from gear.analysis.codes import usage
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import Checked, Count, Samples, Seed, Share, UserError, Whole, given_by, nearest
 from gear.data import load, trained_on
 from gear.device import open_device
 from gear.evaluation.clip import CLIP, read_captions
+from gear.evaluation.lpips import LPIPS_BACKBONE, load_lpips, lpips_backbone
 from gear.evaluation.networks import load_network_by_name
-from gear.evaluation.reconstruction import LPIPS_BACKBONE, l1, load_lpips, lpips_backbone, measure, psnr, reconstruct, ssim
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, drawing, open_images, reference, samples_folder, write_npz
+from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature
-from gear.home import check_target, write_atomically
-from gear.records import read_scores
-from gear.run import Run
+from gear.measures.codes import usage
+from gear.measures.reconstruction import l1, psnr, ssim
+from gear.runs.records import read_scores
+from gear.runs.run import Run
 from gear.teachers.weights import file_hash
+from gear.tokenizer.model import reconstruct
 
 
 @dataclass(frozen=True)
@@ -269,3 +271,9 @@ def report(runs):
     for key, protocol in protocols.items():
         words = [f"{name} {value}" for name, value in sorted(protocol.items())]
         print(f"[{key}] " + ", ".join(words + list(filter(None, [unlike_sizes(protocol)]))))
+
+
+def measure(distance, reconstructions, images, device="cpu"):
+    """Return distance(reconstruction, image) of each image, (N,), on a CPU; it is computed on `device`, a few at a time."""
+    pairs = zip(reconstructions.split(16), images.split(16))
+    return torch.cat([distance(x.to(device), y.to(device)).cpu() for x, y in pairs])

@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gear.checkpoints import check_numbers
 from gear.config import UserError
-from gear.data import to_float, to_uint8
-from gear.home import cache_dir
-from gear.images import check_images
+from gear.files import cache_dir
+from gear.images import check_images, to_float, to_uint8
 from gear.teachers.efficientnet import load_network
 from gear.teachers.networks import VITS, build
 from gear.teachers.scenes import load_scenes_teacher
 from gear.teachers.vit import fitting_weights
 from gear.teachers.weights import file_hash, is_offline, read_tensors
+from gear.weights import check_numbers
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the TensorFlow graph
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"

@@ -15,7 +15,7 @@ from gear.evaluation.evaluate import Sampling
 from gear.evaluation.networks import EfficientNet, load_network_by_name
 from gear.evaluation.scores import compare, extract
 from gear.evaluation.sources import balanced_labels, draw_samples, drawing, read_images, samples_folder
-from gear.evaluation.statistics import InceptionScore
+from gear.measures.frechet import InceptionScore
 
 SPLITS = 10  # of the class score
 

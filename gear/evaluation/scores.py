@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from gear.config import UserError
-from gear.evaluation.neighbours import polynomial_mmd, prdc, precision_recall
-from gear.evaluation.statistics import IS_SPLIT, InceptionScore, Moments, frechet_distance
+from gear.measures.frechet import IS_SPLIT, InceptionScore, Moments, frechet_distance
+from gear.measures.neighbours import polynomial_mmd, prdc, precision_recall
 
 BATCH = 64
 OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")  # what two numbers of one protocol may differ in

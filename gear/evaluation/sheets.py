@@ -3,10 +3,10 @@
 import torch
 from PIL import Image
 
-from gear.analysis.codes import usage
-from gear.data import to_uint8
-from gear.evaluation.reconstruction import l1, psnr, reconstruct
-from gear.images import image_grid
+from gear.images import image_grid, to_uint8
+from gear.measures.codes import usage
+from gear.measures.reconstruction import l1, psnr
+from gear.tokenizer.model import reconstruct
 
 COLUMNS = 8
 CHUNK = 8  # images that are on the tokenizer's device at once

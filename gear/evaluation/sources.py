@@ -10,12 +10,13 @@ import torch
 from tqdm import tqdm
 
 from gear.config import UserError, given_by
-from gear.data import DataConfig, open_source, to_uint8
-from gear.evaluation.reconstruction import images_at_once
+from gear.data import DataConfig, open_source
 from gear.evaluation.scores import BATCH, FeatureSet, extract
-from gear.evaluation.statistics import check_statistics
+from gear.files import read_array, write_array
 from gear.generator.sampling import generate, sampling_dtype
-from gear.home import read_array, write_array
+from gear.images import to_uint8
+from gear.measures.frechet import check_statistics
+from gear.tokenizer.model import images_at_once
 
 CHUNKS = {"cpu": 64, "cuda": 256}  # samples drawn at once, always: what is drawn must not depend on where a kill fell
 PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}  # how they are drawn where a protocol does not say it

@@ -10,7 +10,7 @@ import weakref
 import torch
 
 from gear.device import capturing
-from gear.home import say_once
+from gear.files import say_once
 
 # network -> (kind of its last call, its Graph; None: not yet captured, False: cannot be)
 _LAST = weakref.WeakKeyDictionary()

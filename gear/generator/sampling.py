@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gear.config import Range, Share, UserError, Whole, check_value
-from gear.data import to_uint8
 from gear.generator.graphed import launched, repeated
 from gear.generator.transformer import KVCache, visible
+from gear.images import to_uint8
 
 Guidance = Annotated[float, Range(0, 1_000_000)]  # beyond these two, logits overflow
 Temperature = Annotated[float, Range(0, 1_000_000)]

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from gear.data import to_float, to_uint8
-from gear.home import cache_dir
+from gear.files import cache_dir
+from gear.images import to_float, to_uint8
 
 CHUNK = 8  # images computed at once, always: the last bits of a feature depend on the size of the batch it is computed in
 HASH = 16  # bytes at the end of a row

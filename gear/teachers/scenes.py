@@ -14,7 +14,7 @@ from torch import nn
 
 from gear.config import UserError
 from gear.data.scenes import FACTORS
-from gear.home import write_atomically
+from gear.files import write_atomically
 from gear.images import check_images
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gear.checkpoints import check_fit
 from gear.config import UserError
 from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
 from gear.teachers.weights import file_hash, find_weights, named_for, read_tensors
+from gear.weights import check_fit
 
 ALPHA = 0.6  # of the mean, which spatial normalisation takes away
 

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from gear.config import UserError
-from gear.tensorfiles import NotWeights, first_line, read_content, tensors_of
-from gear.wrappings import state_dicts, stripped
+from gear.public.tensorfiles import NotWeights, first_line, read_content, tensors_of
+from gear.public.wrappings import state_dicts, stripped
 
 FILE = "model.safetensors"  # as the hub's repositories call it
 DEPTH = 4  # of wrappers within each other

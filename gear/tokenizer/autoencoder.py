@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gear.config import MOST, Checked, Count, Range, UserError, Whole, require
+from gear.config import MOST, Checked, Count, Range, UserError, Whole, from_dict, require
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ TOKENIZERS = {
     "LFQ-16": TokenizerConfig("lfq", "magvit2", code_dim=14, res_blocks=4),
     "IBQ-16": TokenizerConfig("ibq", code_dim=256, res_blocks=4),
 }
+
+
+def token_grid(config):
+    """Return the token grid (h, w) of a run's configuration, a dict."""
+    tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
+    return (config["data"]["image_size"] // tokenizer.downsampling,) * 2
 
 
 class GroupNorm(nn.GroupNorm):

@@ -129,3 +129,22 @@ def initialise_from_data(tokenizer, images, seed=0):
     for last in (last_of_encoder, tokenizer.decoder.conv_out):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+
+
+@torch.no_grad()
+def reconstruct(tokenizer, images):
+    """Encode and decode images (N, 3, H, W), a few at a time: reconstructions (N, 3, H, W) and indices (N, h, w).
+
+    The tokenizer's device computes; what is returned lies where the images do.
+    """
+    device, pixels = next(tokenizer.parameters()).device, images.shape[-2] * images.shape[-1]
+    decoded, indices = [], []
+    for x in images.split(images_at_once(device, pixels)):
+        indices.append(tokenizer.encode(x.to(device)))
+        decoded.append(tokenizer.decode(indices[-1]).to(images.device))
+    return torch.cat(decoded), torch.cat(indices).to(images.device)
+
+
+def images_at_once(device, pixels):
+    """Return how many images of so many pixels a tokenizer encodes or decodes at once: 8 on a CPU, 32 of 256 px on a GPU."""
+    return max(1, 2**21 // pixels) if device.type == "cuda" else 8

@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from gear.config import Interrupted, __version__, config_hash, differences
 from gear.data import Stream, loaded
-from gear.home import cache_dir, check_writable, read_array, read_json, write_array, write_atomically
+from gear.files import (
+    cache_dir,
+    check_writable,
+    read_array,
+    read_json,
+    write_array,
+    write_atomically,
+)
 from gear.training.running import upload
 
 FILE = 4096  # rows of a file, rounded to whole batches

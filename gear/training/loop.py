@@ -24,14 +24,13 @@ from gear.config import (
 )
 from gear.data.trained import note
 from gear.device import open_device
-from gear.evaluation.reconstruction import LPIPS_BACKBONE, lpips_backbone
-from gear.home import check_writable, write_atomically
-from gear.price import parts_that_fit
-from gear.run import Run, run_path
+from gear.evaluation.lpips import LPIPS_BACKBONE, lpips_backbone
+from gear.files import check_writable, write_atomically
+from gear.runs.run import Run, run_path
 from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
-from gear.training.processes import Processes, world_size
+from gear.training.processes import Processes
 from gear.training.running import Ahead, Running, upload, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed
@@ -74,14 +73,16 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     if is_trained(run, config, runtime.rebuild):
         return run
     check_writable(run.path, "GEAR_RUNS")
-    parts = parts_of(config, runtime, device)
+    parts = runtime.accumulate
+    require(parts != "auto", "accumulate is 'auto': `train_with_parents` finds the number; give one.")
     processes = Processes(device, config.batch_size, parts, runtime.shard)
+    is_alone = parts == processes.world == 1
     torch.manual_seed(step_seed(config.seed, -1))
     state, meter = State(config, processes.device, parts, processes), Meter(processes)
     validation = Validation(state)
     if not run.checkpoint_steps():
         state.start()
-    compute = Running(state, way_of(state, runtime.compile, runtime.eager), runtime.checkpointing)
+    compute = Running(state, way_of(config, processes.device, runtime, is_alone), runtime.checkpointing)
     with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
@@ -109,23 +110,6 @@ def train(config, name=None, runtime=Runtime(), wait=False):
                     saved = f"run '{run.name}' is saved at step {state.step} of {config.steps}"
                     raise Interrupted(f"{saved}. The same command goes on from there.", (signals or [signal.SIGTERM])[0])
     return run
-
-
-def parts_of(config, runtime, device):
-    """Return into how many parts a batch goes; with `accumulate` "auto" as few as fit on the GPU, were it empty.
-
-    Every process gives the same answer. Raises UserError where blocks are sharded: what they take is not counted.
-    """
-    if runtime.accumulate != "auto":
-        return runtime.accumulate
-    require(not runtime.shard, "--accumulate auto counts a whole generator: with --shard, give a number.")
-    if device.type == "cpu":
-        return 1
-    memory = torch.cuda.get_device_properties(device).total_memory
-    is_compiled = not (runtime.eager or config.is_small) or runtime.compile
-    parts = parts_that_fit(config, config.batch_size // world_size(), memory, is_compiled)
-    print(f"a batch of {config.batch_size} goes in {parts} parts", file=sys.stderr)
-    return parts
 
 
 def _descend(state, skip):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gear.checkpoints import check_shapes
 from gear.config import BelowOne, Checked, NonNegative, Positive, Share, Whole
-from gear.training.shards import is_shard, local, spread_like, whole
+from gear.training.fsdp import is_shard, local, spread_like, whole
+from gear.weights import check_shapes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 
 from gear.config import UserError
-from gear.training import shards
+from gear.training import fsdp
 
 PATIENCE = timedelta(hours=2)  # for a process that validates or saves while the others wait
 
@@ -65,7 +65,7 @@ class Processes:
 
     def average(self, tensors):
         """Replace each of `tensors` by its mean over the processes, in one exchange; shards of gradients are means already."""
-        tensors = [t for t in tensors if not shards.is_shard(t)]
+        tensors = [t for t in tensors if not fsdp.is_shard(t)]
         if self.world > 1 and tensors:
             flat = self.mean(torch.cat([t.flatten() for t in tensors]))
             for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -75,9 +75,9 @@ class Processes:
         """Return {name: tensor}, whole, to the process that writes, shards on its CPU; every process has to ask."""
         gathered = {}
         for name, tensor in tensors.items():  # one at a time: no device has room for all of them
-            whole = shards.whole(tensor)
+            whole = fsdp.whole(tensor)
             if self.main:
-                gathered[name] = whole.cpu() if shards.is_shard(tensor) else tensor
+                gathered[name] = whole.cpu() if fsdp.is_shard(tensor) else tensor
         return gathered
 
     def any(self, flag):

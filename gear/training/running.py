@@ -11,8 +11,8 @@ import sys
 import torch
 
 from gear.config import UserError
-from gear.data import to_float
 from gear.device import capturing
+from gear.images import to_float
 from gear.training.objectives import gradients
 from gear.training.state import step_seed
 
@@ -24,14 +24,17 @@ def upload(samples, device):
     return [to_float(sample) if sample.dtype == torch.uint8 else sample for sample in samples]
 
 
-def way_of(state, compiled=False, eager=False):
-    """Return how a State's steps are computed on its device: "plain", "compiled" or "graphed"."""
-    if compiled or eager:
-        return "compiled" if compiled else "plain"
-    if state.device.type != "cuda" or state.processes.shard:
+def way_of(config, device, runtime, is_alone):
+    """Return how the steps of a run are computed on `device`: "plain", "compiled" or "graphed".
+
+    `is_alone`: whether one process computes a step from its whole batch at once. Parts reseed and processes
+    talk to each other, which no graph holds.
+    """
+    if runtime.compile or runtime.eager:
+        return "compiled" if runtime.compile else "plain"
+    if device.type != "cuda" or runtime.shard:
         return "plain"
-    is_alone = state.parts == 1 and state.processes.world == 1  # parts reseed, processes talk: no graph holds that
-    return "graphed" if state.config.is_small and is_alone else "compiled"
+    return "graphed" if config.is_small and is_alone else "compiled"
 
 
 class Ahead:

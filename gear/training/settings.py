@@ -34,7 +34,7 @@ SMALL = 2**19  # pixels of a batch
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """One run: one stage of one method. Composed in gear/recipes.py."""
+    """One run: one stage of one method. Composed in gear/experiments/recipes.py."""
 
     recipe: str
     stage: Literal["tokenizer", "joint", "generator", "teacher"]

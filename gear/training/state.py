@@ -5,20 +5,21 @@ from dataclasses import dataclass
 
 import torch
 
-from gear.checkpoints import load_module, load_networks, network
+from gear.checkpoints import load_networks, network
 from gear.config import UserError
 from gear.data import load
-from gear.evaluation.reconstruction import load_lpips
+from gear.evaluation.lpips import load_lpips
 from gear.generator.model import Generator, Projector, Projectors
 from gear.images import check_divides
-from gear.run import Run
+from gear.runs.run import Run
 from gear.teachers import check_grid, load_teachers, side_by_side
 from gear.teachers.scenes import ScenesTeacher
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenized, Tokenizer, initialise_from_data
+from gear.training.fsdp import spread, spread_like
 from gear.training.optim import EMA, Optimizer, learning_rate_factor
 from gear.training.processes import Processes
-from gear.training.shards import spread, spread_like
+from gear.weights import load_module
 
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 

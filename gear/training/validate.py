@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from gear import data
-from gear.analysis import codes
-from gear.evaluation.reconstruction import l1, psnr
 from gear.generator.sampling import sample
 from gear.images import image_grid
-from gear.run import PANEL_GAP, PANEL_WIDTH
+from gear.measures import codes
+from gear.measures.reconstruction import l1, psnr
+from gear.runs.run import PANEL_GAP, PANEL_WIDTH
 from gear.training.losses import alignment_loss, next_token_loss
 
 BATCH = 128

@@ -1,0 +1,287 @@
+"""Execute notebooks with papermill: one call a figure and the words that go with it, nothing repeated that is up to date."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shlex
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
+from gear.experiments.studies import STUDIES
+from gear.figures.execution import parameters_of, run_notebook
+from gear.figures.parameters import check_parameter
+from gear.figures.style import kept_words, runs_of, scale
+from gear.files import (
+    ROOT,
+    check_writable,
+    figures_dir,
+    is_utf8,
+    kept_json,
+    runs_dir,
+    write_atomically,
+)
+from gear.runs.run import Run, run_names
+
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
+INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: tracked runs come without
+MADE_BY = re.compile(r"(?<!again: )gear (?:train|sweep|evaluate) ")  # who names it in a UserError says which runs are missing
+
+
+class NeedsRuns(TrainingStopped):
+    """Say which runs a notebook draws that are not there, and what makes them."""
+
+
+def notebooks():
+    """Return {name: path} of the project's notebooks."""
+    return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+
+
+def figure_notebooks():
+    """Return the notebooks that tracked runs can draw, as far as they are there."""
+    return [name for name in notebooks() if name not in NEEDS_WEIGHTS]
+
+
+def products():
+    """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what draws it."""
+    found = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
+    if found.pop("ablations", None):  # drawn once for each of the paper's studies
+        found |= {f"ablations_{study}": ("ablations", {"study": study}) for study in STUDIES}
+    return found
+
+
+def about(product):
+    """Return a product's title, place in the paper ("" for none) and claim, from the head of its notebook."""
+    notebook, own = products()[product]
+    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
+    title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
+    if study := STUDIES.get(own.get("study")):
+        title, place = f"{title.partition(':')[0]}: {study.axis}", f"Table {study.table}"
+    return {"title": title, "place": place or "", "claim": claim.strip()}
+
+
+def _targets(names, parameters):
+    """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which stand for all their own.
+
+    Raises UserError for an unknown name, and for `parameters` of more than one notebook.
+    """
+    known = products() | {name: (name, {}) for name in INTERACTIVE}
+    chosen = {}
+    for name in names:
+        own = {product: target for product, target in known.items() if name in (product, target[0])}
+        if not own:
+            known_names = dict.fromkeys([*notebooks(), *known])
+            raise UserError(f"unknown notebook '{name}'.{nearest(name, known_names)} Known: {', '.join(known_names)}.")
+        chosen |= own
+    if parameters and len({notebook for notebook, _ in chosen.values()}) != 1:
+        raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
+    wanted = {
+        product: (notebook, own | parameters)
+        for product, (notebook, own) in chosen.items()
+        if all(parameters.get(key, value) == value for key, value in own.items())
+    }
+    if chosen and not wanted:
+        raise UserError(f"no figure is drawn with {parameters}. There are: {', '.join(chosen)}.")
+    return wanted
+
+
+def execute(name, parameters=None):
+    """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`; returns its path.
+
+    What it says is kept beside its figure, PRODUCT.json. A value may be text, as from a command line, if it reads as the
+    parameter's type. Raises UserError for an unknown name or parameter and for a value of another type, before anything runs;
+    TrainingStopped naming the cell that failed, NeedsRuns if it did for want of runs.
+    """
+    import papermill  # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
+
+    product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
+    source = notebooks()[notebook]
+    known = parameters_of(notebooks()[notebook])
+    types = {key: TYPES[value["inferred_type_name"]] for key, value in known.items()}
+    parameters = {key: _typed(notebook, types, key, value) for key, value in parameters.items()}
+    check_writable(figures_dir(), "GEAR_FIGURES")
+    out = figures_dir() / "executed" / f"{product}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_notebook(source, out, parameters)
+    except papermill.PapermillExecutionError as error:
+        asked = "".join(f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue)
+        what = f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: {error.evalue}\n  executed as {out}"
+        if error.ename == "UserError" and MADE_BY.search(error.evalue):
+            _keep_words(product, known, parameters, needs=error.evalue)
+            raise NeedsRuns(what) from None
+        raise TrainingStopped(what) from None
+    except Exception as error:  # a kernel that died, say: the other notebooks shall still run
+        raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
+    _keep_words(product, known, parameters, _printed(out))
+    return out
+
+
+def _cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def _printed(path):
+    """Return the lines that an executed notebook printed."""
+    outputs = (output for cell in _cells(path) for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    return "".join("".join(output["text"]) for output in outputs).splitlines()
+
+
+def _keep_words(product, known, parameters, said=(), needs=""):
+    """Write figures_dir()/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
+
+    `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not again, what it `needs`.
+    """
+    if product in INTERACTIVE:
+        return
+    path = figures_dir() / f"{product}.json"
+    # where runs were looked for, and what else was there, is this machine's affair
+    needs = re.sub(rf" in {re.escape(str(runs_dir()))}[\w/-]*| Did you mean '[^']*'\?", "", needs)
+    own = products()[product][1]
+    given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
+    words = about(product) | {
+        "command": shlex.join(["gear", "figures", product, *given]),
+        "parameters": {
+            key: {"value": parameters.get(key, ast.literal_eval(value["default"])), "about": value["help"]}
+            for key, value in known.items()
+        },
+        "said": list(said),
+        "scale": "" if needs else _scale(figures_dir() / f"{product}.csv"),
+        "needs": needs,
+    }
+    drawn = kept_words(product)
+    if needs and drawn and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
+        words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
+    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"  # a byte of a path that is no UTF-8 becomes JSON's escape
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+
+
+def _scale(table):
+    """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no run."""
+    names = runs_of(table)
+    runs = [Run.open(name) for name in run_names() if name in names]
+    return scale(runs) if runs else ""
+
+
+def seeded(notebook, seeds):
+    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, "-s[012]", and its `seeds`."""
+    if len(seeds) > 1 and max(seeds) > 9:
+        raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
+    ending = "-s[{}]" if len(seeds) > 1 else "-s{}"
+    ending = ending.format("".join(map(str, seeds)))
+    known = parameters_of(notebooks()[notebook])
+    defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
+    changed = {k: v.replace("-s[012]", ending) for k, v in defaults.items() if isinstance(v, str) and "-s[012]" in v}
+    return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})
+
+
+def check_parameters(namespace):
+    """Raise UserError unless the parameters that papermill gave a notebook are its own and of their annotated types.
+
+    A notebook calls it with its `globals()`: `papermill -p` itself takes any name and any value, and a name that is no
+    parameter would leave the default in force without a word.
+    """
+    types = {key: kind for key, kind in namespace.get("__annotations__", {}).items() if kind in TYPES.values()}
+    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")]  # papermill's cell
+    for node in (node for cell in injected for node in ast.parse(cell).body):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            _check_known("this notebook", types, target.id)
+    for key, kind in types.items():
+        _check_value("this notebook", key, kind, namespace.get(key))
+
+
+def _typed(notebook, types, key, value):
+    """Return the value of a parameter in its type, read from text where it is text."""
+    _check_known(notebook, types, key)
+    kind = types[key]
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            pass  # still text, and said to be
+    _check_value(notebook, key, kind, value)
+    if kind is str and not is_utf8(value):
+        raise UserError(f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, which notebooks are written in.")
+    return value
+
+
+def _check_value(notebook, key, kind, value):
+    if not _is_of(value, kind):
+        raise UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
+    with given_by(f"notebook '{notebook}', parameter '{key}'"):
+        check_parameter(key, value)
+
+
+def _check_known(notebook, types, key):
+    if key not in types:
+        raise UserError(f"notebook '{notebook}' has no parameter '{key}'.{nearest(key, types)} It has: {', '.join(types)}.")
+
+
+def _is_of(value, kind):
+    """An int will do for a float; a bool is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
+    """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose inputs have not changed.
+
+    `parameters` {name: value} take the place of one notebook's defaults (UserError where several notebooks are named), and
+    `seeds` of theirs. One that fails does not keep the others from running; raises TrainingStopped with all failures at the
+    end. Runs that are missing are a failure of what is named; where all are drawn, it is said what needs them.
+    """
+    targets = _targets(names or figure_notebooks(), parameters or {})
+    check_value("jobs", jobs, Jobs)
+    if seeds:
+        targets = {product: (notebook, seeded(notebook, seeds) | given) for product, (notebook, given) in targets.items()}
+    with ThreadPoolExecutor(jobs) as pool:  # a kernel is a process of its own; the threads wait for theirs
+        ends = list(pool.map(lambda product: _render(product, *targets[product], force), targets))
+    failures = [str(end) for end in ends if end and (names or not isinstance(end, NeedsRuns))]
+    if failures:
+        raise TrainingStopped("\n".join(failures))
+
+
+def _render(product, notebook, parameters, force):
+    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it failed."""
+    stamp = figures_dir() / "executed" / f"{product}.json"
+    inputs = _inputs(notebook, parameters)
+    drawn = (figures_dir() / f"{product}.png").exists() or product in INTERACTIVE
+    damaged = (figures_dir() / f"{product}.json").exists() and not kept_words(product)
+    if not force and drawn and not damaged and kept_json(stamp) == inputs:
+        print(f"{product}: up to date")
+        return None
+    start = time.perf_counter()
+    try:
+        execute(product, parameters)
+    except NeedsRuns as failure:
+        print(f"{product}: needs runs: {str(failure).splitlines()[0].partition('UserError: ')[2]}")
+        stamp.unlink(missing_ok=True)  # when they are there again it is drawn again
+        return failure
+    except TrainingStopped as failure:
+        print(f"{product}: failed")
+        return failure
+    write_atomically(stamp, lambda path: path.write_text(json.dumps(inputs)))
+    out = stamp.with_suffix(".ipynb") if product in INTERACTIVE else f"{figures_dir() / product}.png"
+    print(f"{product}: {time.perf_counter() - start:.0f} s, {out}", flush=True)
+    return None
+
+
+def _inputs(name, parameters):
+    """Identify everything a notebook's figure is made of: the notebook, its parameters, the code that draws, the runs.
+
+    Of a file that a parameter names, size and time stand for its content, and a folder's own time for what it holds. Not the
+    analysis tables: they follow from the runs, and drawing writes them.
+    """
+    digest = hashlib.sha256()
+    sources = sorted((ROOT / "gear").rglob("*.py"))
+    runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
+    for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
+        if path.is_file():  # and not a folder among the runs that is none
+            digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())
+    for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):
+        if os.path.exists(path):
+            there = os.stat(path)
+            digest.update(os.fsencode(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}"))
+    return {"inputs": digest.hexdigest(), "parameters": parameters}

@@ -1,0 +1,1 @@
+"""From arrays to numbers: pure functions, no file and no run."""

@@ -36,7 +36,7 @@ from measure import card, memory_rise, seconds
 
 from gear.device import open_device
 from gear.tokenizer import readout
-from gear.tokenizer.readout import Affinity, soft_readout
+from gear.tokenizer.readout import Affinity
 
 DIM, TAU = 8, 0.1  # of a code; the paper's
 LIMIT = 300  # seconds a measurement of memory may take
@@ -53,7 +53,7 @@ def inputs(count, size, width, device):
 
 
 def library(z, c, e):
-    return soft_readout(Affinity(z, c, 2.0, -2.0), e, TAU)
+    return Affinity(z, c, 2.0, -2.0).soft_readout(e, TAU)
 
 
 def attention(z, c, e, width=None):

@@ -22,7 +22,7 @@ import torch
 from gear.config import to_dict
 from gear.experiments.recipes import recipe
 from gear.runs.run import Run
-from gear.training.objectives import STAGES
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 RECIPES = ["scenes-joint", "cifar10-joint", "imagenet100-128-joint", "imagenet256-b-joint"]
@@ -38,7 +38,7 @@ def state_of(name, device):
     size = config.data.image_size
     images, labels = torch.randn(2, 3, size, size).clamp(-1, 1), torch.zeros(2, dtype=torch.long)
     for batch in state.batches(images, labels):
-        for update in STAGES[config.stage]:
+        for update in STAGES[config.stage].updates:
             with state.autocast():
                 update(state, batch)
     state.descend()

@@ -48,8 +48,8 @@ from gear.teachers.networks import build
 from gear.teachers.vit import parse
 from gear.tokenizer import readout
 from gear.training.loop import Runtime
-from gear.training.objectives import STAGES
 from gear.training.running import Running, upload, way_of
+from gear.training.stages import STAGES
 from gear.training.state import State, step_seed
 
 OUT = Path(__file__).with_suffix(".csv")
@@ -123,7 +123,7 @@ class Lab:
         with random_weights() if options.random_weights else contextlib.nullcontext([]) as self.invented:
             # any tokenizer will do for a generator: the state is built as a joint one, and updated as its own stage
             joint = replace(config, stage="joint", tokenizer_run="") if config.stage == "generator" else config
-            self.state = State(joint, self.device, options.accumulate)
+            self.state = State(joint, self.device, options.accumulate, checkpointing=options.checkpointing)
         if config.stage == "generator":
             self.state.config = config
             self.state.tokenizer.eval().requires_grad_(False)
@@ -135,7 +135,7 @@ class Lab:
         self.state.step = 1  # the first step's learning rate may be none
         is_alone = options.accumulate == 1
         shipped = way_of(config, self.device, Runtime(compile=options.compile), is_alone)
-        self.running = {way: Running(self.state, way, options.checkpointing) for way in {"plain", shipped}}
+        self.running = {way: Running(self.state, way) for way in {"plain", shipped}}
         self.who = {"plain eager": "plain", "ours": shipped} | ({"ours eager": "plain"} if shipped != "plain" else {})
         self.who |= {"plain compiled": "compiled"} if shipped == "compiled" else {}
         rng = torch.Generator().manual_seed(1)
@@ -156,7 +156,7 @@ class Lab:
                 return
             for batch in state.batches(*self.samples):
                 mark("tokenizer and teacher forward")
-                for update in STAGES[self.config.stage]:
+                for update in STAGES[self.config.stage].updates:
                     with state.autocast():
                         losses = update(state, batch)
                     if plain:

@@ -1,5 +1,6 @@
 """Weights into networks, by a run's name or a file's path. Loading is strict: an error lists every name that does not fit."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -32,9 +33,8 @@ def load_generator(source, ema=True, step=None):
     """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's images, 16 x 16 for a file."""
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("generator", ema)
-    generator = _built(Generator, part.size, checkpoint, name)
-    generator.grid = checkpoint.grid or Generator.grid
-    return generator
+    build = functools.partial(Generator, grid=checkpoint.grid) if checkpoint.grid else Generator
+    return _built(build, part.size, checkpoint, name)
 
 
 def load_discriminator(source):

@@ -19,8 +19,10 @@ from gear.generator.model import Generator, GeneratorConfig
 from gear.runs.run import Run
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
-from gear.training.losses import entropy_loss
-from gear.training.objectives import gradients
+from gear.tokenizer.quantize import SignAffinity
+from gear.tokenizer.readout import Affinity
+from gear.training.losses import QUANTIZER_LOSSES, entropy_loss
+from gear.training.stages import gradients
 from gear.training.state import State, step_seed
 
 TOKENIZER = TokenizerConfig(codebook_size=32, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
@@ -80,7 +82,16 @@ def tiny_state(
 
 def loss_terms(quantized):
     """Return all loss terms of a Quantized, unweighted: {name: scalar}."""
-    return quantized.losses | {"entropy_loss": entropy_loss(*quantized.entropies)}
+    kind = "lfq" if isinstance(quantized.affinity, SignAffinity) else "vq" if quantized.affinity.shift else "ibq"
+    return QUANTIZER_LOSSES[kind](quantized) | {"entropy_loss": entropy_loss(*quantized.affinity.entropies())}
+
+
+class Formed(Affinity):
+    """An Affinity of which only the matrix (..., K) is known."""
+
+    def __init__(self, matrix):
+        super().__init__(matrix, matrix.new_empty(matrix.shape[-1], 0), limit=2**62)
+        self.dense = matrix
 
 
 def weights(*modules):

@@ -21,8 +21,8 @@ from gear.checkpoints import load_discriminator, open_checkpoint
 from gear.data import DataConfig
 from gear.generator.model import GENERATORS, Projector
 from gear.tokenizer.autoencoder import TOKENIZERS
-from gear.training.objectives import STAGES
 from gear.training.settings import Config, ObjectiveConfig
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 GOLDEN = Path(__file__).parent / "golden" / "joint_step.json"
@@ -168,7 +168,7 @@ def descend(state, images, labels):
         optimizer.adam.register_step_post_hook(forget)
     with mock.patch.object(state, "backward", backward_by_term):
         for batch in state.batches(images, labels):
-            for update in STAGES["joint"]:
+            for update in STAGES["joint"].updates:
                 update(state, batch)
     gradients = {part: described([p.grad for p in ps]) for part, ps in parts.items()}
     return {

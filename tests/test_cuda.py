@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import no_waits, scenes, state_on, take_step, tiny_generator
+from helpers import Formed, no_waits, scenes, state_on, take_step, tiny_generator
 from test_generator import greedy
 from test_parity import assert_close, case, parity_normal, state_dict
 from test_readout import by_blocks, gaussian
@@ -18,7 +18,7 @@ from gear.experiments.recipes import recipe
 from gear.generator import sampling
 from gear.images import to_float
 from gear.runs.run import Run
-from gear.tokenizer.readout import Affinity, entropies, soft_readout
+from gear.tokenizer.readout import Affinity
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train
 from gear.training.running import Running, upload
@@ -55,7 +55,7 @@ def test_a_tokenizer_is_the_public_one(name, device, home):
     assert torch.equal(indices.flatten(1), want["indices"])
     assert_close(tokenizer.decode(indices), want["recon"])
     embedding = torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))).to(device)
-    read = soft_readout(tokenizer.affinity(x), embedding, 0.1).flatten(0, 1)
+    read = Formed(tokenizer.affinity(x)).soft_readout(embedding, 0.1).flatten(0, 1)
     assert_close(read, want["soft_readout"])
     assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
 
@@ -81,7 +81,7 @@ def test_blocks_are_as_float64(block, count, width, device, monkeypatch):
         by_blocks(monkeypatch, size)
         z, c, e = (leaf.to(device, dtype).requires_grad_() for leaf in leaves)
         affinity = Affinity(*(torch.nn.functional.normalize(x, dim=-1) for x in (z, c)), 2.0, -2.0)
-        values = [soft_readout(affinity, e, 0.1), *entropies(affinity)]
+        values = [affinity.soft_readout(e, 0.1), *affinity.entropies()]
         loss = sum((value * weight.to(value)).sum() for value, weight in zip(values, weights))
         results.append([*values, *torch.autograd.grad(loss, [z, c, e])])
     for exact, got in zip(*results):

@@ -23,7 +23,7 @@ from gear.images import to_uint8
 from gear.teachers import check_grid, load_teacher
 from gear.teachers.efficientnet import INSTALL
 from gear.training.loop import Runtime, train
-from gear.training.objectives import STAGES
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 NAME = "efficientnet-lite0"
@@ -158,7 +158,7 @@ def test_a_step_of_the_presets(name, photographs):
     state = State(replace(config, tokenizer_run="", data=data, generator=generator), torch.device("cpu"))
     images, labels = load(data, "train", 4)
     batch, losses = state.observe(images, labels), {}
-    for update in STAGES["joint"]:
+    for update in STAGES["joint"].updates:
         losses |= update(state, batch)
     assert {"recon_loss", "soft_align_loss", "ntp_loss", "align_loss"} <= losses.keys() and "gan_loss" not in losses
     assert abs(losses["align_loss"]) <= 1 and 0.5 < losses["ntp_loss"] / math.log(config.tokenizer.codebook_size) < 2

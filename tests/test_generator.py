@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GENERATOR, K, tiny_generator, tiny_tokenizer
+from helpers import GENERATOR, K, tiny_generator, tiny_state, tiny_tokenizer
 
 from gear.config import UserError
 from gear.generator import sampling
@@ -108,22 +108,25 @@ def test_a_head_width_that_2d_rope_cannot_halve_twice_is_an_error():
 
 
 @torch.no_grad()
-def test_labels_drop_in_training_only():
-    """With every label dropped, training sees "no class" whatever the label, and evaluation sees the label."""
-    generator = tiny_generator(class_dropout=1.0)
-    labelled, none = (generator(TOKENS, labels) for labels in (LABELS, torch.full((3,), generator.no_class)))
-    assert (labelled - none).abs().max() > 1e-3 and generator.no_class == 5
-    torch.testing.assert_close(generator.train()(TOKENS, LABELS), none)
-    torch.testing.assert_close(generator.eval()(TOKENS, LABELS), labelled)
+def test_a_dropped_label_is_none():
+    """Whatever the label, "no class" is seen where it is dropped, in training and in evaluation."""
+    generator = tiny_generator()
+    labelled, none = (generator(TOKENS, labels) for labels in (LABELS, torch.full((3,), generator.condition.no_class)))
+    assert (labelled - none).abs().max() > 1e-3 and generator.condition.no_class == 5
+    dropped = torch.tensor([True, False, True])
+    for training in (True, False):
+        got = generator.train(training)(TOKENS, LABELS, dropped=dropped)
+        torch.testing.assert_close(got, torch.where(dropped[:, None, None], none, labelled))
+        torch.testing.assert_close(generator(TOKENS, LABELS), labelled)
 
 
 def test_the_share_of_dropped_labels_is_class_dropout():
-    generator = tiny_generator(class_dropout=0.3).train()
+    state = tiny_state(batch_size=4000)
+    state.config = replace(state.config, generator=replace(state.config.generator, class_dropout=0.3))
     torch.manual_seed(0)
-    labels = torch.arange(4000) % 5
-    left, _ = generator.drop_condition(labels, None)
-    dropped, kept = left == 5, left == labels
-    assert (dropped ^ kept).all() and dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert state._dropped(4000, None).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    state.config = replace(state.config, generator=replace(state.config.generator, class_dropout=0.0))
+    assert state._dropped(4000, None) is None
 
 
 @pytest.mark.parametrize("config, count", (
@@ -239,7 +242,7 @@ def greedy(generator, labels, side, cfg_scale=1.0):
     for i in range(side * side):
         logits = generator(indices, labels)[:, i]
         if cfg_scale != 1:
-            none = generator(indices, torch.full_like(labels, generator.no_class))[:, i]
+            none = generator(indices, torch.full_like(labels, generator.condition.no_class))[:, i]
             logits = none + cfg_scale * (logits - none)
         indices[:, i] = logits.argmax(-1)
     return indices.view(-1, side, side)
@@ -266,18 +269,19 @@ def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generat
 
 def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator):
     """Whatever the label: that of no class alone; between 0 and 1, and at both, as the formula's probabilities have it."""
-    unconditional = greedy(generator, torch.full_like(LABELS, generator.no_class), 4)
+    unconditional = greedy(generator, torch.full_like(LABELS, generator.condition.no_class), 4)
     assert torch.equal(generate(generator, LABELS, (4, 4), cfg_scale=0, temperature=0), unconditional)
     assert not torch.equal(generate(generator, LABELS, (4, 4), temperature=0), unconditional)
     for interval in ((0, 7), (4, 16)):  # elsewhere the condition holds: a pair is needed
         indices = torch.zeros(len(LABELS), 16, dtype=torch.long)
         for i in range(16):
-            labels = torch.full_like(LABELS, generator.no_class) if interval[0] <= i < interval[1] else LABELS
+            labels = torch.full_like(LABELS, generator.condition.no_class) if interval[0] <= i < interval[1] else LABELS
             indices[:, i] = generator(indices, labels)[:, i].argmax(-1)
         got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
         assert torch.equal(got.flatten(1), indices)
     labels = torch.full((6000,), 3)
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in (generator.no_class, 3))
+    labels = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
     for scale in (0, 0.5):
         drawn = torch.bincount(generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K) / 6000
         torch.testing.assert_close(drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025)
@@ -308,7 +312,7 @@ def test_the_extremes_of_the_ranges_have_their_meaning(generator):
 
 def test_scale_one_ignores_the_null_class(generator):
     before = generate(generator, LABELS, (4, 4), seed=1)
-    generator.class_embedding.weight.data[generator.no_class] = torch.nan
+    generator.class_embedding.weight.data[generator.condition.no_class] = torch.nan
     assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), before)
 
 
@@ -360,7 +364,8 @@ def test_top_one_is_temperature_zero(generator):
 def test_samples_follow_the_guided_logits_over_the_temperature(generator):
     """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
     labels = torch.full((6000,), 3)
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in (generator.no_class, 3))
+    labels = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
     want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
     drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
     got = torch.bincount(drawn.flatten(), minlength=K) / 6000

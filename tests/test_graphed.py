@@ -138,7 +138,7 @@ def test_a_captured_loop_draws_what_the_loop_draws(settings):
 def test_the_loop_waits_for_nothing():
     generator = tiny_generator().cuda()
     settings, rng = (3, 16, (2.0, 0, 9), (1.0, 3, 0.9), "causal"), torch.Generator("cuda")
-    condition = torch.cat([LABELS, torch.full_like(LABELS, generator.no_class)]).cuda()
+    condition = torch.cat([LABELS, torch.full_like(LABELS, generator.condition.no_class)]).cuda()
     sampling._decode(settings, generator, condition, None, rng)
     torch.cuda.set_sync_debug_mode("error")
     try:

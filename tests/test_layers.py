@@ -14,15 +14,15 @@ LAYERS = """
     measures.neighbours measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
     tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
-    generator.transformer generator.model generator.graphed generator.sampling
+    generator.transformer generator.condition generator.model generator.graphed generator.sampling
     public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
     checkpoints
     teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
     analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis
     evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.evaluate
     evaluation.protocols evaluation.sheets
-    training.losses training.fsdp training.optim training.processes training.settings training.state training.objectives
-    training.running training.validate training.cached training.guard training.meter training.loop
+    training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
+    training.state training.running training.validate training.cached training.guard training.meter training.loop
     cost.counts cost.price cost.dry_run
     experiments.presets experiments.recipes experiments.studies experiments.claims experiments.results experiments.jobs
     experiments.sweep

@@ -16,7 +16,6 @@ from helpers import same, scenes, tiny_state, weights
 from gear.config import UserError
 from gear.evaluation.lpips import load_lpips
 from gear.measures.reconstruction import l1, psnr
-from gear.tokenizer.readout import straight_through_assignment
 from gear.training import losses
 from gear.training.objectives import (
     BRIDGES,
@@ -134,7 +133,7 @@ def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
     state = tiny_state(align_weight=0.7)
     for module in state.generator.modules():  # no draws, to repeat them by hand
         module.p = 0.0
-    object.__setattr__(state.generator.config, "class_dropout", 0.0)
+    object.__setattr__(state.config.generator, "class_dropout", 0.0)
     got = recorded(state, generator_update, state.generator, state.projector)
     generator, tap = state.generator, state.config.generator.tap_layer
     indices = state.tokenizer.encode(IMAGES).flatten(1)
@@ -155,7 +154,7 @@ def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets()
     def gradient(loss, wanted=encoder):
         return torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
 
-    assignment = straight_through_assignment(batch.tokenized.quantized.affinity, 0.1)
+    assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     fixed = assignment.detach()
     logits = [generator(a @ generator.embedding, LABELS).log_softmax(-1) for a in (assignment, fixed)]
     by_inputs = gradient(-(fixed * logits[0]).sum(-1).mean())
@@ -178,7 +177,7 @@ def test_naive_inputs_bridge_carries_the_path_through_the_inputs_alone():
     state = tiny_state(bridge="naive_inputs", tau=0.1)
     batch, generator = state.observe(IMAGES, LABELS), state.generator.eval()
     encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
-    assignment = straight_through_assignment(batch.tokenized.quantized.affinity, 0.1)
+    assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     logits = generator(assignment @ generator.embedding, LABELS).log_softmax(-1)
     want = torch.autograd.grad(-(assignment.detach() * logits).sum(-1).mean(), encoder, retain_graph=True)
     loss = BRIDGES["naive_inputs"](state, batch)["naive_ntp_loss"]
@@ -205,7 +204,7 @@ def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
     for _ in range(3):
         for state in (joint, alone):
             batch = state.observe(IMAGES, LABELS)
-            for update in STAGES[state.config.stage]:
+            for update in STAGES[state.config.stage].updates:
                 update(state, batch)
             state.descend()
             state.finish_step()
@@ -262,7 +261,7 @@ def test_a_joint_step_is_one_tokenizer_forward_and_one_teacher_forward():
     parts = {"tokenizer": tokenizer, "encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
     calls = count_calls(parts | {"teacher": state.teacher_features, "discriminator": state.discriminator})
     batch = state.observe(IMAGES, LABELS)
-    for update in STAGES["joint"]:
+    for update in STAGES["joint"].updates:
         update(state, batch)
     assert calls == {"tokenizer": 1, "encoder": 1, "decoder": 1, "teacher": 1, "discriminator": 3}
 
@@ -478,7 +477,7 @@ def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
     state = tiny_state(stir=False)
     before = {name: weights(average.module) for name, average in state.averages.items()}
     batch = state.observe(IMAGES, LABELS)
-    for update in STAGES["joint"]:
+    for update in STAGES["joint"].updates:
         update(state, batch)
     state.descend()
     state.finish_step()
@@ -525,6 +524,6 @@ def test_several_teachers_are_averaged_each_with_its_projector():
     both = losses.alignment_loss(several.projector(hidden), batch.target, several.widths)
     alone = [losses.alignment_loss(p(hidden), batch.target[..., :dim]) for p in several.projector]
     assert float(both) == pytest.approx(float(sum(alone)) / 2, abs=1e-6) and float(alone[0]) != float(alone[1])
-    for update in STAGES["joint"]:
+    for update in STAGES["joint"].updates:
         found = update(several, batch)
     assert torch.isfinite(found["align_loss"])

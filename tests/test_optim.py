@@ -14,8 +14,8 @@ from gear.public.containers import export
 from gear.runs.run import Run
 from gear.tokenizer.autoencoder import group_norm
 from gear.training.loop import Runtime, train
-from gear.training.objectives import STAGES
 from gear.training.optim import Optimizer, OptimizerConfig
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 
@@ -75,7 +75,7 @@ def test_the_frozen_generator_is_not_asked_for_ranges(bridge, monkeypatch):
     state, looked = tiny_state("joint", bridge=bridge), []
     monkeypatch.setattr(model, "check_range", lambda *arguments: looked.append(arguments))
     for batch in state.batches(*scenes(16)):
-        for update in STAGES["joint"]:
+        for update in STAGES["joint"].updates:
             update(state, batch)
     assert not looked
     state.descend()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import loss_terms
+from helpers import Formed, loss_terms
 
 import gear
 from gear.checkpoints import load_discriminator, open_checkpoint
@@ -22,8 +22,6 @@ from gear.public.containers import export
 from gear.public.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.tokenizer.model import Tokenizer
-from gear.tokenizer.quantize import bit_entropies
-from gear.tokenizer.readout import entropies, soft_readout
 
 PARITY = Path(__file__).parent / "parity"
 sys.path.insert(0, str(PARITY))
@@ -74,14 +72,14 @@ def test_tokenizer(name, home):
     assert_close(tokenizer.decode(indices), want["recon"])
     affinity = tokenizer.affinity(x)
     assert_close(affinity.flatten(0, 1)[:, :256], want["assignment"])
-    read = soft_readout(affinity, torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1).flatten(0, 1)
+    read = Formed(affinity).soft_readout(torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1).flatten(0, 1)
     assert_close(read, want["soft_readout"])
     assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
 
     x = want["x"].detach()
     with torch.no_grad():
         out, z = tokenizer(x), tokenizer.latents(x)
-        rows, mean = bit_entropies(z.flatten(2).mT) if name == "lfq16" else entropies(affinity)
+        rows, mean = tokenizer.quantizer.affinity(z).entropies()
     assert_close(out.reconstruction, want["recon"])
     losses = {"codebook_loss": torch.tensor(0.0), "commit_loss": torch.tensor(0.0)} | loss_terms(out.quantized)
     for key, got in {

@@ -14,7 +14,7 @@ from gear.experiments.presets import change
 from gear.experiments.recipes import RECIPES, plan, recipe
 from gear.generator.model import GENERATORS
 from gear.tokenizer.autoencoder import TOKENIZERS
-from gear.training.objectives import STAGES
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 L, K = 256, 16_384
@@ -100,7 +100,7 @@ def test_a_real_step_does_as_much(name, tiny):
     images, labels = torch.rand(4, 3, size, size) * 2 - 1, torch.zeros(4, dtype=torch.long)
     with FlopCounterMode(display=False, custom_mapping=counts.UNCOUNTED) as counter:
         batch = state.observe(images, labels)
-        for update in STAGES[config.stage]:
+        for update in STAGES[config.stage].updates:
             update(state, batch)
     assert counter.get_total_flops() / 4 == pytest.approx(sum(p.training for p in price.price(config).passes), rel=1e-3)
     held = {n: sum(p.numel() for p in m.parameters()) for n, m in state.networks.items()}

@@ -17,9 +17,9 @@ from gear.experiments.recipes import recipe
 from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 from gear.training.losses import entropy_loss
-from gear.training.objectives import STAGES
 from gear.training.processes import Processes
 from gear.training.running import Running
+from gear.training.stages import STAGES
 from gear.training.state import State, step_seed
 
 STEPS = 3
@@ -85,7 +85,7 @@ def test_gradients_of_parts_add_up(quantizer):
             module.p = 0.0
         torch.manual_seed(step_seed(state.config.seed, 0))
         for batch in state.batches(IMAGES.double(), LABELS):
-            for update in STAGES["joint"]:
+            for update in STAGES["joint"].updates:
                 update(state, batch)
         got[parts] = {n: torch.cat([g.flatten() for g in o.gradients]) for n, o in state.optimizers.items()}
     for parts in (2, 8):
@@ -110,10 +110,10 @@ def test_parts_draw_dropout_of_their_own_and_labels_of_the_batch():
     state = tiny_state(batch_size=8, parts=2)
     torch.manual_seed(seed := step_seed(state.config.seed, state.step))
     want, seen, after = torch.rand(8), [], []
-    for _ in state.batches(IMAGES, LABELS):
-        seen.append(state.generator.uniform(4, device=torch.device("cpu")))
+    for batch in state.batches(IMAGES, LABELS):
+        seen.append(batch.dropped)
         after.append(torch.rand(3))
-    assert torch.equal(torch.cat(seen), want) and seed > 0
+    assert torch.equal(torch.cat(seen), want < state.config.generator.class_dropout) and seed > 0
     assert not torch.equal(*after)
 
 

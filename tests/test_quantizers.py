@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import loss_terms, scenes
+from helpers import Formed, loss_terms, scenes
 
 import gear
 from gear.checkpoints import open_checkpoint
@@ -21,9 +21,7 @@ from gear.tokenizer.quantize import (
     IndexBackpropagationQuantizer,
     LookupFreeQuantizer,
     SignAffinity,
-    bit_entropies,
 )
-from gear.tokenizer.readout import entropies, soft_assignment
 from gear.training.loop import Runtime, train
 
 LFQ = TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1)
@@ -46,7 +44,7 @@ def test_lfq_bits_are_the_dense_codebook(dim):
     affinity = 2 * rows @ lfq.codes().double().T
     assert torch.equal(lfq.indices(z), affinity.argmax(-1))
     torch.testing.assert_close(lfq.affinity(z).dense, affinity)
-    for fast, dense in zip(bit_entropies(rows), entropies(affinity)):
+    for fast, dense in zip(SignAffinity(rows).entropies(), Formed(affinity).entropies()):
         torch.testing.assert_close(fast, dense, rtol=1e-9, atol=1e-11)
         weights = gaussian(len(fast)).double()
         gradients = [torch.autograd.grad(h @ weights, z, retain_graph=True)[0] for h in (fast, dense)]
@@ -81,7 +79,7 @@ def test_lfq_soft_assignment_is_a_product_of_bits():
     """pi_k = prod_j sigmoid(4 s_kj z_j / tau)."""
     lfq, z, tau = LookupFreeQuantizer(LFQ), gaussian(1, 5, 1, 1), 0.7
     bits = (4 * lfq.codes() * z.flatten() / tau).sigmoid().prod(-1)
-    torch.testing.assert_close(soft_assignment(lfq.affinity(z), tau)[0, 0], bits)
+    torch.testing.assert_close(lfq.affinity(z).soft_assignment(tau)[0, 0], bits)
 
 
 def test_lfq_passes_the_decoders_gradient_straight_and_commits():
@@ -89,8 +87,8 @@ def test_lfq_passes_the_decoders_gradient_straight_and_commits():
     out = lfq(z)
     torch.testing.assert_close(out.latents, z.detach().sign())
     torch.testing.assert_close(torch.autograd.grad((out.latents * cotangent).sum(), z)[0], cotangent)
-    torch.testing.assert_close(out.losses["commit_loss"], (z - z.sign().detach()).square().mean())
-    assert "codebook_loss" not in out.losses and not list(lfq.parameters())
+    torch.testing.assert_close(loss_terms(out)["commit_loss"], (z - z.sign().detach()).square().mean())
+    assert "codebook_loss" not in loss_terms(out) and not list(lfq.parameters())
 
 
 def test_lfq_has_as_many_codes_as_signs():
@@ -100,7 +98,7 @@ def test_lfq_has_as_many_codes_as_signs():
 
 def test_depth_to_space_deals_the_block_index_out_first():
     """Channel (2 a + b) C + c of the convolution's output goes to row 2 i + a, column 2 j + b of channel c."""
-    up = Upsample(3, "magvit2")
+    up = Upsample(3, deals_out=True)
     x = gaussian(2, 3, 4, 5)
     dealt, got = up.conv(x), up(x)
     for a, b, c in ((0, 0, 0), (0, 1, 2), (1, 0, 1), (1, 1, 2)):
@@ -138,7 +136,7 @@ def test_ibq_is_its_formula():
         return q.mT.reshape(z.shape), losses
 
     got, want = [], []
-    for target, run in ((got, lambda z: (lambda o: (o.latents, o.losses["codebook_loss"]))(ibq(z))), (want, literal)):
+    for target, run in ((got, lambda z: (lambda o: (o.latents, loss_terms(o)["codebook_loss"]))(ibq(z))), (want, literal)):
         leaf = z.clone().requires_grad_()
         q, loss = run(leaf)
         target += [q, loss, *torch.autograd.grad((q * cotangent).sum() + 3 * loss, [leaf, ibq.codebook])]
@@ -177,7 +175,7 @@ def test_gradient_routing(family, term):
     out = tokenizer(images)
     losses = loss_terms(out.quantized) | {
         "recon": F.l1_loss(out.reconstruction, images),
-        "soft": (soft_assignment(out.quantized.affinity, 0.1) @ gaussian(32, 5)).square().sum(),
+        "soft": (out.quantized.affinity.soft_assignment(0.1) @ gaussian(32, 5)).square().sum(),
     }
     names, parameters = zip(*tokenizer.named_parameters())
     gradients = torch.autograd.grad(losses[term], parameters, allow_unused=True)

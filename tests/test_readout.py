@@ -12,7 +12,7 @@ from gear.tokenizer import readout
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.quantize import QUANTIZERS, SignAffinity
-from gear.tokenizer.readout import Affinity, entropies, hard_indices, soft_readout
+from gear.tokenizer.readout import Affinity
 from gear.training.validate import tokenizer_metrics
 
 DIM, K, N = 5, 32, 14  # 14 = 2 x 7 positions
@@ -43,8 +43,8 @@ def factors(family, dtype=torch.float64, count=N, dim=DIM, size=K):
 
 def read(family, affinity, embedding):
     """Every differentiable thing that is read from A: {name: tensor}."""
-    h, mean = entropies(affinity, TEMPERATURE[family])
-    return {"u": soft_readout(affinity, embedding, TEMPERATURE[family]), "h": h, "mean": mean}
+    h, mean = affinity.entropies(TEMPERATURE[family])
+    return {"u": affinity.soft_readout(embedding, TEMPERATURE[family]), "h": h, "mean": mean}
 
 
 def by_blocks(monkeypatch, block):
@@ -98,7 +98,7 @@ def test_indices_and_top_masses_by_blocks_are_those_of_the_matrix(family, block,
     blocks = list(affinity.blocks())
     assert max(b.numel() for b in blocks) <= max(block, K) and not any(b.requires_grad for b in blocks)
     torch.testing.assert_close(torch.cat(blocks), dense.flatten(0, 1), rtol=0, atol=1e-12)
-    assert torch.equal(hard_indices(affinity), dense.argmax(-1)) and hard_indices(affinity).shape == (2, 7)
+    assert torch.equal(affinity.argmax(), dense.argmax(-1)) and affinity.argmax().shape == (2, 7)
     got = codes.assignment(affinity.blocks(), TEMPERATURE[family])
     assert got.entropy == pytest.approx(want.entropy, abs=1e-10) and got.top_mass == pytest.approx(want.top_mass, abs=1e-10)
 
@@ -158,9 +158,9 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
             out = quantizer(z)
             assert torch.equal(out.indices, want) and torch.equal(quantizer.indices(z), want)
-            assert torch.equal(hard_indices(out.affinity), want)
+            assert torch.equal(out.affinity.argmax(), want)
             assert out.affinity.dense.dtype == torch.float32
-            u, loss = soft_readout(out.affinity, embedding, 0.3), sum(loss_terms(out).values())
+            u, loss = out.affinity.soft_readout(embedding, 0.3), sum(loss_terms(out).values())
             assert u.dtype == loss.dtype == torch.float32
             inside = torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True) if block else []
         results.append([u, loss, *inside, *torch.autograd.grad(u.square().sum() + loss, [z, embedding])])
@@ -176,7 +176,7 @@ def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
     for block in (None, 300):
         by_blocks(monkeypatch, block)
         out = tokenizer(images)
-        u = soft_readout(out.quantized.affinity, gaussian(K, 9), 0.3)
+        u = out.quantized.affinity.soft_readout(gaussian(K, 9), 0.3)
         total = out.reconstruction.square().sum() + u.square().sum() + sum(loss_terms(out.quantized).values())
         assert torch.equal(tokenizer.encode(images).flatten(1), out.quantized.indices)
         gradients = torch.autograd.grad(total, list(tokenizer.parameters()), materialize_grads=True, allow_unused=True)
@@ -213,7 +213,7 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
         with Watch() as watch:
             out = quantizer(z)
             quantizer.indices(z)
-            u = soft_readout(out.affinity, embedding, 0.1)
+            u = out.affinity.soft_readout(embedding, 0.1)
             (u.sum() + out.latents.sum() + sum(loss_terms(out).values())).backward()
             codes.assignment(out.affinity.blocks(), 0.1)
         largest[block] = watch.largest
@@ -226,7 +226,7 @@ def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
     for asks in (False, True):
         leaves, make = factors(family)
         embedding = gaussian(K, 7).requires_grad_(asks)
-        u = soft_readout(make(*leaves), embedding, 0.3)
+        u = make(*leaves).soft_readout(embedding, 0.3)
         with Watch() as watch:
             u.sum().backward()
         to_embedding = [shapes for _, shapes in watch.calls if (K, 4) in shapes and (4, 7) in shapes]
@@ -246,8 +246,8 @@ def test_every_read_out_is_in_float32_under_autocast():
     torch.manual_seed(0)
     affinity, embedding = Affinity(torch.randn(2, 5, 4), torch.randn(16, 4)), torch.randn(16, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        hard = readout.hard_readout(affinity, embedding)
-        through = readout.straight_through_readout(affinity, embedding, 0.1)
-        soft = readout.soft_readout(affinity, embedding, 0.1)
+        hard = embedding[affinity.argmax()]
+        through = affinity.straight_through_readout(embedding, 0.1)
+        soft = affinity.soft_readout(embedding, 0.1)
     assert soft.dtype == through.dtype == torch.float32
     torch.testing.assert_close(through, hard, rtol=0, atol=1e-6)

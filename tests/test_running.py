@@ -19,8 +19,8 @@ from gear.experiments.recipes import TINY, in_parts, recipe
 from gear.runs.run import Run
 from gear.training import loop, running
 from gear.training.loop import Runtime
-from gear.training.objectives import gradients
 from gear.training.running import Ahead, Running, compile_networks, upload, way_of
+from gear.training.stages import gradients
 from gear.training.state import State, step_seed
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ MASKS = {"right": RIGHT, "left": RIGHT.flip(1)}
 def hybrid(**changes):
     torch.manual_seed(0)
     generator = stirred(Generator(replace(CONFIG, **changes), K)).eval()
-    generator.no_caption = NONE
+    generator.condition.no_caption = NONE
     return generator
 
 
@@ -123,22 +123,22 @@ def test_soft_embeddings_are_taken_where_indices_are():
     torch.testing.assert_close(generator(onehot, TEXT, RIGHT), generator(TOKENS, TEXT, RIGHT))
 
 
-def test_captions_drop_in_training_only():
-    generator = hybrid(class_dropout=1.0)
+def test_a_dropped_caption_is_none():
+    generator = hybrid()
+    dropped = torch.tensor([True, False, True])
     with torch.no_grad():
-        none = generator(TOKENS, *generator.no_condition(TEXT, RIGHT))
-        torch.testing.assert_close(generator.train()(TOKENS, TEXT, RIGHT), none)
-        assert (generator.eval()(TOKENS, TEXT, RIGHT) - none).abs().max() > 1e-3
+        none, told = generator(TOKENS, *generator.condition.none(TEXT, RIGHT)), generator(TOKENS, TEXT, RIGHT)
+        assert (told - none).abs().max() > 1e-3
+        got = generator.train()(TOKENS, TEXT, RIGHT, dropped=dropped)
+        torch.testing.assert_close(got, torch.where(dropped[:, None, None], none, told))
 
 
-def test_the_share_of_dropped_captions_is_class_dropout():
-    generator = hybrid(class_dropout=0.3)
-    generator.no_caption = torch.zeros(2, 5), torch.zeros(2, dtype=torch.bool)
-    text, mask = torch.ones(4000, 2, 5), torch.ones(4000, 2, dtype=torch.bool)
-    left, filled = generator.drop_condition(text, mask)
-    assert torch.equal(filled[:, 0], left[:, 0, 0] > 0) and (~filled[:, 0]).float().mean().item() == pytest.approx(
-        0.3, abs=0.03
-    )
+def test_a_dropped_caption_takes_its_mask_with_it():
+    generator = hybrid()
+    generator.condition.no_caption = torch.zeros(2, 5), torch.zeros(2, dtype=torch.bool)
+    text, mask = torch.ones(40, 2, 5), torch.ones(40, 2, dtype=torch.bool)
+    left, filled = generator.condition.drop(text, mask, torch.arange(40) % 3 == 0)
+    assert torch.equal(filled[:, 0], left[:, 0, 0] > 0) and (~filled).sum() == 2 * 14
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def test_the_share_of_dropped_captions_is_class_dropout():
 def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
     indices = torch.zeros(len(text), 16, dtype=torch.long)
     for i in range(16):
-        logits = generator(indices, text, mask, text_attention)[:, i]
+        logits = generator(indices, text, mask, text_attention=text_attention)[:, i]
         if cfg_scale != 1 and interval[0] <= i < interval[1]:
-            uncond = generator(indices, *none, text_attention)[:, i]
+            uncond = generator(indices, *none, text_attention=text_attention)[:, i]
             logits = uncond + cfg_scale * (logits - uncond)
         indices[:, i] = logits.argmax(-1)
     return indices.view(-1, 4, 4)
@@ -168,7 +168,7 @@ def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
 @torch.no_grad()
 def test_cached_generation_is_the_uncached_arg_max_loop(side, text_attention, cfg_scale, interval, rotation):
     generator, mask = hybrid(condition_rotation=rotation), MASKS[side]
-    want = uncached(generator, TEXT, mask, text_attention, cfg_scale, interval, generator.no_condition(TEXT, mask))
+    want = uncached(generator, TEXT, mask, text_attention, cfg_scale, interval, generator.condition.none(TEXT, mask))
     got = generate(
         generator, TEXT, (4, 4), mask, cfg_scale=cfg_scale, cfg_interval=interval, temperature=0, text_attention=text_attention
     )
@@ -177,29 +177,31 @@ def test_cached_generation_is_the_uncached_arg_max_loop(side, text_attention, cf
 
 def test_what_no_caption_is_has_to_be_told():
     """Guidance and dropping need the features of an empty text; zeros would do for no network without biases."""
-    generator = hybrid(class_dropout=0.5)
-    generator.no_caption = None
+    generator = hybrid()
+    generator.condition.no_caption = None
     generate(generator, TEXT, (4, 4), RIGHT)  # nothing unconditional in it
     for call in (
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=2.0),
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=0.5),
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=0.0),
-        lambda: generator.train()(TOKENS, TEXT, RIGHT),
+        lambda: generator(TOKENS, TEXT, RIGHT, dropped=torch.tensor([True, False, False])),
     ):
-        with pytest.raises(UserError, match="Set generator.no_caption"):
+        with pytest.raises(UserError, match="Set generator.condition.no_caption"):
             call()
-    generator.no_caption = NONE[0][:4], NONE[1][:4]
+    generator.condition.no_caption = NONE[0][:4], NONE[1][:4]
     with pytest.raises(UserError, match="as many slots"):
-        generator(TOKENS, TEXT, RIGHT)
+        generator(TOKENS, TEXT, RIGHT, dropped=torch.tensor([True, False, False]))
 
 
 def test_dropped_captions_leave_deep_gradients_finite():
     """Thirty-six layers, as the 1B has: a stream of exact zeros would be multiplied by 316 in each."""
     torch.manual_seed(0)
-    generator = Generator(replace(CONFIG, layers=36, dual_layers=12, class_dropout=0.5), K).train()
+    generator = Generator(replace(CONFIG, layers=36, dual_layers=12), K).train()
     torch.nn.init.normal_(generator.head.weight, 0, 0.02)
-    generator.no_caption = NONE
-    torch.nn.functional.cross_entropy(generator(TOKENS, TEXT, RIGHT).flatten(0, 1), TOKENS.flatten()).backward()
+    generator.condition.no_caption = NONE
+    dropped = torch.tensor([True, False, True])
+    logits = generator(TOKENS, TEXT, RIGHT, dropped=dropped)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).backward()
     assert all(torch.isfinite(p.grad).all() for p in generator.parameters())
 
 
@@ -211,7 +213,7 @@ def test_guidance_interval_for_classes(interval):
     for i in range(16):
         logits = generator(indices, labels)[:, i]
         if interval[0] <= i < interval[1]:
-            none = generator(indices, torch.full_like(labels, generator.no_class))[:, i]
+            none = generator(indices, torch.full_like(labels, generator.condition.no_class))[:, i]
             logits = none + 3 * (logits - none)
         indices[:, i] = logits.argmax(-1)
     got = generate(generator, labels, (4, 4), cfg_scale=3.0, cfg_interval=interval, temperature=0)

@@ -6,28 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOKENIZER, loss_terms, scenes, tiny_tokenizer
+from helpers import TOKENIZER, Formed, loss_terms, scenes, tiny_tokenizer
 
 from gear.config import UserError
 from gear.tokenizer.autoencoder import Decoder, Encoder, TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer, initialise_from_data
 from gear.tokenizer.quantize import VectorQuantizer
-from gear.tokenizer.readout import (
-    entropies,
-    hard_indices,
-    hard_readout,
-    soft_assignment,
-    soft_readout,
-    straight_through_assignment,
-)
 from gear.training.losses import entropy_loss
 
 IMAGES = scenes(6)[0]
 
 
 def entropy_of(affinity):
-    return entropy_loss(*entropies(affinity))
+    return entropy_loss(*Formed(affinity).entropies())
 
 
 def gaussian(*shape, seed=0):
@@ -76,21 +68,21 @@ def test_affinity_under_bf16_autocast_is_that_of_float32(quantizer):
 
 
 def test_hard_index_is_the_first_of_equals():
-    assert hard_indices(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 0.0]])).tolist() == [1, 0]
+    assert Formed(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 0.0]])).argmax().tolist() == [1, 0]
 
 
 def test_soft_readout_becomes_the_hard_one_or_the_mean(quantizer):
-    affinity, embedding = quantizer.affinity(gaussian(2, 4, 4, 4)).dense, gaussian(32, 7)
-    hard = hard_readout(affinity, embedding)
-    assert torch.equal(hard[1, 5], embedding[affinity[1, 5].argmax()])
-    torch.testing.assert_close(soft_readout(affinity, embedding, 1e-6), hard)
-    torch.testing.assert_close(soft_readout(affinity, embedding, 1e6), embedding.mean(0).expand_as(hard), rtol=0, atol=1e-5)
-    assert (soft_readout(affinity, embedding, 0.1) - hard).abs().max() > 0.1
+    affinity, embedding = quantizer.affinity(gaussian(2, 4, 4, 4)), gaussian(32, 7)
+    hard = embedding[affinity.argmax()]
+    assert torch.equal(hard[1, 5], embedding[affinity.dense[1, 5].argmax()])
+    torch.testing.assert_close(affinity.soft_readout(embedding, 1e-6), hard)
+    torch.testing.assert_close(affinity.soft_readout(embedding, 1e6), embedding.mean(0).expand_as(hard), rtol=0, atol=1e-5)
+    assert (affinity.soft_readout(embedding, 0.1) - hard).abs().max() > 0.1
 
 
 def test_soft_assignment_depends_on_differences_over_tau(quantizer):
     affinity = quantizer.affinity(gaussian(2, 4, 4, 4)).dense
-    pi = soft_assignment(affinity, 0.3)
+    pi = Formed(affinity).soft_assignment(0.3)
     ratio = (affinity[..., 4] - affinity[..., 9]) / 0.3
     torch.testing.assert_close((pi[..., 4] / pi[..., 9]).log(), ratio)
     torch.testing.assert_close(pi.sum(-1), torch.ones(2, 16))
@@ -98,7 +90,7 @@ def test_soft_assignment_depends_on_differences_over_tau(quantizer):
 
 def test_straight_through_is_one_hot_in_value_and_softmax_in_gradient(quantizer):
     affinity, cotangent = quantizer.affinity(gaussian(2, 4, 4, 4)).dense.detach().requires_grad_(), gaussian(2, 16, 32, seed=2)
-    value = straight_through_assignment(affinity, 0.1)
+    value = Formed(affinity).straight_through_assignment(0.1)
     assert torch.equal(value, F.one_hot(affinity.argmax(-1), 32).float())
     through = torch.autograd.grad((value * cotangent).sum(), affinity)[0]
     smooth = torch.autograd.grad(((affinity / 0.1).softmax(-1) * cotangent).sum(), affinity)[0]
@@ -122,8 +114,8 @@ def test_codebook_and_commitment_are_one_distance_seen_from_both_sides(quantizer
     """Mean over elements of (c - z)^2: with |c - z|^2 = -A, both are -mean(A at the index) / D."""
     out = quantizer(gaussian(2, 4, 3, 3))
     want = -out.affinity.dense.gather(-1, out.indices[..., None]).mean() / 4
-    torch.testing.assert_close(out.losses["codebook_loss"], want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.losses["commit_loss"], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_terms(out)["codebook_loss"], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_terms(out)["commit_loss"], want, rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_loss_is_its_formula():
@@ -171,7 +163,7 @@ def test_gradient_routing(term, skip):
     losses = loss_terms(out.quantized) | {
         "recon_loss": F.l1_loss(out.reconstruction, IMAGES),
         "gan_loss": Discriminator(8, 2)(out.reconstruction).mean(),
-        "soft_align_loss": (soft_readout(out.quantized.affinity, gaussian(32, 5), 0.1) * gaussian(6, 64, 5)).sum(),
+        "soft_align_loss": (out.quantized.affinity.soft_readout(gaussian(32, 5), 0.1) * gaussian(6, 64, 5)).sum(),
     }
     names, parameters = zip(*tokenizer.named_parameters())
     gradients = torch.autograd.grad(losses[term], parameters, allow_unused=True)

@@ -22,7 +22,7 @@ from gear.teachers import TEACHERS, check_grid, check_installed, load_teacher, l
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
 from gear.teachers.vit import ViTTeacher, parse, spatially_normalised
 from gear.teachers.weights import FILE, file_hash, find_weights
-from gear.training.objectives import STAGES
+from gear.training.stages import STAGES
 from gear.training.state import State
 
 timm = pytest.importorskip("timm")
@@ -329,7 +329,7 @@ def test_training_looks_at_such_a_teacher(others, widths, stored):
     state = State(replace(TINY, stage="joint", tokenizer_run="", teacher=teacher), torch.device("cpu"))
     batch, losses = state.observe(*scenes(2)), {}
     assert batch.target.shape == (2, 64, sum(widths)) and state.widths == widths
-    for update in STAGES["joint"]:
+    for update in STAGES["joint"].updates:
         losses |= update(state, batch)
     assert abs(losses["align_loss"]) <= 1 and abs(losses["soft_align_loss"]) <= 1
 

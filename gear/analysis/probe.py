@@ -23,7 +23,6 @@ from gear.measures.reconstruction import l1, psnr
 from gear.runs.run import Run
 from gear.teachers import check_grid, load_teacher
 from gear.tokenizer.model import Tokenizer
-from gear.tokenizer.readout import soft_assignment
 
 FEW = 4  # images seen at once: at 256 px a public tokenizer takes 0.4 GB for each, its (L, K) affinity included
 POINTS = 101  # of a curve
@@ -46,8 +45,9 @@ class Subject:
 
     def condition(self, source, labels):
         """Return the classes (N,) of images if the generator was trained on their `source`, else "no class" for each."""
-        own = self.trained_on == data.absolute(data.DataConfig(source)).source and int(labels.max()) < self.generator.no_class
-        return labels if own else torch.full_like(labels, self.generator.no_class)
+        no_class = self.generator.condition.no_class
+        own = self.trained_on == data.absolute(data.DataConfig(source)).source and int(labels.max()) < no_class
+        return labels if own else torch.full_like(labels, no_class)
 
 
 def open_tokenizers(*sources):
@@ -137,7 +137,7 @@ def probe_tokenizer(tokenizer, images, tau, target, k, device="auto"):
             features = tokenizer_features(tokenizer, x)
             z = features["pre"].mT.unflatten(2, grid)  # (B, L, D) -> (B, D, h, w)
             indices, affinity = quantizer.indices(z).unflatten(1, grid), quantizer.affinity(z)
-            entropy = [torch.special.entr(soft_assignment(affinity, t)).sum(-1) for t in (tau, 1.0)]  # (B, L)
+            entropy = [codes.entropies(affinity.dense, t) for t in (tau, 1.0)]  # (B, L)
             decoded = tokenizer.decode(indices)
             measured = (indices, *features.values(), psnr(decoded, x), l1(decoded, x), *entropy)
             parts.append([values.cpu() for values in measured])

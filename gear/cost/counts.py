@@ -21,11 +21,10 @@ from gear.teachers import bare_name, efficientnet
 from gear.teachers.networks import VITS, build, input_side
 from gear.teachers.scenes import DIM, ScenesTeacher
 from gear.teachers.vit import ViTTeacher, parse
-from gear.tokenizer import readout as readouts
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer
-from gear.tokenizer.readout import Affinity, soft_readout, straight_through_readout
-from gear.training.losses import next_token_loss
+from gear.tokenizer.readout import Affinity
+from gear.training.losses import QUANTIZER_LOSSES, next_token_loss
 
 aten = torch.ops.aten
 UNCOUNTED = {  # by torch's counter: sums in place, and the fused attention of the device that fake tensors claim to be on
@@ -68,11 +67,7 @@ def count(work, arguments, mode, precision):
 
 @functools.cache
 def _image(work, arguments, mode, precision):
-    kept = readouts.WHOLE
-    try:
-        one, two = (_batch(work, arguments, mode, precision, n) for n in (2, 3))
-    finally:
-        readouts.WHOLE = kept
+    one, two = (_batch(work, arguments, mode, precision, n) for n in (2, 3))
     forward, backward = (b - a for a, b in zip(one[:2], two[:2]))
     sizes = [b - a for a, b in zip(one[2], two[2], strict=True)]
     return Count(forward, backward, sum(sizes), two[3] - one[3], max(sizes, default=0))
@@ -140,9 +135,9 @@ def parameters(work, arguments):
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
-def choose(whole):
-    """Have A formed whole, or by blocks, however small it is: as the batch that trains has it."""
-    readouts.WHOLE = 2**62 if whole else 0
+def limit(whole):
+    """Return the limit with which an Affinity is formed whole, or by blocks, however small it is: as the batch that trains."""
+    return 2**62 if whole else 0
 
 
 # What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in
@@ -159,14 +154,13 @@ def encoder(batch, config, size):
 
 def quantizer(batch, config, side, whole):
     """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a gradient."""
-    quantizer = Tokenizer(config).quantizer
-    choose(whole)
+    quantizer, losses = Tokenizer(config).quantizer, QUANTIZER_LOSSES[config.quantizer]
 
     def call(latents):
         if not torch.is_grad_enabled():
-            return quantizer.indices(latents)
-        found = quantizer(latents)
-        return [found.latents, *found.losses.values(), *found.entropies]
+            return quantizer.affinity(latents, limit(whole)).argmax()
+        found = quantizer(latents, limit(whole))
+        return [found.latents, *losses(found).values(), *found.entropies]
 
     return quantizer, call, torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled())
 
@@ -195,10 +189,14 @@ def discriminator(batch, channels, layers, size):
 
 def readout(batch, soft, tau, config, side, width, whole):
     """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where they learn, codes."""
-    choose(whole)
     codes = torch.empty(config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq")
-    embedding, read = torch.empty(len(codes), width), soft_readout if soft else straight_through_readout
-    return nn.Identity(), lambda rows: read(Affinity(rows, codes), embedding, tau), torch.empty(batch, side**2, config.code_dim)
+    embedding = torch.empty(len(codes), width)
+
+    def call(rows):
+        affinity = Affinity(rows, codes, limit=limit(whole))
+        return (affinity.soft_readout if soft else affinity.straight_through_readout)(embedding, tau)
+
+    return nn.Identity(), call, torch.empty(batch, side**2, config.code_dim)
 
 
 def generator(batch, config, codes, side, tap, soft):

@@ -11,6 +11,8 @@ from gear.cost.counts import Count
 from gear.images import check_divides
 from gear.teachers import split
 from gear.tokenizer.readout import WHOLE
+from gear.training.objectives import PASSES
+from gear.training.stages import AVERAGED, STAGES
 
 
 class GPU(NamedTuple):
@@ -105,17 +107,24 @@ def price(config, is_compiled=False):
 
     Raises UserError for sizes that do not fit, an unknown teacher, or one whose library is not installed.
     """
-    parts, passes = works(config), []
+    stage, parts, passes = STAGES[config.stage], works(config), []
     for update, part, mode, times in steps(config):
-        precision = precision_of(part, mode, config)
+        precision = precision_of(part, config)
         each = [counts.count(*work, mode, precision) for work in parts[part]]
         passes.append(Pass(update, part, mode, precision, Count(*map(sum, zip(*each))), times))
-    parameters = {
-        part: sum(counts.parameters(*w) for w in parts[part]) for part in parts if part not in ("read-out", "guidance")
-    }
-    trained = TRAINS[config.stage]
-    averaged = [part for part in trained if part not in ("discriminator", "projector", "teacher")]
-    return Price(parameters, trained, tuple(averaged), passes, is_compiled)
+    held = {part: works for part, works in parts.items() if part not in ("read-out", "guidance")}
+    parameters = {part: sum(counts.parameters(*work) for work in works) for part, works in held.items()}
+    trained = parts_of(stage.trains)
+    averaged = parts_of(name for name in stage.trains if name in AVERAGED)
+    return Price(parameters, trained, averaged, passes, is_compiled)
+
+
+def parts_of(networks):
+    """Return the parts of which networks consist, in price's words."""
+    return tuple(part for name in networks for part in TOKENIZER_PARTS.get(name, (name,)))
+
+
+TOKENIZER_PARTS = {"tokenizer": ("encoder", "quantizer", "decoder")}
 
 
 def fewest_parts(images, room):
@@ -138,20 +147,15 @@ def parts_that_fit(config, images, memory, is_compiled):
     )
 
 
-def precision_of(part, mode, config):
+def precision_of(part, config):
     """Return the type of a part's products on a GPU: the run's, but of A and of the read-outs float32."""
     return "float32" if part in ("quantizer", "read-out") else config.precision
-
-
-def is_aligned(config):
-    """Tell whether a run has a teacher and a projector."""
-    return config.stage in ("joint", "generator") and config.objective.align_weight > 0
 
 
 def works(config):
     """Return what there is to run, {part: [(a function below, its arguments)]}; "guidance" is the generator held fixed."""
     size, objective, generator = config.data.image_size, config.objective, config.generator
-    if config.stage == "teacher":
+    if config.trains("teacher"):
         return {"teacher": [(counts.scenes_teacher, (size,))]}
     check_divides((size, size), config.tokenizer.downsampling)
     side, codes = size // config.tokenizer.downsampling, config.tokenizer.codebook_size
@@ -161,10 +165,10 @@ def works(config):
         "quantizer": [(counts.quantizer, (config.tokenizer, side, whole))],
         "decoder": [(counts.decoder, (config.tokenizer, side))],
     }
-    if config.stage != "generator":
+    if config.trains("discriminator"):
         parts["discriminator"] = [(counts.discriminator, (objective.disc_channels, objective.disc_layers, size))]
         parts |= {"LPIPS": [(counts.lpips, (size,))]} if objective.lpips_weight > 0 else {}
-    if config.stage != "tokenizer":
+    if config.trains("generator"):
         still = replace(generator, dropout=0.0, class_dropout=0.0)  # what evaluation mode is: see `frozen`
         depth = None if objective.bridge.startswith("naive") else generator.tap_layer
         parts["generator"] = [(counts.generator, (generator, codes, side, None, False))]
@@ -172,7 +176,7 @@ def works(config):
         parts["read-out"] = [
             (counts.readout, (objective.bridge == "soft", objective.tau, config.tokenizer, side, generator.width, whole))
         ]
-    if is_aligned(config):
+    if config.is_aligned:
         teachers = split(config.teacher)
         parts["teacher"] = [(counts.teacher, (spec, size, config.tokenizer.downsampling)) for spec in teachers]
         parts["projector"] = [(counts.projector, (generator, counts.teacher_dim(spec), side)) for spec in teachers]
@@ -180,31 +184,11 @@ def works(config):
 
 
 def steps(config):
-    """List the passes of a step, (update, part, mode, times): those of gear/training/objectives.py."""
-    objective, aligned, adversarial = config.objective, is_aligned(config), config.objective.gan_weight > 0
-    if config.stage == "teacher":
-        return [("teacher", "teacher", "train", 1)]
-    found = [("teacher", "teacher", "forward", 1)] if aligned else []
-    if config.stage == "generator":
+    """List the passes of a step, (update, part, mode, times): what its updates share, and what each runs alone."""
+    found = [("teacher", "teacher", "forward", 1)] if config.is_aligned else []
+    if not config.trains("tokenizer") and config.uses("tokenizer"):
         found += [("tokenizer", part, "forward", 1) for part in ("encoder", "quantizer")]
-    else:
-        found += [("tokenizer", part, "train", 1) for part in ("encoder", "quantizer", "decoder")]
-        found += [("tokenizer", "LPIPS", "fixed", 1)] if objective.lpips_weight > 0 else []
-        found += [("tokenizer", "discriminator", "fixed", 1)] if adversarial else []
-    naive = objective.bridge.startswith("naive")
-    if config.stage == "joint" and (naive or aligned and objective.bridge != "none"):
-        guidance = ("read-out", "guidance") if naive else ("read-out", "guidance", "projector")
-        found += [("tokenizer", part, "fixed", 1) for part in guidance]
-    if config.stage != "generator" and adversarial:
-        found.append(("discriminator", "discriminator", "train", 2))  # of an image and of its reconstruction
-    if config.stage != "tokenizer":
-        found += [("generator", part, "train", 1) for part in ("generator", "projector")[: 1 + aligned]]
+    for update in STAGES[config.stage].updates:
+        name = update.__name__.removesuffix("_update")
+        found += [(name, *each) for each in PASSES[update](config)]
     return found
-
-
-TRAINS = {
-    "teacher": ("teacher",),
-    "tokenizer": ("encoder", "quantizer", "decoder", "discriminator"),
-    "joint": ("encoder", "quantizer", "decoder", "discriminator", "generator", "projector"),
-    "generator": ("generator", "projector"),
-}

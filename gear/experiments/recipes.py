@@ -155,12 +155,6 @@ def recipe(name):
     return replace(config, seed=int(seed), tokenizer_run=parent)
 
 
-SHARED = {  # the sections in which a changed run's parents change with it
-    "tokenizer": ("data", "tokenizer"),
-    "joint": ("data", "tokenizer", "generator", "objective", "teacher"),
-}
-
-
 def plan(config, name=None, base=None, label=None, dry=False):
     """List (name, Config) of a run's ancestors and the run itself, in the order they must be trained.
 
@@ -188,13 +182,14 @@ def _plan(config, name, base, label, dry):
     except UserError:
         existing = Run.open(config.tokenizer_run)
         return [(name, replace(config, tokenizer=from_dict(TokenizerConfig, existing.config["tokenizer"])))]
-    if parent.stage not in SHARED:
+    if not parent.trains("tokenizer"):
         raise UserError(
             f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the stage tokenizer or joint."
         )
-    sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in SHARED[parent.stage]}
+    shared = ["data", "tokenizer"] + (["generator", "objective", "teacher"] if parent.trains("generator") else [])
+    sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in shared}
     parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
-    if parent.stage == "tokenizer":  # whose discriminator the joint stage goes on with
+    if not parent.trains("generator"):  # whose discriminator the joint stage goes on with
         sizes = {name: getattr(config.objective, name) for name in ("disc_channels", "disc_layers")}
         parent = replace(parent, objective=replace(parent.objective, **sizes))
     parent_name = config.tokenizer_run
@@ -244,6 +239,6 @@ def in_parts(config, runtime):
 
 def check_teachers(configs):
     """Raise UserError if a teacher that one of `configs` needs is missing: before its parents train, not after."""
-    aligned = [c for c in configs if c.stage in ("joint", "generator") and c.objective.align_weight > 0]
-    for names, images, stride in {(c.teacher, c.data, c.tokenizer.downsampling) for c in aligned}:
+    aligned = {(c.teacher, c.data, c.tokenizer.downsampling) for c in configs if c.is_aligned}
+    for names, images, stride in aligned:
         check_installed(names, images, stride)

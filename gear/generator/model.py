@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gear.config import BelowOne, Checked, Count, NonNegative, Share, UserError, Whole, check_range, require
+from gear.generator.condition import build_condition
 from gear.generator.transformer import Block, Blocks, RMSNorm, rotation_table, visible
 
 
@@ -55,26 +56,18 @@ class Generator(nn.Module):
 
     The sequence is [condition, u_1, ..., u_{L-1}], the condition a class's embedding or T caption slots: its last position
     predicts token 0, and the position that predicts token i has not seen it, so the last token is never an input. Tokens are
-    indices, (B, L) or (B, h, w) int64, or embeddings (B, L, D); L is a square. A condition is labels (B,) int64, or a
-    caption's features (B, T, F) with `mask` (B, T) bool, true where a slot is filled (default: all), padded on either side.
+    indices, (B, L) or (B, h, w) int64, or embeddings (B, L, D); L is a square. A condition is what `generator.condition` takes:
+    see condition.py. `sample` draws a `grid` of tokens unless told otherwise. With `checkpointing` blocks are computed again
+    in backward, which saves memory.
     """
 
-    grid = (16, 16)  # what `sample` draws unless told otherwise; a loader sets that of the run
-    no_caption = None  # (features (T, F), mask (T,)) of the empty text, which stands for no caption: its user sets it
-
-    def __init__(self, config, codebook_size):
+    def __init__(self, config, codebook_size, checkpointing=False, grid=(16, 16)):
         super().__init__()
-        self.config, self.codebook_size = config, codebook_size
-        self.uniform = torch.rand  # draws which conditions are dropped
-        self.checkpointing = False  # whether blocks are computed again in backward, to save memory
+        self.config, self.codebook_size, self.checkpointing, self.grid = config, codebook_size, checkpointing, grid
         self._tables = {}  # rotations, by grid, condition and device
         width = config.width
-        if config.text_slots:
-            self.text_embedding = nn.Sequential(
-                nn.Linear(config.text_dim, width, bias=False), nn.GELU("tanh"), nn.Linear(width, width, bias=False)
-            )
-        else:
-            self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no class"
+        self._condition = "text_embedding" if config.text_slots else "class_embedding"  # its name in checkpoints
+        self.add_module(self._condition, build_condition(config))
         self.token_embedding = nn.Embedding(codebook_size, width)  # E of Eqs. 7 and 8
         self.embed_dropout = nn.Dropout(config.dropout)
         self.blocks = Blocks(
@@ -94,24 +87,25 @@ class Generator(nn.Module):
         return self.token_embedding.weight
 
     @property
-    def no_class(self):
-        """The label that stands for no class."""
-        return self.config.num_classes
+    def condition(self):
+        """What embeds the condition: a ClassCondition or a CaptionCondition."""
+        return getattr(self, self._condition)
 
-    def forward(self, tokens, condition, mask=None, text_attention="causal", check=True):
-        """Return logits (B, L, K) float32 of tokens given their condition; position i predicts token i."""
+    def forward(self, tokens, condition, mask=None, **options):
+        """Return logits (B, L, K) float32 of tokens given their condition; position i predicts token i. See `hidden`."""
         top = self.config.layers
-        return self.logits(self.hidden(tokens, condition, [top], mask, text_attention, check)[top])
+        return self.logits(self.hidden(tokens, condition, [top], mask, **options)[top])
 
     def logits(self, hidden):
         """Map the last residual stream (B, L, D) to logits (B, L, K) float32."""
         return self.head(self.norm(hidden)).float()
 
-    def hidden(self, tokens, condition, layers, mask=None, text_attention="causal", check=True):
+    def hidden(self, tokens, condition, layers, mask=None, text_attention="causal", check=True, dropped=None):
         """Return the residual stream after the blocks named in `layers`, {layer: (B, L, D)}, 0 being the embeddings.
 
         Position i is the one that predicts token i. Blocks above the highest layer asked for are not run: this is the
         truncated pass of Algorithm 1, line 4. `text_attention` "prefix" lets a caption's slots see each other both ways.
+        Where `dropped` (B,) bool is true the condition is replaced by none.
         Raises UserError for a layer that is not there, a grid that is no square, and, in evaluation mode unless `check` is
         false, tokens or labels out of range: looking for those waits for the device.
         """
@@ -119,19 +113,23 @@ class Generator(nn.Module):
             raise UserError(f"layers {sorted(layers)}: this generator has layers 0 to {self.config.layers}.")
         check = check and not self.training
         tokens = self.check_tokens(tokens, check)
-        condition, mask = self.check_condition(condition, mask, check)
+        condition, mask = self.condition.check(condition, mask, check)
         if len(condition) != len(tokens):
             raise UserError(f"there are {len(tokens)} token grids and {len(condition)} conditions: one each is expected.")
-        if self.training:
-            condition, mask = self.drop_condition(condition, mask)
-        given = self.embed_condition(condition)  # (B, C, D)
-        u = tokens[:, :-1] if tokens.is_floating_point() else self.token_embedding(tokens[:, :-1])
+        if dropped is not None:
+            condition, mask = self.condition.drop(condition, mask, dropped)
+        given = self.condition.embed(condition)  # (B, C, D)
+        u = tokens[:, :-1] if tokens.is_floating_point() else self.hard_readout(tokens[:, :-1])
         x, c = self.embed_dropout(torch.cat([given, u], 1)), given.shape[1]
         table = self.rotation(tokens.shape[1], x.device, c)[: x.shape[1]]
         sees = None if mask is None else visible(mask, u.shape[1], text_attention)
-        text, saving = c if self.config.text_slots else 0, self.checkpointing and torch.is_grad_enabled()
+        text, saving = c if self.condition.is_caption else 0, self.checkpointing and torch.is_grad_enabled()
         streams = self.blocks(x, table, layers, mask=sees, text=text, recompute=saving)
         return {i: x[:, c - 1 :] if c > 1 else x for i, x in streams.items()}
+
+    def hard_readout(self, indices):
+        """u^h_i = E_{q_i} (Eq. 7): indices (...) -> (..., D); no gradient reaches what chose them."""
+        return self.token_embedding(indices)
 
     def check_tokens(self, tokens, check=True):
         """Return tokens as sequences, indices (B, L) int64 or embeddings (B, L, D); raises UserError for what is neither."""
@@ -145,59 +143,6 @@ class Generator(nn.Module):
         if not soft and check:
             check_range(tokens, self.codebook_size, "indices")
         return tokens if soft else tokens.long()
-
-    def check_condition(self, condition, mask=None, check=True):
-        """Return (condition, mask), a caption's mask filled in; raises UserError for what this generator cannot take."""
-        slots, dim = self.config.text_slots, self.config.text_dim
-        if not slots:
-            if mask is not None or condition.ndim != 1 or condition.numel() == 0:
-                raise UserError("this generator is conditioned on a class: give it labels (B,), and no mask.")
-            if check:
-                check_range(condition, self.config.num_classes + 1, "labels")
-            return condition.long(), None
-        if not condition.is_floating_point() or condition.ndim != 3 or condition.shape[2] != dim or condition.numel() == 0:
-            found = f"{tuple(condition.shape)} {condition.dtype}"
-            raise UserError(f"this generator is conditioned on captions: features (B, T, {dim}) are expected, not {found}.")
-        if condition.shape[1] > slots:
-            raise UserError(f"a caption of {condition.shape[1]} tokens is longer than the {slots} slots: cut it to {slots}.")
-        if mask is None:
-            mask = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
-        if mask.shape != condition.shape[:2] or mask.is_floating_point():
-            found = f"{tuple(mask.shape)} {mask.dtype}"
-            raise UserError(f"the mask is {found}, the captions have {tuple(condition.shape[:2])} slots: true is filled.")
-        return condition, mask.bool()
-
-    def no_condition(self, condition, mask):
-        """Return what stands for none, in the shape of a condition: the label `no_class`, or `no_caption`.
-
-        Raises UserError where `no_caption` is not set: the public networks take the text encoder's features of "", and zeros
-        would be no substitute (a network without biases is blind to its weights there).
-        """
-        if mask is None:
-            return torch.full_like(condition, self.no_class), None
-        if self.no_caption is None:
-            raise UserError("what is no caption? Set generator.no_caption = (features, mask), the text encoder's of ''.")
-        features, filled = (part.to(condition.device) for part in self.no_caption)
-        if features.shape != condition.shape[1:] or filled.shape != mask.shape[1:]:
-            found = f"{tuple(features.shape)}, {tuple(filled.shape)}"
-            raise UserError(f"no_caption has the shapes {found}, a caption has {tuple(condition.shape[1:])}: as many slots.")
-        return features.to(condition.dtype).expand_as(condition), filled.bool().expand_as(mask)
-
-    def drop_condition(self, condition, mask):
-        """Replace a share `class_dropout` of the conditions by none."""
-        if self.config.class_dropout == 0:
-            return condition, mask
-        dropped = self.uniform(len(condition), device=condition.device) < self.config.class_dropout
-        none, empty = self.no_condition(condition, mask)
-        if mask is None:
-            return torch.where(dropped, none, condition), None
-        return torch.where(dropped[:, None, None], none, condition), torch.where(dropped[:, None], empty, mask)
-
-    def embed_condition(self, condition):
-        """Embed labels (B,) or captions (B, T, F): (B, 1, D) or (B, T, D)."""
-        if self.config.text_slots:
-            return self.text_embedding(condition.to(self.embedding.dtype))
-        return self.class_embedding(condition)[:, None]
 
     def rotation(self, length, device, condition=1):
         """Return the rotation table for [`condition` positions, `length` tokens]; raises UserError if that is no square."""

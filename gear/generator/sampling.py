@@ -86,9 +86,9 @@ def generate(
     device, count, length = generator.embedding.device, len(condition), h * w
     first, last = cfg_interval or (0, length)
     guided = cfg_scale != 1 and last > max(first, 0)
-    condition, mask = generator.check_condition(condition.to(device), None if mask is None else mask.to(device))
+    condition, mask = generator.condition.check(condition.to(device), None if mask is None else mask.to(device))
     if guided:
-        none = generator.no_condition(condition, mask)
+        none = generator.condition.none(condition, mask)
         guided = cfg_scale > 0 or first > 0 or last < length  # else the condition has no part in it
         pair = zip((condition, mask), none)
         condition, mask = (None if c is None else torch.cat([c, n]) for c, n in pair) if guided else none
@@ -107,7 +107,7 @@ def _decode(settings, generator, condition, mask, rng):
     config, device = generator.config, condition.device
     scale, first, last = guidance or (1.0, 0, 0)
     guided = guidance is not None
-    x = generator.embed_condition(condition)  # (B or 2 B, C, D)
+    x = generator.condition.embed(condition)  # (B or 2 B, C, D)
     slots, head_dim = x.shape[1], config.width // config.heads
     table, sees = generator.rotation(length, device, slots), None if mask is None else visible(mask, length - 1, text_attention)
     caches = [KVCache(len(x), config.heads, slots + length - 1, head_dim, device, x.dtype) for _ in generator.blocks]
@@ -121,7 +121,7 @@ def _decode(settings, generator, condition, mask, rng):
                 for cache in caches:
                     cache.keep(count)
             rows = None if sees is None else sees[:, :, start:end, :end]
-            text, top = slots if config.text_slots and i == 0 else 0, config.layers
+            text, top = slots if generator.condition.is_caption and i == 0 else 0, config.layers
             x = generator.blocks(x, table[start:end], [top], caches, rows, text)[top]
             logits = generator.logits(x[:, -1])
             if guided:
@@ -129,7 +129,7 @@ def _decode(settings, generator, condition, mask, rng):
                 logits = uncond + scale * (cond - uncond) if i >= first else cond
             finite &= torch.isfinite(logits).all()  # read once, at the end: the device is not waited for at every token
             indices[:, i] = _draw(logits, *drawing, rng)
-            x = generator.token_embedding(indices[:, i : i + 1].repeat(1 + guided, 1))
+            x = generator.hard_readout(indices[:, i : i + 1].repeat(1 + guided, 1))
             start, end = end, end + 1
     return indices, finite
 

@@ -16,7 +16,7 @@ from gear.figures.style import PALETTE, use_style
 from gear.generator.sampling import Guidance, generate
 from gear.images import to_uint8
 from gear.interactive.widgets import Panel, TokenGrid, ink
-from gear.tokenizer.readout import hard_indices, soft_assignment
+from gear.measures.codes import entropies
 
 NEAREST = 10  # codes drawn for a patch
 SAMPLES = 8  # drawn of a class
@@ -42,13 +42,8 @@ def code_colours(tokenizer, indices):
 def decode_mixture(tokenizer, affinity, tau):
     """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W); tau = 0 reads it hard."""
     codes, side = tokenizer.quantizer.codes().to(affinity.device), math.isqrt(len(affinity))
-    rows = soft_assignment(affinity, tau) @ codes if tau else codes[hard_indices(affinity)]  # (L, D)
+    rows = (affinity / tau).softmax(-1) @ codes if tau else codes[affinity.argmax(-1)]  # (L, D)
     return tokenizer.decode_latents(rows.T.reshape(1, -1, side, side))[0]
-
-
-def entropies(affinity, tau):
-    """Return H_i of softmax(A_i / tau) in nats: (..., K) -> (...)."""
-    return torch.special.entr(soft_assignment(affinity, tau)).sum(-1)
 
 
 @torch.no_grad()
@@ -199,7 +194,8 @@ def _outline(axis, position, f):
 
 def _masses(affinity, tau):
     """Return the largest masses of softmax(A / tau), with their codes, and exp H: affinity (K,)."""
-    return soft_assignment(affinity, tau).topk(min(NEAREST, len(affinity))), float(entropies(affinity, tau).exp())
+    masses = (affinity / tau).softmax(-1).topk(min(NEAREST, len(affinity)))
+    return masses, float(entropies(affinity, tau).exp())
 
 
 def _bars(axis, masses, colour):

@@ -34,6 +34,14 @@ class Assignment:
     top_mass: dict[int, float]  # m -> mean posterior mass of a token's own m nearest codes
 
 
+def entropies(scores: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    """Return the entropy of each row of softmax(scores / tau) in nats: (..., K) -> (...), in [0, ln K].
+
+    Affinity.entropies is the same with gradients, for matrices that are not formed.
+    """
+    return torch.special.entr((scores / tau).softmax(-1)).sum(-1)
+
+
 def usage(indices: torch.Tensor, codebook_size: int) -> Usage:
     """Describe how often each code is chosen, from q_k = c_k / n (plug-in estimate).
 

@@ -47,7 +47,7 @@ class TokenizerConfig(Checked):
     @property
     def autoencoder_channels(self):
         """Channels in which the encoder ends and the decoder begins."""
-        return self.latent_channels if self.backbone == "vqgan" else self.code_dim
+        return self.latent_channels if BACKBONES[self.backbone].own_width else self.code_dim
 
 
 TOKENIZERS = {
@@ -62,6 +62,26 @@ def token_grid(config):
     """Return the token grid (h, w) of a run's configuration, a dict."""
     tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
     return (config["data"]["image_size"] // tokenizer.downsampling,) * 2
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """In what the two public backbones differ."""
+
+    attention: bool  # on the coarsest level, and in the middle between two residual blocks; else as many as in a level
+    decoder_blocks: int  # residual blocks that a level of the decoder has beyond one of the encoder
+    bias: bool  # in the convolutions of residual blocks and in the encoder's first
+    encoder_kernel: int  # of the encoder's last convolution
+    padding: tuple[int, int, int, int]  # of a convolution that halves the resolution: left, right, top, bottom
+    deals_out: bool  # the resolution is doubled by four times the channels, dealt out, not by repeating pixels
+    adapts: bool  # a level of the decoder is normalised by the latent's statistics
+    own_width: bool  # the autoencoder ends in `latent_channels`, two 1x1 convolutions from the code; else in the code
+
+
+BACKBONES = {
+    "vqgan": Backbone(True, 1, True, 3, (0, 1, 0, 1), deals_out=False, adapts=False, own_width=True),
+    "magvit2": Backbone(False, 0, False, 1, (1, 1, 1, 1), deals_out=True, adapts=True, own_width=False),
+}
 
 
 class GroupNorm(nn.GroupNorm):
@@ -116,12 +136,9 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve the resolution by a 3x3 convolution; VQGAN pads right and bottom only, MAGVIT-2 all round."""
 
-    def __init__(self, channels, backbone):
+    def __init__(self, channels, padding):
         super().__init__()
-        self.conv, self.padding = (
-            nn.Conv2d(channels, channels, 3, stride=2),
-            (0, 1, 0, 1) if backbone == "vqgan" else (1, 1, 1, 1),
-        )
+        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2), padding
 
     def forward(self, x):
         return self.conv(F.pad(x, self.padding))
@@ -130,13 +147,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the resolution: VQGAN repeats pixels and convolves, MAGVIT-2 convolves to 4 C and deals the channels out."""
 
-    def __init__(self, channels, backbone):
+    def __init__(self, channels, deals_out):
         super().__init__()
-        self.deals = backbone == "magvit2"
-        self.conv = nn.Conv2d(channels, 4 * channels if self.deals else channels, 3, padding=1)
+        self.deals_out = deals_out
+        self.conv = nn.Conv2d(channels, 4 * channels if deals_out else channels, 3, padding=1)
 
     def forward(self, x):
-        if not self.deals:
+        if not self.deals_out:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         b, c, h, w = x.shape
         blocks = self.conv(x).view(b, 2, 2, c, h, w)  # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
@@ -159,20 +176,21 @@ class AdaptiveNorm(nn.Module):
         return scale[..., None, None] * self.norm(x) + bias[..., None, None]
 
 
-def _level(config, c_in, c_out, blocks, attention):
-    """`blocks` residual blocks, each followed by attention where that is asked for: on VQGAN's coarsest level."""
+def _level(backbone, c_in, c_out, blocks, attention):
+    """`blocks` residual blocks, each followed by attention where that is asked for: on the coarsest level."""
     layers = []
     for i in range(blocks):
-        layers.append(ResBlock(c_in if i == 0 else c_out, c_out, bias=config.backbone == "vqgan"))
+        layers.append(ResBlock(c_in if i == 0 else c_out, c_out, bias=backbone.bias))
         if attention:
             layers.append(SpatialAttention(c_out))
     return layers
 
 
 def _middle(config, channels):
-    if config.backbone == "magvit2":
-        return nn.Sequential(*_level(config, channels, channels, config.res_blocks, attention=False))
-    return nn.Sequential(ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels))
+    backbone = BACKBONES[config.backbone]
+    if backbone.attention:
+        return nn.Sequential(ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels))
+    return nn.Sequential(*_level(backbone, channels, channels, config.res_blocks, attention=False))
 
 
 class Encoder(nn.Module):
@@ -180,14 +198,15 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, vqgan = [config.channels * m for m in config.channel_mult], config.backbone == "vqgan"
-        self.conv_in, self.levels = nn.Conv2d(3, config.channels, 3, padding=1, bias=vqgan), nn.ModuleList()
+        widths, backbone = [config.channels * m for m in config.channel_mult], BACKBONES[config.backbone]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=backbone.bias)
+        self.levels = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.channels, *widths], widths)):
             last = i == len(widths) - 1
-            layers = _level(config, c_in, c_out, config.res_blocks, attention=last and vqgan)
-            self.levels.append(nn.Sequential(*layers, *([] if last else [Downsample(c_out, config.backbone)])))
+            layers = _level(backbone, c_in, c_out, config.res_blocks, last and backbone.attention)
+            self.levels.append(nn.Sequential(*layers, *([] if last else [Downsample(c_out, backbone.padding)])))
         self.middle, self.norm_out = _middle(config, widths[-1]), group_norm(widths[-1])
-        kernel = 3 if vqgan else 1
+        kernel = backbone.encoder_kernel
         self.conv_out = nn.Conv2d(widths[-1], config.autoencoder_channels, kernel, padding=kernel // 2)
 
     def forward(self, images):
@@ -202,17 +221,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, vqgan = (
-            [config.channels * m for m in reversed(config.channel_mult)],
-            config.backbone == "vqgan",
-        )  # coarsest first
+        backbone = BACKBONES[config.backbone]
+        widths = [config.channels * m for m in reversed(config.channel_mult)]  # coarsest first
+        blocks = config.res_blocks + backbone.decoder_blocks
         self.conv_in = nn.Conv2d(config.autoencoder_channels, widths[0], 3, padding=1)
         self.middle, self.levels = _middle(config, widths[0]), nn.ModuleList()
         self.adaptive = nn.ModuleList()  # a norm before each level, MAGVIT-2's only
         for i, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths)):
-            layers = _level(config, c_in, c_out, config.res_blocks + vqgan, attention=i == 0 and vqgan)
-            self.levels.append(nn.Sequential(*layers, *([] if i == len(widths) - 1 else [Upsample(c_out, config.backbone)])))
-            self.adaptive.extend([] if vqgan else [AdaptiveNorm(c_in, config.code_dim)])
+            layers = _level(backbone, c_in, c_out, blocks, i == 0 and backbone.attention)
+            last = i == len(widths) - 1
+            self.levels.append(nn.Sequential(*layers, *([] if last else [Upsample(c_out, backbone.deals_out)])))
+            self.adaptive.extend([AdaptiveNorm(c_in, config.code_dim)] if backbone.adapts else [])
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents):

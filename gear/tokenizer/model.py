@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
 from gear.images import check_divides, check_finite, check_images
-from gear.tokenizer.autoencoder import Decoder, Encoder
+from gear.tokenizer.autoencoder import BACKBONES, Decoder, Encoder
 from gear.tokenizer.quantize import QUANTIZERS, Quantized
 
 
@@ -28,16 +28,16 @@ class Tokenizer(nn.Module):
     Images of any float type are taken as the network's own. In evaluation mode an image out of range and a value that is not
     finite raise UserError; training, and a frozen tokenizer in it (`check` false), must not wait for the device to say so.
     One that was trained in the `precision` "bf16" encodes in it, whoever asks: on one kind of device the indices that a
-    generator is trained on are those at inference. (Compiled code, which trains a tokenizer on a GPU, rounds less.)
+    generator is trained on are those at inference. (Compiled code, which trains a tokenizer on a GPU, rounds less.) With
+    `checkpointing` encoder and decoder are computed again in backward, which saves memory.
     """
 
-    def __init__(self, config, precision="float32"):
+    def __init__(self, config, precision="float32", checkpointing=False):
         super().__init__()
-        self.config, self.precision = config, precision
-        self.checkpointing = False  # checkpointing recomputes encoder and decoder in backward
+        self.config, self.precision, self.checkpointing = config, precision, checkpointing
         self.encoder, self.decoder, self.quantizer = Encoder(config), Decoder(config), QUANTIZERS[config.quantizer](config)
         c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
-        has_convs = config.backbone == "vqgan"
+        has_convs = BACKBONES[config.backbone].own_width
         self.quant_conv = nn.Conv2d(c, d, 1) if has_convs else nn.Identity()
         self.post_quant_conv = nn.Conv2d(d, c, 1) if has_convs else nn.Identity()
         self.skip_in = nn.Conv2d(3, d, f, f) if config.linear_skip else None
@@ -65,7 +65,7 @@ class Tokenizer(nn.Module):
 
     def mean_use(self, images):
         """Return the mean row of softmax(A / 0.01) over images, (K,): what the entropy term is about (Eq. 2)."""
-        return self.quantizer(self.latents(images)).entropies[1]
+        return self.quantizer.affinity(self.latents(images)).entropies()[1]
 
     def encode(self, images, check=True):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""
@@ -125,7 +125,8 @@ def initialise_from_data(tokenizer, images, seed=0):
     solution = torch.linalg.solve(code.T @ code + 1e-9 * len(code) * torch.eye(d), code.T @ residual)  # (D, 3 f f)
     tokenizer.skip_out.weight.copy_(solution.view(d, 3, f, f))
     tokenizer.skip_out.bias.copy_(colour)
-    last_of_encoder = tokenizer.quant_conv if config.backbone == "vqgan" else tokenizer.encoder.conv_out
+    has_convs = isinstance(tokenizer.quant_conv, nn.Conv2d)
+    last_of_encoder = tokenizer.quant_conv if has_convs else tokenizer.encoder.conv_out
     for last in (last_of_encoder, tokenizer.decoder.conv_out):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

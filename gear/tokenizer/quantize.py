@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gear.images import check_finite
-from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, assign, full, full_precision, hard_indices, soft_readout
+from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, full, full_precision
 
 
 def as_rows(latents):
@@ -22,13 +22,15 @@ def as_rows(latents):
 
 @dataclass
 class Quantized:
-    """What quantising latents gives: `indices` (B, L), `latents` (B, D, h, w), `losses`, and A (Eq. 6), (B, L, K) if formed."""
+    """What quantising gives, and what the losses need of it. Rows are (B, L, D)."""
 
-    indices: torch.Tensor
-    latents: torch.Tensor
-    losses: dict  # means over elements, unweighted
-    affinity: Affinity
-    entropies: tuple  # of A's rows, (N,), and the mean row, (K,): see `readout.entropies`, and the loss of them
+    indices: torch.Tensor  # (B, L), the arg-max of A
+    latents: torch.Tensor  # (B, D, h, w), what the decoder receives: the codes in value
+    z: torch.Tensor  # rows, the latents before quantisation
+    code: torch.Tensor  # rows, the chosen codes
+    rows: torch.Tensor  # `latents` in rows
+    affinity: Affinity  # A (Eq. 6)
+    entropies: tuple | None = None  # of A, see `Affinity.entropies`; None without gradients
 
 
 class Quantizer(nn.Module):
@@ -42,9 +44,9 @@ class Quantizer(nn.Module):
     _rows = staticmethod(as_rows)
 
     @full_precision
-    def affinity(self, latents):
-        """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
-        return Affinity(self._rows(latents), self.codes(), *self.affine)
+    def affinity(self, latents, limit=None):
+        """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32; `limit` is Affinity's."""
+        return Affinity(self._rows(latents), self.codes(), *self.affine, limit)
 
     def indices(self, latents, check=True):
         """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64. UserError for latents not finite."""
@@ -52,7 +54,7 @@ class Quantizer(nn.Module):
         return self._nearest(latents)
 
     def _nearest(self, latents):
-        return hard_indices(self.affinity(latents))
+        return self.affinity(latents).argmax()
 
     def codes(self):
         """Return the codebook C that latents are compared with: (K, D) float32."""
@@ -82,16 +84,13 @@ class VectorQuantizer(Quantizer):
         return F.normalize(full(self.codebook), dim=-1)
 
     @full_precision
-    def forward(self, latents):
-        """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
-        affinity = self.affinity(latents)  # (B, L, K)
-        indices, entropies = assign(affinity)
+    def forward(self, latents, limit=None):
+        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is Affinity's."""
+        affinity = self.affinity(latents, limit)  # (B, L, K)
+        indices, entropies = _assigned(affinity)
         z, code = self._rows(latents), self.codes()[indices]  # (B, L, D)
-        losses = {
-            "codebook_loss": F.mse_loss(code, z.detach()),
-            "commit_loss": F.mse_loss(z, code.detach()),
-        }
-        return Quantized(indices, as_maps(z + (code - z).detach(), latents), losses, affinity, entropies)
+        rows = z + (code - z).detach()
+        return Quantized(indices, as_maps(rows, latents), z, code, rows, affinity, entropies)
 
     @staticmethod
     def _rows(latents):
@@ -108,8 +107,7 @@ class VectorQuantizer(Quantizer):
 class IndexBackpropagationQuantizer(Quantizer):
     """IBQ: A_ik = z_i e_k, a plain dot product. The decoder's gradient reaches every code and the latent through softmax(A).
 
-    The decoder receives (onehot + p - sg(p)) C with p = softmax(A): the code in value. All of IBQ's distance terms stand
-    in `codebook_loss`: mean (q - z)^2 of that q, + (sg(c) - z)^2, + .25 (c - sg(z))^2 of the code c itself.
+    The decoder receives (onehot + p - sg(p)) C with p = softmax(A): the code in value.
     """
 
     scale = 3.0  # softmax(A) has no temperature: where all codes are short it is sure of none, and its gradient says little
@@ -119,18 +117,15 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
     @full_precision
-    def forward(self, latents):
-        """Quantise latents (B, D, h, w) with gradients and loss terms; returns a Quantized."""
-        affinity = self.affinity(latents)  # (B, L, K)
+    def forward(self, latents, limit=None):
+        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is Affinity's."""
+        affinity = self.affinity(latents, limit)  # (B, L, K)
         codes = self.codes()
-        mean = soft_readout(affinity, codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
-        indices, entropies = assign(affinity)
+        mean = affinity.soft_readout(codes.detach(), 1.0)  # p C: the codes' own gradient comes from the one-hot part
+        indices, entropies = _assigned(affinity)
         z, code = as_rows(latents), codes[indices]  # (B, L, D)
-        quantised = code + (mean - mean.detach())
-        losses = {
-            "codebook_loss": F.mse_loss(quantised, z) + F.mse_loss(z, code.detach()) + 0.25 * F.mse_loss(code, z.detach()),
-        }
-        return Quantized(indices, as_maps(quantised, latents), losses, affinity, entropies)
+        rows = code + (mean - mean.detach())
+        return Quantized(indices, as_maps(rows, latents), z, code, rows, affinity, entropies)
 
     def start(self, rows, seed):
         """Start the codebook from latents s (p, 1): s c for k-means c of p, and s + s (E|c|^2 - |c|^2) / 2 in the last place.
@@ -157,9 +152,9 @@ class LookupFreeQuantizer(Quantizer):
         self.code_dim = config.code_dim
 
     @full_precision
-    def affinity(self, latents):
+    def affinity(self, latents, limit=None):
         """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) -> (B, L, K) float32."""
-        return SignAffinity(as_rows(latents))
+        return SignAffinity(as_rows(latents), limit)
 
     def _nearest(self, latents):
         return _pack(as_rows(latents) > 0)
@@ -173,13 +168,14 @@ class LookupFreeQuantizer(Quantizer):
         return _signs(indices, self.code_dim).permute(0, 3, 1, 2)
 
     @full_precision
-    def forward(self, latents):
-        """Quantise latents (B, D, h, w) with gradients and loss terms, no code formed; returns a Quantized."""
+    def forward(self, latents, limit=None):
+        """Quantise latents (B, D, h, w), no code formed; returns a Quantized. `limit` is Affinity's."""
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
-        losses, entropies = {"commit_loss": F.mse_loss(z, code)}, bit_entropies(z)
-        maps = as_maps(z + (code - z).detach(), latents)
-        return Quantized(_pack(z > 0), maps, losses, SignAffinity(as_rows(latents)), entropies)
+        affinity = self.affinity(latents, limit)
+        entropies = affinity.entropies() if torch.is_grad_enabled() else None
+        rows = z + (code - z).detach()
+        return Quantized(_pack(z > 0), as_maps(rows, latents), z, code, rows, affinity, entropies)
 
     def start(self, rows, seed):
         """Return the code of each of the latents (N, D); there is no codebook to start."""
@@ -192,8 +188,9 @@ QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer, "ibq": IndexBac
 class SignAffinity(Affinity):
     """LFQ's A to latents (..., D), codes formed when asked for: softmax(A / T) is bits alone, p(+1) = sigmoid(4 z_j / T)."""
 
-    def __init__(self, rows):
-        self.rows, self.scale, self.shift, self.codebook_size = rows, 2.0, 0.0, 2 ** rows.shape[-1]
+    def __init__(self, rows, limit=None):
+        self.rows, self.scale, self.shift, self.limit = rows, 2.0, 0.0, limit
+        self.codebook_size = 2 ** rows.shape[-1]
 
     @functools.cached_property
     def codes(self):
@@ -205,14 +202,18 @@ class SignAffinity(Affinity):
         low, high = _joint((4 * rows / tau).sigmoid())
         return (high[:, :, None] * low[:, None]).flatten(1)
 
+    def entropies(self, tau=ENTROPY_TEMPERATURE):
+        """Return what `Affinity.entropies` does, exactly, from the D independent bits."""
+        logits = 4 * self.rows.flatten(0, -2) / tau  # (N, D), of +1 against -1
+        p = logits.sigmoid()
+        rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)  # the bits' entropies add up
+        low, high = _joint(p)
+        return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
 
-def bit_entropies(z):
-    """Return `entropies` of LFQ's affinity to latents z (..., D), exactly, from its D independent bits."""
-    logits = 4 * z.flatten(0, -2) / ENTROPY_TEMPERATURE  # (N, D), of +1 against -1
-    p = logits.sigmoid()
-    rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)  # the bits' entropies add up
-    low, high = _joint(p)
-    return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
+
+def _assigned(affinity):
+    """Return the indices of an Affinity and, where there are gradients, its entropies."""
+    return affinity.assign() if torch.is_grad_enabled() else (affinity.argmax(), None)
 
 
 def _joint(p):

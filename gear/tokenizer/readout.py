@@ -1,7 +1,7 @@
 """The affinity A of latents to codes, and its two read-outs onto an embedding table E (GEAR Eqs. 6 to 8, Fig. 2c).
 
 A read-out is attention: latents are queries, codes keys, E the values. A is kept as its factors; what is read from a large one
-is computed by blocks of rows, and again in backward, so that no (N, K) is held. An `affinity` is an Affinity or A as a tensor.
+is computed by blocks of rows, and again in backward, so that no (N, K) is held.
 """
 
 import functools
@@ -38,10 +38,19 @@ def full_precision(function):
 
 
 class Affinity:
-    """A_ik = scale z_i c_k + shift (Eq. 6), larger is nearer: latents z in rows (..., D), codes (K, D), of one dtype."""
+    """A_ik = scale z_i c_k + shift (Eq. 6), larger is nearer: latents z in rows (..., D), codes (K, D), of one dtype.
 
-    def __init__(self, rows, codes, scale=1.0, shift=0.0):
-        self.rows, self.codes, self.scale, self.shift, self.codebook_size = rows, codes, scale, shift, len(codes)
+    Up to `limit` elements (default: WHOLE) A is formed whole; a larger one is read by blocks of its rows.
+    """
+
+    def __init__(self, rows, codes, scale=1.0, shift=0.0, limit=None):
+        self.rows, self.codes, self.scale, self.shift = rows, codes, scale, shift
+        self.codebook_size, self.limit = len(codes), limit
+
+    @property
+    def is_large(self):
+        """Whether A is read by blocks of its rows."""
+        return self.rows[..., 0].numel() * self.codebook_size > (WHOLE if self.limit is None else self.limit)
 
     @functools.cached_property
     def dense(self):
@@ -67,71 +76,61 @@ class Affinity:
     def blocks(self):
         """Return an iterator over A by blocks of its rows, (n, K): those of a large A have no gradient."""
         rows, of = self.rows.flatten(0, -2), torch.no_grad()(self.of)
-        return (of(rows[part]) for part in self.parts) if _is_large(self) else iter([self.dense.flatten(0, -2)])
+        return (of(rows[part]) for part in self.parts) if self.is_large else iter([self.dense.flatten(0, -2)])
+
+    # -- the assignment --------------------------------------------------------------------------------------
+
+    def argmax(self):
+        """Choose each position's code, q_i = argmax_k A_ik (Eq. 1): (...) int64; the first of equals."""
+        if self.is_large:
+            return torch.cat([block.argmax(-1) for block in self.blocks()]).view(self.rows.shape[:-1])
+        return self.dense.argmax(-1)
+
+    def soft_assignment(self, tau):
+        """Soften the assignment, pi_i = softmax(A_i / tau) (Eq. 8): (..., K), rows sum to 1."""
+        return (full(self.dense) / tau).softmax(-1)
+
+    def straight_through_assignment(self, tau):
+        """One-hot in value, softmax(A / tau) in gradient: onehot + pi - sg(pi), (..., K)."""
+        pi = self.soft_assignment(tau)
+        onehot = F.one_hot(self.argmax(), pi.shape[-1]).to(pi.dtype)
+        return onehot + (pi - pi.detach())
+
+    def entropies(self, tau=ENTROPY_TEMPERATURE):
+        """Return the entropies of the rows of P = softmax(A / tau) in nats, (N,), and its mean row, (K,): differentiable."""
+        if self.is_large:
+            return self.assign(tau)[1]
+        logp = F.log_softmax(full(self.dense).flatten(0, -2) / tau, -1)  # (N, K)
+        p = logp.exp()
+        return -(p * logp).sum(-1), p.mean(0)
+
+    def assign(self, tau=ENTROPY_TEMPERATURE):
+        """Return `argmax` and `entropies` from one pass over A."""
+        if self.is_large:
+            indices, rows, mean = _Assignment.apply(self.rows.flatten(0, -2), self.codes, self, tau)
+            return indices.view(self.rows.shape[:-1]), (rows, mean)
+        return self.argmax(), self.entropies(tau)
+
+    # -- read-outs onto an embedding table E (K, width) ------------------------------------------------------
+
+    def soft_readout(self, embedding, tau):
+        """u^s_i = pi_i E (Eq. 8): (..., width); tau > 0, in units of A; equal to E_{q_i} in the limit of tau = 0."""
+        return _soft_readout(embedding, self, tau)
+
+    def straight_through_readout(self, embedding, tau):
+        """E_{q_i} in value, with the gradient of `soft_readout`: (..., width). Forms (N, K)."""
+        return multiply(self.straight_through_assignment(tau), embedding)
 
 
-def _is_large(affinity):
-    return isinstance(affinity, Affinity) and affinity.rows[..., 0].numel() * affinity.codebook_size > WHOLE
-
-
-def _whole(affinity):
-    return affinity.dense if isinstance(affinity, Affinity) else affinity
-
-
-def hard_indices(affinity):
-    """Choose each position's code, q_i = argmax_k A_ik (Eq. 1): (..., K) -> (...) int64; the first of equals."""
-    if _is_large(affinity):
-        return torch.cat([block.argmax(-1) for block in affinity.blocks()]).view(affinity.rows.shape[:-1])
-    return _whole(affinity).argmax(-1)
-
-
-def soft_assignment(affinity, tau):
-    """Soften the assignment, pi_i = softmax(A_i / tau) (Eq. 8): (..., K) -> (..., K), rows sum to 1."""
-    return (full(_whole(affinity)) / tau).softmax(-1)
-
-
-def straight_through_assignment(affinity, tau):
-    """One-hot in value, softmax(A / tau) in gradient: onehot + pi - sg(pi). (..., K) -> (..., K)."""
-    pi = soft_assignment(affinity, tau)
-    onehot = F.one_hot(hard_indices(affinity), pi.shape[-1]).to(pi.dtype)
-    return onehot + (pi - pi.detach())
-
-
-def hard_readout(affinity, embedding):
-    """u^h_i = E_{q_i} (Eq. 7): affinity (B, L, K), embedding (K, D) -> (B, L, D); no gradient to the affinity."""
-    return embedding[hard_indices(affinity)]
+multiply = full_precision(torch.matmul)  # a read-out, whatever the networks compute in
 
 
 @full_precision
-def soft_readout(affinity, embedding, tau):
-    """u^s_i = pi_i E (Eq. 8): affinity (B, L, K), embedding (K, D) -> (B, L, D); tau > 0, in units of A; u^s -> u^h at 0."""
-    if _is_large(affinity):
-        rows = _SoftReadout.apply(affinity.rows.flatten(0, -2), affinity.codes, embedding, affinity, tau)
-        return rows.unflatten(0, affinity.rows.shape[:-1])
-    return torch.matmul(soft_assignment(affinity, tau), embedding)
-
-
-@full_precision
-def straight_through_readout(affinity, embedding, tau):
-    """Equal to `hard_readout` in value, with the gradient of `soft_readout`. Forms (N, K)."""
-    return torch.matmul(straight_through_assignment(affinity, tau), embedding)
-
-
-def assign(affinity, tau=ENTROPY_TEMPERATURE):
-    """Return `hard_indices` and `entropies` of one pass over A: (..., K) -> (...) int64, and two tensors."""
-    if _is_large(affinity):
-        indices, rows, mean = _Assignment.apply(affinity.rows.flatten(0, -2), affinity.codes, affinity, tau)
-        return indices.view(affinity.rows.shape[:-1]), (rows, mean)
-    return hard_indices(affinity), entropies(affinity, tau)
-
-
-def entropies(affinity, tau=ENTROPY_TEMPERATURE):
-    """Return the entropies of the rows of P = softmax(A / tau) in nats, (N,), and its mean row, (K,), both differentiable."""
-    if _is_large(affinity):
-        return assign(affinity, tau)[1]
-    logp = F.log_softmax(full(_whole(affinity)).flatten(0, -2) / tau, -1)  # (N, K)
-    p = logp.exp()
-    return -(p * logp).sum(-1), p.mean(0)
+def _soft_readout(embedding, affinity, tau):
+    if not affinity.is_large:
+        return torch.matmul(affinity.soft_assignment(tau), embedding)
+    rows = _SoftReadout.apply(affinity.rows.flatten(0, -2), affinity.codes, embedding, affinity, tau)
+    return rows.unflatten(0, affinity.rows.shape[:-1])
 
 
 class _SoftReadout(torch.autograd.Function):

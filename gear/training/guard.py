@@ -63,17 +63,16 @@ def check_metrics(run, step, every):
         )
 
 
-def warn_of_collapse(run, record, step):
+def warn_of_collapse(run, config, record, step):
     """Print a warning when validation images use fewer than COLLAPSE of the effective codes, exp H, that they began with."""
     size, metrics = record.get("val/usage_size"), run.metrics()
     if size is None or metrics.empty or "val/usage_size" not in metrics:
         return
     began = metrics["val/usage_size"].dropna().iloc[0]
     if size < COLLAPSE * began:
-        objective = run.config.get("objective", {})
-        cause = "the generator's own loss reaches the tokenizer, which lowers it by saying less"
-        if run.config.get("stage") != "joint" or not str(objective.get("bridge", "")).startswith("naive"):
-            cause = "a learning rate too high for the tokenizer, or too low an entropy_weight"
+        cause = "a learning rate too high for the tokenizer, or too low an entropy_weight"
+        if config.trains("generator") and config.objective.bridge in ("naive", "naive_inputs"):
+            cause = "the generator's own loss reaches the tokenizer, which lowers it by saying less"
         print(
             f"run '{run.name}': the codebook is collapsing. At step {step} validation images use {size:.1f} effective codes, "
             f"under {COLLAPSE:.0%} of the {began:.1f} at the start. The likely cause: {cause}.",

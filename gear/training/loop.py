@@ -78,16 +78,17 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     processes = Processes(device, config.batch_size, parts, runtime.shard)
     is_alone = parts == processes.world == 1
     torch.manual_seed(step_seed(config.seed, -1))
-    state, meter = State(config, processes.device, parts, processes), Meter(processes)
+    state = State(config, processes.device, parts, processes, runtime.checkpointing)
+    meter = Meter(processes)
     validation = Validation(state)
     if not run.checkpoint_steps():
         state.start()
-    compute = Running(state, way_of(config, processes.device, runtime, is_alone), runtime.checkpointing)
+    compute = Running(state, way_of(config, processes.device, runtime, is_alone))
     with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
         _begin(run, state, meter, validation)
-        looked_up = runtime.cached and config.stage == "generator"
+        looked_up = runtime.cached and config.uses("tokenizer") and not config.trains("tokenizer")
         samples = Cached(state, runtime.workers, runtime.quiet, signals) if looked_up else None
         start, rows = state.step * config.batch_size, processes.rows()
         stream = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, rows, samples)
@@ -192,11 +193,11 @@ def _record(run, state, meter, validation, progress, runtime):
     if due(config.eval_every) and state.processes.measures:
         record |= validation()
     if record and state.processes.main:
-        warn_of_collapse(run, record, step)
+        warn_of_collapse(run, config, record, step)
         run.append({"step": step, **record})
         progress.log(record if runtime.tensorboard else None)
     if due(config.save_every):
-        drawn = state.processes.measures and (last or "generator" in state.networks)
+        drawn = state.processes.measures and (last or state.generator is not None)
         panel = validation.panel() if drawn else None
         if panel is not None and state.processes.main:
             write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
@@ -217,7 +218,7 @@ def _save(run, state, meter, validation, keep):
 def _lpips_in_force(state):
     """Return the perceptual weight in force: 0 where LPIPS has no weights on this machine, and then say so."""
     wanted = state.config.objective.lpips_weight
-    if "discriminator" not in state.networks:
+    if state.discriminator is None:
         return {}
     if wanted > 0 and state.lpips is None:
         print(

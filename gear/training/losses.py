@@ -1,4 +1,4 @@
-"""The loss terms, as pure functions; the distances between latents and codes stand in gear/tokenizer/quantize.py."""
+"""The loss terms of Eqs. 2 to 5, as pure functions."""
 
 import torch.nn.functional as F
 
@@ -8,8 +8,31 @@ def reconstruction_loss(reconstruction, images):
     return F.l1_loss(reconstruction, images)
 
 
+def vq_losses(quantized):
+    """The distances of VQ, means over elements: the codebook term moves the code to the latent, the commitment term back."""
+    return {
+        "codebook_loss": F.mse_loss(quantized.code, quantized.z.detach()),
+        "commit_loss": F.mse_loss(quantized.z, quantized.code.detach()),
+    }
+
+
+def lfq_losses(quantized):
+    """LFQ has no codebook to move: its commitment term alone."""
+    return {"commit_loss": F.mse_loss(quantized.z, quantized.code)}
+
+
+def ibq_losses(quantized):
+    """IBQ's distances as `codebook_loss`: (q - z)^2 of the decoder's q, (sg(c) - z)^2, .25 (c - sg(z))^2."""
+    z, code = quantized.z, quantized.code
+    terms = F.mse_loss(quantized.rows, z), F.mse_loss(z, code.detach()), F.mse_loss(code, z.detach())
+    return {"codebook_loss": terms[0] + terms[1] + 0.25 * terms[2]}
+
+
+QUANTIZER_LOSSES = {"vq": vq_losses, "lfq": lfq_losses, "ibq": ibq_losses}
+
+
 def entropy_loss(rows, mean, whole=None):
-    """L_ent of Eq. 2 from `readout.entropies`: minimal, -ln K, when every row is sure of its code and all codes are used alike.
+    """L_ent of Eq. 2 from `Affinity.entropies`: -ln K, its least, when every row is sure of its code and all are used alike.
 
     Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
     the batch's.

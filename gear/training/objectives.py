@@ -1,7 +1,7 @@
 """The updates of Algorithm 1. Each computes one network's loss on the shared batch, and its gradient to that network alone.
 
-A stage is a tuple of updates, and every network steps when the last is done: guidance reads the generator before its step,
-next-token targets come from the tokenizer before its step, as in the public code.
+Beside each update stand its passes: which parts of the networks it runs, [(part, mode, times)], from which gear/cost reckons
+what a step takes. `mode` is "train", "fixed" (a gradient passes through, to the input alone) or "forward" (none does).
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import functools
 
 import torch
 
-from gear.tokenizer.readout import full_precision, soft_readout, straight_through_assignment, straight_through_readout
+from gear.tokenizer.readout import multiply
 from gear.training.losses import (
+    QUANTIZER_LOSSES,
     alignment_loss,
     discriminator_hinge_loss,
     entropy_loss,
@@ -37,7 +38,8 @@ def frozen(*modules):
 def tokenizer_update(state, batch):
     """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
     objective, tokenized = state.config.objective, batch.tokenized  # Alg. 1, line 1: Z and A; line 2: x^
-    losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)} | tokenized.quantized.losses
+    losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)}
+    losses |= QUANTIZER_LOSSES[state.config.tokenizer.quantizer](tokenized.quantized)
     losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.mean_use)
     if state.lpips is not None:
         losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images).mean()
@@ -51,19 +53,36 @@ def tokenizer_update(state, batch):
     with frozen(*(module for name, module in state.networks.items() if name != "tokenizer")):  # in backward, too
         if state.gan_is_on:
             losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
-        if state.config.stage == "joint":
+        if state.generator is not None:
             losses |= BRIDGES[objective.bridge](state, batch)
         return state.backward("tokenizer", losses, weights)
 
 
+def tokenizer_passes(config):
+    """What `tokenizer_update` runs, and the forward of the step that is its alone."""
+    objective = config.objective
+    passes = [(part, "train", 1) for part in ("encoder", "quantizer", "decoder")]
+    passes += [("LPIPS", "fixed", 1)] if objective.lpips_weight > 0 else []
+    passes += [("discriminator", "fixed", 1)] if objective.gan_weight > 0 else []
+    return passes + ([(part, "fixed", 1) for part in guidance_parts(config)] if config.trains("generator") else [])
+
+
+def guidance_parts(config):
+    """What the bridge of a joint stage runs."""
+    bridge = config.objective.bridge
+    if bridge in ("naive", "naive_inputs"):
+        return ("read-out", "guidance")
+    return ("read-out", "guidance", "projector") if bridge != "none" and config.is_aligned else ()
+
+
 def soft_bridge(state, batch):
     """L_align^s of softmax(A / tau) E   (Alg. 1, lines 3 to 5): GEAR."""
-    return _guidance(state, batch, soft_readout)
+    return _guidance(state, batch, batch.tokenized.quantized.affinity.soft_readout)
 
 
 def straight_through_bridge(state, batch):
     """L_align^s of the one-hot assignment, with the gradient of the soft one: the public code's flag."""
-    return _guidance(state, batch, straight_through_readout)
+    return _guidance(state, batch, batch.tokenized.quantized.affinity.straight_through_readout)
 
 
 def _guidance(state, batch, readout):
@@ -72,7 +91,7 @@ def _guidance(state, batch, readout):
     if objective.align_weight == 0:
         return {}
     with frozen(state.generator, state.projector):
-        u = readout(batch.tokenized.quantized.affinity, state.generator.embedding, objective.tau)
+        u = readout(state.generator.embedding, objective.tau)
         hidden = state.generator.hidden(u, batch.labels, [tap], check=False)[tap]
         return {"soft_align_loss": _loss(state, aligned, state.projector, hidden, batch.target, state.widths)}
 
@@ -94,11 +113,8 @@ def naive_inputs_bridge(state, batch):
 def _predict(state, batch):
     """Predict tokens from straight-through embeddings with the generator held fixed; returns (assignment, logits)."""
     with frozen(state.generator):
-        assignment = straight_through_assignment(batch.tokenized.quantized.affinity, state.config.objective.tau)
+        assignment = batch.tokenized.quantized.affinity.straight_through_assignment(state.config.objective.tau)
         return assignment, state.generator(multiply(assignment, state.generator.embedding), batch.labels, check=False)
-
-
-multiply = full_precision(torch.matmul)  # a read-out, whatever the networks compute in
 
 
 def no_bridge(state, batch):
@@ -124,6 +140,11 @@ def discriminator_update(state, batch):
     return state.backward("discriminator", {"disc_loss": loss}, {})
 
 
+def discriminator_passes(config):
+    """What `discriminator_update` runs, on an image and on its reconstruction."""
+    return [("discriminator", "train", 2)] if config.objective.gan_weight > 0 else []
+
+
 def generator_update(state, batch):
     """theta_AR <- theta_AR - eta grad (L_NTP + lambda L_align^h)   (Alg. 1, line 7; Eq. 12).
 
@@ -131,11 +152,16 @@ def generator_update(state, batch):
     """
     config, generator = state.config, state.generator
     top, tap = config.generator.layers, config.generator.tap_layer
-    hidden = generator.hidden(batch.indices, batch.labels, [tap, top])  # Alg. 1, line 4: S^h to layer L
+    hidden = generator.hidden(batch.indices, batch.labels, [tap, top], dropped=batch.dropped)  # line 4: S^h to layer L
     losses = {"ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)}  # line 5: L_NTP
     if config.objective.align_weight > 0:  # line 5: L_align^h
         losses["align_loss"] = _loss(state, aligned, state.projector, hidden[tap], batch.target, state.widths)
     return state.backward("generator", losses, {"align_loss": config.objective.align_weight})
+
+
+def generator_passes(config):
+    """What `generator_update` runs."""
+    return [("generator", "train", 1)] + ([("projector", "train", 1)] if config.is_aligned else [])
 
 
 def predicted(generator, hidden, indices):
@@ -161,17 +187,14 @@ def teacher_update(state, batch):
     return state.backward("teacher", state.teacher.factor_losses(batch.images, batch.labels), {})
 
 
-STAGES = {
-    "tokenizer": (tokenizer_update, discriminator_update),  # the warm-up, and the control
-    "joint": (tokenizer_update, discriminator_update, generator_update),  # GEAR
-    "generator": (generator_update,),  # LlamaGen, LlamaGen-REPA, a fresh generator on a GEAR tokenizer
-    "teacher": (teacher_update,),
+def teacher_passes(config):
+    """What `teacher_update` runs."""
+    return [("teacher", "train", 1)]
+
+
+PASSES = {
+    tokenizer_update: tokenizer_passes,
+    discriminator_update: discriminator_passes,
+    generator_update: generator_passes,
+    teacher_update: teacher_passes,
 }
-
-
-def gradients(state, samples):
-    """Add up the gradients of one step, Algorithm 1 up to the steps of the optimizers; `samples` is what a stream gives."""
-    for batch in state.batches(*samples):  # one tokenizer forward, one teacher forward, shared by
-        for update in STAGES[state.config.stage]:  # joint = tokenizer, discriminator, generator:
-            with state.autocast():
-                update(state, batch)  # loss and gradient of one network

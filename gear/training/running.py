@@ -13,7 +13,7 @@ import torch
 from gear.config import UserError
 from gear.device import capturing
 from gear.images import to_float
-from gear.training.objectives import gradients
+from gear.training.stages import gradients
 from gear.training.state import step_seed
 
 
@@ -61,10 +61,8 @@ class Ahead:
 class Running:
     """Computes the gradients of a State's steps one of the ways of `way_of`, and plainly where that fails."""
 
-    def __init__(self, state, way, checkpointing=False):
+    def __init__(self, state, way):
         self.state, self.way, self.graphs = state, way, {}
-        for name in {"tokenizer", "generator"} & state.networks.keys():
-            state.networks[name].checkpointing = checkpointing
         self.compiled = compile_networks(state) if way == "compiled" else []
 
     def __call__(self, samples):
@@ -84,7 +82,7 @@ class Running:
 
     def _graph(self, samples):
         """Return the graph of this step, captured if it is the first of its kind: the adversarial term comes late."""
-        kind = self.state.config.stage in ("tokenizer", "joint") and self.state.gan_is_on
+        kind = self.state.config.trains("discriminator") and self.state.gan_is_on
         if kind not in self.graphs:
             self.graphs.clear()  # the memory of the one before it
             self.graphs[kind] = Graph(self.state, samples)

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from gear.config import Checked, Count, NonNegative, Range, Seed, Share, Tau, require
 from gear.data import DataConfig
 from gear.generator.model import GeneratorConfig
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.autoencoder import BACKBONES, TokenizerConfig
 from gear.tokenizer.model import check_divides
 from gear.training.optim import OptimizerConfig
+from gear.training.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ class Config(Checked):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def trains(self, network):
+        """Whether this run trains a network: "tokenizer", "discriminator", "generator", "projector" or "teacher"."""
+        return network in STAGES[self.stage].trains
+
+    def uses(self, network):
+        """Whether this run trains a network or reads it, frozen."""
+        return self.trains(network) or network in STAGES[self.stage].frozen
+
+    @property
+    def is_aligned(self):
+        """Whether this run has a teacher whose features its generator is aligned to."""
+        return self.trains("generator") and self.objective.align_weight > 0
+
     @property
     def is_small(self):
         """Whether a GPU would take longer to launch a step than to compute it: see gear/training/running.py."""
@@ -62,14 +76,14 @@ class Config(Checked):
     def __post_init__(self):
         super().__post_init__()
         size, halvings, slots = self.data.image_size, self.objective.disc_layers, self.generator.text_slots
-        if self.stage != "teacher":
+        if self.uses("tokenizer"):
             check_divides((size, size), self.tokenizer.downsampling)
-            spread = self.tokenizer.backbone != "magvit2" or size > self.tokenizer.downsampling
+            spread = not BACKBONES[self.tokenizer.backbone].adapts or size > self.tokenizer.downsampling
             require(spread, f"image_size is {size}: a MAGVIT-2 decoder needs two tokens at least, and that is one.")
-        if self.stage in ("tokenizer", "joint"):
+        if self.trains("discriminator"):
             sees = (
                 f"disc_layers is {halvings}: so often halved, images of {size} px do not leave the discriminator three pixels."
             )
             require(size >> halvings >= 3, sees)
-        if self.stage in ("joint", "generator"):
+        if self.trains("generator"):
             require(slots == 0, f"text_slots is {slots}: a run is conditioned on classes, and it has to be 0.")

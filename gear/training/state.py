@@ -19,8 +19,10 @@ from gear.tokenizer.model import Tokenized, Tokenizer, initialise_from_data
 from gear.training.fsdp import spread, spread_like
 from gear.training.optim import EMA, Optimizer, learning_rate_factor
 from gear.training.processes import Processes
+from gear.training.stages import AVERAGED
 from gear.weights import load_module
 
+NETWORKS = ("tokenizer", "discriminator", "generator", "projector", "teacher")
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 
 
@@ -38,42 +40,44 @@ class Batch:
     target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
     indices: torch.Tensor | None = None  # (B, L)
+    dropped: torch.Tensor | None = None  # (B,) bool: whose condition the generator is not told in this step
     mean_use: Callable | None = None  # of a part of a batch: its mean use of the codes -> that of all of it, (K,)
 
 
 class State:
-    """Networks, averages, optimizers and the step of a run on a device."""
+    """Networks, averages, optimizers and the step of a run on a device.
 
-    def __init__(self, config, device, parts=1, processes=None):
+    A network that the run's stage neither trains nor reads is None; so are `lpips` and what concerns the teacher.
+    """
+
+    def __init__(self, config, device, parts=1, processes=None, checkpointing=False):
         self.config, self.device, self.step, self.parts = config, device, 0, parts
         self.is_compiled = False
         self.processes = processes or Processes(device, config.batch_size, parts)
         self.skipped = 0  # steps in a row
         self.terms = {}  # {network: {term: the loss of this step so far}}
-        self.networks, self.averages, self.optimizers = {}, {}, {}
+        self.tokenizer = self.discriminator = self.generator = self.projector = self.teacher = None
+        self.averages, self.optimizers = {}, {}
         self.teacher_features, self.widths, self.lpips = None, None, None  # teachers stand side by side
-        BUILDERS[config.stage](self)
+        if config.uses("tokenizer"):
+            check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
+        if config.trains("tokenizer"):
+            self._add_tokenizer(checkpointing)
+        elif config.uses("tokenizer"):
+            self._add_frozen_tokenizer()
+        if config.trains("generator"):
+            self._add_generator(checkpointing)
+        if config.trains("teacher"):
+            self.teacher = self._add("teacher", ScenesTeacher())
+            self._optimize("teacher", [self.teacher], config.optimizer.generator_lr)
 
-    def __getattr__(self, name):
-        """Give a network by its name: state.tokenizer, state.generator, ..."""
-        try:
-            return self.__dict__["networks"][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    # -- one builder a stage ---------------------------------------------------------------------------------
-
-    def _build_teacher(self):
-        self._add("teacher", ScenesTeacher())
-        self._optimize("teacher", ["teacher"], self.config.optimizer.generator_lr)
-
-    def _build_tokenizer(self):
+    def _add_tokenizer(self, checkpointing):
         config = self.config
-        check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
-        self._add("tokenizer", Tokenizer(config.tokenizer, config.precision), ema=config.optimizer.tokenizer_ema)
-        self._add("discriminator", Discriminator(config.objective.disc_channels, config.objective.disc_layers))
-        for name in ("tokenizer", "discriminator"):
-            self._optimize(name, [name], config.optimizer.tokenizer_lr)
+        self.tokenizer = self._add("tokenizer", Tokenizer(config.tokenizer, config.precision, checkpointing))
+        discriminator = Discriminator(config.objective.disc_channels, config.objective.disc_layers)
+        self.discriminator = self._add("discriminator", discriminator)
+        self._optimize("tokenizer", [self.tokenizer], config.optimizer.tokenizer_lr)
+        self._optimize("discriminator", [self.discriminator], config.optimizer.tokenizer_lr)
         if config.objective.lpips_weight > 0:
             self.lpips = load_lpips(self.device, config.precision)
         if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
@@ -83,25 +87,22 @@ class State:
             for name, module in started.items():
                 load_module(module, network(weights, name, config.tokenizer_run), config.tokenizer_run)
 
-    def _build_joint(self):
-        self._build_tokenizer()
-        self._add_generator()
-
-    def _build_generator(self):
-        if not self.config.tokenizer_run:
-            raise UserError("the stage 'generator' needs a tokenizer: set tokenizer_run to a run's name.")
-        check_divides((self.config.data.image_size,) * 2, self.config.tokenizer.downsampling)
-        run = _finished(self.config.tokenizer_run)
-        self._add("tokenizer", Tokenizer(self.config.tokenizer, run.config.get("precision", "float32")))
+    def _add_frozen_tokenizer(self):
+        config = self.config
+        if not config.tokenizer_run:
+            raise UserError(f"the stage '{config.stage}' needs a tokenizer: set tokenizer_run to a run's name.")
+        run = _finished(config.tokenizer_run)
+        tokenizer = Tokenizer(config.tokenizer, run.config.get("precision", "float32"))
+        self.tokenizer = self._add("tokenizer", tokenizer)
         weights = network(load_networks(run), "tokenizer_ema", run.name)
         load_module(self.tokenizer, weights, run.name).eval().requires_grad_(False)
-        self._add_generator()
 
-    def _add_generator(self):
+    def _add_generator(self, checkpointing):
         config = self.config
-        self._add("generator", Generator(config.generator, config.tokenizer.codebook_size), config.optimizer.generator_ema)
-        trained = ["generator"]
-        if config.objective.align_weight > 0:
+        generator = Generator(config.generator, config.tokenizer.codebook_size, checkpointing)
+        self.generator = self._add("generator", generator)
+        trained = [self.generator]
+        if config.is_aligned:
             stride = config.tokenizer.downsampling
             teachers = load_teachers(config.teacher, config.data, stride)
             for teacher in teachers:
@@ -109,8 +110,9 @@ class State:
             self.teacher_features = side_by_side(teachers).to(self.device, memory_format=self.layout)
             self.widths = [t.dim for t in teachers]
             projectors = [Projector(config.generator, width) for width in self.widths]
-            self._add("projector", projectors[0] if len(teachers) == 1 else Projectors(projectors))
-            trained.append("projector")
+            projector = projectors[0] if len(teachers) == 1 else Projectors(projectors)
+            self.projector = self._add("projector", projector)
+            trained.append(self.projector)
         self._optimize("generator", trained, config.optimizer.generator_lr)
 
     @property
@@ -118,23 +120,31 @@ class State:
         """The memory format that convolutions like best on this device."""
         return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
-    def _add(self, name, module, ema=None):
-        self.networks[name], copies = module, [module]
-        if ema is not None:
-            self.averages[name] = EMA(module, ema)
+    def _add(self, name, module):
+        """Place a network, with an average of it where it is to have one, on the device; returns it."""
+        copies = [module]
+        if name in AVERAGED and self.config.trains(name):
+            self.averages[name] = EMA(module, getattr(self.config.optimizer, f"{name}_ema"))
             copies.append(self.averages[name].module)
         for copied in copies:
             if self.processes.shard and name == "generator":  # from the CPU: no device has room for the whole
                 spread(copied.blocks, self.device, self.processes.world)
             copied.to(self.device, memory_format=self.layout)
+        return module
 
     def _optimize(self, name, networks, lr):
-        self.optimizers[name] = Optimizer([self.networks[n] for n in networks], lr, self.config.optimizer)
+        self.optimizers[name] = Optimizer(networks, lr, self.config.optimizer)
+
+    @property
+    def networks(self):
+        """The networks that there are, {name: module}."""
+        found = {name: getattr(self, name) for name in NETWORKS}
+        return {name: module for name, module in found.items() if module is not None}
 
     def start(self):
         """Initialise a new run from training images, where its configuration asks for that."""
         config = self.config
-        if config.stage in ("tokenizer", "joint") and config.tokenizer.init_from_data and not config.tokenizer_run:
+        if config.trains("tokenizer") and config.tokenizer.init_from_data and not config.tokenizer_run:
             images, _ = load(config.data, "train", INITIAL_IMAGES)
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
@@ -147,11 +157,23 @@ class State:
         is_shared = len(parts) > 1 or self.processes.world > 1
         mean_use = self._mean_use([x for x, *_ in parts]) if is_shared and "tokenizer" in self.averages else None
         for i, part in enumerate(parts):
-            if is_shared:
-                self._draw_for(i)
+            rows = self.processes.rows(i, self.parts)
+            if is_shared:  # dropout differs from part to part
+                seed = step_seed(self.config.seed, self.step)
+                torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits: a CPU's generator takes no more
             batch = self.observe(*part)
-            batch.mean_use = mean_use
+            batch.mean_use, batch.dropped = mean_use, self._dropped(len(batch.labels), rows if is_shared else None)
             yield batch
+
+    def _dropped(self, count, rows):
+        """Draw which of a batch's conditions are dropped; of a part, those of its `rows` that the whole batch would drop."""
+        share = self.config.generator.class_dropout
+        if self.generator is None or share == 0:
+            return None
+        if rows is None:
+            return torch.rand(count, device=self.device) < share
+        rng = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, self.step))
+        return torch.rand(self.config.batch_size, generator=rng, device=self.device)[rows] < share
 
     def _mean_use(self, parts):
         """Return what the entropy term needs to know of the rest of the batch: see `entropy_loss`."""
@@ -161,18 +183,6 @@ class State:
             means = [self.tokenizer.mean_use(x.to(self.device)) for x in parts]
         whole = self.processes.mean(torch.stack(means).mean(0))
         return lambda mean: whole
-
-    def _draw_for(self, part):
-        """Drop the conditions that the whole batch would drop; let dropout differ from part to part."""
-        seed, rows = step_seed(self.config.seed, self.step), self.processes.rows(part, self.parts)
-        torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits are all that a CPU's generator takes
-        if "generator" in self.networks:
-
-            def uniform(count, device):
-                rng = torch.Generator(device).manual_seed(seed)
-                return torch.rand(self.config.batch_size, generator=rng, device=device)[rows]
-
-            self.generator.uniform = uniform
 
     def autocast(self):
         """Return the context in which the networks of this run compute."""
@@ -190,13 +200,13 @@ class State:
             return batch
         if self.teacher_features is not None:
             batch.target = self.features(batch.images)
-        if self.config.stage == "generator":
-            with torch.no_grad():
-                batch.indices = self.tokenizer.encode(batch.images, check=False).flatten(1)
-        elif self.config.stage in ("tokenizer", "joint"):
+        if self.config.trains("tokenizer"):
             with self.autocast():
                 batch.tokenized = self.tokenizer(batch.images)
             batch.indices = batch.tokenized.quantized.indices
+        elif self.tokenizer is not None:
+            with torch.no_grad():
+                batch.indices = self.tokenizer.encode(batch.images, check=False).flatten(1)
         return batch
 
     @torch.no_grad()
@@ -283,14 +293,6 @@ class State:
             optimizer.load_tensors(moments.get(name, {}), f"{run.name}/{name}")  # one that has not stepped yet has none
         self.step = saved["step"]
         return saved
-
-
-BUILDERS = {
-    "teacher": State._build_teacher,
-    "tokenizer": State._build_tokenizer,
-    "joint": State._build_joint,
-    "generator": State._build_generator,
-}
 
 
 def _finished(name):

@@ -24,7 +24,7 @@ class Validation:
         self.of_tokenizer = None  # its metrics and indices
         source = data.open_source(config.data, "val")
         self.classes = source.classes
-        if "generator" in state.networks:
+        if state.generator is not None:
             data.check_classes(config.data, self.classes, config.generator.num_classes)
         images, labels = data.read(source, config.data, config.eval_images)
         self.images, self.labels = images.to(state.device), labels.to(state.device)
@@ -34,7 +34,7 @@ class Validation:
 
     def __call__(self):
         state, config = self.state, self.state.config
-        if config.stage == "teacher":
+        if state.teacher is not None:
             with torch.no_grad():
                 losses = state.teacher.factor_losses(self.images, self.labels)
             return {f"val/{name}": float(value) for name, value in losses.items()}
@@ -44,22 +44,20 @@ class Validation:
             self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
         metrics, indices = self.of_tokenizer
         if "generator" in averages:
-            projector = state.networks.get("projector")
-            metrics = metrics | generator_metrics(
-                averages["generator"], projector, indices, self.labels, self.target, state.widths
-            )
+            generator, target = averages["generator"], self.target
+            metrics = metrics | generator_metrics(generator, state.projector, indices, self.labels, target, state.widths)
         return metrics
 
     def panel(self):
         """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an image, or None."""
         state = self.state
-        if state.config.stage == "teacher":
+        if state.teacher is not None:
             return None
         tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
         images = self.images[torch.arange(PANEL_WIDTH) % len(self.images)]
         with torch.no_grad():
             rows = [images, tokenizer(images).reconstruction]
-        if "generator" in state.averages:
+        if state.generator is not None:
             generator = state.averages["generator"].module
             labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
             side = state.config.data.image_size // state.config.tokenizer.downsampling

@@ -28,18 +28,19 @@ demo: setup  ## trains seed 0 of every run the figures need, under runs/demo, an
 	$(DEMO) $(BIN)/python -m gear figures $(DEMO_FIGURES) --seeds 0 --jobs 2
 	$(DEMO) $(BIN)/python -m gear claims
 
-figures: setup  ## redraws figures/ from the tracked reference runs; FORCE=1 redraws what is up to date too
+figures: setup  ## redraws figures/ from the records in runs/reference; FORCE=1 redraws what is up to date too
 	$(BIN)/python -m gear figures --jobs 2 $(if $(FORCE),--force)
 	$(BIN)/python -m gear claims
 
-reference: setup  ## trains and scores everything that is tracked again, three seeds, under runs/again
-	@echo "This takes two to three hours on two cores (an estimate); it writes runs/again, beside the tracked runs."
+reference: setup  ## trains and scores everything in runs/reference again, three seeds, under runs/again, and packs it
+	@echo "This takes two to three hours on two cores (an estimate); it writes runs/again, then runs/reference."
 	$(AGAIN) $(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --keep 9
 	for study in $(STUDIES); do $(AGAIN) $(BIN)/python -m gear sweep $$study || exit 1; done
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --both --steps 50 100 150 200
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --sweep cfg_scale=1,1.25,1.5,1.75,2
 	$(AGAIN) $(BIN)/python -m gear evaluate 'scenes-gear-*-size-*' 'scenes-llamagen-repa-*-size-*' --sweep cfg_scale=1,1.5
 	$(AGAIN) $(BIN)/python -m gear figures --jobs 2
+	$(AGAIN) $(BIN)/python -m gear pack runs/reference 'scenes-*' --panels 'scenes-joint*-s0'
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -18,6 +18,7 @@ COMMANDS = {  # their modules are imported when they are called: torch alone tak
     "figures": "Execute the notebooks, or those named, and write their figures and the page of all; skip what is up to date.",
     "claims": "Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv beside the figures.",
     "runs": "List the runs: name, stage, step, and whether they are finished.",
+    "pack": "Write finished runs into FOLDER as records without weights, many in a few files (make reference).",
     "teacher": "Package a run of the recipe teacher-scenes as the scenes teacher (make teacher).",
 }
 

@@ -17,6 +17,24 @@ class UserError(Exception):  # no ValueError: tyro would box those, and cut thei
     """Say what was wrong, what was expected and what to do; the command line prints it without a traceback, exit code 2."""
 
 
+class MissingRuns(UserError):
+    """Say which `runs` are missing, or lack weights or scores, and the `command` that makes them.
+
+    Its first line ends in the command; a `hint` that holds on this machine alone is a line of its own.
+    """
+
+    def __init__(self, sentence, runs, command, hint=""):
+        super().__init__("\n".join(filter(None, (f"{sentence}: {command}", hint))))
+        self.runs = runs
+        self.command = command
+
+    @staticmethod
+    def split(text):
+        """Return (sentence, command) from the text of one: a notebook's kernel hands on no more."""
+        sentence, _, command = text.partition("\n")[0].rpartition(": ")
+        return sentence, command
+
+
 class TrainingStopped(RuntimeError):
     """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code 1."""
 

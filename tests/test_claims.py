@@ -5,6 +5,7 @@ import pytest
 
 from gear.experiments import claims
 from gear.experiments.claims import Claim, verdict
+from gear.runs.names import RunName
 from gear.runs.run import Run
 
 LOWER = Claim("lower", "Fig. 3", "next-token loss (nats a token)", "gear", "llamagen-repa", -1)
@@ -110,5 +111,6 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
         record("llamagen-repa", seed, 3.1)
     Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
     Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
-    assert list(claims._by_seed("scenes-gear", "")) == [0] and list(claims._by_seed("scenes-llamagen-repa", "")) == [0, 10]
-    assert claims._by_seed("scenes-gear", "mine")[0].name == "scenes-gear-s0-mine"
+    assert list(claims._by_seed(RunName("scenes", "gear"))) == [0]
+    assert list(claims._by_seed(RunName("scenes", "llamagen-repa"))) == [0, 10]
+    assert claims._by_seed(RunName("scenes", "gear", "mine"))[0].name == "scenes-gear-s0-mine"

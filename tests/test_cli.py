@@ -337,7 +337,7 @@ def test_python_m_gear_lists_its_commands():
 def test_claims_of_an_unknown_preset(capsys, home):
     assert "unknown preset 'scnes'. Did you mean 'scenes'? Known: scenes, " in mistake(capsys, "claims", "scnes")
     main(["claims", "cifar10"])
-    assert [p.name for p in (home / "figures").iterdir()] == ["claims-cifar10.csv"]  # claims.csv is that of the scenes
+    assert [p.name for p in (home / "figures" / "data").iterdir()] == ["claims-cifar10.csv"]  # claims.csv is that of the scenes
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
     os.rename(home / "runs", moved)
     environment = os.environ | {"GEAR_RUNS": os.fsdecode(moved), "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([*command[:3], "runs", "tinny"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "no run 'tinny' in " in done.stderr and r"caf\udce9" in done.stderr
+    assert done.returncode == 2 and "no run 'tinny'. Train it" in done.stderr and r"caf\udce9" in done.stderr
     arguments = [*command[:3], "sample", "tiny", "--labels", "0", "--out", os.fsdecode(moved) + "/x.png"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and r"caf\udce9/x.png" in done.stdout, done.stderr

@@ -24,7 +24,7 @@ def draw(home, monkeypatch, folder):
     fig, axes = figures.panels("ab")
     axes[0].plot(table.x, table.y)
     figures.save(fig, "test", [run], table, n="2 points", interval="none", null="zero")
-    return {p.name: p.read_bytes() for p in (home / folder).iterdir()}
+    return {str(p.relative_to(home / folder)): p.read_bytes() for p in (home / folder).rglob("*") if p.is_file()}
 
 
 def test_rounding_keeps_six_significant_digits():
@@ -41,9 +41,10 @@ def test_provenance_names_runs_steps_and_hashes_and_no_date(home, monkeypatch):
     run = Run.open("r")
     wanted = {"figure": "test", "runs": {"r": {"step": 0, "config": run.config_hash}}}
     wanted["statistics"] = {"n": "2 points", "interval": "none", "null": "zero"}
-    assert json.loads(files["test.csv"].decode().splitlines()[0].removeprefix("# ")) == wanted
+    assert set(files) == {"test.png", "pdf/test.pdf", "data/test.csv"}
+    assert json.loads(files["data/test.csv"].decode().splitlines()[0].removeprefix("# ")) == wanted
     assert json.loads(Image.open(home / "one" / "test.png").info["Description"]) == wanted
-    assert b"CreationDate" not in files["test.pdf"]
+    assert b"CreationDate" not in files["pdf/test.pdf"]
 
 
 def test_a_panel_is_cut_into_its_rows(tiny):

@@ -40,17 +40,18 @@ def notebooks(home, monkeypatch):
     for path in paths.values():
         path.write_text(json.dumps(book))
     monkeypatch.setattr(render, "notebooks", lambda: paths)
-    (home / "figures").mkdir()
+    for folder in ("pdf", "data"):
+        (home / "figures" / folder).mkdir(parents=True)
     return home / "figures"
 
 
 def drawn(figures, product, **words):
     """Write a product's files by hand, as `gear figures` leaves them."""
     Image.new("L", (40, 20)).save(figures / f"{product}.png")
-    (figures / f"{product}.pdf").write_text("pdf")
+    (figures / "pdf" / f"{product}.pdf").write_text("pdf")
     runs = {f"scenes-gear-s{seed}": {"config": f"abc{seed}", "step": 200} for seed in (0, 1, 2)}
     runs |= {"scenes-gear-s0-tau-0.5": {"config": "def", "step": 200}, "vq.pt": {"config": "123", "step": 7}}
-    (figures / f"{product}.csv").write_text("# " + json.dumps({"figure": product, "runs": runs}) + "\nx\n1\n")
+    (figures / "data" / f"{product}.csv").write_text("# " + json.dumps({"figure": product, "runs": runs}) + "\nx\n1\n")
     kept = {"title": f"Title of {product}", "place": "Fig. 3", "claim": "It is so.", "command": f"gear figures {product}"}
     kept |= {
         "parameters": {"k": {"value": 10, "about": "neighbours"}},
@@ -58,7 +59,7 @@ def drawn(figures, product, **words):
         "scale": "Small scale: x",
         "needs": "",
     }
-    (figures / f"{product}.json").write_text(json.dumps(kept | words))
+    (figures / "data" / f"{product}.json").write_text(json.dumps(kept | words))
 
 
 def ends(monkeypatch, how, calls=None):
@@ -78,7 +79,7 @@ def ends(monkeypatch, how, calls=None):
     monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
 
 
-def stop(evalue, ename="UserError"):
+def stop(evalue, ename="MissingRuns"):
     return papermill.PapermillExecutionError(3, 3, "", ename, evalue, [])
 
 
@@ -150,9 +151,9 @@ def test_a_product_without_a_figure_is_named_with_what_it_needs(notebooks):
 
 def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
     ends(monkeypatch, lambda _: [("stdout", "It is "), ("stderr", "noise"), ("stdout", "so.\nAnd so.\n")])
-    (notebooks / "one.csv").write_text("# " + json.dumps({"runs": {"tiny": {"config": "c", "step": 1}}}) + "\n")
+    (notebooks / "data" / "one.csv").write_text("# " + json.dumps({"runs": {"tiny": {"config": "c", "step": 1}}}) + "\n")
     render.execute("one", {"runs": "a b"})
-    words = json.loads((notebooks / "one.json").read_text())
+    words = json.loads((notebooks / "data" / "one.json").read_text())
     assert (
         words["title"] == "One & two <three>"
         and words["place"] == "Table 7, Fig. 1"
@@ -161,27 +162,28 @@ def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
     assert words["command"] == "gear figures one -p runs 'a b'" and words["scale"].startswith("Small scale: scenes")
     assert words["parameters"]["runs"] == {"value": "a b", "about": "runs"} and words["parameters"]["seeds"]["value"] == "0,1,2"
     render.execute("ablations", {"study": "size"})
-    words = json.loads((notebooks / "ablations_size.json").read_text())
+    words = json.loads((notebooks / "data" / "ablations_size.json").read_text())
     assert words["place"] == "Table 9" and words["title"].endswith(": generator size")
     assert words["command"] == "gear figures ablations_size" and (notebooks / "executed" / "ablations_size.ipynb").exists()
 
 
 def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(notebooks, home, monkeypatch, capsys):
-    message = f"no run 'x-s1' in {home / 'runs'}. Did you mean 'x-s0'? Train it: gear train x-s1"
+    message = f"no run 'x-s1'. Train it: gear train x-s1\nRuns are looked for in {home / 'runs'}. Did you mean 'x-s0'?"
     ends(monkeypatch, lambda product: [] if product == "two" else stop(message))
     main(["figures"])
     out = capsys.readouterr().out
-    assert "one: needs runs: no run 'x-s1'" in out and "two: 0 s" in out and out.endswith("index.html\n")
+    assert "one: needs runs: no run 'x-s1'. Train it: gear train x-s1\n" in out
+    assert "two: 0 s" in out and out.endswith("index.html\n")
     assert "<br>no run 'x-s1'. Train it: <code>gear train x-s1</code></li>" in (notebooks / "index.html").read_text()
     (notebooks / "index.html").unlink()
     with pytest.raises(SystemExit) as end:
         main(["figures", "one"])
-    assert end.value.code == 1 and "notebook 'one', cell 3: UserError: no run 'x-s1'" in capsys.readouterr().err
+    assert end.value.code == 1 and "notebook 'one', cell 3: MissingRuns: no run 'x-s1'" in capsys.readouterr().err
     assert (notebooks / "index.html").exists()
     drawn(notebooks, "one")
     with pytest.raises(render.NeedsRuns):
         render.execute("one")
-    words = json.loads((notebooks / "one.json").read_text())
+    words = json.loads((notebooks / "data" / "one.json").read_text())
     assert words["said"] == ["It is 3."] and words["needs"] == "no run 'x-s1'. Train it: gear train x-s1"
     page = gallery.write_gallery().read_text()
     assert (
@@ -190,7 +192,8 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(noteb
     drawn(notebooks, "one")
     with pytest.raises(render.NeedsRuns):
         render.execute("one", {"runs": "x-s1"})
-    assert json.loads((notebooks / "one.json").read_text())["needs"] == "", "asked with other parameters, nothing is said of it"
+    needs = json.loads((notebooks / "data" / "one.json").read_text())["needs"]
+    assert needs == "", "asked with other parameters, nothing is said of it"
 
 
 def test_a_figure_is_drawn_again_when_its_runs_are_back(notebooks, home, monkeypatch, capsys):
@@ -203,13 +206,13 @@ def test_a_figure_is_drawn_again_when_its_runs_are_back(notebooks, home, monkeyp
     capsys.readouterr()
     main(["figures"])
     assert "one: 0 s" in capsys.readouterr().out
-    words = json.loads((notebooks / "one.json").read_text())
+    words = json.loads((notebooks / "data" / "one.json").read_text())
     assert (words["needs"], words["said"]) == ("", ["It is back."])
 
 
 @pytest.mark.parametrize(
     "error",
-    [stop("'a'", "KeyError"), stop("has no parameter 'x'"), stop("cut short. train again: gear train x"), OSError("full")],
+    [stop("'a'", "KeyError"), stop("cut short. train again: gear train x", "UserError"), OSError("full")],
 )
 def test_other_errors_are_failures_and_the_others_are_drawn(error, notebooks, monkeypatch, capsys):
     ends(monkeypatch, lambda product: error if product == "one" else [])
@@ -245,7 +248,7 @@ def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content", ("", "{", "[1]", "null", "\0", "[" * 100_000))
-@pytest.mark.parametrize("file", ("executed/one.json", "one.json"))
+@pytest.mark.parametrize("file", ("executed/one.json", "data/one.json"))
 def test_a_damaged_record_of_what_was_drawn_is_written_again(file, content, notebooks, monkeypatch, capsys):
     """The stamp of what a figure was made of, and its words: the figure is drawn again, and the page written all the same."""
     calls = {}
@@ -264,7 +267,7 @@ def test_a_damaged_record_of_what_was_drawn_is_written_again(file, content, note
 @pytest.mark.parametrize("head", ("", "# {", "# []", '# {"runs": [1]}', '# {"runs": {"a": 3}}', "\0", "# " + "[" * 100_000))
 def test_a_figure_whose_provenance_is_damaged_shows_none(head, notebooks):
     drawn(notebooks, "one")
-    (notebooks / "one.csv").write_text(f"{head}\nx\n1\n")
+    (notebooks / "data" / "one.csv").write_text(f"{head}\nx\n1\n")
     assert "Title of one" in gallery.write_gallery().read_text() and "Drawn from" not in gallery.write_gallery().read_text()
 
 

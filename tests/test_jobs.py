@@ -35,7 +35,7 @@ def test_a_change_that_concerns_the_joint_stage_alone_leaves_the_warm_up_shared(
 
 def test_how_runs_are_executed_is_handed_on():
     """Every flag that is not as it is by default, as the command line takes it; sharding is not for several."""
-    runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, rebuild=True)
+    runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, tensorboard=True)
     command = jobs.training([("tiny", recipe("tiny"))], ("tiny",), runtime).command
     assert command[:2] == ("train", "tiny")
     assert parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(runtime, quiet=True, threads=1)

@@ -9,7 +9,7 @@ GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = """
     _torchvision
     config device files images weights
-    runs.records runs.names runs.run
+    runs.records runs.names runs.reference runs.listing runs.run
     measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
     measures.neighbours measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
@@ -29,7 +29,7 @@ LAYERS = """
     figures.style figures figures.execution figures.parameters figures.render figures.gallery
     interactive.widgets interactive.tour interactive.monitor
     cli.console cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data cli.evaluate
-    cli.figures cli.claims cli.runs cli.teacher
+    cli.figures cli.claims cli.runs cli.pack cli.teacher
     __main__
 """  # a line imports from the lines above it; the order inside a line is that inside the package
 ORDER = {module: i for i, module in enumerate(LAYERS.split())}

@@ -20,7 +20,7 @@ from gear.__main__ import main
 from gear.config import TrainingStopped, UserError
 from gear.experiments.recipes import recipe
 from gear.experiments.studies import STUDIES
-from gear.figures import render
+from gear.figures import figure_path, render
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -116,16 +116,16 @@ def run_here(name, parameters):
     matplotlib.pyplot.close("all")
 
 
-def check_figure(name, home):
+def check_figure(name):
     """Assert that a notebook has left a picture with its PDF and CSV, and where it comes from."""
-    product = home / "figures" / (f"{name}_temperature" if name == "ablations" else name)
-    picture = matplotlib.image.imread(product.with_suffix(".png"))
-    assert picture.std() > 0.05 and product.with_suffix(".pdf").stat().st_size > 5_000
-    head, *_ = product.with_suffix(".csv").read_text().splitlines()
+    product = f"{name}_temperature" if name == "ablations" else name
+    assert matplotlib.image.imread(figure_path(product, "png")).std() > 0.05
+    assert figure_path(product, "pdf").stat().st_size > 5_000
+    head, *_ = figure_path(product, "csv").read_text().splitlines()
     provenance = json.loads(head.removeprefix("# "))
     assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance["runs"].keys() or name == "text_to_image"
     assert all(provenance["statistics"].values())
-    assert len(pd.read_csv(product.with_suffix(".csv"), comment="#")) > 5
+    assert len(pd.read_csv(figure_path(product, "csv"), comment="#")) > 5
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWN if name not in IN_A_KERNEL])
@@ -133,7 +133,7 @@ def test_its_cells_run_on_tiny(name, tiny, home):
     if name in SCORED:
         record_runs()
     run_here(name, ON_TINY[name])
-    check_figure(name, home)
+    check_figure(name)
 
 
 @pytest.mark.parametrize("name", render.INTERACTIVE)
@@ -153,14 +153,14 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
     if name in SCORED:
         record_runs()
     assert render.execute(name, ON_TINY[name]).exists()
-    check_figure(name, home)
+    check_figure(name)
     if name == "generator_alignment":
-        files = {path.name: path.read_bytes() for path in (home / "figures").glob(f"{name}.*")}
-        assert set(files) == {f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")}
+        paths = [figure_path(name, suffix) for suffix in ("png", "pdf", "csv", "json")]
+        files = [path.read_bytes() for path in paths]
         for weights in tiny.glob("*/checkpoints"):
             weights.rename(weights.with_name("gone"))
         render.execute(name, ON_TINY[name])
-        assert {path.name: path.read_bytes() for path in (home / "figures").glob(f"{name}.*")} == files
+        assert [path.read_bytes() for path in paths] == files
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
 def test_every_study_is_drawn(study, home):
     record_study(study)
     render.execute("ablations", {"study": study, "preset": "tiny", "count": 100})
-    table = pd.read_csv(home / "figures" / f"ablations_{study}.csv", comment="#")
+    table = pd.read_csv(figure_path(f"ablations_{study}", "csv"), comment="#")
     assert {"ours", "paper", "seed", "directions"} <= set(table.source)
 
 
@@ -251,7 +251,7 @@ def test_papermill_drives_a_run_from_its_first_step_to_its_samples(compiled, hom
 def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, capsys, monkeypatch):
     given = [word for key in ("joint", "control", "half") for word in ("-p", key, "tiny-joint")]
     main(["figures", "codebook_usage", *given])
-    assert "tiny-joint" in (home / "figures" / "codebook_usage.csv").read_text()
+    assert "tiny-joint" in figure_path("codebook_usage", "csv").read_text()
     main(["figures", "codebook_usage", *given])
     assert "codebook_usage: up to date" in capsys.readouterr().out
     monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn again", parameters))

@@ -174,10 +174,10 @@ def test_the_notebook_takes_a_public_file_alone(home):
     path = home / "vq.pt"
     given = {"checkpoint": tokenizer_file(path), "other": "", "generator": "", "teacher": "", "count": 8, "k": 5}
     executed = render.execute("probe", given)
-    head, *_ = (home / "figures" / "probe.csv").read_text().splitlines()
+    head, *_ = (home / "figures" / "data" / "probe.csv").read_text().splitlines()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": 7, "config": digest}}
-    table = pd.read_csv(home / "figures" / "probe.csv", comment="#")
+    table = pd.read_csv(home / "figures" / "data" / "probe.csv", comment="#")
     assert not {"cka", "cknna"} & set(table.metric) and set(table.subject) == {"vq.pt"}
     assert "No teacher: nothing is aligned." in executed.read_text()
 
@@ -187,6 +187,6 @@ def test_a_figure_of_what_is_no_run_has_its_provenance_and_face(home):
     fig, (axis,) = figures.panels("a")
     axis.plot([1, 2])
     figures.save(fig, "test", [subject], pd.DataFrame({"x": [1.0]}), n="8", interval="none", face="8 images")
-    head = (home / "figures" / "test.csv").read_text().splitlines()[0]
+    head = (home / "figures" / "data" / "test.csv").read_text().splitlines()[0]
     assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": None, "config": "0123456789ab"}}
     assert fig.get_supxlabel() == "8 images\nn: 8. interval: none. null: none."

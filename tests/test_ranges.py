@@ -20,6 +20,7 @@ from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivi
 from gear.cli.claims import ClaimOptions
 from gear.cli.data import DataOptions
 from gear.cli.figures import FigureOptions
+from gear.cli.pack import PackOptions
 from gear.cli.reconstruct import ReconstructOptions
 from gear.cli.sample import SampleOptions
 from gear.cli.sweep import SweepOptions
@@ -95,6 +96,7 @@ TABLE = {
     ReconstructOptions: (ReconstructOptions(), {"image_size": (-1, 0, 16_384, 16_385), "count": COUNT}),
     FigureOptions: (FigureOptions(), {"jobs": JOBS}),
     ClaimOptions: (ClaimOptions(), {}),
+    PackOptions: (PackOptions(), {}),
     DataConfig: (DataConfig(), {"image_size": (0, 1, 16_384, 16_385), "train_images": COUNT, "val_images": COUNT}),
     DataOptions: (DataOptions(), {"count": WHOLE}),
 }  # fmt: skip

@@ -139,9 +139,9 @@ def test_numbers_are_those_of_the_tracked_runs(monkeypatch):
 
 
 def test_claims_are_those_that_the_tracked_runs_bear_out(monkeypatch):
-    """Judged again, the tracked runs give figures/claims.csv, and the README's table is that file."""
+    """Judged again, the tracked runs give figures/data/claims.csv, and the README's table is that file."""
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
-    table = pd.read_csv(ROOT / "figures" / "claims.csv")
+    table = pd.read_csv(ROOT / "figures" / "data" / "claims.csv")
     again = claims.evaluate()
     for column in ("claim", "against", "verdict"):
         assert again[column].tolist() == table[column].tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gear.__main__ import main
-from gear.config import UserError, config_hash
+from gear.config import MissingRuns, UserError, config_hash
 from gear.files import runs_dir
 from gear.runs.run import Run, load_runs, open_runs, run_names
 
@@ -19,8 +19,9 @@ CONFIG = {"recipe": "r", "seed": 0, "steps": 4, "tau": 0.1, "version": "1"}
 
 def test_open_suggests_the_nearest_name():
     Run.create("scenes-gear-s0", CONFIG)
-    with pytest.raises(UserError, match="no run 'scenes-gaer-s0'.*Did you mean 'scenes-gear-s0'"):
+    with pytest.raises(MissingRuns, match="(?s)^no run 'scenes-gaer-s0'.*Did you mean 'scenes-gear-s0'") as error:
         Run.open("scenes-gaer-s0")
+    assert (error.value.runs, error.value.command) == (["scenes-gaer-s0"], "gear train scenes-gaer-s0")
 
 
 def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
@@ -72,7 +73,7 @@ def test_a_truncated_checkpoint_says_what_to_do():
 
 
 def test_a_run_without_weights_says_how_to_get_them():
-    with pytest.raises(UserError, match="has no weights.*gear train r"):
+    with pytest.raises(MissingRuns, match="^run 'r' has no weights. Train it: gear train r\n"):
         Run.create("r", CONFIG).load_checkpoint("networks")
 
 

@@ -39,7 +39,7 @@ def test_one_command_a_cell_and_seed(capsys):
 
 
 def test_what_is_there_is_not_done_again(monkeypatch, capsys):
-    """Tracked runs without weights or ancestors: nothing to do, and the table is printed."""
+    """Finished runs without weights or ancestors: nothing to do, and the table is printed."""
     record_study("depth")
     monkeypatch.setattr(sweep, "work", lambda *_: pytest.fail("there is nothing to do"))
     main(["sweep", "depth", "--preset", "tiny", "--count", "100"])
@@ -48,22 +48,53 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
     assert "as in the paper" in out and "layer 2 of 3" in out and "+-" in out
 
 
-def test_runs_without_weights_cannot_be_scored_again():
-    record_study("depth", seeds=(0,))
-    with pytest.raises(
-        UserError, match="'tiny-llamagen-repa-s0-tap-0' has come without its weights, and it has no scores of 77"
-    ):
-        sweep.sweep("depth", "tiny", (0,), count=77)
+def packed(*patterns):
+    """Turn the runs that match into records."""
+    main(["pack", str(runs_dir() / "reference"), *patterns])
+    for pattern in patterns:
+        for folder in runs_dir().glob(pattern):
+            shutil.rmtree(folder)
 
 
-def test_runs_without_weights_cannot_be_started_from():
-    """As in a clone, where the warm-up is tracked: of a cell that is gone it is said before anything else is asked for."""
+def planned(monkeypatch, count=100):
+    """Return what a sweep of the study depth, seed 0, would do: {task: the one it waits for}, and what is finished."""
+    seen = {}
+    monkeypatch.setattr(sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished))
+    sweep.sweep("depth", "tiny", (0,), count=count, tell=lambda _: None)
+    return {task.name: task.needs for task in seen.get("tasks", ())}, seen.get("finished", set())
+
+
+def test_a_record_with_its_scores_is_settled_and_else_it_is_trained_with_its_parents(monkeypatch):
+    """Neither a record's weights nor those of its parents are there: with other scores everything is trained."""
     record_study("depth", seeds=(0,))
-    warm_up = dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"]
-    recorded("tiny-tokenizer-s0", warm_up)
-    shutil.rmtree(runs_dir() / "tiny-gear-s0-tap-0")
-    with pytest.raises(UserError, match="'tiny-tokenizer-s0' has come without .*'tiny-gear-s0-tap-0' starts .*GEAR_RUNS="):
-        sweep.sweep("depth", "tiny", (0,), count=100)
+    recorded("tiny-tokenizer-s0", dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"])
+    packed("tiny-*")
+    assert planned(monkeypatch) == ({}, set())
+    tasks, finished = planned(monkeypatch, count=77)
+    names = {member.name for member in members("depth", "tiny", [0])}
+    assert len(names) == 6 and {f"scores of {name}" for name in names} | names < tasks.keys()
+    assert tasks["tiny-tokenizer-s0"] == "" and finished == set()
+
+
+def test_a_run_goes_before_the_record_of_its_name(monkeypatch):
+    record_study("depth", seeds=(0,))
+    packed("tiny-*")
+    config = members("depth", "tiny", [0], ["tap-0"])[1].planned[-1][1]
+    recorded("tiny-gear-s0-tap-0", config)  # without scores, and without weights
+    tasks, _ = planned(monkeypatch)
+    assert "scores of tiny-gear-s0-tap-0" in tasks and "tiny-gear-s0-tap-0" in tasks and "tiny-gear-s0" not in tasks
+    recorded("tiny-gear-s0-tap-0", replace(config, batch_size=7))
+    with pytest.raises(UserError, match="batch_size: 7 -> "):
+        planned(monkeypatch)
+
+
+def test_a_record_of_another_configuration_settles_nothing(monkeypatch):
+    member = members("depth", "tiny", [0], ["tap-0"])[1]
+    record_study("depth", seeds=(0,))
+    record_scored(member.name, replace(member.planned[-1][1], batch_size=7))
+    packed("tiny-*")
+    tasks, _ = planned(monkeypatch)
+    assert {member.name, f"scores of {member.name}"} <= tasks.keys() and "tiny-gear-s0" not in tasks
 
 
 def test_what_is_missing_is_planned_with_its_cost(monkeypatch):

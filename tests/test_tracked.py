@@ -1,51 +1,60 @@
-"""What is tracked is enough: every product comes from runs/, the same bytes each time, and misses what is missing."""
+"""What is tracked is enough: every product comes from runs/reference, the same bytes each time, and misses what is missing."""
 
 import json
+import shutil
 
 import pytest
 
-from gear.figures import render
+from gear.figures import figure_path, render, runs_of
 from gear.figures.gallery import write_gallery
 from gear.files import ROOT
+from gear.runs.reference import Pack
 
 SUFFIXES = ("png", "pdf", "csv", "json")
 DRAWN = [p for p in render.products() if p not in render.NEEDS_WEIGHTS and (ROOT / "figures" / f"{p}.png").exists()]
 
 
-@pytest.fixture
-def linked(home):
-    """The tracked runs, as links in the test's own folder; returns that."""
-    (home / "runs").mkdir()
-    for path in (ROOT / "runs").iterdir():
-        if (path / "config.json").exists() and path.name.startswith("scenes-"):
-            (home / "runs" / path.name).symlink_to(path)
-    return home / "runs"
+def files(folder):
+    """Every figure's files, and the page that shows them: {path in the folder: bytes}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEAR_FIGURES", str(folder))
+        paths = [figure_path(product, suffix) for product in DRAWN for suffix in SUFFIXES]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in [*paths, folder / "index.html"]}
 
 
-def test_figures_are_tracked_with_all_their_parts():
+def test_figures_are_tracked_with_all_their_parts(monkeypatch):
     assert len(DRAWN) >= 18, "all products but those of studies that nobody has run here"
+    assert len(files(ROOT / "figures")) == 4 * len(DRAWN) + 1
+    monkeypatch.setenv("GEAR_FIGURES", str(ROOT / "figures"))
+    records = set(Pack(ROOT / "runs" / "reference").names)
     for product in DRAWN:
-        assert all((ROOT / "figures" / f"{product}.{suffix}").exists() for suffix in SUFFIXES), product
-        head = json.loads((ROOT / "figures" / f"{product}.csv").read_text().partition("\n")[0].removeprefix("# "))
-        assert all((ROOT / "runs" / name / "config.json").exists() for name in head["runs"]), product
+        assert runs_of(product).keys() <= records, product
+    assert runs_of("bridges"), "the provenance is read"
+
+
+def test_the_pack_is_small():
+    paths = [path for path in (ROOT / "runs" / "reference").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in paths) < 3e6
 
 
 @pytest.mark.slow
-def test_every_product_comes_from_the_tracked_runs_the_same_each_time(linked, home, capsys):
-    """All of them, byte for byte as tracked, and the page that shows them; then without one run, whose products miss it."""
+def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
+    """All of them, byte for byte as tracked, and the page that shows them; then without one record, whose products miss it."""
+    shutil.copytree(ROOT / "runs" / "reference", home / "runs" / "reference")
     render.render(jobs=2)
     write_gallery()
-    for name in [f"{product}.{suffix}" for product in DRAWN for suffix in SUFFIXES] + ["index.html"]:
-        assert (home / "figures" / name).read_bytes() == (ROOT / "figures" / name).read_bytes(), name
+    tracked, again = files(ROOT / "figures"), files(home / "figures")
+    for name in tracked:
+        assert again[name] == tracked[name], name
     drawn = {path.stem for path in (home / "figures").glob("*.png")}
     assert drawn == set(DRAWN), "what else could be drawn is not tracked"
 
-    gone = "scenes-naive-inputs-s1"
-    (linked / gone).unlink()
+    gone, index = "scenes-naive-inputs-s1", home / "runs" / "reference" / "runs.csv"
+    index.write_text("".join(line for line in index.read_text().splitlines(True) if not line.startswith(f"{gone},")))
     capsys.readouterr()
     render.render(jobs=2)
     told = [line for line in capsys.readouterr().out.splitlines() if gone in line]
     assert [line.partition(":")[0] for line in told] == ["ablations_components"] and "gear sweep components" in told[0]
-    assert gone in json.loads((home / "figures" / "ablations_components.json").read_text())["needs"]
+    assert gone in json.loads((home / "figures" / "data" / "ablations_components.json").read_text())["needs"]
     for path in (home / "figures").glob("*.png"):
         assert path.read_bytes() == (ROOT / "figures" / path.name).read_bytes(), path.name

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from gear.cli.arguments import parse
 from gear.config import Checked, UserError, nearest
 from gear.experiments import claims
-from gear.experiments.recipes import RECIPES
-from gear.figures.style import rounded
-from gear.files import check_writable, figures_dir, write_atomically
+from gear.experiments.recipes import PRESETS
+from gear.figures.style import figure_path, rounded
+from gear.files import check_writable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,10 @@ class ClaimOptions(Checked):
 
 def command(names, arguments):
     preset, label = names[0] if names else "scenes", parse(ClaimOptions(), arguments).label
-    presets = [recipe.removesuffix("-gear") for recipe in RECIPES if recipe.endswith("-gear")]
-    if preset not in presets:
-        raise UserError(f"unknown preset '{preset}'.{nearest(preset, presets)} Known: {', '.join(presets)}.")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset '{preset}'.{nearest(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
     name = "claims" if (preset, label) == ("scenes", "") else "-".join(filter(None, ["claims", preset, label]))
-    path = figures_dir() / f"{name}.csv"
+    path = figure_path(name, "csv")
     check_writable(path.parent, "GEAR_FIGURES")
     table = rounded(claims.evaluate(preset, label))
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))

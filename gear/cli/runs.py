@@ -1,7 +1,7 @@
 """gear runs: which runs there are, and how far they are."""
 
 from gear.config import UserError
-from gear.runs.names import readable, run_names
+from gear.runs.listing import readable, run_names
 from gear.runs.run import Run, open_runs
 
 

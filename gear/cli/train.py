@@ -14,6 +14,7 @@ from gear.experiments.recipes import (
     plan,
     recipe,
     train_with_parents,
+    with_parts,
 )
 from gear.runs.run import Run, run_path
 from gear.training.loop import Runtime
@@ -41,8 +42,7 @@ def command(names, arguments):
     if options.config.seed != base.seed:  # the seed is part of the name
         if named := [name for name in names if name not in RECIPES]:
             raise UserError(f"--seed {options.config.seed}: '{named[0]}' names a seed already. Give one of the two.")
-        seeded = [f"{name}-s{options.config.seed}" for name in names]
-        return command(seeded, arguments)
+        return command([with_parts(name, seed=options.config.seed) for name in names], arguments)
     if len(names) > 1:
         if options.config != base:
             raise UserError("changes apply to one run: name a single recipe.")
@@ -52,7 +52,7 @@ def command(names, arguments):
             planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}  # a shared parent once
             return dry_run(planned.items(), options.gpu, options.utilisation, options.runtime.accumulate)
         return train_many(names, options.jobs, options.runtime)
-    name = options.name or (f"{names[0]}-{options.label}" if options.label else names[0])
+    name = options.name or with_parts(names[0], cell=options.label)
     with given_by("--name" if options.name else "--label"):
         run_path(name)
     _check_parent(options.config, base)

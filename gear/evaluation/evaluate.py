@@ -22,7 +22,7 @@ from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature
 from gear.measures.codes import usage
 from gear.measures.reconstruction import l1, psnr, ssim
-from gear.runs.records import read_scores
+from gear.runs.reference import Record
 from gear.runs.run import Run
 from gear.teachers.weights import file_hash
 from gear.tokenizer.model import reconstruct
@@ -68,6 +68,8 @@ def evaluate(name, options=EvaluateOptions()):
     Killed at any moment, the same call goes on from the samples that are there; twice with one seed it writes the same bytes.
     """
     run, settings = Run.open(name), _swept(options)
+    if isinstance(run, Record):
+        run.load_checkpoint()  # raises: there is nothing to draw with, and no place for what is measured
     options = replace(options, device=str(open_device(options.device)))
     read_metrics(run)  # a damaged file is said before anything is drawn
     if options.steps and (options.samples or options.reconstruction):
@@ -237,8 +239,8 @@ def _keep(run, records):
 
 
 def read_metrics(run):
-    """Return the records in a run's metrics.json, none if there is none; raises UserError for one that cannot be read."""
-    return read_scores(run.path / "metrics.json")
+    """Return the records of a run's evaluations, none if there are none; raises UserError if they cannot be read."""
+    return run.scores()
 
 
 def scores(run):

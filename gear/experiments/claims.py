@@ -9,12 +9,13 @@ codes alone might do, a tokenizer with half of them: each a row.
 """
 
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
+from gear.experiments.recipes import run_name
+from gear.runs.names import RunName
 from gear.runs.run import Run, run_names
 
 MIN_SEEDS = 3
@@ -130,8 +131,8 @@ def evaluate(preset="scenes", label=""):
 
 
 def _evaluate(claim, preset, label):
-    ours = _by_seed(f"{preset}-{claim.method}", label)
-    theirs = _by_seed(f"{preset}-{claim.baseline}", label) if claim.baseline else ours
+    ours = _by_seed(RunName(preset, claim.method, label))
+    theirs = _by_seed(RunName(preset, claim.baseline, label)) if claim.baseline else ours
     statistic, seeds = STATISTICS[claim.statistic], sorted(ours.keys() & theirs.keys())
     method = pd.Series([statistic(ours[s]) for s in seeds], dtype=float)
     baseline = pd.Series([statistic(theirs[s]) if claim.baseline else 0.0 for s in seeds], dtype=float)
@@ -184,10 +185,11 @@ def markdown(table):
     return "\n".join(lines)
 
 
-def _by_seed(recipe, label):
-    """Return {seed: run} of a recipe's finished runs, RECIPE-sN or RECIPE-sN-LABEL."""
-    named = re.compile(rf"{re.escape(recipe)}-s\d+{re.escape(f'-{label}' if label else '')}")
-    runs = [Run.open(name) for name in run_names() if named.fullmatch(name)]
+def _by_seed(wanted):
+    """Return {seed: run} of the finished runs that a RunName without a seed stands for."""
+    named = {name: run_name(name) for name in run_names()}
+    seeded = [name for name, parts in named.items() if parts.seed is not None and replace(parts, seed=None) == wanted]
+    runs = [Run.open(name) for name in seeded]
     return {run.config["seed"]: run for run in runs if run.logged_step >= run.config["steps"]}
 
 

@@ -67,7 +67,7 @@ def train_many(names, jobs, runtime=Runtime()):
         raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
     find_device(runtime.device)
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
-    finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config, runtime.rebuild)}
+    finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config)}
     waiting = {n: config for n, config in configs.items() if n not in finished}
     check_teachers(waiting.values())
     if waiting:

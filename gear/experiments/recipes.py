@@ -5,7 +5,6 @@ run's name: `scenes-gear-s1` is the recipe `scenes-gear` with seed 1, and so are
 """
 
 import dataclasses
-import re
 import sys
 from dataclasses import replace
 
@@ -36,6 +35,7 @@ from gear.experiments.presets import (
     TINY,
     change,
 )
+from gear.runs.names import RunName
 from gear.runs.run import Run
 from gear.teachers import check_installed
 from gear.tokenizer.autoencoder import TokenizerConfig
@@ -55,10 +55,10 @@ VARIANTS = {
 }
 
 
-def _family(prefix, base, warm_up=None, **stages):
-    """Derive every method from `base`; `stages` holds, per stage, what its runs change of it; `warm_up` is another family's.
+def _family(preset, base, warm_up="", **stages):
+    """Derive every method from `base`; `stages` holds, per stage, what its runs change of it; `warm_up` is another preset's.
 
-    A name begins with the preset, the rest says what the run is:
+    Returns {RunName: Config}. A name begins with the preset, the rest says what the run is:
       -tokenizer            the warm-up
       -control              the tokenizer trained on for as long as the joint stage, unguided (the paper has none)
       -joint                tokenizer and generator together, by the soft bridge: GEAR
@@ -69,7 +69,8 @@ def _family(prefix, base, warm_up=None, **stages):
       -tokenizer-half, -llamagen-repa-half      a warm-up with half the codes, and the same on it: what NTP falls by for nothing
     """
     tokenizer, joint, generator = (change(base, stages[s]) for s in ("tokenizer", "joint", "generator"))
-    warm_up = warm_up or f"{prefix}-tokenizer"
+    parent = lambda method, of=preset: str(RunName(of, method))
+    warm_up = parent("tokenizer", warm_up or preset)
     runs = {
         "tokenizer": replace(tokenizer, stage="tokenizer"),
         "control": replace(joint, stage="tokenizer", tokenizer_run=warm_up),
@@ -78,18 +79,18 @@ def _family(prefix, base, warm_up=None, **stages):
         "llamagen": change(generator, dict(tokenizer_run=warm_up, objective=dict(align_weight=0.0))),
         "tokenizer-half": change(change(base, stages["tokenizer"]), stages["half"] | dict(stage="tokenizer")),
         "llamagen-repa-half": change(
-            generator, dict(tokenizer=stages["half"]["tokenizer"], tokenizer_run=f"{prefix}-tokenizer-half")
+            generator, dict(tokenizer=stages["half"]["tokenizer"], tokenizer_run=parent("tokenizer-half"))
         ),
-        "llamagen-repa-control": replace(generator, tokenizer_run=f"{prefix}-control"),
-        "gear": replace(generator, tokenizer_run=f"{prefix}-joint"),
+        "llamagen-repa-control": replace(generator, tokenizer_run=parent("control")),
+        "gear": replace(generator, tokenizer_run=parent("joint")),
     }
-    for name, changes in VARIANTS.items():
-        runs[f"joint-{name}"] = change(runs["joint"], changes)
-        runs[name] = replace(generator, tokenizer_run=f"{prefix}-joint-{name}")
-    return {f"{prefix}-{name}": replace(config, recipe=f"{prefix}-{name}") for name, config in runs.items()}
+    for variant, changes in VARIANTS.items():
+        runs[f"joint-{variant}"] = change(runs["joint"], changes)
+        runs[variant] = replace(generator, tokenizer_run=parent(f"joint-{variant}"))
+    return {RunName(preset, method): config for method, config in runs.items()}
 
 
-RECIPES = {
+CONFIGS = {
     **_family("scenes", SCENES, **SCENES_STAGES),
     **_family("scenes-ibq", SCENES_IBQ, **SCENES_STAGES),
     **_family(
@@ -119,40 +120,53 @@ RECIPES = {
     **_family("imagenet256-b", IMAGENET256_B, **IMAGENET256_STAGES),
     **_family("imagenet256-l", IMAGENET256_L, **IMAGENET256_STAGES),
     **_family("imagenet256-xl", IMAGENET256_XL, **IMAGENET256_STAGES),
-    **_family("imagenet256-l-100k", IMAGENET256_L, warm_up="imagenet256-l-tokenizer", **IMAGENET256_SHORT),
+    **_family("imagenet256-l-100k", IMAGENET256_L, warm_up="imagenet256-l", **IMAGENET256_SHORT),
     **_family("imagenet256-l-ibq", IMAGENET256_L_IBQ, **IMAGENET256_STAGES),
     **_family(
         "imagenet256-l-lfq", IMAGENET256_L_LFQ,
         **IMAGENET256_STAGES | dict(half=dict(tokenizer=dict(codebook_size=8192, code_dim=13))),
     ),
-    "teacher-scenes": Config(
-        recipe="teacher-scenes", stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,
+    RunName("teacher-scenes"): Config(
+        stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,
         data=DataConfig("scenes", image_size=32, labels="factors"),
         optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
     ),
     **_family("tiny", TINY, tokenizer={}, joint={}, generator={}, half=dict(tokenizer=dict(codebook_size=32))),
-    "tiny": replace(TINY, recipe="tiny", stage="generator", tokenizer_run="tiny-joint"),
+    RunName("tiny"): replace(TINY, stage="generator", tokenizer_run="tiny-joint"),
 }  # fmt: skip
+RECIPES = {str(name): replace(config, recipe=str(name)) for name, config in CONFIGS.items()}
+NAMES = {str(name): name for name in CONFIGS}
+PRESETS = tuple(dict.fromkeys(name.preset for name in CONFIGS if name.method))
+METHODS = tuple(dict.fromkeys(name.method for name in CONFIGS if name.method))
 
 
 def known():
     """Say which recipes there are: every preset has every method."""
-    presets = [name.removesuffix("-gear") for name in RECIPES if name.endswith("-gear")]
-    methods = [name.removeprefix("scenes-") for name in _family("scenes", SCENES, **SCENES_STAGES)]
-    others = RECIPES.keys() - {f"{preset}-{method}" for preset in presets for method in methods}
-    return f"PRESET-METHOD, presets {', '.join(presets)}, methods {', '.join(methods)}; and {', '.join(sorted(others))}"
+    others = sorted(str(name) for name in CONFIGS if not name.method)
+    return f"PRESET-METHOD, presets {', '.join(PRESETS)}, methods {', '.join(METHODS)}; and {', '.join(others)}"
+
+
+def run_name(text):
+    """Read a run's name as a RunName, by the recipes there are."""
+    return RunName.parse(text, NAMES)
+
+
+def with_parts(text, **parts):
+    """Return a run's name with other `parts` of its RunName: a seed, or a cell."""
+    return str(replace(run_name(text), **parts))
 
 
 def recipe(name):
     """Return the Config of the run `name`: a recipe's name, with `-sN` for seed N; its parents carry the same seed."""
-    stem, seed = re.fullmatch(r"(?s)(.*?)(?:-s(0|-?[1-9][0-9]*))?", name).groups()
+    parts = run_name(name)
+    stem = name if parts.cell else parts.recipe
     if stem not in RECIPES:
         raise UserError(f"unknown recipe '{stem}'.{nearest(stem, RECIPES)} Known: {known()}.")
     config = RECIPES[stem]
-    if seed is None:
+    if parts.seed is None:
         return config
-    parent = config.tokenizer_run and f"{config.tokenizer_run}-s{seed}"
-    return replace(config, seed=int(seed), tokenizer_run=parent)
+    parent = config.tokenizer_run and with_parts(config.tokenizer_run, seed=parts.seed)
+    return replace(config, seed=parts.seed, tokenizer_run=parent)
 
 
 def plan(config, name=None, base=None, label=None, dry=False):
@@ -196,7 +210,7 @@ def _plan(config, name, base, label, dry):
     if parent != original:
         if not label:
             raise UserError("these changes also change the run's parents: give them a label, e.g. --label mine.")
-        parent_name = f"{parent_name}-{label}"
+        parent_name = with_parts(parent_name, cell=label)
     before = _plan(parent, parent_name, original, label, dry)
     return [*before, (name, replace(config, tokenizer_run=parent_name, tokenizer=before[-1][1].tokenizer))]
 

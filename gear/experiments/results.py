@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gear.analysis.profiles import published
-from gear.config import Count, Samples, UserError, check_value, from_dict
+from gear.config import Count, MissingRuns, Samples, UserError, check_value, from_dict
 from gear.data import DataConfig, open_source
 from gear.data.stores import DOWNLOADS
 from gear.data.trained import place_of
@@ -87,8 +87,8 @@ def _where(table, **wanted):
 def quality(runs, count=SAMPLES, steps=(), scales=(1.0,)):
     """Return what runs, a pattern or Runs, scored without guidance at `steps`, and at the last one with each of `scales`.
 
-    Columns: run, seed, step, cfg_scale, metric, value. Raises UserError for the first of these scores that is missing, naming
-    the runs that lack it and the command that makes them.
+    Columns: run, seed, step, cfg_scale, metric, value. Raises MissingRuns for the first of these scores that is missing,
+    naming the runs that lack it and the command that makes them.
     """
     check_value("count", count, Samples)
     check_value("steps", tuple(steps), tuple[Count, ...])
@@ -105,7 +105,8 @@ def quality(runs, count=SAMPLES, steps=(), scales=(1.0,)):
         what = f"--steps {step}" if scale == 1 else f"--sweep cfg_scale={','.join(f'{s:g}' for s in scales)}"
         command = f"gear evaluate {' '.join(names)} --network {network} --both --count {count} {what}"
         told = ", ".join(f"'{name}'" for name in names)
-        raise UserError(f"no run {told} with scores of {count} samples at step {step}, guidance {scale:g}: {command}")
+        sentence = f"no run {told} with scores of {count} samples at step {step}, guidance {scale:g}"
+        raise MissingRuns(sentence, names, command)
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
@@ -131,7 +132,7 @@ def counted(runs):
 def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
     """Return what a study's runs measured, a line each: cell, role, seed, run, metric, value.
 
-    Raises UserError naming the runs that are missing, or not scored, and the command that makes them.
+    Raises MissingRuns naming the runs that are missing, or not scored, and the command that makes them.
     """
     check_value("count", count, Samples)
     found = members(name, preset, seeds)
@@ -144,7 +145,7 @@ def results(name, preset="scenes", seeds=(0, 1, 2), count=SAMPLES):
     if lacking:
         command = f"gear sweep {name} --preset {preset} --seeds {','.join(map(str, seeds))}"
         command += f" --count {count}" if count != SAMPLES else ""
-        raise UserError(f"the study '{name}' needs {', '.join(lacking)}, trained and scored: {command}")
+        raise MissingRuns(f"the study '{name}' needs {', '.join(lacking)}, trained and scored", lacking, command)
     return pd.DataFrame(lines, columns=["cell", "role", "seed", "run", "metric", "value"])
 
 

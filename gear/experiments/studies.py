@@ -6,12 +6,13 @@ too, the cell has a LlamaGen-REPA of its own; else all cells share the preset's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gear.config import Seed, UserError, flatten, nearest, read_numbers
 from gear.experiments.presets import change
 from gear.experiments.recipes import RECIPES, plan, recipe
 from gear.generator.model import GENERATORS
+from gear.runs.names import RunName
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")
 SPACES = {"scenes": "scenes", "tiny": "scenes", "cifar10": "efficientnet-lite0"}  # for Fréchet distances; else Inception
@@ -58,9 +59,19 @@ class Member:
     planned: list  # [(name, Config)] of ancestors and the run itself
 
 
+def _gear(preset):
+    """Return the recipe of a preset's fresh generator on GEAR's tokenizer."""
+    return RECIPES[str(RunName(preset, "gear"))]
+
+
+def _has(preset):
+    """Say whether there are recipes of a preset."""
+    return str(RunName(preset, "gear")) in RECIPES
+
+
 def _values(preset, section, name, label, printed, rows):
     """Return a cell a value: the paper's, and the preset's own among them."""
-    own = getattr(getattr(RECIPES[f"{preset}-gear"], section), name)
+    own = getattr(getattr(_gear(preset), section), name)
     return [
         Cell(f"{rows} = {v:g}", "" if v == own else f"{label}-{v:g}", f"{rows}={v:g}" if v in printed else "",
              {} if v == own else {section: {name: v}})
@@ -92,7 +103,7 @@ def _tokenizer(preset):
     return [
         Cell(title, published=f"{printed.get(title, title)}, +GEAR", family=suffix)
         for title, suffix in suffixes.items()
-        if f"{preset}{suffix}-gear" in RECIPES
+        if _has(f"{preset}{suffix}")
     ]
 
 
@@ -107,7 +118,7 @@ SIZES["cifar10-smoke"] = SIZES["scenes"]
 
 
 def _size(preset):
-    own = RECIPES[f"{preset}-gear"].generator
+    own = _gear(preset).generator
     public = {name: _difference(own, GENERATORS[name]) for name in ("B", "L", "XL")}
     return [
         Cell(f"size {name}", f"size-{name}" if changes else "", f"LlamaGen-REPA-{name}, +GEAR", dict(generator=changes))
@@ -122,7 +133,7 @@ def _difference(own, other):
 
 def _teacher(preset):
     printed = {"dinov2-b": "DINOv2-B", "dinov3-b": "DINOv3-B", "siglip2-b": "SigLIPv2-B", "vjepa2-l": "V-JEPA2.1-B"}
-    own = RECIPES[f"{preset}-gear"].teacher
+    own = _gear(preset).teacher
     names = ("scenes", "efficientnet-lite0") if preset == "scenes" else dict.fromkeys([own, *printed])
     titles = {"vjepa2-l": "vjepa2-l (the paper: V-JEPA 2.1 B)"}  # whose weights we can open
     return [
@@ -133,7 +144,7 @@ def _teacher(preset):
 
 
 def _depth(preset):
-    generator = RECIPES[f"{preset}-gear"].generator
+    generator = _gear(preset).generator
     step = max(1, generator.layers // 12)  # 2 of 24 layers
     rows = {-step: "6th layer, +GEAR", 0: "8th layer, +GEAR", step: "10th layer, +GEAR"}
     return [
@@ -149,7 +160,7 @@ def _initialisation(preset):
 
 
 def _resolution(preset):
-    own = RECIPES[f"{preset}-gear"].data.image_size
+    own = _gear(preset).data.image_size
     sizes = {own: "resolution 256, +GEAR", own * 3 // 2: "resolution 384, +GEAR", own * 2: "resolution 512, +GEAR"}
     return [
         Cell(f"{size} px", f"{size}px" if size != own else "", row, dict(data=dict(image_size=size)) if size != own else {})
@@ -198,13 +209,13 @@ def members(name, preset, seeds, labels=None):
     cells = {cell_name(cell): cell for cell in chosen.cells(preset)}
     if unknown := set(labels or ()) - cells.keys():
         raise UserError(f"study '{name}' has no cell {', '.join(sorted(unknown))}. It has: {', '.join(cells)}.")
-    stem = f"{preset}-100k" if chosen.short and f"{preset}-100k-gear" in RECIPES else preset
+    stem = f"{preset}-100k" if chosen.short and _has(f"{preset}-100k") else preset
     found = {}
     for key, cell in cells.items():
         for seed in seeds if labels is None or key in labels else ():
             baseline = cell if chosen.own_baseline else Cell("LlamaGen-REPA")
             for role, one, method in (("baseline", baseline, "llamagen-repa"), ("gear", cell, cell.variant)):
-                member = _member(one, role, seed, f"{stem}{one.family}-{method}-s{seed}")
+                member = _member(one, role, RunName(f"{stem}{one.family}", method, one.label, seed))
                 found.setdefault(member.name, member)
     return list(found.values())
 
@@ -214,11 +225,11 @@ def cell_name(cell):
     return cell.label or cell.family.lstrip("-") or (cell.variant if cell.variant != "gear" else "default")
 
 
-def _member(cell, role, seed, base_name):
+def _member(cell, role, name):
+    base_name = str(replace(name, cell=""))
     base = recipe(base_name)
-    name = f"{base_name}-{cell.label}" if cell.label else base_name
-    planned = plan(change(base, cell.changes), name, base, cell.label or None, dry=True)
-    return Member(cell, role, seed, name, words(base_name, cell), planned)
+    planned = plan(change(base, cell.changes), str(name), base, cell.label or None, dry=True)
+    return Member(cell, role, name.seed, str(name), words(base_name, cell), planned)
 
 
 def words(base_name, cell):

@@ -6,17 +6,20 @@ from collections import Counter
 
 import pandas as pd
 
-from gear.config import UserError, to_dict
+from gear.config import MissingRuns, from_dict, to_dict
 from gear.cost.price import GPUS, price
 from gear.device import find_device
 from gear.experiments.jobs import Task, training, work
-from gear.experiments.recipes import check_teachers
+from gear.experiments.recipes import check_teachers, run_name, with_parts
 from gear.experiments.results import SCORED, TITLES, measured
 from gear.experiments.studies import SAMPLES, cell_name, members, space, study
 from gear.files import check_writable, runs_dir
-from gear.runs.names import readable
-from gear.runs.run import Run, run_names
+from gear.runs.listing import readable, run_names
+from gear.runs.records import science
+from gear.runs.reference import Record
+from gear.runs.run import Run
 from gear.training.loop import Runtime, is_trained
+from gear.training.settings import Config
 
 GPU_JOBS = 8  # at most: each holds libraries and kernels of its own, half a gigabyte
 
@@ -29,11 +32,10 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     """
     device = find_device(runtime.device)
     found = members(name, preset, seeds, cells)
-    settled = {m.name for m in found if is_trained(Run(runs_dir() / m.name), m.planned[-1][1], record=True)}
+    settled = {member.name for member in found if _is_settled(member, preset, count)}
     planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
-    missing = {n: c for n, c in planned.items() if n not in settled and not is_trained(Run(runs_dir() / n), c, record=True)}
-    _check_weights(found, missing, preset, count)
-    tasks = _tasks(found, missing, preset, count, runtime)
+    missing = {n: config for n, config in planned.items() if not is_trained(Run(runs_dir() / n), config)}
+    tasks = _tasks(found, settled, missing, preset, count, runtime)
     tell(_cost(name, found, missing, tasks))
     if not tasks:
         return found
@@ -70,26 +72,25 @@ def _key(name, member):
     return None if shared else cell_name(member.cell)
 
 
-def _check_weights(found, missing, preset, count):
-    """Raise UserError if a run is to be scored, or started from, that came without its weights, as tracked ones do."""
-    wanted = {}
-    for member in found:
-        if member.name in missing:
-            wanted |= {n: f"'{member.name}' starts from it" for n, _ in member.planned if n not in missing}
-        elif not _is_scored(member, preset, count):
-            wanted[member.name] = f"it has no scores of {count} samples"
-    for name, why in wanted.items():
-        if not Run(runs_dir() / name).checkpoint_steps():
-            raise UserError(
-                f"run '{name}' has come without its weights, and {why}: sweep in another folder, export GEAR_RUNS=runs/again."
-            )
+def _is_settled(member, preset, count):
+    """Say whether a member, a run or a record, has all its scores: neither its weights nor its ancestors are needed then.
+
+    A record of another configuration settles nothing; a run of another one raises UserError.
+    """
+    name, config = member.planned[-1]
+    try:
+        run = Run.open(name)
+    except MissingRuns:
+        return False
+    if isinstance(run, Record):
+        if from_dict(Config, science(run.config)) != config:
+            return False
+    else:
+        is_trained(run, config)
+    return measured(name, preset, count).keys() >= SCORED
 
 
-def _is_scored(member, preset, count):
-    return measured(member.name, preset, count).keys() >= SCORED
-
-
-def _tasks(found, missing, preset, count, runtime):
+def _tasks(found, settled, missing, preset, count, runtime):
     """Return what is left to do: the training of `missing`, and the scores of each member, as soon as it is trained.
 
     An ancestor that one member alone starts from is trained by that member's command: a process fewer to start.
@@ -103,7 +104,7 @@ def _tasks(found, missing, preset, count, runtime):
             before = [(a, c) for a, c in planned.get(n, ()) if a in own]
             tasks.append(training([*before, (n, config)], (*words[n], "--wait"), runtime))
     for member in found:
-        if member.name in missing or not _is_scored(member, preset, count):
+        if member.name not in settled:
             command = ("evaluate", member.name, "--network", space(preset), "--both", "--count", str(count), "--quiet")
             command += ("--device", runtime.device)
             tasks.append(Task(f"scores of {member.name}", command, member.name, 0))
@@ -120,10 +121,8 @@ def _jobs(configs, on_gpu):
 
 def _words(member, name):
     """Return what follows `gear train` for an ancestor of a member: the same words with its own recipe."""
-    label = member.cell.label
-    if label and name.endswith(f"-{label}"):
-        return (name.removesuffix(f"-{label}"), *member.words[1:])
-    return (name,)
+    has_setting = member.cell.label and run_name(name).cell == member.cell.label
+    return (with_parts(name, cell=""), *member.words[1:]) if has_setting else (name,)
 
 
 def _cost(name, found, missing, tasks):

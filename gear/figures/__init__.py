@@ -3,6 +3,7 @@
 from gear.figures.style import (
     METHODS,
     PALETTE,
+    figure_path,
     focus,
     kept_words,
     legend,
@@ -20,6 +21,7 @@ from gear.figures.style import (
 __all__ = [
     "METHODS",
     "PALETTE",
+    "figure_path",
     "focus",
     "kept_words",
     "legend",

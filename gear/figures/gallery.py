@@ -6,11 +6,14 @@ a network, and has the same bytes each time.
 
 import re
 from html import escape
+from pathlib import Path
 
 from PIL import Image
 
-from gear.figures.render import MADE_BY, NEEDS_WEIGHTS, about, products
-from gear.figures.style import PALETTE, kept_words, runs_of
+from gear.config import MissingRuns
+from gear.experiments.recipes import run_name, with_parts
+from gear.figures.render import NEEDS_WEIGHTS, about, products
+from gear.figures.style import PALETTE, figure_path, kept_words, runs_of
 from gear.files import figures_dir, write_atomically
 
 STYLE = f"""
@@ -69,7 +72,7 @@ def write_gallery():
     """Write figures_dir()/index.html: every product with its figure, in the paper's order, then those without; returns it."""
     words = {product: _words(product) for product in products()}
     order = sorted(words, key=lambda product: (_order(words[product]["place"]), product))
-    drawn = [product for product in order if (figures_dir() / f"{product}.png").exists()]
+    drawn = [product for product in order if figure_path(product, "png").exists()]
     lacking = [product for product in order if product not in drawn]
     page = "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', '<meta charset="utf-8">',
@@ -129,10 +132,10 @@ steps, seeds. What is said of it was computed from the numbers it plots.</p>
 
 
 def _section(product, words):
-    with Image.open(figures_dir() / f"{product}.png") as picture:
+    with Image.open(figure_path(product, "png")) as picture:
         width, height = picture.size  # told, so that a page still loading does not move
-    files = (suffix for suffix in ("png", "pdf", "csv") if (figures_dir() / f"{product}.{suffix}").exists())
-    links = "".join(f'<a href="{product}.{suffix}">{suffix.upper()}</a>' for suffix in files)
+    files = filter(Path.exists, (figure_path(product, suffix) for suffix in ("png", "pdf", "csv")))
+    links = "".join(f'<a href="{f.relative_to(figures_dir())}">{f.suffix[1:].upper()}</a>' for f in files)
     return f"""<section id="{product}">
 <p class="place">{escape(words["place"])}</p>
 <h2><a href="#{product}">{_inline(words["title"])}</a></h2>
@@ -158,7 +161,8 @@ def _gone(needs):
 
 
 def _asked(needs):
-    return re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", escape(needs, quote=False))
+    sentence, command = (escape(part, quote=False) for part in MissingRuns.split(needs))
+    return f"{sentence}: <code>{command}</code>" if command else ""
 
 
 def _said(lines):
@@ -178,13 +182,13 @@ def _said(lines):
 
 def _runs(product):
     """Return the provenance in a figure's CSV: a line for each recipe and step, with its seeds and configurations."""
-    runs, groups = runs_of(figures_dir() / f"{product}.csv"), {}
+    runs, groups = runs_of(product), {}
     if not runs:  # the paper's numbers alone
         return ""
     for name, made in runs.items():
-        parts = re.fullmatch(r"(.+?)-s(\d+)(-.+)?", name)
-        recipe, seed = (parts[1] + (parts[3] or ""), parts[2]) if parts else (name, "")
-        groups.setdefault((recipe, made["step"]), []).append((seed, made["config"]))
+        seed = run_name(name).seed
+        seed = "" if seed is None else str(seed)
+        groups.setdefault((with_parts(name, seed=None), made["step"]), []).append((seed, made["config"]))
     rows = "\n".join(
         f"<tr><td>{escape(recipe)}</td><td>{', '.join(seed for seed, _ in made)}</td><td>{step}</td>"
         f"<td>{' '.join(escape(config) for _, config in made)}</td></tr>"
@@ -217,7 +221,7 @@ def _needs(lacking):
         return ""
     items = []
     for product, words in lacking.items():
-        weights = " It needs weights, which tracked runs come without: <code>make demo</code>." * (product in NEEDS_WEIGHTS)
+        weights = " It needs weights, which records come without: <code>make demo</code>." * (product in NEEDS_WEIGHTS)
         command = f"Drawn by <code>{escape(words['command'])}</code>.{weights}"
         said = _asked(words["needs"]) or command
         place = f'<span class="place">{escape(words["place"])}</span>'

@@ -9,11 +9,19 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
+from gear.config import (
+    Jobs,
+    MissingRuns,
+    TrainingStopped,
+    UserError,
+    check_value,
+    given_by,
+    nearest,
+)
 from gear.experiments.studies import STUDIES
 from gear.figures.execution import parameters_of, run_notebook
 from gear.figures.parameters import check_parameter
-from gear.figures.style import kept_words, runs_of, scale
+from gear.figures.style import figure_path, kept_words, runs_of, scale
 from gear.files import (
     ROOT,
     check_writable,
@@ -23,16 +31,20 @@ from gear.files import (
     runs_dir,
     write_atomically,
 )
+from gear.runs.names import REFERENCE, SEEDS, reseeded
 from gear.runs.run import Run, run_names
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
 INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
-NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: tracked runs come without
-MADE_BY = re.compile(r"(?<!again: )gear (?:train|sweep|evaluate) ")  # who names it in a UserError says which runs are missing
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: records come without
 
 
 class NeedsRuns(TrainingStopped):
-    """Say which runs a notebook draws that are not there, and what makes them."""
+    """Say where a notebook stopped for want of runs; `needs` is the first line of the MissingRuns that it met."""
+
+    def __init__(self, message, needs):
+        super().__init__(message)
+        self.needs = needs
 
 
 def notebooks():
@@ -41,7 +53,7 @@ def notebooks():
 
 
 def figure_notebooks():
-    """Return the notebooks that tracked runs can draw, as far as they are there."""
+    """Return the notebooks that records can draw, as far as they are there."""
     return [name for name in notebooks() if name not in NEEDS_WEIGHTS]
 
 
@@ -110,9 +122,10 @@ def execute(name, parameters=None):
     except papermill.PapermillExecutionError as error:
         asked = "".join(f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue)
         what = f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: {error.evalue}\n  executed as {out}"
-        if error.ename == "UserError" and MADE_BY.search(error.evalue):
-            _keep_words(product, known, parameters, needs=error.evalue)
-            raise NeedsRuns(what) from None
+        if error.ename == MissingRuns.__name__:
+            needs = error.evalue.partition("\n")[0]  # the lines after it are about this machine
+            _keep_words(product, known, parameters, needs=needs)
+            raise NeedsRuns(what, needs) from None
         raise TrainingStopped(what) from None
     except Exception as error:  # a kernel that died, say: the other notebooks shall still run
         raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
@@ -131,15 +144,12 @@ def _printed(path):
 
 
 def _keep_words(product, known, parameters, said=(), needs=""):
-    """Write figures_dir()/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
+    """Write data/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
 
     `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not again, what it `needs`.
     """
     if product in INTERACTIVE:
         return
-    path = figures_dir() / f"{product}.json"
-    # where runs were looked for, and what else was there, is this machine's affair
-    needs = re.sub(rf" in {re.escape(str(runs_dir()))}[\w/-]*| Did you mean '[^']*'\?", "", needs)
     own = products()[product][1]
     given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
     words = about(product) | {
@@ -149,32 +159,29 @@ def _keep_words(product, known, parameters, said=(), needs=""):
             for key, value in known.items()
         },
         "said": list(said),
-        "scale": "" if needs else _scale(figures_dir() / f"{product}.csv"),
+        "scale": "" if needs else _scale(product),
         "needs": needs,
     }
     drawn = kept_words(product)
-    if needs and drawn and path.with_suffix(".png").exists():  # the figure stands, and so does what was said of it
+    if needs and drawn and figure_path(product, "png").exists():  # the figure stands, and so does what was said of it
         words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
     text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"  # a byte of a path that is no UTF-8 becomes JSON's escape
+    path = figure_path(product, "json")
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
-def _scale(table):
+def _scale(product):
     """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no run."""
-    names = runs_of(table)
+    names = runs_of(product)
     runs = [Run.open(name) for name in run_names() if name in names]
     return scale(runs) if runs else ""
 
 
 def seeded(notebook, seeds):
-    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, "-s[012]", and its `seeds`."""
-    if len(seeds) > 1 and max(seeds) > 9:
-        raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
-    ending = "-s[{}]" if len(seeds) > 1 else "-s{}"
-    ending = ending.format("".join(map(str, seeds)))
+    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, and its `seeds`."""
     known = parameters_of(notebooks()[notebook])
     defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
-    changed = {k: v.replace("-s[012]", ending) for k, v in defaults.items() if isinstance(v, str) and "-s[012]" in v}
+    changed = {k: reseeded(v, seeds) for k, v in defaults.items() if isinstance(v, str) and SEEDS in v}
     return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})
 
 
@@ -247,8 +254,8 @@ def _render(product, notebook, parameters, force):
     """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it failed."""
     stamp = figures_dir() / "executed" / f"{product}.json"
     inputs = _inputs(notebook, parameters)
-    drawn = (figures_dir() / f"{product}.png").exists() or product in INTERACTIVE
-    damaged = (figures_dir() / f"{product}.json").exists() and not kept_words(product)
+    drawn = figure_path(product, "png").exists() or product in INTERACTIVE
+    damaged = figure_path(product, "json").exists() and not kept_words(product)
     if not force and drawn and not damaged and kept_json(stamp) == inputs:
         print(f"{product}: up to date")
         return None
@@ -256,14 +263,14 @@ def _render(product, notebook, parameters, force):
     try:
         execute(product, parameters)
     except NeedsRuns as failure:
-        print(f"{product}: needs runs: {str(failure).splitlines()[0].partition('UserError: ')[2]}")
+        print(f"{product}: needs runs: {failure.needs}")
         stamp.unlink(missing_ok=True)  # when they are there again it is drawn again
         return failure
     except TrainingStopped as failure:
         print(f"{product}: failed")
         return failure
     write_atomically(stamp, lambda path: path.write_text(json.dumps(inputs)))
-    out = stamp.with_suffix(".ipynb") if product in INTERACTIVE else f"{figures_dir() / product}.png"
+    out = stamp.with_suffix(".ipynb") if product in INTERACTIVE else figure_path(product, "png")
     print(f"{product}: {time.perf_counter() - start:.0f} s, {out}", flush=True)
     return None
 
@@ -276,7 +283,8 @@ def _inputs(name, parameters):
     """
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
-    runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
+    files = [f"*/{file}" for file in ("config.json", "metrics.json*", "samples/*.png")] + [f"{REFERENCE}/*"]
+    runs = [path for pattern in files for path in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
         if path.is_file():  # and not a folder among the runs that is none
             digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())

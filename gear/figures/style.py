@@ -1,4 +1,11 @@
-"""How figures look, and how they are kept: PDF, PNG and the CSV of what is drawn, byte for byte the same each time."""
+"""How figures look, and how they are kept: PNG, PDF and the CSV of what is drawn, byte for byte the same each time.
+
+figures/NAME.png         the figure
+        index.html       the page of all (gear.figures.gallery)
+        pdf/NAME.pdf
+        data/NAME.csv    the numbers drawn, rounded, with provenance in the first line
+             NAME.json   what is said of the figure
+"""
 
 import json
 import math
@@ -11,6 +18,7 @@ from gear.files import figures_dir, kept_json, read_text, write_atomically
 from gear.runs.run import PANEL_GAP, PANEL_WIDTH
 from gear.tokenizer.autoencoder import token_grid
 
+FOLDERS = {"png": "", "pdf": "pdf", "csv": "data", "json": "data"}  # in the folder of figures
 PALETTE = {
     "LlamaGen": "#8FB4DE",
     "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red
@@ -129,11 +137,11 @@ def panel_rows(run, step=None):
     """
     import matplotlib.pyplot
 
-    found = {int(path.stem): path for path in run.panels()}
-    step = max(found, default=0) if step is None else step
-    if step not in found:
-        raise UserError(f"run '{run.name}' has no sample panel of step {step}: it has {', '.join(map(str, found)) or 'none'}.")
-    picture, side = matplotlib.pyplot.imread(found[step])[..., :3], run.config["data"]["image_size"] + PANEL_GAP
+    paths = run.panels()
+    step = max(paths, default=0) if step is None else step
+    if step not in paths:
+        raise UserError(f"run '{run.name}' has no sample panel of step {step}: it has {', '.join(map(str, paths)) or 'none'}.")
+    picture, side = matplotlib.pyplot.imread(paths[step])[..., :3], run.config["data"]["image_size"] + PANEL_GAP
     tiles = picture[PANEL_GAP:, PANEL_GAP:].reshape(-1, side, PANEL_WIDTH, side, 3).swapaxes(1, 2)
     return list(tiles[:, :, :-PANEL_GAP, :-PANEL_GAP])
 
@@ -145,7 +153,7 @@ def show_panels(axis, rows, steps, count=3):
     """
     lines = {}
     for label, (run, row) in rows.items():
-        held = {int(path.stem): panel_rows(run, int(path.stem))[row][:count] for path in run.panels()}
+        held = {step: panel_rows(run, step)[row][:count] for step in run.panels()}
         blank = np.ones_like(next(iter(held.values())))
         lines[label] = np.concatenate([held.get(step, blank) for step in steps])
     width = show_rows(axis, lines) / len(steps)
@@ -172,7 +180,7 @@ def show_rows(axis, rows):
 
 
 def save(fig, name, runs, data, n, interval, null="none", face=None):
-    """Write figures_dir()/NAME.png, .pdf and .csv with provenance (runs, steps, configuration hashes; no date).
+    """Write NAME.png, pdf/NAME.pdf and data/NAME.csv with provenance (runs, steps, configuration hashes; no date).
 
     `runs` are the Runs drawn, or what else has a name, a step and a config_hash; `data` the table of plotted numbers,
     `rounded`. On the figure's face stand the scale (or `face` in its place) and, in words: `n`, what was measured on,
@@ -185,7 +193,6 @@ def save(fig, name, runs, data, n, interval, null="none", face=None):
     fig.supxlabel(told, fontsize=8, color="#666666", x=0.01, ha="left")
     found = {r.name: {"step": r.step, "config": r.config_hash} for r in runs}
     provenance = json.dumps({"figure": name, "runs": found, "statistics": statistics}, sort_keys=True)
-    home = figures_dir()
     writers = {
         "png": lambda p: fig.savefig(p, format="png", metadata={"Software": None, "Description": provenance}),
         "pdf": lambda p: fig.savefig(
@@ -194,20 +201,25 @@ def save(fig, name, runs, data, n, interval, null="none", face=None):
         "csv": lambda p: p.write_text(f"# {provenance}\n" + rounded(data).to_csv(index=False, lineterminator="\n")),
     }
     for suffix, write in writers.items():
-        write_atomically(home / f"{name}.{suffix}", write)
+        write_atomically(figure_path(name, suffix), write)
 
 
-def runs_of(path):
-    """Return the runs in a figure's CSV, {name: {"step", "config"}}; none where it is absent or its first line damaged."""
+def figure_path(name, suffix):
+    """Return where a figure's "png", "pdf", "csv" or "json" is kept."""
+    return figures_dir() / FOLDERS[suffix] / f"{name}.{suffix}"
+
+
+def runs_of(name):
+    """Return the runs in a figure's CSV, {run: {"step", "config"}}; none where it is absent or its first line damaged."""
     try:
-        runs = json.loads(read_text(path).partition("\n")[0].removeprefix("# "))["runs"]
+        runs = json.loads(read_text(figure_path(name, "csv")).partition("\n")[0].removeprefix("# "))["runs"]
         return runs if all(made.keys() >= {"step", "config"} for made in runs.values()) else {}
     except (AttributeError, LookupError, RecursionError, TypeError, UserError, ValueError):
         return {}
 
 
 def kept_words(name):
-    """Return what `figures_dir()/NAME.json` says of a figure, {} where it is absent or damaged."""
-    words = kept_json(figures_dir() / f"{name}.json")
+    """Return what data/NAME.json says of a figure, {} where it is absent or damaged."""
+    words = kept_json(figure_path(name, "json"))
     kinds = dict(title=str, place=str, claim=str, command=str, parameters=dict, said=list, scale=str, needs=str)
     return words if isinstance(words, dict) and all(isinstance(words.get(k), kind) for k, kind in kinds.items()) else {}

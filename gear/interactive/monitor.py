@@ -54,7 +54,7 @@ def metrics(name):
 
 @functools.lru_cache(maxsize=64)
 def _metrics(path, size):
-    return Run(path).metrics()
+    return Run.open(path.name).metrics()
 
 
 def written(run):
@@ -66,7 +66,7 @@ def written(run):
 def progress(run):
     """Say how far a run is: {step, steps, speed in images/s over its last lines, seconds left at that speed, seconds_since}.
 
-    `seconds_since` it wrote anything. Speed and time left are NaN where nothing was timed (tracked runs).
+    `seconds_since` it wrote anything. Speed and time left are NaN where nothing was timed (records).
     """
     config, step, timed = run.config, run.logged_step, ["images_per_second", "seconds"]
     timing = run.metrics("timing.jsonl").reindex(columns=timed).dropna().tail(RECENT)
@@ -127,6 +127,7 @@ def draw_run(name):
         raise UserError(f"run '{name}' has logged no losses yet.")
     use_style()
     rows, panels = math.ceil(len(losses) / 3), run.panels()
+    newest = max(panels, default=0)
     columns, height = math.ceil(len(losses) / rows), 1.7 * rows + 2.4 * bool(panels)
     fig = plt.figure(figsize=(6.4, height))
     edges = dict(left=0.07, right=0.98, top=1 - 0.25 / height, bottom=1 - (1.7 * rows - 0.25) / height)
@@ -138,9 +139,9 @@ def draw_run(name):
             axis.plot(held_out["step"], held_out[f"val/{loss}"], "o-", color=PALETTE["teacher"], ms=3, lw=1)
     if panels:
         axis = fig.add_axes([0.01, 0, 0.98, 2.05 / height])
-        axis.imshow(Image.open(panels[-1]), interpolation="antialiased")
+        axis.imshow(Image.open(panels[newest]), interpolation="antialiased")
         axis.set_axis_off()
-        axis.set_title(f"step {int(panels[-1].stem)}: images, reconstructions, samples")
+        axis.set_title(f"step {newest}: images, reconstructions, samples")
     return fig
 
 

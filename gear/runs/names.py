@@ -1,52 +1,87 @@
-"""Which runs there are: their names and folders, and what tells a run from another folder."""
+"""Names of runs: built, read and checked here alone."""
 
-import fnmatch
 import os
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gear.config import UserError
-from gear.files import is_utf8, runs_dir, say_once
-from gear.runs.records import read_config
+from gear.files import is_utf8, runs_dir
 
 NAME_BYTES = 255  # of a folder's name, at most
+REFERENCE = "reference"  # the folder among the runs that holds records (gear.runs.reference)
+SEEDS = "-s[012]"  # ends the patterns of runs in notebooks: the seeds 0, 1 and 2
+SEED = r"-s(0|-?[1-9][0-9]*)"
+ENDING = re.compile(rf"(?s)(?:{SEED})?(?:-(.+))?")  # of a name that begins with a recipe
+FOREIGN = re.compile(rf"(?s)(.+?|)(?:{SEED}(?:-(.+))?)?")
+
+
+@dataclass(frozen=True)
+class RunName:
+    """What a run is called: PRESET-METHOD-sSEED-CELL, without the parts that are empty.
+
+    Preset and method are the run's recipe. A cell is one setting of a study, or another label: what
+    differs from the recipe.
+    """
+
+    preset: str
+    method: str = ""
+    cell: str = ""
+    seed: int | None = None
+
+    def __str__(self):
+        seed = "" if self.seed is None else f"s{self.seed}"
+        return "-".join(filter(None, (self.preset, self.method, seed, self.cell)))
+
+    @property
+    def recipe(self):
+        """The name of the run's recipe."""
+        return str(RunName(self.preset, self.method))
+
+    @classmethod
+    def parse(cls, text, recipes):
+        """Read a run's name, which may begin with one of `recipes`, {name: RunName}; the longest counts.
+
+        Of any other name, what stands before the seed is the preset. `str` gives the text back.
+        """
+        words = text.split("-")
+        for count in range(len(words), 0, -1):
+            start = "-".join(words[:count])
+            if start in recipes and (ending := ENDING.fullmatch(text[len(start) :])):
+                seed, cell = ending.groups()
+                return replace(recipes[start], cell=cell or "", seed=seed and int(seed))
+        preset, seed, cell = FOREIGN.fullmatch(text).groups()
+        return cls(preset, "", cell or "", seed and int(seed))
+
+
+def listed(pattern):
+    """Return the names that a list of digits such as "-s[012]" asks for; none for another pattern."""
+    parts = re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern)
+    return [f"{parts[1]}{digit}{parts[3]}" for digit in parts[2]] if parts else []
+
+
+def reseeded(pattern, seeds):
+    """Return a pattern of runs that ends in SEEDS, for other `seeds`.
+
+    Raises UserError where there are several of them and one has two digits.
+    """
+    if len(seeds) > 1 and max(seeds) > 9:
+        raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
+    digits = "".join(map(str, seeds))
+    return pattern.replace(SEEDS, f"-s[{digits}]" if len(seeds) > 1 else f"-s{digits}")
 
 
 def run_path(name):
-    """Return the folder of the run `name`; raises UserError for a path, and for what cannot be a folder's name in UTF-8."""
+    """Return the folder of the run `name`.
+
+    Raises UserError for a path, for what cannot be a folder's name in UTF-8, and for the name of the
+    folder of records.
+    """
     name = str(name)
-    if name in ("", "..") or name != Path(name).name or len(os.fsencode(name)) > NAME_BYTES or not is_utf8(name):
+    if name == REFERENCE:
+        raise UserError(f"'{name}' is no name of a run: that folder holds the records without weights.")
+    is_path = name in ("", "..") or name != Path(name).name
+    if is_path or len(os.fsencode(name)) > NAME_BYTES or not is_utf8(name):
         what = "a path" if name in (".", "..") or "/" in name else "no name of a folder, in UTF-8"
         raise UserError(f"'{name}' is {what}; a run is opened by name, that of its folder in {runs_dir()} ($GEAR_RUNS).")
     return runs_dir() / name
-
-
-def run_names(pattern="*"):
-    """Return the names of the runs that match the shell `pattern`, sorted; of one of exactly that name, that alone.
-
-    A folder whose files are not those of a run is left out, and named once on stderr.
-    """
-    names = sorted(path.parent.name for path in runs_dir().glob("*/config.json"))
-    if pattern in names:
-        return [pattern]
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern) and _is_run(runs_dir() / name)]
-
-
-def _is_run(folder):
-    try:
-        read_config(folder / "config.json")
-        reason = "metrics.jsonl: it is a folder" if (folder / "metrics.jsonl").is_dir() else ""
-    except ValueError as error:
-        reason = f"config.json: {error}"
-    reason = reason if is_utf8(folder.name) else "its name is no UTF-8, which tables hold alone"
-    if reason:
-        say_once(f"{folder}: not a run of gear ({reason}); left out")
-    return not reason
-
-
-def readable(read, otherwise):
-    """Return `read()`, or say why it cannot be read and return `otherwise`: one damaged run hides no other."""
-    try:
-        return read()
-    except UserError as error:
-        say_once(f"left out: {error}")
-        return otherwise

@@ -1,12 +1,14 @@
 """A run's own files, held against what a run writes when they are read: a damaged one is a message, never a traceback."""
 
+import functools
 import json
 import math
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gear.config import UserError
-from gear.files import is_utf8, parse_json, read_json
+from gear.files import is_utf8, parse_json, read_json, write_atomically
 
 FIELDS = {  # of a configuration, and what they are
     "recipe": str, "stage": str, "teacher": str, "tokenizer_run": str, "steps": int, "seed": int, "batch_size": int,
@@ -101,13 +103,35 @@ def read_tensors(path):
     return safetensors.torch.load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
 
 
+def write_parquet(path, frame, made_by):
+    """Write a DataFrame with `made_by`, a dict of JSON values, in the file's metadata; see `read_parquet`."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    metadata = table.schema.metadata | {b"gear": json.dumps(made_by, sort_keys=True).encode()}
+    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    write = functools.partial(
+        pq.write_table, table.replace_schema_metadata(metadata), compression="zstd", use_byte_stream_split=floats,
+        use_dictionary=[name for name in table.column_names if name not in floats], write_page_checksum=True,
+    )  # fmt: skip
+    write_atomically(path, write)
+
+
+def read_parquet(path):
+    """Return (made by, DataFrame) of a file that `write_parquet` wrote; raises whatever the damage brings about."""
+    table = pq.read_table(path, page_checksum_verification=True)
+    return dict(json.loads(table.schema.metadata[b"gear"])), table.to_pandas()
+
+
 def read_table(path):
     """Return (made by, table) of a parquet file that `Run.table` kept, or ({}, None) where it is absent or damaged."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        return dict(json.loads(table.schema.metadata[b"gear"])), table.to_pandas()
-    except Exception:  # pyarrow and pandas raise whatever the damage brings about; the table is then computed again
+        return read_parquet(path)
+    except Exception:  # pyarrow and pandas raise what they like; the table is then computed again
         return {}, None
+
+
+def science(config):
+    """Return what of a configuration says what was computed: all but the library's version."""
+    return {key: value for key, value in config.items() if key != "version"}
 
 
 def read_scores(path):

@@ -1,10 +1,11 @@
-"""A run directory: configuration, metrics, checkpoints, analysis tables and sample panels, opened by name.
+"""A run directory: configuration, metrics, checkpoints, scores, analysis tables and sample panels, opened by name.
 
 runs/NAME/config.json          the complete configuration, with the library version
           metrics.jsonl        one object a line, always with `step`; only values that a repetition reproduces
           timing.jsonl         wall-clock figures
           checkpoints/NNNNNNN  safetensors and state.json, complete or absent
           lock                 held by the process that trains the run
+          metrics.json         what `gear evaluate` measured
           analysis/TABLE.parquet
           samples/*.png
 """
@@ -12,25 +13,27 @@ runs/NAME/config.json          the complete configuration, with the library vers
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from gear.config import UserError, config_hash, differences, nearest
+from gear.config import MissingRuns, UserError, config_hash, differences, nearest
 from gear.files import flush, read_json, runs_dir, write_atomically
-from gear.runs.names import readable, run_names, run_path
+from gear.runs.listing import readable, run_names
+from gear.runs.names import listed, run_path
 from gear.runs.records import (
     read_config,
     read_log,
+    read_scores,
     read_table,
     read_tensors,
+    science,
     state_faults,
+    write_parquet,
     write_tensors,
 )
+from gear.runs.reference import Record, reference
 
 PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
 
@@ -49,13 +52,19 @@ class Run:
 
     @classmethod
     def open(cls, name):
-        """Open the run called `name` in `runs_dir()`; raises UserError with the nearest name when there is none, or no run."""
+        """Open the run called `name` in `runs_dir()`, or where there is none its Record.
+
+        Raises MissingRuns with the nearest name when there is neither, and UserError for a folder that is no run.
+        """
         run = cls(run_path(name))
-        if not run.exists:
-            here = f" What is called '{name}' here is a path: a run is opened by name." if Path(name).exists() else ""
-            raise UserError(f"no run '{name}' in {runs_dir()}.{here}{nearest(name, run_names())} Train it: gear train {name}")
-        _ = run.config  # what is no run is said at once
-        return run
+        if run.exists:
+            _ = run.config  # what is no run is said at once
+            return run
+        if name in reference().names:
+            return Record(reference(), name)
+        here = f" What is called '{name}' here is a path: a run is opened by name." if Path(name).exists() else ""
+        hint = f"Runs are looked for in {runs_dir()} ($GEAR_RUNS).{nearest(name, run_names())}{here}"
+        raise MissingRuns(f"no run '{name}'. Train it", [name], f"gear train {name}", hint)
 
     @classmethod
     def create(cls, name, config):
@@ -70,7 +79,7 @@ class Run:
 
         `complete` fills in what a configuration written by an older version lacks; the version itself may differ.
         """
-        if changed := differences(complete(_science(self.config)), _science(config)):
+        if changed := differences(complete(science(self.config)), science(config)):
             fields = "\n  ".join(changed)
             raise UserError(
                 f"run '{self.name}' exists with another configuration:\n  {fields}\n"
@@ -93,7 +102,7 @@ class Run:
 
     @property
     def config_hash(self):
-        return config_hash(_science(self.config))
+        return config_hash(science(self.config))
 
     # -- metrics ---------------------------------------------------------------------------------------------
 
@@ -118,8 +127,8 @@ class Run:
         for leftover in self.path.rglob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(self.path / "analysis", ignore_errors=True)
-        for panel in self.panels():
-            if int(panel.stem) > step:
+        for drawn_at, panel in self.panels().items():
+            if drawn_at > step:
                 panel.unlink()
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
@@ -229,17 +238,20 @@ class Run:
     def _checkpoint(self, step):
         steps = self.checkpoint_steps()
         if not steps or (step is not None and step not in steps):
-            raise UserError(
-                f"run '{self.name}' has no weights{'' if step is None else f' of step {step}'} in {self.path} "
-                f"(tracked runs come without). Train it: gear train {self.name}"
-            )
+            at = "" if step is None else f" of step {step}"
+            sentence = f"run '{self.name}' has no weights{at}. Train it"
+            raise MissingRuns(sentence, [self.name], f"gear train {self.name}", f"They would lie in {self.path}.")
         return self.path / "checkpoints" / f"{steps[-1] if step is None else step:07d}"
 
-    def panels(self):
-        """Return the paths of the sample panels, samples/NNNNNNN.png, by step."""
-        return sorted((self.path / "samples").glob("[0-9]" * 7 + ".png"))
+    # -- what was made of the weights ------------------------------------------------------------------------
 
-    # -- analysis tables -------------------------------------------------------------------------------------
+    def panels(self):
+        """Return the sample panels, samples/NNNNNNN.png, as {step: path}."""
+        return {int(path.stem): path for path in sorted((self.path / "samples").glob("[0-9]" * 7 + ".png"))}
+
+    def scores(self):
+        """Return the records in metrics.json, none if there is none; raises UserError for one that cannot be read."""
+        return read_scores(self.path / "metrics.json")
 
     def table(self, name, parameters, compute):
         """Return analysis/NAME.parquet if it was made with `parameters` at this step, else `compute()` and keep it.
@@ -255,22 +267,19 @@ class Run:
         frame = compute()
         if found == made_by | {"parameters": found.get("parameters")}:
             return frame
-        made_by = json.dumps(made_by, sort_keys=True)
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"gear": made_by.encode()})
-        write_atomically(path, lambda p: pq.write_table(table, p, write_page_checksum=True))
+        write_parquet(path, frame, made_by)
         return frame
 
 
 def open_runs(pattern):
-    """Open the run called `pattern`, or every run that matches the shell `pattern`; raises UserError when there is none.
+    """Open the run or record called `pattern`, or all that match the shell `pattern`; raises MissingRuns when there is none.
 
-    A list of digits such as `-s[012]` asks for each of them: UserError names the first that is missing.
+    A list of digits such as `-s[012]` asks for each of them: MissingRuns names the first that is missing.
     """
-    names, listed = run_names(pattern), re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern)
-    if listed and names != [pattern]:
-        return [Run.open(f"{listed[1]}{digit}{listed[3]}") for digit in listed[2]]
-    return [Run.open(name) for name in names] if names else [Run.open(pattern)]
+    names = run_names(pattern)
+    if names != [pattern]:
+        names = listed(pattern) or names
+    return [Run.open(name) for name in names or [pattern]]
 
 
 def load_runs(pattern="*"):
@@ -289,7 +298,3 @@ def load_runs(pattern="*"):
             )
     columns = ["run", "recipe", "seed", "step", "metric", "value"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-
-
-def _science(config):
-    return {k: v for k, v in config.items() if k != "version"}

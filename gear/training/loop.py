@@ -45,7 +45,6 @@ class Runtime(Checked):
     workers: Parallel = 0  # processes that prepare images; 0: this one does
     threads: Parallel = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
-    rebuild: bool = False  # train again a finished run that came without its weights
     accumulate: Count | Literal["auto"] = 1  # parts of a batch, one after another: less memory, the same step;
     # "auto": as few as fit on the GPU, reckoned without checkpointing
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
@@ -70,7 +69,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     run = Run(run_path(name or config.recipe))
-    if is_trained(run, config, runtime.rebuild):
+    if is_trained(run, config):
         return run
     check_writable(run.path, "GEAR_RUNS")
     parts = runtime.accumulate
@@ -85,7 +84,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         state.start()
     compute = Running(state, way_of(config, processes.device, runtime, is_alone))
     with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
-        if is_trained(run, config, runtime.rebuild):
+        if is_trained(run, config):
             return run
         _begin(run, state, meter, validation)
         looked_up = runtime.cached and config.uses("tokenizer") and not config.trains("tokenizer")
@@ -151,12 +150,8 @@ def _begin(run, state, meter, validation):
     state.processes.wait()
 
 
-def is_trained(run, config, rebuild=False, record=False):
-    """Say whether nothing is left to do for a run; raises UserError if it exists with another configuration.
-
-    A finished run without weights, as tracked ones are, is a record: training it would replace that, so it is an error without
-    `rebuild`; with `record` it will do.
-    """
+def is_trained(run, config):
+    """Say whether nothing is left to do for a run; raises UserError if it exists with another configuration."""
     if not run.exists:
         return False
     config = _as_it_began(run, config)
@@ -164,13 +159,7 @@ def is_trained(run, config, rebuild=False, record=False):
     if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):  # the folder has changed
         data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
     run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
-    without_weights = run.logged_step >= config.steps and not run.checkpoint_steps()
-    if without_weights and not (rebuild or record):
-        raise UserError(
-            f"run '{run.name}' is tracked without its weights, and training it would replace the record in {run.path}. "
-            f"Train it in another folder (export GEAR_RUNS=runs/demo), or here with --rebuild."
-        )
-    return run.is_finished or without_weights and record
+    return run.is_finished
 
 
 def _as_it_began(run, config):

@@ -1,0 +1,42 @@
+"""Which runs there are, and what tells a run from another folder."""
+
+import fnmatch
+
+from gear.config import UserError
+from gear.files import is_utf8, runs_dir, say_once
+from gear.runs.records import read_config
+from gear.runs.reference import reference
+
+
+def run_names(pattern="*"):
+    """Return the names of runs and records that match the shell `pattern`, sorted; an exact name goes first, alone.
+
+    A folder whose files are not those of a run is left out, and named once on stderr.
+    """
+    folders = {path.parent.name for path in runs_dir().glob("*/config.json")}
+    names = folders | set(reference().names)
+    if pattern in names:
+        return [pattern]
+    matching = (name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern))
+    return [name for name in matching if name not in folders or _is_run(runs_dir() / name)]
+
+
+def _is_run(folder):
+    try:
+        read_config(folder / "config.json")
+        reason = "metrics.jsonl: it is a folder" if (folder / "metrics.jsonl").is_dir() else ""
+    except ValueError as error:
+        reason = f"config.json: {error}"
+    reason = reason if is_utf8(folder.name) else "its name is no UTF-8, which tables hold alone"
+    if reason:
+        say_once(f"{folder}: not a run of gear ({reason}); left out")
+    return not reason
+
+
+def readable(read, otherwise):
+    """Return `read()`, or say why it cannot be read and return `otherwise`: one damaged run hides no other."""
+    try:
+        return read()
+    except UserError as error:
+        say_once(f"left out: {error}")
+        return otherwise

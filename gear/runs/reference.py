@@ -1,0 +1,201 @@
+"""Records: what stands of finished runs without their weights, many of them in one folder of a few files.
+
+runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config (its hash)
+               configs.json     {run: configuration}
+               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric
+               scores.parquet   what metrics.json holds: run, metric, value, low and high (its interval), protocol (JSON)
+               TABLE.parquet    one analysis: run, and the columns of the table; the metadata say what made each run's
+               samples/         RUN.STEP.png, of a few runs
+"""
+
+import functools
+import json
+import math
+from functools import cached_property
+
+import pandas as pd
+
+from gear.config import MissingRuns, UserError, config_hash
+from gear.files import read_json, runs_dir, write_atomically
+from gear.runs.names import REFERENCE
+from gear.runs.records import Fields, read_parquet, read_table, science, write_parquet
+
+METRICS, SCORES = "metrics.parquet", "scores.parquet"
+
+
+class Record:
+    """What stands of one run without its weights; it reads like a Run, and what needs weights raises MissingRuns."""
+
+    def __init__(self, pack, name):
+        self.pack, self.name = pack, name
+        self.path = pack.folder / name  # no file lies there
+
+    def __repr__(self):
+        return f"Record({self.name!r}, step={self.step})"
+
+    @property
+    def config(self):
+        return self.pack.configs[self.name]
+
+    @property
+    def config_hash(self):
+        return config_hash(science(self.config))
+
+    def metrics(self, file="metrics.jsonl"):
+        """Return what the run logged as `Run.metrics` does; of timing.jsonl nothing is kept."""
+        table = self.pack.metrics.get(self.name) if file == "metrics.jsonl" else None
+        return pd.DataFrame() if table is None else table.copy()
+
+    @property
+    def logged_step(self):
+        return int(self.metrics().step.max())
+
+    @property
+    def step(self):
+        return self.logged_step
+
+    def checkpoint_steps(self):
+        return []
+
+    def panels(self):
+        """Return the sample panels that are kept, {step: path}."""
+        return self.pack.panels.get(self.name, {})
+
+    def scores(self):
+        """Return the records of evaluations, as `Run.scores` does."""
+        return self.pack.scores.get(self.name, [])
+
+    def table(self, name, parameters, compute):
+        """Return the analysis `name` if it was made with `parameters`, else `compute()`, which is not kept."""
+        made_by, frame = self.pack.analyses.get(name, {}).get(self.name, ({}, None))
+        fits = made_by == {"parameters": parameters, "step": self.step, "config": self.config_hash}
+        return frame.copy() if fits else compute()
+
+    def load_checkpoint(self, file=None, step=None):
+        """Raise MissingRuns: a record has no weights."""
+        raise MissingRuns(f"'{self.name}' is a record without weights. Train it", [self.name], f"gear train {self.name}")
+
+
+class Pack:
+    """The records of a folder, read when they are first asked for; an absent folder holds none.
+
+    A damaged file raises UserError.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @cached_property
+    def names(self):
+        read = lambda path: pd.read_csv(path, dtype=str, keep_default_na=False)["run"].tolist()
+        return self._read("runs.csv", read) or []
+
+    @cached_property
+    def configs(self):
+        read = lambda path: read_json(path, object_hook=lambda values: Fields(path, values))
+        return self._read("configs.json", read)
+
+    @cached_property
+    def metrics(self):
+        return {name: table.dropna(axis=1, how="all") for name, (_, table) in self._tables(METRICS).items()}
+
+    @cached_property
+    def scores(self):
+        return {name: _records(table) for name, (_, table) in self._tables(SCORES).items()}
+
+    @cached_property
+    def analyses(self):
+        """{analysis: {run: (what made it, DataFrame)}}"""
+        files = {path.name for path in self.folder.glob("*.parquet")} - {METRICS, SCORES}
+        return {file.removesuffix(".parquet"): self._tables(file) for file in files}
+
+    @cached_property
+    def panels(self):
+        panels = {}
+        for path in sorted((self.folder / "samples").glob("*.png")):
+            name, _, step = path.stem.rpartition(".")
+            panels.setdefault(name, {})[int(step)] = path
+        return panels
+
+    def _tables(self, file):
+        """Return {run: (what made it, DataFrame)} of a parquet file."""
+        made_by, table = self._read(file, read_parquet) or ({}, pd.DataFrame({"run": []}))
+        groups = table.groupby("run", sort=False)
+        return {name: (made_by.get(name), rows.drop(columns="run").reset_index(drop=True)) for name, rows in groups}
+
+    def _read(self, file, read):
+        """Return what `read` makes of a file, None where it is absent."""
+        path = self.folder / file
+        try:
+            return read(path) if path.exists() else None
+        except Exception as error:  # pyarrow and pandas raise whatever the damage brings about
+            raise UserError(
+                f"{path} cannot be read ({error}): restore it (git checkout {path.parent}), or make it again (make reference)."
+            ) from None
+
+
+def reference():
+    """Return the Pack beside the user's runs; what was read of it is kept until it is written again."""
+    folder = runs_dir() / REFERENCE
+    index = folder / "runs.csv"  # the last file that is written
+    return _pack(folder, index.stat().st_mtime_ns if index.exists() else 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _pack(folder, written):
+    return Pack(folder)
+
+
+def _records(table):
+    """Return the lines of scores.parquet as the records that metrics.json holds."""
+    records = []
+    for line in table.itertuples():
+        interval = {} if math.isnan(line.low) else {"interval": [line.low, line.high]}
+        protocol = json.loads(line.protocol)
+        records.append({"metric": line.metric, "value": line.value, **interval, "protocol": protocol})
+    return records
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_pack(folder, runs, names, with_panels=()):
+    """Write the records of `runs` (Runs) into `folder`; of those in `with_panels` (names) the sample panels, too.
+
+    `names` are the RunNames of the runs, {run: RunName}. Nothing stays in the folder of what an earlier pack
+    wrote there; its README.md does.
+    """
+    for path in [*folder.glob("*.parquet"), *folder.glob("samples/*.png")]:
+        path.unlink()
+    tables = {METRICS: {run.name: ({}, run.metrics()) for run in runs}}
+    tables[SCORES] = {run.name: ({}, _score_table(run)) for run in runs}
+    for run in runs:
+        for path in (run.path / "analysis").glob("*.parquet"):
+            tables.setdefault(path.name, {})[run.name] = read_table(path)
+        for step, path in run.panels().items() if run.name in with_panels else ():
+            copy = folder / "samples" / f"{run.name}.{step:07d}.png"
+            write_atomically(copy, lambda target, path=path: target.write_bytes(path.read_bytes()))
+    for file, made in tables.items():
+        frames = [frame.assign(run=name) for name, (_, frame) in made.items() if frame is not None and len(frame)]
+        if frames:
+            frame = pd.concat(frames, ignore_index=True)
+            made_by = {name: made_by for name, (made_by, _) in made.items() if made_by}
+            write_parquet(folder / file, frame[["run", *frame.columns.drop("run")]], made_by)
+    text = json.dumps({run.name: run.config for run in runs}, indent=1, sort_keys=True) + "\n"
+    write_atomically(folder / "configs.json", lambda path: path.write_text(text))
+    index = pd.DataFrame([_line(run, names[run.name]) for run in runs])
+    write_atomically(folder / "runs.csv", lambda path: index.to_csv(path, index=False))
+
+
+def _line(run, name):
+    parts = {"preset": name.preset, "method": name.method, "cell": name.cell, "seed": run.config.get("seed")}
+    return {"run": run.name, **parts, "parent": run.config.get("tokenizer_run"), "config": run.config_hash}
+
+
+def _score_table(run):
+    lines = []
+    for record in run.scores():
+        low, high = record.get("interval", (math.nan, math.nan))
+        protocol = json.dumps(record["protocol"], sort_keys=True)
+        lines.append((record["metric"], float(record["value"]), low, high, protocol))
+    return pd.DataFrame(lines, columns=["metric", "value", "low", "high", "protocol"])

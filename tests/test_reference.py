@@ -1,0 +1,162 @@
+"""A record without weights reads as its run does, to the last bit; what needs weights says what to do."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import record_scored
+from PIL import Image
+
+import gear
+from gear.__main__ import main
+from gear.config import MissingRuns, UserError
+from gear.evaluation.evaluate import evaluate, metrics_table, scores
+from gear.experiments.recipes import recipe
+from gear.figures import panel_rows
+from gear.files import runs_dir
+from gear.interactive import monitor
+from gear.runs.reference import Record, reference
+from gear.runs.run import Run, load_runs, open_runs, run_names
+
+VALUES = [0.1, 1 / 3, -1e-310, 1e300, np.nextafter(1, 2), float("nan")]
+
+
+def pack(*words):
+    main(["pack", str(runs_dir() / "reference"), *words])
+
+
+@pytest.fixture
+def runs(home):
+    """Two runs with all that a record keeps, as they read, {run: {what: value}}; and one that is not at its end."""
+    made = {}
+    for seed in (0, 1):
+        run = record_scored(f"tiny-gear-s{seed}", recipe(f"tiny-gear-s{seed}"))
+        run.append({"step": 30, "b": 1 / 3 + seed, "dead": 0} | ({"a": 0.1} if seed else {}))
+        run.append({"step": 30, "late": 1e-310})
+        run.table("layer_profile", {"k": 5}, lambda seed=seed: pd.DataFrame({"layer": range(6), "x": VALUES, "y": VALUES}))
+        (run.path / "samples").mkdir()
+        Image.new("RGB", (12 * 34 + 2, 70)).save(run.path / "samples" / "0000024.png")
+        made[run.name] = {
+            "config": run.config, "hash": run.config_hash, "step": run.step, "metrics": run.metrics(), "scores": run.scores(),
+            "score_table": scores(run), "log": load_runs(run.name), "table": run.table("layer_profile", {"k": 5}, None),
+        }  # fmt: skip
+    Run.create("tiny-half", {"recipe": "tiny-half", "seed": 0, "steps": 9}).append({"step": 8, "b": 1.0})
+    return made
+
+
+def only_records(*words):
+    pack(*words)
+    for folder in runs_dir().iterdir():
+        if folder.name != "reference":
+            shutil.rmtree(folder)
+
+
+def test_a_record_reads_as_its_run_did_to_the_last_bit(runs):
+    only_records()
+    assert run_names() == [run.name for run in open_runs("tiny-gear-s[01]")] == ["tiny-gear-s0", "tiny-gear-s1"]
+    for name, run in runs.items():
+        record = gear.Run.open(name)
+        assert isinstance(record, Record) and not isinstance(record, Run) and record.name == name
+        assert (record.config, record.config_hash, record.step) == (run["config"], run["hash"], run["step"])
+        pd.testing.assert_frame_equal(record.metrics(), run["metrics"], check_exact=True, check_dtype=False)
+        pd.testing.assert_frame_equal(load_runs(name), run["log"], check_exact=True)
+        pd.testing.assert_frame_equal(scores(record), run["score_table"], check_exact=True)
+        table = record.table("layer_profile", {"k": 5}, lambda: pytest.fail("it is there"))
+        pd.testing.assert_frame_equal(table, run["table"], check_exact=True)
+        assert record.scores() == run["scores"] and record.checkpoint_steps() == [] and record.metrics("timing.jsonl").empty
+    assert metrics_table(open_runs("tiny*"))[0].index.tolist() == list(runs)
+
+
+def test_the_folder_holds_a_few_files_and_says_what_each_run_is(runs):
+    pack("tiny-gear-s*")
+    folder = runs_dir() / "reference"
+    assert {path.name for path in folder.iterdir()} == {
+        "runs.csv", "configs.json", "metrics.parquet", "scores.parquet", "layer_profile.parquet",
+    }  # fmt: skip
+    index = pd.read_csv(folder / "runs.csv", keep_default_na=False)
+    assert index.columns.tolist() == ["run", "preset", "method", "cell", "seed", "parent", "config"]
+    assert index.iloc[1].tolist()[:6] == ["tiny-gear-s1", "tiny", "gear", "", 1, "tiny-joint-s1"]
+    assert index.config.tolist() == [run["hash"] for run in runs.values()]
+
+
+def test_a_score_keeps_its_interval(runs):
+    path = runs_dir() / "tiny-gear-s0" / "metrics.json"
+    records = json.loads(path.read_text())
+    records[0]["interval"] = [0.1, 1 / 3]
+    path.write_text(json.dumps(records))
+    only_records()
+    assert Run.open("tiny-gear-s0").scores() == records
+
+
+def test_a_table_of_other_parameters_is_computed_and_not_kept(runs):
+    only_records()
+    before = sorted(path.name for path in runs_dir().rglob("*"))
+    made = Run.open("tiny-gear-s0").table("layer_profile", {"k": 6}, lambda: pd.DataFrame({"x": [7.0]}))
+    assert made.x.tolist() == [7.0] and sorted(path.name for path in runs_dir().rglob("*")) == before
+
+
+def test_what_needs_weights_says_so_and_leaves_nothing(runs):
+    only_records()
+    before = sorted(runs_dir().rglob("*"))
+    for use in (gear.load_tokenizer, gear.load_generator, evaluate):
+        with pytest.raises(
+            MissingRuns, match="^'tiny-gear-s0' is a record without weights. Train it: gear train tiny-gear-s0$"
+        ):
+            use("tiny-gear-s0")
+    assert sorted(runs_dir().rglob("*")) == before
+
+
+def test_the_users_run_goes_before_the_record_of_its_name(runs):
+    pack("tiny-gear-s1")
+    assert isinstance(Run.open("tiny-gear-s1"), Run) and run_names("tiny-gear*") == list(runs)
+    shutil.rmtree(runs_dir() / "tiny-gear-s1")
+    assert isinstance(Run.open("tiny-gear-s1"), Record) and run_names("tiny-gear*") == list(runs)
+
+
+def test_panels_are_those_that_were_asked_for(runs):
+    only_records("--panels", "tiny-gear-s1")
+    with_panel, without = Run.open("tiny-gear-s1"), Run.open("tiny-gear-s0")
+    assert list(with_panel.panels()) == [24] and without.panels() == {}
+    assert [row.shape for row in panel_rows(with_panel)] == [(12, 32, 32, 3)] * 2
+    with pytest.raises(UserError, match="'tiny-gear-s0' has no sample panel of step 0: it has none"):
+        panel_rows(without)
+
+
+def test_the_monitor_shows_records(runs):
+    only_records()
+    assert monitor.overview(["tiny-gear-s0"]).weights.tolist() == [False]
+    assert monitor.metrics("tiny-gear-s0").step.tolist() == runs["tiny-gear-s0"]["metrics"].step.tolist()
+    progress = monitor.progress(Run.open("tiny-gear-s0"))
+    assert progress["step"] == 30 and not monitor.is_training(Run.open("tiny-gear-s0"))
+
+
+def test_a_pack_that_is_written_again_is_read_again_and_nothing_of_the_old_one_stays(runs, capsys):
+    pack("--panels", "tiny-gear-s1")
+    assert reference().names == ["tiny-gear-s0", "tiny-gear-s1"] and len(reference().panels) == 1
+    pack("tiny-gear-s0")
+    index = runs_dir() / "reference" / "runs.csv"
+    os.utime(index, ns=(1, index.stat().st_mtime_ns + 1))
+    assert reference().names == ["tiny-gear-s0"] and reference().panels == {}
+    assert "1 records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ("runs.csv", "configs.json", "metrics.parquet", "scores.parquet", "layer_profile.parquet"))
+def test_a_damaged_file_of_the_pack_is_one_message(file, runs):
+    only_records()
+    path = runs_dir() / "reference" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\xff\0")
+    with pytest.raises(UserError, match=f"{file} cannot be read .*git checkout.*make reference"):
+        run = Run.open("tiny-gear-s0")
+        run.config, run.metrics(), run.scores(), run.table("layer_profile", {"k": 5}, lambda: None)
+
+
+def test_what_cannot_be_packed(runs, capsys):
+    for words, said in ((["pack"], "name a folder"), (["pack", "x", "tiny-half"], "none of these runs is trained to its end")):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(UserError, match="'reference' is no name of a run"):
+        Run.open("reference")

@@ -127,7 +127,7 @@ CONFIGS = {
         **IMAGENET256_STAGES | dict(half=dict(tokenizer=dict(codebook_size=8192, code_dim=13))),
     ),
     RunName("teacher-scenes"): Config(
-        stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,
+        recipe="teacher-scenes", stage="teacher", steps=600, batch_size=128, log_every=10, eval_every=100, save_every=100,
         data=DataConfig("scenes", image_size=32, labels="factors"),
         optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
     ),

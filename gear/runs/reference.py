@@ -2,7 +2,7 @@
 
 runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config (its hash)
                configs.json     {run: configuration}
-               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric
+               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric; the metadata list each run's
                scores.parquet   what metrics.json holds: run, metric, value, low and high (its interval), protocol (JSON)
                TABLE.parquet    one analysis: run, and the columns of the table; the metadata say what made each run's
                samples/         RUN.STEP.png, of a few runs
@@ -25,6 +25,8 @@ METRICS, SCORES = "metrics.parquet", "scores.parquet"
 
 class Record:
     """What stands of one run without its weights; it reads like a Run, and what needs weights raises MissingRuns."""
+
+    is_finished = False  # as of a Run: whether the weights of its last step are there
 
     def __init__(self, pack, name):
         self.pack, self.name = pack, name
@@ -97,7 +99,7 @@ class Pack:
 
     @cached_property
     def metrics(self):
-        return {name: table.dropna(axis=1, how="all") for name, (_, table) in self._tables(METRICS).items()}
+        return {name: table[columns] for name, (columns, table) in self._tables(METRICS).items()}
 
     @cached_property
     def scores(self):
@@ -118,7 +120,7 @@ class Pack:
         return panels
 
     def _tables(self, file):
-        """Return {run: (what made it, DataFrame)} of a parquet file."""
+        """Return {run: (what the metadata say of it, DataFrame)} of a parquet file."""
         made_by, table = self._read(file, read_parquet) or ({}, pd.DataFrame({"run": []}))
         groups = table.groupby("run", sort=False)
         return {name: (made_by.get(name), rows.drop(columns="run").reset_index(drop=True)) for name, rows in groups}
@@ -167,7 +169,8 @@ def write_pack(folder, runs, names, with_panels=()):
     """
     for path in [*folder.glob("*.parquet"), *folder.glob("samples/*.png")]:
         path.unlink()
-    tables = {METRICS: {run.name: ({}, run.metrics()) for run in runs}}
+    logs = {run.name: run.metrics() for run in runs}
+    tables = {METRICS: {name: (log.columns.tolist(), log) for name, log in logs.items()}}
     tables[SCORES] = {run.name: ({}, _score_table(run)) for run in runs}
     for run in runs:
         for path in (run.path / "analysis").glob("*.parquet"):
@@ -196,6 +199,6 @@ def _score_table(run):
     lines = []
     for record in run.scores():
         low, high = record.get("interval", (math.nan, math.nan))
-        protocol = json.dumps(record["protocol"], sort_keys=True)
+        protocol = json.dumps(record["protocol"])
         lines.append((record["metric"], float(record["value"]), low, high, protocol))
     return pd.DataFrame(lines, columns=["metric", "value", "low", "high", "protocol"])

@@ -32,8 +32,10 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
     """
     device = find_device(runtime.device)
     found = members(name, preset, seeds, cells)
+    trained = {member.name for member in found if is_trained(Run(runs_dir() / member.name), member.planned[-1][1])}
     settled = {member.name for member in found if _is_settled(member, preset, count)}
-    planned = {n: config for m in found if m.name not in settled for n, config in m.planned}  # of others no ancestor is needed
+    done_with = trained | settled  # no ancestor of theirs is needed
+    planned = {n: config for m in found if m.name not in done_with for n, config in m.planned}
     missing = {n: config for n, config in planned.items() if not is_trained(Run(runs_dir() / n), config)}
     tasks = _tasks(found, settled, missing, preset, count, runtime)
     tell(_cost(name, found, missing, tasks))
@@ -51,7 +53,7 @@ def sweep(name, preset="scenes", seeds=(0, 1, 2), cells=None, jobs=0, count=SAMP
                     tell(_line(member, preset, count))
 
     jobs = jobs or _jobs(missing.values(), device.type == "cuda")
-    work(tasks, settled | planned.keys() - missing.keys(), jobs, done)
+    work(tasks, done_with | planned.keys() - missing.keys(), jobs, done)
     return found
 
 
@@ -73,20 +75,14 @@ def _key(name, member):
 
 
 def _is_settled(member, preset, count):
-    """Say whether a member, a run or a record, has all its scores: neither its weights nor its ancestors are needed then.
-
-    A record of another configuration settles nothing; a run of another one raises UserError.
-    """
+    """Say whether a member, a run or a record, has all its scores; a record of another configuration is another run."""
     name, config = member.planned[-1]
     try:
         run = Run.open(name)
     except MissingRuns:
         return False
-    if isinstance(run, Record):
-        if from_dict(Config, science(run.config)) != config:
-            return False
-    else:
-        is_trained(run, config)
+    if isinstance(run, Record) and from_dict(Config, science(run.config)) != config:
+        return False
     return measured(name, preset, count).keys() >= SCORED
 
 

@@ -141,11 +141,11 @@ class State:
         found = {name: getattr(self, name) for name in NETWORKS}
         return {name: module for name, module in found.items() if module is not None}
 
-    def start(self):
-        """Initialise a new run from training images, where its configuration asks for that."""
+    def start(self, source):
+        """Initialise a new run from training images of a Source, where its configuration asks for that."""
         config = self.config
         if config.trains("tokenizer") and config.tokenizer.init_from_data and not config.tokenizer_run:
-            images, _ = load(config.data, "train", INITIAL_IMAGES)
+            images, _ = load(source, "train", INITIAL_IMAGES)
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 

@@ -162,7 +162,8 @@ class State:
                 seed = step_seed(self.config.seed, self.step)
                 torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits: a CPU's generator takes no more
             batch = self.observe(*part)
-            batch.mean_use, batch.dropped = mean_use, self._dropped(len(batch.labels), rows if is_shared else None)
+            batch.mean_use = mean_use
+            batch.dropped = self._dropped(len(batch.labels), rows if is_shared else None)
             yield batch
 
     def _dropped(self, count, rows):

@@ -9,9 +9,10 @@ from gear.runs.reference import reference
 
 
 def run_names(pattern="*"):
-    """Return the names of runs and records that match the shell `pattern`, sorted; an exact name goes first, alone.
+    """Return the names of runs and records that match the shell `pattern`, sorted.
 
-    A folder whose files are not those of a run is left out, and named once on stderr.
+    The exact name of one gives that one alone, whatever it would match as a pattern. A folder whose
+    files are not those of a run is left out, and named once on stderr.
     """
     folders = {path.parent.name for path in runs_dir().glob("*/config.json")}
     names = folders | set(reference().names)
@@ -34,7 +35,10 @@ def _is_run(folder):
 
 
 def readable(read, otherwise):
-    """Return `read()`, or say why it cannot be read and return `otherwise`: one damaged run hides no other."""
+    """Return `read()`, or where that raises UserError print it and return `otherwise`.
+
+    One damaged run hides no other.
+    """
     try:
         return read()
     except UserError as error:

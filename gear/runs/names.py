@@ -40,9 +40,10 @@ class RunName:
 
     @classmethod
     def parse(cls, text, recipes):
-        """Read a run's name, which may begin with one of `recipes`, {name: RunName}; the longest counts.
+        """Read a run's name, which may begin with a recipe; `str` gives the text back.
 
-        Of any other name, what stands before the seed is the preset. `str` gives the text back.
+        recipes: {name: RunName}, of which the longest that fits counts. In any other name, what stands
+        before the seed is the preset.
         """
         words = text.split("-")
         for count in range(len(words), 0, -1):
@@ -55,7 +56,7 @@ class RunName:
 
 
 def listed(pattern):
-    """Return the names that a list of digits such as "-s[012]" asks for; none for another pattern."""
+    """Return the names that a list of digits, "NAME-s[012]", asks for; none for another pattern."""
     parts = re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern)
     return [f"{parts[1]}{digit}{parts[3]}" for digit in parts[2]] if parts else []
 

@@ -1,11 +1,13 @@
-"""Records: what stands of finished runs without their weights, many of them in one folder of a few files.
+"""Records: what is left of finished runs without their weights, many in one folder of a few files.
 
-runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config (its hash)
+runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config hash
                configs.json     {run: configuration}
-               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric; the metadata list each run's
-               scores.parquet   what metrics.json holds: run, metric, value, low and high (its interval), protocol (JSON)
-               TABLE.parquet    one analysis: run, and the columns of the table; the metadata say what made each run's
-               samples/         RUN.STEP.png, of a few runs
+               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric
+               scores.parquet   what metrics.json holds: run, metric, value, interval, protocol as JSON
+               TABLE.parquet    one analysis: run, and the columns of its table
+               samples/         RUN.STEP.png, sample panels of a few runs
+
+The metadata of metrics.parquet list the metrics of each run; those of TABLE.parquet, what made each table.
 """
 
 import functools
@@ -24,7 +26,10 @@ METRICS, SCORES = "metrics.parquet", "scores.parquet"
 
 
 class Record:
-    """What stands of one run without its weights; it reads like a Run, and what needs weights raises MissingRuns."""
+    """What is left of one run without its weights, read as a Run is.
+
+    What needs weights raises MissingRuns.
+    """
 
     is_finished = False  # as of a Run: whether the weights of its last step are there
 
@@ -68,14 +73,15 @@ class Record:
         return self.pack.scores.get(self.name, [])
 
     def table(self, name, parameters, compute):
-        """Return the analysis `name` if it was made with `parameters`, else `compute()`, which is not kept."""
+        """Return the analysis `name` if it was made with `parameters`, else `compute()`, not kept."""
         made_by, frame = self.pack.analyses.get(name, {}).get(self.name, ({}, None))
         fits = made_by == {"parameters": parameters, "step": self.step, "config": self.config_hash}
         return frame.copy() if fits else compute()
 
     def load_checkpoint(self, file=None, step=None):
         """Raise MissingRuns: a record has no weights."""
-        raise MissingRuns(f"'{self.name}' is a record without weights. Train it", [self.name], f"gear train {self.name}")
+        sentence = f"'{self.name}' is a record without weights. Train it"
+        raise MissingRuns(sentence, [self.name], f"gear train {self.name}")
 
 
 class Pack:
@@ -122,8 +128,10 @@ class Pack:
     def _tables(self, file):
         """Return {run: (what the metadata say of it, DataFrame)} of a parquet file."""
         made_by, table = self._read(file, read_parquet) or ({}, pd.DataFrame({"run": []}))
-        groups = table.groupby("run", sort=False)
-        return {name: (made_by.get(name), rows.drop(columns="run").reset_index(drop=True)) for name, rows in groups}
+        tables = {}
+        for name, rows in table.groupby("run", sort=False):
+            tables[name] = made_by.get(name), rows.drop(columns="run").reset_index(drop=True)
+        return tables
 
     def _read(self, file, read):
         """Return what `read` makes of a file, None where it is absent."""
@@ -131,13 +139,12 @@ class Pack:
         try:
             return read(path) if path.exists() else None
         except Exception as error:  # pyarrow and pandas raise whatever the damage brings about
-            raise UserError(
-                f"{path} cannot be read ({error}): restore it (git checkout {path.parent}), or make it again (make reference)."
-            ) from None
+            remedy = f"restore it (git checkout {path.parent}), or make it again (make reference)"
+            raise UserError(f"{path} cannot be read ({error}): {remedy}.") from None
 
 
 def reference():
-    """Return the Pack beside the user's runs; what was read of it is kept until it is written again."""
+    """Return the Pack among the user's runs; what was read of it is kept until it is written again."""
     folder = runs_dir() / REFERENCE
     index = folder / "runs.csv"  # the last file that is written
     return _pack(folder, index.stat().st_mtime_ns if index.exists() else 0)
@@ -158,14 +165,13 @@ def _records(table):
     return records
 
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_pack(folder, runs, names, with_panels=()):
-    """Write the records of `runs` (Runs) into `folder`; of those in `with_panels` (names) the sample panels, too.
+    """Write the records of `runs`, Runs, into `folder`, in place of all that an earlier pack wrote there.
 
-    `names` are the RunNames of the runs, {run: RunName}. Nothing stays in the folder of what an earlier pack
-    wrote there; its README.md does.
+    names: {run: RunName}. with_panels: the names of those runs whose sample panels are kept, too.
     """
     for path in [*folder.glob("*.parquet"), *folder.glob("samples/*.png")]:
         path.unlink()
@@ -179,7 +185,8 @@ def write_pack(folder, runs, names, with_panels=()):
             copy = folder / "samples" / f"{run.name}.{step:07d}.png"
             write_atomically(copy, lambda target, path=path: target.write_bytes(path.read_bytes()))
     for file, made in tables.items():
-        frames = [frame.assign(run=name) for name, (_, frame) in made.items() if frame is not None and len(frame)]
+        filled = {name: frame for name, (_, frame) in made.items() if frame is not None and len(frame)}
+        frames = [frame.assign(run=name) for name, frame in filled.items()]
         if frames:
             frame = pd.concat(frames, ignore_index=True)
             made_by = {name: made_by for name, (made_by, _) in made.items() if made_by}
@@ -191,8 +198,16 @@ def write_pack(folder, runs, names, with_panels=()):
 
 
 def _line(run, name):
-    parts = {"preset": name.preset, "method": name.method, "cell": name.cell, "seed": run.config.get("seed")}
-    return {"run": run.name, **parts, "parent": run.config.get("tokenizer_run"), "config": run.config_hash}
+    config = run.config
+    return {
+        "run": run.name,
+        "preset": name.preset,
+        "method": name.method,
+        "cell": name.cell,
+        "seed": config.get("seed"),
+        "parent": config.get("tokenizer_run"),
+        "config": run.config_hash,
+    }
 
 
 def _score_table(run):

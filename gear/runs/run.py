@@ -54,7 +54,8 @@ class Run:
     def open(cls, name):
         """Open the run called `name` in `runs_dir()`, or where there is none its Record.
 
-        Raises MissingRuns with the nearest name when there is neither, and UserError for a folder that is no run.
+        Raises MissingRuns with the nearest name when there is neither, and UserError for a folder
+        that is no run.
         """
         run = cls(run_path(name))
         if run.exists:
@@ -272,9 +273,10 @@ class Run:
 
 
 def open_runs(pattern):
-    """Open the run or record called `pattern`, or all that match the shell `pattern`; raises MissingRuns when there is none.
+    """Open the run or record called `pattern`, or all that match the shell `pattern`.
 
-    A list of digits such as `-s[012]` asks for each of them: MissingRuns names the first that is missing.
+    A list of digits such as `-s[012]` asks for each of them. Raises MissingRuns when there is none, and
+    for the first of a list that is missing.
     """
     names = run_names(pattern)
     if names != [pattern]:

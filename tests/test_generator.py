@@ -280,8 +280,8 @@ def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator)
         got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
         assert torch.equal(got.flatten(1), indices)
     labels = torch.full((6000,), 3)
-    labels = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
+    classes = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
     for scale in (0, 0.5):
         drawn = torch.bincount(generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K) / 6000
         torch.testing.assert_close(drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025)
@@ -364,8 +364,8 @@ def test_top_one_is_temperature_zero(generator):
 def test_samples_follow_the_guided_logits_over_the_temperature(generator):
     """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
     labels = torch.full((6000,), 3)
-    labels = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
+    classes = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
     want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
     drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
     got = torch.bincount(drawn.flatten(), minlength=K) / 6000

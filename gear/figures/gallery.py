@@ -23,15 +23,15 @@ ELSEWHERE = "Not in the paper"
 
 def write_gallery():
     """Write figures_dir()/index.html: every product with its figure, in the paper's order, then those without; returns it."""
-    figures = [_words(product) | _files(product) for product in products()]
-    figures.sort(key=lambda figure: (_order(figure["place"]), figure["product"]))
-    drawn = [figure for figure in figures if figure["size"]]
-    scales = (figure["scale"].removeprefix(SCALE).partition(", K =")[0] for figure in drawn)
+    entries = [_words(product) | _files(product) for product in products()]
+    entries.sort(key=lambda entry: (_order(entry["place"]), entry["product"]))
+    figures = [entry for entry in entries if entry["size"]]
+    scales = (figure["scale"].removeprefix(SCALE).partition(", K =")[0] for figure in figures)
     page = _template().render(
         palette=PALETTE,
         scale="; ".join(dict.fromkeys(filter(None, scales))),
-        drawn=drawn,
-        lacking=[figure for figure in figures if not figure["size"]],
+        figures=figures,
+        missing=[entry for entry in entries if not entry["size"]],
         needs_weights=NEEDS_WEIGHTS,
     )
     path = figures_dir() / "index.html"
@@ -56,7 +56,7 @@ def _with_arrows(text):
 
 def _ending_in_code(needs):
     """Mark up the command with which a text ends."""
-    return Markup(re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", escape(needs)))
+    return Markup(re.sub(rf"({MADE_BY.pattern}.+)$", r"<code>\1</code>", str(escape(needs))))
 
 
 def _words(product):
@@ -89,11 +89,10 @@ def _files(product):
         with Image.open(paths[0]) as picture:
             size = picture.size  # told, so that a page still loading does not move
     runs, recipes = runs_of(paths[2]), {}
-    for name, made in runs.items():
+    for name, run in runs.items():
         parts = re.fullmatch(r"(.+?)-s(\d+)(-.+)?", name)
         recipe, seed = (parts[1] + (parts[3] or ""), parts[2]) if parts else (name, "")
-        run = {"seed": seed, "config": made["config"]}
-        recipes.setdefault((recipe, made["step"]), []).append(run)
+        recipes.setdefault((recipe, run["step"]), []).append(run | {"seed": seed})
     return {
         "size": size,
         "files": [path.name for path in paths if path.exists()],

@@ -211,18 +211,12 @@ def test_attention_with_a_cache_is_attention_without():
     torch.testing.assert_close(torch.cat(parts, 1), attention(x, table))
 
 
-def test_rms_norm_has_unit_mean_square_and_ignores_scale():
-    x = torch.randn(4, 64)
-    torch.testing.assert_close(RMSNorm(64)(x).square().mean(-1), torch.ones(4), rtol=1e-4, atol=0)
-    torch.testing.assert_close(RMSNorm(64)(50 * x), RMSNorm(64)(x), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("width", (16, 192, 1024))
 def test_rms_norm_is_its_formula_with_its_gradients(width, device):
     """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU within rounding."""
     norm, x = RMSNorm(width).to(device), torch.randn(3, 7, width, device=device)
     torch.nn.init.normal_(norm.weight)
-    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight  # noqa: E731
+    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight  # noqa: E731
     results = []
     for function in (norm, formula):
         leaf = x.clone().requires_grad_()

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from gear.config import Jobs, TrainingStopped, UserError, check_value, given_by, nearest
+from gear.experiments import published
 from gear.experiments.studies import STUDIES
 from gear.figures.execution import parameters_of, run_notebook
 from gear.figures.parameters import check_parameter
@@ -277,7 +278,7 @@ def _inputs(name, parameters):
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
     runs = [p for kind in ("config.json", "metrics.json*", "samples/*.png") for p in sorted(runs_dir().glob(f"*/{kind}"))]
-    for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
+    for path in [*filter(None, [notebooks().get(name)]), published.FILE, *sources, *runs]:
         if path.is_file():  # and not a folder among the runs that is none
             digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())
     for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):

@@ -83,8 +83,7 @@ def test_a_family_is_corrected_for_its_size():
     three = family([*rows, compare(pd.Series([-0.1, 0.2, 0.3]), 1)])
     assert three.verdict[1] == "contradicted" and three.verdict_holm[1] == "undecided" and three.p_holm[1] == 2 * three.p[1]
     assert tally(three) == (
-        "1 of 4 reproduced, 1 after Holm's correction; 1 of 4 contradicted, 0 after Holm's correction; "
-        "1 not testable: 2 seeds; 1 undecided"
+        "1 of 4 reproduced, 1 after Holm's correction; 1 contradicted, 0 after it; 1 not testable: 2 seeds; 1 undecided"
     )
 
 
@@ -135,9 +134,7 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
     size, end = "-0.199 [-0.201, -0.197]", "reproduced | reproduced |"
     assert lines[2] == f"| Loss is lower than the warm-up's | Fig. 3 | {LOSS} | {size} | 3 of 3 | 8.4e-06 | {end}"
     assert lines[3] == f"| Loss is above the floor |  | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
-    assert lines[4:] == [
-        "", "2 of 2 reproduced, 2 after Holm's correction; 0 of 2 contradicted, 0 after Holm's correction.",
-    ]  # fmt: skip
+    assert lines[4:] == ["", "2 of 2 reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."]
     words = verdicts.claims_in_words(table).splitlines()
     assert words[0].split("  ")[0] == "reproduced" and words[0].endswith("Loss is lower than the warm-up's (Fig. 3)")
     values = f"{LOSS}: 3.301 against 3.5, {size}, 3 of 3 seeds agree, p = 8.4e-06, reproduced after Holm's correction"
@@ -240,7 +237,7 @@ def test_a_study_in_words_and_in_markdown():
     record_study("depth")
     table = study_verdicts("depth")
     judged, lines = table[table.verdict != ""], verdicts.directions_in_words(table).splitlines()
-    assert lines[0] == f"differences that the paper's table has, too: {tally(table)}"
+    assert lines[0] == f"Differences that the paper prints: {tally(table)}"
     assert f"{sum(judged.verdict == 'reproduced')} of {len(judged)} reproduced, " in lines[0]
     assert "layer 1 of 3 against its baseline: " in "\n".join(lines) and " [" in "\n".join(lines)
     text = verdicts.studies_as_markdown(["depth"], "tiny", count=100)

@@ -27,7 +27,7 @@ def last(metric):
 
 
 def above_null(level, metric, profile=layer_profile, layer=None):
-    """Return a statistic of a layer (default: the last): alignment to the teacher above its null."""
+    """Return a statistic of a layer (default: the last): its alignment to the teacher, above null."""
 
     def statistic(run):
         table = profile(run)
@@ -74,8 +74,8 @@ STATISTICS = {
 
 AGAINST = {  # what a baseline is called
     "llamagen-repa": "the warm-up", "llamagen-repa-control": "the control",
-    "llamagen-repa-half": "half the codes", "tokenizer": "the warm-up", "control": "the control",
-    "joint": "the soft bridge", "": "the floor",
+    "llamagen-repa-half": "one with half the codes", "tokenizer": "the warm-up",
+    "control": "the control", "joint": "the soft bridge", "": "the floor",
 }  # fmt: skip
 SETTLED = ("llamagen-repa", "llamagen-repa-control")
 ALL = (*SETTLED, "llamagen-repa-half")
@@ -104,7 +104,8 @@ CLAIMS = [
     Claim("Moran's I of the last layer is nearer the teacher's on GEAR's tokenizer than on "
           "{against}", "Fig. 5c", "Moran's I, distance to teacher", "gear", SETTLED, -1),
     Claim("High-frequency ratio of the last layer is nearer the teacher's on GEAR's tokenizer than "
-          "on {against}", "Fig. 5f", "high-frequency ratio, distance to teacher", "gear", SETTLED, -1),
+          "on {against}",
+          "Fig. 5f", "high-frequency ratio, distance to teacher", "gear", SETTLED, -1),
     Claim("Patch CKA of GEAR's tokenizer and teacher before quantisation is lower than {against}'s",
           "Table 4", "tokenizer's patch CKA, before", "joint", TOKENIZERS, -1),
     Claim("Patch CKA of GEAR's tokenizer and teacher after quantisation is lower than {against}'s",

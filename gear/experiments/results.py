@@ -18,6 +18,7 @@ from gear.runs.run import Run, open_runs, run_names
 
 REFERENCE = EvaluateOptions.reference_count  # images that samples are compared with, and that are reconstructed
 SCORED = {"fd", "precision", "recall", "psnr", "ssim", "rfd"}  # what an evaluation of samples and reconstructions leaves
+LOGGED = "ntp_loss", "align_loss", "usage_entropy", "predictable"  # what validation logs
 TITLES = {
     "fd": "Fréchet distance", "precision": "precision", "recall": "recall", "psnr": "PSNR (dB)", "ssim": "SSIM",
     "rfd": "Fréchet, reconstructions", "ntp_loss": "next-token loss (nats)", "predictable": "H - NTP (nats)",
@@ -50,7 +51,8 @@ def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     network, last, table = space(preset), run.config["steps"], scores(run)
     data = from_dict(DataConfig, run.config["data"])
     at = step or last
-    values = {m: value for m, value in logged(run, at).items() if m in TITLES.keys() - SCORED}
+    validation = logged(run, at)
+    values = {metric: validation[metric] for metric in LOGGED if metric in validation}
     inception = network == "inception"
     names = {"gfid" if inception else f"fd_{network}": "fd", "rfid" if inception else f"rfd_{network}": "rfd"}
     drawn = dict(count=count, cfg_scale=cfg_scale, seed=0, temperature=1.0, top_k=0, top_p=1.0, step=at, network=network)

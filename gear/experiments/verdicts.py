@@ -73,13 +73,12 @@ def family(comparisons):
 def tally(table):
     """Count the verdicts of a family in words, before and after Holm's correction."""
     judged = table[table.verdict != ""]
-    counts, corrected = judged.verdict.value_counts(), judged.verdict_holm.value_counts()
-    words = []
-    for verdict in DECIDED:
-        count = f"{counts.get(verdict, 0)} of {len(judged)} {verdict}"
-        words.append(f"{count}, {corrected.get(verdict, 0)} after Holm's correction")
-    words += [f"{count} {verdict}" for verdict, count in counts.items() if verdict not in DECIDED]
-    return "; ".join(words)
+    reproduced, contradicted = (sum(judged.verdict == verdict) for verdict in DECIDED)
+    by_holm = [sum(judged.verdict_holm == verdict) for verdict in DECIDED]
+    words = [f"{reproduced} of {len(judged)} reproduced, {by_holm[0]} after Holm's correction"]
+    words.append(f"{contradicted} contradicted, {by_holm[1]} after it")
+    others = judged.verdict[~judged.verdict.isin(DECIDED)].value_counts()
+    return "; ".join([*words, *(f"{count} {verdict}" for verdict, count in others.items())])
 
 
 def claims(preset="scenes", label=""):
@@ -177,7 +176,7 @@ def claims_as_markdown(table):
 
 def directions_in_words(table):
     """Count the verdicts of `directions`, and name those that are decided, with their intervals."""
-    lines = [f"differences that the paper's table has, too: {tally(table)}"]
+    lines = [f"Differences that the paper prints: {tally(table)}"]
     for verdict, rows in table[table.verdict != ""].groupby("verdict", sort=True):
         if verdict in DECIDED:
             sizes = [f" {_size(row)}" for row in rows.itertuples()]

@@ -163,7 +163,7 @@ def state_on(device, parts=1, **changes):
     config = replace(base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes)
     torch.manual_seed(0)
     states = [State(config, torch.device(name), parts) for name in ("cpu", device)]
-    states[0].start()
+    states[0].start(states[0].config.data)
     for name, network in states[0].networks.items():
         if name in ("generator", "projector"):
             stirred(network)

@@ -294,7 +294,7 @@ def test_target_gradient_and_images_stay_out_of_the_teacher():
 
 def test_a_new_run_starts_its_average_from_data_too():
     state = tiny_state()
-    state.start()
+    state.start(state.config.data)
     assert (state.tokenizer.quant_conv.weight == 0).all()
     assert same(weights(state.tokenizer), weights(state.averages["tokenizer"].module))
 

@@ -135,9 +135,10 @@ def observed(run, split, count, device="cpu"):
     All three lie on the CPU; `device` computes.
     """
     config = run.config
-    source, stride = data.trained_on(run), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
+    source, stride = data.open_trained(run), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     images, labels = data.load(source, split, count)
-    return images, labels, teacher_features(load_teachers(config["teacher"], source, stride)[0].to(device), images)
+    teacher = load_teachers(config["teacher"], source.config, stride)[0].to(device)
+    return images, labels, teacher_features(teacher, images)
 
 
 def profile(features, target, k, device="cpu", **choices):

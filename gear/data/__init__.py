@@ -3,6 +3,7 @@
 from gear.data.report import report as data_report
 from gear.data.stream import (
     DataConfig,
+    Source,
     Stream,
     absolute,
     check_classes,
@@ -10,14 +11,14 @@ from gear.data.stream import (
     loaded,
     num_classes,
     open_source,
-    read,
     stream,
 )
-from gear.data.trained import trained_on
+from gear.data.trained import open_trained, trained_on
 from gear.images import to_float, to_uint8
 
 __all__ = [
     "DataConfig",
+    "Source",
     "Stream",
     "absolute",
     "check_classes",
@@ -26,7 +27,7 @@ __all__ = [
     "loaded",
     "num_classes",
     "open_source",
-    "read",
+    "open_trained",
     "stream",
     "to_float",
     "to_uint8",

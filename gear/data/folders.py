@@ -1,6 +1,7 @@
 """The images of a source with their classes and splits, as training sees them."""
 
 import contextlib
+import copy
 import hashlib
 import os
 import re
@@ -65,6 +66,8 @@ def _open_file(path):
 class Folder:
     """Images of a folder, a zip, tar shards or a download, one sub-folder a class; a flat one is one class.
 
+    It is opened whole, and `split` gives the part of it that training may see, or may not.
+
     Classes are in the order of their names, or where each begins with a number, of those numbers; a
     file of labels (`config.labels`) says otherwise. A twentieth of the images, chosen by a hash of each
     one's name within the source, is the validation split: adding images moves none of them (of a folder
@@ -75,7 +78,7 @@ class Folder:
     hundredth of them are lost or cannot be read.
     """
 
-    def __init__(self, source, split, config):
+    def __init__(self, source, config):
         self.path, self.store = source, open_store(source)
         names = self.store.names
         census = self.store.census
@@ -89,15 +92,23 @@ class Folder:
         census.check(source, names, None if isinstance(self.store, Shards) else self.store.top)
         rank = {name: _hash(name) for name in names}
         names = sorted(names, key=rank.get)  # the first N are then a sample of all classes
-        held_out = {name for name in names if rank[name] < VALIDATION_SHARE} or {names[0]}
+        self.held_out = {name for name in names if rank[name] < VALIDATION_SHARE} or {names[0]}
         self.all_labels, self.classes = self._classify(names, config.labels)
-        chosen = [n for n in names if split == "all" or (n in held_out) == (split == "val")]
-        if not chosen:
-            raise UserError(f"'{source}' holds too few images ({len(names)}): none is left for the split '{split}'.")
-        self.names, self.split = chosen, split
-        self._labels = np.array([self.all_labels[name] for name in chosen], np.int64)
         self._filter, self._size = INTERPOLATIONS[config.interpolation], config.image_size
-        self.unreadable = {}
+        self._take(names)
+
+    def _take(self, names):
+        self.names, self.unreadable = names, {}
+        self._labels = np.array([self.all_labels[name] for name in names], np.int64)
+
+    def split(self, split):
+        """Return the images of the split "train", "val" or "all"; raises UserError where none is left for it."""
+        names = [n for n in self.names if split == "all" or (n in self.held_out) == (split == "val")]
+        if not names:
+            raise UserError(f"'{self.path}' holds too few images ({len(self)}): none is left for the split '{split}'.")
+        part = copy.copy(self)  # of the store that is open, and the classes that are told
+        part._take(names)
+        return part
 
     def _classify(self, names, labels):
         """Return ({name: class number}, [class name]); raises UserError for images beside class folders."""

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from gear.data.pixels import described, to_rgb
 from gear.data.scenes import Scenes
-from gear.data.stream import open_source
+from gear.data.stream import Source
 
 
 def report(config, count=1_000):
@@ -16,11 +16,12 @@ def report(config, count=1_000):
 
     `count` images, a sample of all classes, are opened (0: all of them). Raises UserError as `open_source` does.
     """
-    source = open_source(config, "all")
+    opened = Source(config)
+    source = opened.split("all")
     if isinstance(source, Scenes):
         numbers = f"{config.train_images} to train on, {config.val_images} to validate on, drawn when they are asked for"
         return "\n".join([f"scenes: {numbers}", *_classes(source.classes, None)])
-    val = len(open_source(config, "val"))
+    val = len(opened.split("val"))
     lines = [
         f"{config.source}: {len(source)} images, {len(source) - val} to train on, {val} to validate on; "
         f"{len(source.classes)} class{'es' if len(source.classes) > 1 else ''}"

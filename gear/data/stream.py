@@ -4,6 +4,7 @@ A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(po
 Sample n of the stream is a function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
 """
 
+import functools
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -37,22 +38,43 @@ class DataConfig(Checked):
     # or "factors": what each patch shows (scenes; trains the teacher)
 
 
-def open_source(config, split):
-    """Open the "train" or "val" split of a DataConfig, no image being in both, or "all".
+class Source:
+    """The images of a DataConfig. A folder is walked once, when its first split is asked for."""
 
-    "all" is a folder's two splits together; of scenes, which have no end, those of "val". Raises UserError for
-    another split, and where there is no such source.
-    """
-    if split not in SPLITS:
-        raise UserError(f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
-    if config.source == "scenes":  # disjoint ranges of scene numbers
-        if config.labels not in LABELS:
-            raise UserError(f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for folders.")
-        first, length = (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
-        return Scenes(first, length, config.image_size)
-    if config.labels == "factors":
-        raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")
-    return Folder(config.source, split, config)
+    def __init__(self, config):
+        self.config = config
+
+    @functools.cached_property
+    def _folder(self):
+        return Folder(self.config.source, self.config)
+
+    def split(self, split):
+        """Return the "train" or "val" split, no image being in both, or "all".
+
+        "all" is a folder's two splits together; of scenes, which have no end, those of "val". Raises UserError for
+        another split, and where there is no such source.
+        """
+        config = self.config
+        if split not in SPLITS:
+            raise UserError(f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
+        if config.source == "scenes":  # disjoint ranges of scene numbers
+            if config.labels not in LABELS:
+                raise UserError(f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for folders.")
+            first, length = (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
+            return Scenes(first, length, config.image_size)
+        if config.labels == "factors":
+            raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")
+        return self._folder.split(split)
+
+
+def open_source(config, split):
+    """Return a split of a DataConfig's images: `Source.split`."""
+    return Source(config).split(split)
+
+
+def opened_source(source):
+    """Return a Source as it is, and that of a DataConfig."""
+    return source if isinstance(source, Source) else Source(source)
 
 
 def absolute(config):
@@ -93,10 +115,10 @@ def check_classes(config, classes, expected):
 class Stream(Dataset):
     """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded crops and flips."""
 
-    def __init__(self, config, seed):
-        self.config, self.seed = config, seed
-        self.source = open_source(config, "train")
-        self.mirrors = config.flip and not isinstance(self.source, Scenes)
+    def __init__(self, source, seed):
+        opened = opened_source(source)
+        self.config, self.seed, self.source = opened.config, seed, opened.split("train")
+        self.mirrors = self.config.flip and not isinstance(self.source, Scenes)
         self._epoch, self._order = None, None
 
     def _position(self, n):
@@ -131,10 +153,10 @@ class Stream(Dataset):
         return torch.from_numpy(_labels(self.source, self.config, positions))
 
 
-def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
-    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)), from sample number `start` on.
+def stream(source, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
+    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)) of a DataConfig or Source, from a sample on.
 
-    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default Stream(config, seed), may be another
+    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default Stream(source, seed), may be another
     Stream, which answers with more. Nothing is drawn from torch's global generator. Raises UserError, when it gets there, for
     an image that cannot be read.
     """
@@ -145,7 +167,7 @@ def stream(config, seed, batch_size, start=0, workers=0, rows=slice(None), sampl
             yield list(range(n, n + batch_size))[rows]
             n += batch_size
 
-    return loaded(samples or Stream(config, seed), numbers(), workers)
+    return loaded(samples or Stream(source, seed), numbers(), workers)
 
 
 def loaded(samples, batches, workers=0):
@@ -177,17 +199,16 @@ def _labels(source, config, positions):
     return source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
 
 
-def load(config, split="val", count=None):
-    """Return the first `count` images of a split, centre-cropped and never flipped, and their labels.
+def load(source, split="val", count=None):
+    """Return the first `count` images of a split of a DataConfig or Source, centre-cropped, never flipped, and their labels.
 
-    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for factors.
+    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for factors. Raises UserError
+    for a count below 1.
     """
-    return read(open_source(config, split), config, count)
-
-
-def read(source, config, count=None):
-    """Return what `load` does, of a source that is open. Raises UserError for a count below 1."""
+    source = opened_source(source)
     if count is not None:
         check_value("count", count, Count)
-    positions = np.arange(len(source) if count is None else min(count, len(source)))
-    return to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(_labels(source, config, positions))
+    images = source.split(split)
+    positions = np.arange(len(images) if count is None else min(count, len(images)))
+    labels = _labels(images, source.config, positions)
+    return to_float(torch.from_numpy(images.images(positions))), torch.from_numpy(labels)

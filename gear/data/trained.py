@@ -11,14 +11,19 @@ from dataclasses import replace
 
 from gear.config import UserError, from_dict
 from gear.data.stores import DOWNLOADS
-from gear.data.stream import DataConfig, absolute, check_classes, open_source
+from gear.data.stream import DataConfig, Source, absolute, check_classes
 from gear.files import say_once, write_atomically
 
 FACTS = {"source": str, "labels": str, "classes": list, "images": int, "identity": str}
 
 
 def trained_on(run, source="", labels=""):
-    """Return the DataConfig of a run's images, its source being where they lie today.
+    """Return the DataConfig of a run's images, its source being where they lie today: that of `open_trained`."""
+    return open_trained(run, source, labels).config
+
+
+def open_trained(run, source="", labels=""):
+    """Return the Source of a run's images, where they lie today.
 
     `source` and `labels` say where they, and a file of labels, have moved to; that is remembered. Raises UserError
     where there are no images, where their classes are not those that the run was trained on, and where a new place
@@ -28,7 +33,7 @@ def trained_on(run, source="", labels=""):
     if config.source == "scenes" or config.source in DOWNLOADS:
         if source not in ("", config.source):
             raise UserError(f"run '{run.name}' was trained on '{config.source}', which does not move to '{source}'.")
-        return config
+        return Source(config)
     before = _facts(run)
     place = absolute(DataConfig(source)).source if source else place_of(run)
     labels = absolute(DataConfig(labels=labels)).labels if labels else before.get("labels", config.labels)
@@ -38,13 +43,14 @@ def trained_on(run, source="", labels=""):
             f"the images of run '{run.name}' are not at '{place}' any more. Where have they moved? "
             f"gear data NEW --moved {run.name}"
         )
-    images = open_source(config, "all")
+    opened = Source(config)
+    images = opened.split("all")
     check_classes(config, images.classes, before.get("classes", run.config["generator"]["num_classes"]))
     if before:
         _compare(run, before, images, place)
     if source and (place, labels) != (before.get("source"), before.get("labels")):
-        note(run, config)
-    return config
+        note(run, opened)
+    return opened
 
 
 def place_of(run):
@@ -54,11 +60,12 @@ def place_of(run):
     return began if os.path.exists(began) and not os.path.exists(last) else last  # they may have moved back
 
 
-def note(run, config):
-    """Write down what a run is trained on; for images that are nobody's, as scenes, there is nothing to write."""
+def note(run, source):
+    """Write down the Source that a run is trained on; for images that are nobody's, as scenes, there is nothing to write."""
+    config = source.config
     if config.source == "scenes" or config.source in DOWNLOADS:
         return
-    images = open_source(config, "all")
+    images = source.split("all")
     facts = {
         "source": config.source, "labels": config.labels, "classes": images.classes, "images": len(images),
         "identity": _identity(images),

@@ -1,5 +1,6 @@
 """Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
 
+import functools
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import Checked, Count, Samples, Seed, Share, UserError, Whole, given_by, nearest
-from gear.data import load, trained_on
+from gear.data import load, open_trained
 from gear.device import open_device
 from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.lpips import LPIPS_BACKBONE, load_lpips, lpips_backbone
@@ -69,18 +70,59 @@ def evaluate(name, options=EvaluateOptions()):
     """
     run, settings = Run.open(name), _swept(options)
     options = replace(options, device=str(open_device(options.device)))
+    clip = _check_options(run, options, settings)
+    with given_by(options.source and "--source"):
+        source = open_trained(run, options.source)
+    config = source.config
+    networks, likelihood = None, []  # of someone else's samples
+
+    @functools.lru_cache(maxsize=2)  # the generator and the tokenizer of one step
+    def load_network(load, step):
+        return load(run.name, step=step).to(options.device)
+
+    teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
+    space = options.network or teacher
+    records = []
+    if options.reconstruction or options.both:
+        resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
+        network = _network(space, options, **resize)
+        records += _reconstruction(run, load_network(load_tokenizer, run.step), source, network, options)
+    if not options.reconstruction:
+        network, split = _network(space, options), "all" if options.reference else "train"
+        with given_by(options.reference and "--reference"):
+            real = reference(
+                options.reference or source, network, config.image_size, options.reference_count, split, options.device,
+                config.interpolation,
+            )  # fmt: skip
+        if not options.reference:
+            real.name = run.config["data"]["source"]  # wherever its images have moved
+        for step in options.steps or (run.step,):
+            if not options.samples:
+                networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
+                likelihood = _likelihood(run, step, networks, source, options.device)
+            for sampling in settings:
+                records += _generation(run, step, networks, config, network, real, options, sampling, clip)
+            records += likelihood
+    _keep(run, records)
+    for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
+        print(line, file=sys.stderr)
+    return records
+
+
+def _check_options(run, options, settings):
+    """Say what is wrong with any option before anything is drawn; returns the CLIP that captions ask for, or None."""
     read_metrics(run)  # a damaged file is said before anything is drawn
     if options.steps and (options.samples or options.reconstruction):
         raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
     if gone := set(options.steps) - set(run.checkpoint_steps()):
         there = ", ".join(map(str, run.checkpoint_steps())) or "none"
         raise UserError(
-            f"run '{name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it has {there}. A run keeps its "
+            f"run '{run.name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it has {there}. A run keeps its "
             f"newest two and the best while it trains, more with --keep."
         )
     if options.export and len(settings) * max(1, len(options.steps)) > 1:
         raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
-    clip = None  # what is wrong with any option is said before anything is drawn
+    clip = None
     if options.captions:
         for sampling in settings:
             with given_by("--captions"):
@@ -90,32 +132,7 @@ def evaluate(name, options=EvaluateOptions()):
     if options.export:
         with given_by("--export"):
             check_target(options.export)
-    with given_by(options.source and "--source"):
-        config = trained_on(run, options.source)
-    teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
-    space = options.network or teacher
-    records = []
-    if options.reconstruction or options.both:
-        resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
-        network = _network(space, options, **resize)
-        records += _reconstruction(run, config, network, options)
-    if not options.reconstruction:
-        network, split = _network(space, options), "all" if options.reference else "train"
-        with given_by(options.reference and "--reference"):
-            real = reference(
-                options.reference or config.source, network, config.image_size, options.reference_count, split, options.device,
-                config.interpolation,
-            )  # fmt: skip
-        if not options.reference:
-            real.name = run.config["data"]["source"]  # wherever its images have moved
-        for step in options.steps or (run.step,):
-            for sampling in settings:
-                records += _generation(run, step, config, network, real, options, sampling, clip)
-            records += _likelihood(run, step, config, options.device) if not options.samples else []
-    _keep(run, records)
-    for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
-        print(line, file=sys.stderr)
-    return records
+    return clip
 
 
 def _network(name, options, **settings):
@@ -148,13 +165,13 @@ def _swept(options):
         return [replace(options.sampling, **{key: number}) for number in numbers]
 
 
-def _generation(run, step, config, network, real, options, sampling, clip):
-    """Draw samples (or take someone else's) and compare them with the reference."""
+def _generation(run, step, networks, config, network, real, options, sampling, clip):
+    """Draw samples with `networks`, a generator and a tokenizer (or take someone else's), and compare with the reference."""
     if options.samples:
         drawn = {"samples": Path(options.samples).name}
         batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
     else:
-        generator, tokenizer = (load(run.name, step=step).to(options.device) for load in (load_generator, load_tokenizer))
+        generator, tokenizer = networks
         drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step} | drawing(generator)
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
         how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
@@ -191,10 +208,10 @@ def _clip_score(batches, protocol, options, network):
 
 
 @torch.no_grad()
-def _likelihood(run, step, config, device):
+def _likelihood(run, step, networks, source, device):
     """Next-token loss on validation images, the entropy of their codes, and what of it is predicted (H - NTP)."""
-    generator, tokenizer = (load(run.name, step=step).to(device) for load in (load_generator, load_tokenizer))
-    images, labels = load(config, "val", run.config["eval_images"])
+    generator, tokenizer = networks
+    images, labels = load(source, "val", run.config["eval_images"])
     indices = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(32)]).flatten(1)
     losses = [
         F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none").cpu()
@@ -206,10 +223,10 @@ def _likelihood(run, step, config, device):
     return [record(metric, value, protocol) for metric, value in values.items()]
 
 
-def _reconstruction(run, config, network, options):
+def _reconstruction(run, tokenizer, source, network, options):
     """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to the same images."""
-    tokenizer = load_tokenizer(run.name).to(options.device)
-    images, _ = load(config, "val", options.reference_count)
+    config = source.config
+    images, _ = load(source, "val", options.reference_count)
     decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
     protocol = {
         "weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "image_size": config.image_size,

@@ -9,7 +9,7 @@ import torch
 
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import MOST, Range, check_value
-from gear.data import trained_on
+from gear.data import open_trained
 from gear.device import open_device
 from gear.evaluation.evaluate import Sampling
 from gear.evaluation.networks import EfficientNet, load_network_by_name
@@ -34,10 +34,11 @@ def sensitivity(run, count=500, network="scenes", device="auto"):
 
 
 def _sensitivity(run, count, name, device):
-    config, rows = trained_on(run), []
+    source, rows = open_trained(run), []
+    config = source.config
     space = load_network_by_name(name).to(device)
     filters = {f: EfficientNet(resize=f).to(device) for f in ("bicubic", "bilinear", "nearest")}
-    real = torch.cat(list(read_images(config.source, config.image_size, count, "train", config.interpolation)))
+    real = torch.cat(list(read_images(source, config.image_size, count, "train")))
     draw, compared = partial(_draw, run, device), partial(_compare, device=device)
     drawn = draw(Sampling(count))
     tell = lambda choice, setting, found: rows.extend((choice, setting, key, value) for key, (value, _) in found.items())  # noqa: E731

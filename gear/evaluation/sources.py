@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from gear.config import UserError, given_by
-from gear.data import DataConfig, open_source
+from gear.data import DataConfig, Source
 from gear.evaluation.scores import BATCH, FeatureSet, extract
 from gear.files import read_array, write_array
 from gear.generator.sampling import generate, sampling_dtype
@@ -71,8 +71,13 @@ def samples_folder(run, protocol):
 
 
 def read_images(source, image_size, count=None, split="all", interpolation="bicubic"):
-    """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and centre-cropped."""
-    images = open_source(DataConfig(str(source), image_size, interpolation=interpolation), split)
+    """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and centre-cropped.
+
+    A Source, which is open, may stand for all but `count` and `split`.
+    """
+    if not isinstance(source, Source):
+        source = Source(DataConfig(str(source), image_size, interpolation=interpolation))
+    images = source.split(split)
     total = len(images) if count is None else min(count, len(images))
     for start in range(0, total, BATCH):
         yield torch.from_numpy(images.images(np.arange(start, min(start + BATCH, total))))
@@ -80,6 +85,8 @@ def read_images(source, image_size, count=None, split="all", interpolation="bicu
 
 def is_npz(source):
     """Tell a .npz from what else images lie in; raises UserError for a .npy."""
+    if isinstance(source, Source):
+        return False
     path = Path(source).expanduser()
     if path.suffix.lower() == ".npy" and not path.is_dir():
         raise _one_array(source)
@@ -162,7 +169,7 @@ def reference(source, network, image_size, count=None, split="all", device="cpu"
     """
     if not is_npz(source):
         batches = read_images(source, image_size, count, split, interpolation)
-        return extract(str(source), batches, network, device)
+        return extract(source.config.source if isinstance(source, Source) else str(source), batches, network, device)
     arrays = read_npz(source)
     names = STATISTICS.get(network.name, {})
     found = {kind: _statistics(source, arrays, pair) for kind, pair in names.items() if set(pair) <= arrays.keys()}

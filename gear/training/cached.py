@@ -44,9 +44,9 @@ class Cached(Stream):
     full, and Interrupted when `signals` holds one; the files that are complete then stand.
     """
 
-    def __init__(self, state, workers=0, quiet=False, signals=()):
+    def __init__(self, state, workers=0, quiet=False, signals=(), source=None):
         config = state.config
-        super().__init__(config.data, config.seed)
+        super().__init__(source or config.data, config.seed)
         self.batch, self.device, self.identity = config.batch_size, state.device, self.source.identity()
         self.per_image = None if self.source.is_cropped() else 1 + self.mirrors
         self.length = len(self.source) * self.per_image if self.per_image else config.steps * config.batch_size

@@ -80,18 +80,21 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     torch.manual_seed(step_seed(config.seed, -1))
     state = State(config, processes.device, parts, processes, runtime.checkpointing)
     meter = Meter(processes)
-    validation = Validation(state)
+    source = data.Source(config.data)
+    validation = Validation(state, source)
     if not run.checkpoint_steps():
-        state.start()
+        state.start(source)
     compute = Running(state, way_of(config, processes.device, runtime, is_alone))
     with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config, runtime.rebuild):
             return run
-        _begin(run, state, meter, validation)
+        _begin(run, state, meter, validation, source)
         looked_up = runtime.cached and config.uses("tokenizer") and not config.trains("tokenizer")
-        samples = Cached(state, runtime.workers, runtime.quiet, signals) if looked_up else None
+        samples = None
+        if looked_up:
+            samples = Cached(state, runtime.workers, runtime.quiet, signals, source)
         start, rows = state.step * config.batch_size, processes.rows()
-        stream = data.stream(config.data, config.seed, config.batch_size, start, runtime.workers, rows, samples)
+        stream = data.stream(source, config.seed, config.batch_size, start, runtime.workers, rows, samples)
         with Progress(run, config, state.step, runtime.quiet or not processes.main) as progress:
             remaining = itertools.islice(stream, config.steps - state.step)
             uploaded = (upload(samples, state.device) for samples in remaining)
@@ -127,7 +130,7 @@ def _descend(state, skip):
         return {"skipped": torch.ones((), device=state.device)}  # a line in the log, as for any step
 
 
-def _begin(run, state, meter, validation):
+def _begin(run, state, meter, validation, source):
     """Go on from the run's newest checkpoint, or begin it; what does not fit is found before anything is dropped."""
     config = state.config
     if run.checkpoint_steps():
@@ -143,7 +146,7 @@ def _begin(run, state, meter, validation):
     elif state.processes.measures:
         if state.processes.main:
             Run.create(run.name, to_dict(config) | {"version": __version__})
-            note(run, config.data)
+            note(run, source)
             run.rewind(-1)
         record = validation()
         if state.processes.main:

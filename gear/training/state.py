@@ -141,11 +141,11 @@ class State:
         found = {name: getattr(self, name) for name in NETWORKS}
         return {name: module for name, module in found.items() if module is not None}
 
-    def start(self):
-        """Initialise a new run from training images, where its configuration asks for that."""
+    def start(self, source):
+        """Initialise a new run from training images of a Source, where its configuration asks for that."""
         config = self.config
         if config.trains("tokenizer") and config.tokenizer.init_from_data and not config.tokenizer_run:
-            images, _ = load(config.data, "train", INITIAL_IMAGES)
+            images, _ = load(source, "train", INITIAL_IMAGES)
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
@@ -162,7 +162,8 @@ class State:
                 seed = step_seed(self.config.seed, self.step)
                 torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits: a CPU's generator takes no more
             batch = self.observe(*part)
-            batch.mean_use, batch.dropped = mean_use, self._dropped(len(batch.labels), rows if is_shared else None)
+            batch.mean_use = mean_use
+            batch.dropped = self._dropped(len(batch.labels), rows if is_shared else None)
             yield batch
 
     def _dropped(self, count, rows):

@@ -19,14 +19,14 @@ BATCH = 128
 class Validation:
     """The run's own measurements on the first `eval_images` of the validation split."""
 
-    def __init__(self, state):
+    def __init__(self, state, source=None):
         config, self.state = state.config, state
         self.of_tokenizer = None  # its metrics and indices
-        source = data.open_source(config.data, "val")
-        self.classes = source.classes
+        source = source or data.Source(config.data)
+        self.classes = source.split("val").classes
         if state.generator is not None:
             data.check_classes(config.data, self.classes, config.generator.num_classes)
-        images, labels = data.read(source, config.data, config.eval_images)
+        images, labels = data.load(source, "val", config.eval_images)
         self.images, self.labels = images.to(state.device), labels.to(state.device)
         teacher = state.teacher_features
         with torch.no_grad():

@@ -27,7 +27,7 @@ def last(metric):
 
 
 def above_null(level, metric, profile=layer_profile, layer=None):
-    """Return a statistic of a layer (default: the last): its alignment to the teacher, above null."""
+    """Return a statistic of a layer (default: the last): alignment to the teacher above null."""
 
     def statistic(run):
         table = profile(run)

@@ -1,4 +1,4 @@
-"""What the paper prints: the numbers of Tables 1 to 19, and those of a study's cells by our names."""
+"""What the paper prints: the numbers of Tables 1 to 19, and a study's cells by our names."""
 
 import contextlib
 from pathlib import Path
@@ -18,10 +18,10 @@ COLUMNS = {  # our metric: the paper's column
 def published(table=None):
     """Return what the paper prints in Tables 1 to 19, one line per cell.
 
-    Columns: table, row, column, value, unit, citation. `table` (1 to 19) keeps that one, whose values are
-    floats where every one is a number; all others are text as printed, lists separated by "; ". Units:
-    "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens, text. UserError if the
-    paper has no such table.
+    Columns: table, row, column, value, unit, citation. `table` (1 to 19) keeps that one, whose
+    values are floats where every one is a number; all others are text as printed, lists separated
+    by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens, text.
+    UserError if the paper has no such table.
     """
     lines = pd.read_csv(FILE, dtype=str, keep_default_na=False).astype({"table": int})
     if table is None:
@@ -35,7 +35,7 @@ def published(table=None):
 
 
 def printed(name, preset="scenes"):
-    """Return what the paper prints of a study's cells: a table of cell, role, metric (ours), value."""
+    """Return what the paper prints of a study's cells: cell, role, metric (ours), value."""
     chosen = study(name)
     rows = []
     for cell in chosen.cells(preset):

@@ -32,9 +32,9 @@ def logged(run, step=None):
     "predictable" is H - NTP, what the generator predicts of a token, in nats.
     """
     log = run.metrics()
-    log = log[log.step == (step or run.config["steps"])].filter(regex="^val/").dropna(axis="columns")
-    rows = log.rename(columns=lambda name: name.removeprefix("val/")).to_dict("records")
-    values = rows[0] if rows else {}
+    log = log[log.step == (step or run.config["steps"])].dropna(axis="columns")
+    rows = log.filter(regex="^val/").rename(columns=lambda name: name.removeprefix("val/"))
+    values = next(iter(rows.to_dict("records")), {})
     if {"ntp_loss", "usage_entropy"} <= values.keys():
         values["predictable"] = values["usage_entropy"] - values["ntp_loss"]
     return values
@@ -43,9 +43,9 @@ def logged(run, step=None):
 def measured(name, preset, count=SAMPLES, cfg_scale=1.0, step=None):
     """Return {metric of TITLES: value} of what a run logged at a step and has in metrics.json.
 
-    Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default: the
-    last one), against REFERENCE images of its own; as many are reconstructed, at the last step. A source
-    with fewer gives all it has.
+    Samples are those of `count`, `cfg_scale` and seed 0, without top-k or top-p, at `step` (default:
+    the last one), against REFERENCE images of its own; as many are reconstructed, at the last step. A
+    source with fewer gives all it has.
     """
     run = Run.open(name)
     network, last, table = space(preset), run.config["steps"], scores(run)

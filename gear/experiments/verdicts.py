@@ -39,8 +39,8 @@ def compare(differences, sign, margin=0.0):
 
     A sign of 0 claims that the mean lies within the margin about zero; None claims nothing, and the
     verdict is "". Returns the columns of a comparison: seeds, difference (the mean), spread (their
-    standard deviation), low, high (95 % interval), agree (seeds that go the claimed way), p (two-sided,
-    of the claim's nearest bound), verdict.
+    standard deviation), low, high (95 % interval), agree (seeds that go the claimed way), p
+    (two-sided, of the claim's nearest bound), verdict.
     """
     row = dict(zip(("seeds", "difference", "spread", "low", "high"), effect(differences)))
     seeds = row["seeds"]
@@ -114,10 +114,10 @@ def _by_seed(recipe, label):
 def directions(table, name, preset="scenes"):
     """Judge a study by the table of its `results`: does each difference go the paper's way?
 
-    Returns a table, one row per cell and metric: cell, against, metric, paper (its difference; if it
-    prints none, nothing is claimed), and the columns of `compare` and `family`. A difference is that
-    of a cell from the study's reference or, where each cell has a baseline, of GEAR from that; where
-    the paper's table prints one baseline for all cells, of GEAR from that, too.
+    Returns a table, one row per cell and metric: cell, against, metric, paper (its difference; if
+    it prints none, nothing is claimed), and the columns of `compare` and `family`. A difference is
+    that of a cell from the study's reference or, where each cell has a baseline, of GEAR from that;
+    where the paper's table prints one baseline for all cells, of GEAR from that, too.
     """
     chosen = study(name)
     cells = chosen.cells(preset)
@@ -186,7 +186,7 @@ def directions_in_words(table):
 
 
 def studies_as_markdown(names, preset="scenes", count=SAMPLES):
-    """Judge studies over seeds 0, 1, 2 and write a Markdown table of verdicts, one line per study."""
+    """Judge studies over seeds 0, 1, 2: a Markdown table of verdicts, one line per study."""
     titles = ["study", "in the paper", *DECIDED, UNDECIDED]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in names:

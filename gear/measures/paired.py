@@ -1,4 +1,4 @@
-"""Differences paired by seed: their mean, its interval, tests of it, Holm's correction of several."""
+"""Differences paired by seed: their mean, its interval and tests, Holm's correction of several."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ LEVEL = 0.05  # of every test; an interval covers the rest
 
 
 class Effect(NamedTuple):
-    """Mean of n paired differences, with its 95 % interval by Student's t (NaN for fewer than two)."""
+    """Mean of n paired differences and its 95 % interval by Student's t, NaN for fewer than two."""
 
     n: int
     mean: float
@@ -44,9 +44,9 @@ def equivalence(differences, margin) -> float:
     """Return the p-value of two one-sided tests at -margin and margin, from differences (n,).
 
     It is the two-sided one of the bound nearer to the mean: at most LEVEL exactly where the 95 %
-    interval lies wholly within the margin (equivalent to zero) or wholly outside (not equivalent). Two
-    tests at LEVEL each (Schuirmann, 1987) take the 90 % interval: ours, at half of it, are the more
-    conservative, and ask the same interval of "alike" as of "different". NaN if n < 2.
+    interval lies wholly within the margin (equivalent to zero) or wholly outside (not equivalent).
+    Two tests at LEVEL each (Schuirmann, 1987) take the 90 % interval: ours, at half of it, are the
+    more conservative, and ask the same interval of "alike" as of "different". NaN if n < 2.
     """
     return p_value(differences, np.copysign(margin, effect(differences).mean))
 
@@ -54,8 +54,8 @@ def equivalence(differences, margin) -> float:
 def holm(p_values) -> np.ndarray:
     """Return a family's p-values (n,), corrected by Holm's step-down procedure (1979), in [0, 1].
 
-    Rejecting those of at most LEVEL errs anywhere in the family with a probability of at most LEVEL.
-    NaN stands for a test that was not made: it stays, and does not count.
+    Rejecting those of at most LEVEL errs anywhere in the family with at most that probability. NaN
+    stands for a test that was not made: it stays, and does not count.
     """
     p_values = np.asarray(p_values, dtype=float)
     order = p_values.argsort()  # NaN last

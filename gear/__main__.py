@@ -6,7 +6,9 @@ import sys
 from gear.cli.console import console
 from gear.config import UserError, __version__, nearest
 
-COMMANDS = {  # their modules are imported when they are called: torch alone takes a second
+# A command's module is imported when it is called: torch alone takes a second. Sub-commands of
+# tyro's would import tyro and the options of every command, and with them torch, for any of them.
+COMMANDS = {
     "train": "Train runs by recipe name; parents that are missing come first. The same command resumes.",
     "sweep": "Run one of the paper's ablations: train and score what is missing, and say whether it goes as the paper's does.",
     "sample": "Draw samples of a generator, a run's or a file's, into a PNG.",

@@ -1,6 +1,5 @@
 """Every test has run, figure and cache folders of its own; the runs of the recipe `tiny` are trained once and shared."""
 
-import fcntl
 import os
 import shutil
 
@@ -13,6 +12,7 @@ import gear  # noqa: F401  before torch: it sets what torch's libraries read whe
 import matplotlib
 import pytest
 import torch
+from filelock import FileLock
 
 from gear.experiments.recipes import recipe, train_with_parents
 from gear.training.loop import Runtime
@@ -40,8 +40,8 @@ def tiny_runs(tmp_path_factory):
     """The folder of the runs tiny-tokenizer, tiny-joint and tiny; read it, do not write to it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
-    with open(folder.with_suffix(".lock"), "w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker trains, the others wait
+    # one pytest-xdist worker trains, the others wait
+    with FileLock(folder.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEAR_RUNS", str(folder))
         train_with_parents(recipe("tiny"), "tiny", runtime=Runtime(device="cpu", quiet=True))
     return folder

@@ -3,11 +3,13 @@
 import errno
 import shutil
 import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import assert_same_run
 from PIL import Image
 
@@ -74,6 +76,18 @@ def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(tin
     train(recipe("tiny"), "tiny", CACHED)
     assert_same_run(tiny / "tiny", tiny_runs / "tiny")
     train(replace(recipe("tiny"), seed=7), "other-seed", replace(CACHED, workers=2))  # the same variants in another order
+
+
+def test_one_process_computes_and_the_others_wait(tiny, home):
+    lock = home / "cache" / "codes" / ".lock"
+    lock.parent.mkdir(parents=True)
+    thread = threading.Thread(target=lambda: Cached(state_of(), quiet=True))
+    with FileLock(lock):
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive() and not files(home)
+    thread.join(60)
+    assert len(files(home)) == 8
 
 
 def test_the_joint_stage_has_nothing_to_look_up(tiny, tiny_runs, home):

@@ -128,9 +128,23 @@ def test_text_is_escaped_and_marked_up(notebooks):
         said=["a -> b", "x   1", "y   <2"],
     )
     page = gallery.write_gallery().read_text()
-    assert "<em>Soft</em> is <code>a &lt; b</code>; 2 * 3 * 4.</p>" in page and '<p class="claim">More.</p>' in page
-    assert '<b>"' not in page and 'alt="A &quot;&lt;b&gt;&quot; &amp; b. ' in page
-    assert "a&nbsp;&rarr; b" in page and "<pre>x   1\ny   &lt;2</pre>" in page
+    assert "<em>Soft</em> is <code>a &lt; b</code>; 2 * 3 * 4.</p>\n<p>More.</p>" in page
+    assert '<b>"' not in page and 'alt="A &#34;&lt;b&gt;&#34; &amp; b. ' in page
+    assert "a\N{NO-BREAK SPACE}\N{RIGHTWARDS ARROW} b" in page and "<pre>x   1\ny   &lt;2</pre>" in page
+
+
+def test_what_notebooks_and_runs_say_is_never_a_tag(notebooks):
+    """Wherever it stands: words, parameters, names of runs, what is needed; of a figure drawn and of one that is not."""
+    tag = "<script>alert('x')</script>"
+    words = {key: f"{key} {tag}" for key in ("title", "place", "claim", "command", "scale", "needs")}
+    words |= {"parameters": {tag: {"value": tag, "about": tag}}, "said": [tag, f"{tag}   {tag}"]}
+    drawn(notebooks, "one", **words)
+    drawn(notebooks, "two", **words)
+    (notebooks / "two.png").unlink()
+    runs = {f"a{tag}-s0": {"config": tag, "step": tag}}
+    (notebooks / "one.csv").write_text(f"# {json.dumps({'runs': runs})}\n")
+    page = gallery.write_gallery().read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(") == 22
 
 
 def test_the_same_files_give_the_same_page_and_nothing_is_fetched(notebooks):
@@ -144,7 +158,7 @@ def test_a_product_without_a_figure_is_named_with_what_it_needs(notebooks):
     drawn(notebooks, "one", needs="no run 'a<b'. Train it: gear train a-s1")
     (notebooks / "one.png").unlink()
     page = gallery.write_gallery().read_text()
-    assert '<section id="one"' not in page and "no run 'a&lt;b'. Train it: <code>gear train a-s1</code>" in page
+    assert '<section id="one"' not in page and "no run &#39;a&lt;b&#39;. Train it: <code>gear train a-s1</code>" in page
     assert "Drawn by <code>gear figures two</code>." in page and "One &amp; two &lt;three&gt;" in page
 
 
@@ -172,7 +186,7 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(noteb
     main(["figures"])
     out = capsys.readouterr().out
     assert "one: needs runs: no run 'x-s1'" in out and "two: 0 s" in out and out.endswith("index.html\n")
-    assert "<br>no run 'x-s1'. Train it: <code>gear train x-s1</code></li>" in (notebooks / "index.html").read_text()
+    assert "<br>no run &#39;x-s1&#39;. Train it: <code>gear train x-s1</code></li>" in (notebooks / "index.html").read_text()
     (notebooks / "index.html").unlink()
     with pytest.raises(SystemExit) as end:
         main(["figures", "one"])
@@ -185,7 +199,8 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(noteb
     assert words["said"] == ["It is 3."] and words["needs"] == "no run 'x-s1'. Train it: gear train x-s1"
     page = gallery.write_gallery().read_text()
     assert (
-        "all its runs were there. Now no run 'x-s1'. Train it: <code>gear train x-s1</code></p>" in page and "It is 3." in page
+        "all its runs were there. Now no run &#39;x-s1&#39;. Train it: <code>gear train x-s1</code></p>" in page
+        and "It is 3." in page
     )
     drawn(notebooks, "one")
     with pytest.raises(render.NeedsRuns):

@@ -211,18 +211,12 @@ def test_attention_with_a_cache_is_attention_without():
     torch.testing.assert_close(torch.cat(parts, 1), attention(x, table))
 
 
-def test_rms_norm_has_unit_mean_square_and_ignores_scale():
-    x = torch.randn(4, 64)
-    torch.testing.assert_close(RMSNorm(64)(x).square().mean(-1), torch.ones(4), rtol=1e-4, atol=0)
-    torch.testing.assert_close(RMSNorm(64)(50 * x), RMSNorm(64)(x), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("width", (16, 192, 1024))
 def test_rms_norm_is_its_formula_with_its_gradients(width, device):
     """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU within rounding."""
     norm, x = RMSNorm(width).to(device), torch.randn(3, 7, width, device=device)
     torch.nn.init.normal_(norm.weight)
-    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight  # noqa: E731
+    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight  # noqa: E731
     results = []
     for function in (norm, formula):
         leaf = x.clone().requires_grad_()
@@ -280,8 +274,8 @@ def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator)
         got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
         assert torch.equal(got.flatten(1), indices)
     labels = torch.full((6000,), 3)
-    labels = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
+    classes = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
     for scale in (0, 0.5):
         drawn = torch.bincount(generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K) / 6000
         torch.testing.assert_close(drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025)
@@ -364,8 +358,8 @@ def test_top_one_is_temperature_zero(generator):
 def test_samples_follow_the_guided_logits_over_the_temperature(generator):
     """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
     labels = torch.full((6000,), 3)
-    labels = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in labels)
+    classes = generator.condition.no_class, 3
+    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
     want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
     drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
     got = torch.bincount(drawn.flatten(), minlength=K) / 6000

@@ -240,6 +240,23 @@ def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(tiny, tiny_runs,
     assert fingerprint(run) == before | {(run / "lock").relative_to(run): b""}
 
 
+def test_whoever_waits_for_a_run_gets_it_when_it_is_free(tiny, capsys):
+    run, entries = Run.open("tiny"), []
+
+    def enter():
+        with exclusive(run, wait=True):
+            entries.append((run.path / "lock").read_text())
+
+    thread = threading.Thread(target=enter)
+    with exclusive(run):
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not entries
+    thread.join(60)
+    assert entries == [str(os.getpid())]
+    assert f"run 'tiny' is being trained by process {os.getpid()}: waiting for it" in capsys.readouterr().err
+
+
 # -- a full disk ---------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,6 @@ from gear.measures.reconstruction import l1, psnr
 from gear.training import losses
 from gear.training.objectives import (
     BRIDGES,
-    STAGES,
     discriminator_update,
     generator_update,
     naive_bridge,
@@ -27,6 +26,7 @@ from gear.training.objectives import (
     tokenizer_update,
 )
 from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+from gear.training.stages import STAGES
 
 IMAGES, LABELS = scenes(4)
 GOLDEN = Path(__file__).parent / "golden"

@@ -120,7 +120,7 @@ def test_a_real_step_keeps_as_much(tiny):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            STAGES["joint"][0](state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)))
+            STAGES["joint"].updates[0](state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)))
         sizes.append(sum(storage.nbytes() for storage in kept.values()))
     assert (sizes[1] - sizes[0]) / 4 == pytest.approx(price.price(config).saved, rel=0.05)
 

@@ -237,7 +237,7 @@ def test_each_process_holds_its_share_of_the_blocks(tiny):
 
 SHARES = """
 import torch
-from gear.recipes import recipe
+from gear.experiments.recipes import recipe
 from gear.training.processes import Processes
 from gear.training.state import State
 

@@ -147,9 +147,9 @@ def test_a_dropped_caption_takes_its_mask_with_it():
 def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
     indices = torch.zeros(len(text), 16, dtype=torch.long)
     for i in range(16):
-        logits = generator(indices, text, mask, text_attention=text_attention)[:, i]
+        logits = generator(indices, text, mask, text_attention)[:, i]
         if cfg_scale != 1 and interval[0] <= i < interval[1]:
-            uncond = generator(indices, *none, text_attention=text_attention)[:, i]
+            uncond = generator(indices, *none, text_attention)[:, i]
             logits = uncond + cfg_scale * (logits - uncond)
         indices[:, i] = logits.argmax(-1)
     return indices.view(-1, 4, 4)

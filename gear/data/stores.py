@@ -5,12 +5,13 @@ archive of it. A store answers `open(name)`, a binary file; `length(name)`, its 
 which changes when the image does.
 """
 
-import fcntl
 import io
 import os
 import posixpath
 import stat
 import zipfile
+
+from filelock import FileLock
 
 from gear.config import UserError
 from gear.data.census import Census
@@ -162,8 +163,7 @@ class Download:
         kind, root = getattr(torchvision.datasets, DOWNLOADS[name][0]), cache_dir() / name
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with open(root / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
+            with FileLock(root / ".lock"):  # one process downloads, the others wait
                 self._data = kind(root, train=True, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(

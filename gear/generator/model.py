@@ -91,10 +91,10 @@ class Generator(nn.Module):
         """What embeds the condition: a ClassCondition or a CaptionCondition."""
         return getattr(self, self._condition)
 
-    def forward(self, tokens, condition, mask=None, **options):
+    def forward(self, tokens, condition, mask=None, text_attention="causal", **options):
         """Return logits (B, L, K) float32 of tokens given their condition; position i predicts token i. See `hidden`."""
         top = self.config.layers
-        return self.logits(self.hidden(tokens, condition, [top], mask, **options)[top])
+        return self.logits(self.hidden(tokens, condition, [top], mask, text_attention, **options)[top])
 
     def logits(self, hidden):
         """Map the last residual stream (B, L, D) to logits (B, L, K) float32."""

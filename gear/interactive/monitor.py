@@ -181,15 +181,16 @@ class Compare(Panel):
             configs = [Run.open(name).config for name in run_names()]
             for key in ("stage", "recipe"):
                 _choose_from(self.filters[key], [ALL, *sorted({str(config.get(key)) for config in configs})])
-            wanted = {key: self.filters[key].value for key in ("stage", "recipe")}
-            passes = lambda config: all(value in (ALL, str(config.get(key))) for key, value in wanted.items())
-            found = [name for name in run_names(self.filters["pattern"].value) if passes(Run.open(name).config)]
+            choices = {key: self.filters[key].value for key in ("stage", "recipe")}
+            passes = lambda config: all(value in (ALL, str(config.get(key))) for key, value in choices.items())
+            options = [name for name in run_names(self.filters["pattern"].value) if passes(Run.open(name).config)]
             names = self.controls["names"]
-            chosen = [name for name in names.value if name in found]
-            measured = [name for name in found if self.controls["above"].value in metrics(name)] or found
+            chosen = [name for name in names.value if name in options]
+            measured = [name for name in options if self.controls["above"].value in metrics(name)] or options
             names.value = ()  # first: the browser would look for the old choice in the new list
-            names.options, names.value = found, chosen or measured[:SHOWN]
-            logged = sorted({column for name in found for column in metrics(name)} - {"step"})
+            names.options = options
+            names.value = chosen or measured[:SHOWN]
+            logged = sorted({column for name in options for column in metrics(name)} - {"step"})
             for side in ("above", "below"):
                 _choose_from(self.controls[side], logged or [self.controls[side].value])
 
@@ -221,8 +222,11 @@ class Follow(Panel):
         if self.held or not (name := self.controls["name"].value):
             return super().update()
         run = Run.open(name)
-        now, news = progress(run), (name, written(run))
-        self.bar.max, self.bar.value, self.status.value = now["steps"], now["step"], describe(now)
+        state = progress(run)
+        self.bar.max = state["steps"]
+        self.bar.value = state["step"]
+        self.status.value = describe(state)
+        news = (name, written(run))
         if news != self.drawn:
             self.drawn = news
             super().update()
@@ -240,20 +244,21 @@ class Follow(Panel):
             await asyncio.sleep(SECONDS)
 
 
-def describe(now):
+def describe(state):
     """Say a `progress` in words."""
-    known = not math.isnan(now["speed"])
-    speed = f"{now['speed']:.0f} images/s, {_minutes(now['seconds_left'])} left, " if known else ""
-    state = "finished" if now["step"] >= now["steps"] else f"{speed}last line {now['seconds_since']:.0f} s ago"
-    return f"step {now['step']} of {now['steps']}: {state}"
+    is_timed = not math.isnan(state["speed"])
+    speed = f"{state['speed']:.0f} images/s, {_minutes(state['seconds_left'])} left, " if is_timed else ""
+    activity = f"{speed}last line {state['seconds_since']:.0f} s ago"
+    is_finished = state["step"] >= state["steps"]
+    return f"step {state['step']} of {state['steps']}: {'finished' if is_finished else activity}"
 
 
 def _minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def _choose_from(control, options, wanted=None):
-    """Give a control other options; its value becomes `wanted`, or stays, or is the first, whichever is one of them."""
-    value = wanted or control.value
+def _choose_from(control, options, choice=None):
+    """Give a control other options; its value becomes `choice`, or stays, or is the first, whichever is one of them."""
+    value = choice or control.value
     control.options = options
     control.value = value if value in options else next(iter(options), None)

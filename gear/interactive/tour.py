@@ -31,9 +31,9 @@ NUMBERED = 12  # tokens a side, up to which numbers are legible
 @torch.no_grad()
 def code_colours(tokenizer, indices):
     """Return the colour of each index, (h, w) -> (h, w, 3) in [0, 1]: the middle of what a field of that code decodes to."""
-    found, inverse = indices.unique(return_inverse=True)
+    codes, inverse = indices.unique(return_inverse=True)
     f = tokenizer.config.downsampling
-    fields = found[:, None, None].expand(-1, 3, 3).split(32)  # a few at a time: a large grid may hold a code a token
+    fields = codes[:, None, None].expand(-1, 3, 3).split(32)  # a few at a time: a large grid may hold a code a token
     middles = [tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields]  # (n, 3)
     return (torch.cat(middles) / 2 + 0.5).clamp(0, 1)[inverse]
 

@@ -21,6 +21,7 @@ class Panel(widgets.Box):
 
     `controls` maps the arguments of `draw` to widgets. Where no widgets live (an executed notebook, a page on the web) the
     panel shows as its picture. What is asked for in vain (UserError) is said in the picture's place.
+    (Output of ipywidgets' `interactive_output` lives in a running kernel alone, and shows an error as its traceback.)
     """
 
     def __init__(self, draw, controls):

@@ -202,6 +202,7 @@ class SignAffinity(Affinity):
         low, high = _joint((4 * rows / tau).sigmoid())
         return (high[:, :, None] * low[:, None]).flatten(1)
 
+    @full_precision
     def entropies(self, tau=ENTROPY_TEMPERATURE):
         """Return what `Affinity.entropies` does, exactly, from the D independent bits."""
         logits = 4 * self.rows.flatten(0, -2) / tau  # (N, D), of +1 against -1

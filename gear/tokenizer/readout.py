@@ -26,11 +26,12 @@ def full(x):
 
 
 def full_precision(function):
-    """Run a function of tensors in float32 (float64 where they are), autocast or not."""
+    """Run a function of tensors, or of an Affinity, in float32 (float64 where they are), autocast or not."""
 
     @functools.wraps(function)
     def run(*args, **options):
-        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        tensors = (x.rows if isinstance(x, Affinity) else x for x in args)
+        device = next(x.device.type for x in tensors if isinstance(x, torch.Tensor))
         with torch.autocast(device, enabled=False):
             return function(*map(full, args), **options)
 
@@ -96,6 +97,7 @@ class Affinity:
         onehot = F.one_hot(self.argmax(), pi.shape[-1]).to(pi.dtype)
         return onehot + (pi - pi.detach())
 
+    @full_precision
     def entropies(self, tau=ENTROPY_TEMPERATURE):
         """Return the entropies of the rows of P = softmax(A / tau) in nats, (N,), and its mean row, (K,): differentiable."""
         if self.is_large:
@@ -113,9 +115,13 @@ class Affinity:
 
     # -- read-outs onto an embedding table E (K, width) ------------------------------------------------------
 
+    @full_precision
     def soft_readout(self, embedding, tau):
         """u^s_i = pi_i E (Eq. 8): (..., width); tau > 0, in units of A; equal to E_{q_i} in the limit of tau = 0."""
-        return _soft_readout(embedding, self, tau)
+        if not self.is_large:
+            return torch.matmul(self.soft_assignment(tau), embedding)
+        rows = _SoftReadout.apply(self.rows.flatten(0, -2), self.codes, embedding, self, tau)
+        return rows.unflatten(0, self.rows.shape[:-1])
 
     def straight_through_readout(self, embedding, tau):
         """E_{q_i} in value, with the gradient of `soft_readout`: (..., width). Forms (N, K)."""
@@ -123,14 +129,6 @@ class Affinity:
 
 
 multiply = full_precision(torch.matmul)  # a read-out, whatever the networks compute in
-
-
-@full_precision
-def _soft_readout(embedding, affinity, tau):
-    if not affinity.is_large:
-        return torch.matmul(affinity.soft_assignment(tau), embedding)
-    rows = _SoftReadout.apply(affinity.rows.flatten(0, -2), affinity.codes, embedding, affinity, tau)
-    return rows.unflatten(0, affinity.rows.shape[:-1])
 
 
 class _SoftReadout(torch.autograd.Function):

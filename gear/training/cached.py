@@ -9,7 +9,6 @@ random, each sample is a variant of its own: row n is sample n of the stream, wh
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -18,6 +17,7 @@ import sys
 import numpy as np
 import PIL
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from gear.config import Interrupted, __version__, config_hash, differences
@@ -90,8 +90,7 @@ class Cached(Stream):
         check_writable(cache_dir(), "GEAR_CACHE")
         codes = self.arrays[0]
         codes.folder.mkdir(parents=True, exist_ok=True)
-        with open(codes.folder.parent / ".lock", "w") as lock:  # of all: features are shared by runs on different codes
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process computes, the others wait
+        with FileLock(codes.folder.parent / ".lock"):  # of all: runs on different codes share features
             missing = {file: [a for a in self.arrays if not a.has(file)] for file in range(codes.files)}
             missing = {file: arrays for file, arrays in missing.items() if arrays}
             for array in {id(a): a for arrays in missing.values() for a in arrays}.values():

@@ -87,6 +87,7 @@ def exclusive(run, wait=False):
     Where another process has it, raises UserError naming that, or with `wait` waits until it is free.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    # not filelock: the file says who holds it, and filelock before 4 empties it at every attempt
     with open(run.path / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,10 @@ class OptimizerConfig(Checked):
 
 
 def learning_rate_factor(config, step, steps):
-    """Return the factor of the learning rate at `step` of `steps`: linear warm-up, constant, linear decay; in (0, 1]."""
+    """Return the factor, in (0, 1], of the learning rate: linear warm-up, constant, linear decay.
+
+    No LambdaLR of torch's: it counts the steps itself, and a checkpoint would have to keep its count.
+    """
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     start = config.decay_from * steps
     progress = 0.0 if step < start else (step - start) / max(steps - start, 1)
@@ -96,7 +99,10 @@ class Optimizer:
 
 
 class EMA:
-    """theta_ema <- decay theta_ema + (1 - decay) theta after every step; buffers are copied."""
+    """theta_ema <- decay theta_ema + (1 - decay) theta after every step; buffers are copied.
+
+    No AveragedModel of torch's: it takes no network of which some parameters are shards and some are not.
+    """
 
     def __init__(self, module, decay):
         self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay

@@ -58,7 +58,16 @@ def tiny_generator(**changes):
 
 
 def tiny_state(
-    stage="joint", steps=24, stir=True, generator=(), teacher="scenes", tokenizer=(), batch_size=16, parts=1, **objective
+    stage="joint",
+    steps=24,
+    stir=True,
+    generator=(),
+    teacher="scenes",
+    tokenizer=(),
+    batch_size=16,
+    parts=1,
+    checkpointing=False,
+    **objective,
 ):
     """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while it trains."""
     torch.manual_seed(0)
@@ -74,7 +83,7 @@ def tiny_state(
         generator=replace(TINY.generator, dropout=0.5, class_dropout=0.5, **dict(generator)),
         objective=replace(TINY.objective, **{"gan_start": 0.0, **objective}),
     )
-    state = State(config, torch.device("cpu"), parts)
+    state = State(config, torch.device("cpu"), parts, checkpointing=checkpointing)
     for name in {"generator", "projector"} & state.networks.keys() if stir else ():
         stirred(state.networks[name])
     return state

@@ -92,8 +92,8 @@ def build(name, folder):
         state.networks[network].load_state_dict(public[network].state_dict())
     discriminator = public["discriminator"].requires_grad_(True)
     discriminator.train = lambda mode=True: discriminator  # the batch's statistics in every pass
-    state.networks["discriminator"] = discriminator
-    state._optimize("discriminator", ["discriminator"], config.optimizer.tokenizer_lr)
+    state.discriminator = discriminator
+    state._optimize("discriminator", [discriminator], config.optimizer.tokenizer_lr)
     return state
 
 

@@ -18,8 +18,8 @@ from gear.__main__ import main
 from gear.config import UserError
 from gear.evaluation import evaluate as evaluation
 from gear.evaluation import networks, scores, sources
-from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, metrics_table, read_metrics
-from gear.evaluation.lpips import load_lpips, measure
+from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, measure, metrics_table, read_metrics
+from gear.evaluation.lpips import load_lpips
 from gear.evaluation.scores import compare, extract, protocol_id, record
 from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
 from gear.measures import neighbours

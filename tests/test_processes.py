@@ -127,8 +127,7 @@ def test_recomputing_activations_keeps_less():
     """What autograd saves in a joint step, in elements."""
 
     def saved(checkpointing):
-        state, kept = tiny_state(batch_size=8), []
-        Running(state, "plain", checkpointing)
+        state, kept = tiny_state(batch_size=8, checkpointing=checkpointing), []
         state.generator.train()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
             state.generator.logits(state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3])

@@ -1,12 +1,12 @@
-"""notebooks/published.csv: the paper's numbers, whole, consistent with one another and, where its text is at hand, with it."""
+"""The paper's numbers: complete, consistent with one another and, where its text is at hand, with it."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from gear.analysis.profiles import published
 from gear.config import UserError
+from gear.experiments.published import printed, published
 
 PAPER = Path(__file__).parents[2] / "shared" / "reference" / "paper.md"
 GENERATION, RECONSTRUCTION = ["gFID", "sFID", "IS", "Prec.", "Rec."], ["PSNR", "SSIM", "rFID"]
@@ -121,3 +121,12 @@ def test_every_number_stands_in_the_paper_in_this_order(table):
     lines = published()
     lines = lines[(lines.table == table) & ~lines.column.str.endswith("default")]  # a default stands in its list
     assert [number for value in lines.value for number in numbers(value)] == printed
+
+
+def test_the_papers_rows_stand_beside_their_cells():
+    table = printed("tokenizer", "scenes").set_index(["cell", "role", "metric"]).value
+    assert table["LFQ", "baseline", "fd"] == 18.681 and table["LFQ", "gear", "rfd"] == 2.129
+    assert table["VQ", "gear", "psnr"] == 20.779
+    shared = printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
+    assert shared["LlamaGen-REPA", "baseline", "fd"] == 14.719 and shared["from nothing", "gear", "fd"] == 13.435
+    assert printed("resolution", "scenes").set_index(["cell", "role", "metric"]).value["48 px", "gear", "fd"] == 18.364

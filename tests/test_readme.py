@@ -14,7 +14,7 @@ from PIL import Image
 
 import gear
 from gear.__main__ import main
-from gear.experiments import claims, results
+from gear.experiments import verdicts
 from gear.experiments.studies import STUDIES
 from gear.files import ROOT
 from gear.generator.model import GENERATORS, Generator, GeneratorConfig
@@ -142,11 +142,11 @@ def test_claims_are_those_that_the_tracked_runs_bear_out(monkeypatch):
     """Judged again, the tracked runs give figures/data/claims.csv, and the README's table is that file."""
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
     table = pd.read_csv(ROOT / "figures" / "data" / "claims.csv")
-    again = claims.evaluate()
-    for column in ("claim", "against", "verdict"):
+    again = verdicts.claims()
+    for column in ("claim", "against", "verdict", "verdict_holm"):
         assert again[column].tolist() == table[column].tolist()
     assert again.difference.tolist() == pytest.approx(table.difference.tolist(), rel=1e-5)
-    assert claims.markdown(table) in README
+    assert verdicts.claims_as_markdown(table) in README
 
 
 def test_ablations_are_those_that_the_tracked_runs_bear_out(monkeypatch):
@@ -154,4 +154,4 @@ def test_ablations_are_those_that_the_tracked_runs_bear_out(monkeypatch):
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
     tracked = [name for name in STUDIES if (ROOT / "figures" / f"ablations_{name}.png").exists()]
     assert {"temperature", "weight", "components", "tokenizer", "depth", "initialisation"} <= set(tracked)
-    assert results.markdown(tracked) in README
+    assert verdicts.studies_as_markdown(tracked) in README

@@ -1,14 +1,14 @@
-"""The imagenet256 recipes are Tables 15 and 16 of the paper, line by line, as notebooks/published.csv has them."""
+"""The imagenet256 recipes are Tables 15 and 16 of the paper, line by line, as gear/experiments/published.csv has them."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from gear.analysis.profiles import published
 from gear.config import flatten, to_dict
 from gear.evaluation.evaluate import Sampling
 from gear.experiments.presets import change
+from gear.experiments.published import published
 from gear.experiments.recipes import RECIPES, known
 from gear.generator.model import GENERATORS
 from gear.tokenizer.autoencoder import TOKENIZERS

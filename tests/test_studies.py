@@ -2,11 +2,11 @@
 
 import pytest
 
-from gear.analysis.profiles import published
 from gear.cli.arguments import parse
 from gear.cli.train import TrainOptions
 from gear.config import UserError, differences, to_dict
 from gear.experiments.presets import change
+from gear.experiments.published import published
 from gear.experiments.recipes import RECIPES, plan, recipe
 from gear.experiments.studies import STUDIES, cell_name, members, seeds_of, space, study
 

@@ -45,7 +45,7 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
     main(["sweep", "depth", "--preset", "tiny", "--count", "100"])
     out = capsys.readouterr().out
     assert "18 runs in all, 0 to train with their parents, 0 sets of scores" in out
-    assert "as in the paper" in out and "layer 2 of 3" in out and "+-" in out
+    assert "after Holm's correction" in out and "layer 2 of 3" in out and "+-" in out
 
 
 def packed(*patterns):

@@ -1,6 +1,5 @@
 """Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the weights where not."""
 
-import contextlib
 from functools import partial
 from typing import Annotated
 
@@ -13,7 +12,6 @@ from gear.analysis.features import generator_features, teacher_features, to_grid
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import MOST, Count, Range, UserError, check_value, from_dict, given_by, nearest
 from gear.device import open_device
-from gear.files import ROOT
 from gear.measures.alignment import Null, cka, cknna, l2_normalise, null, tie_fraction, within_image
 from gear.measures.spatial import high_frequency_ratio, morans_i
 from gear.measures.speedup import speedup
@@ -244,21 +242,3 @@ def speedups_by_seed(curves, baseline, method, metrics):
     table = pd.concat(tables, ignore_index=True)
     most = curves.step.max() / curves.step.min()
     return table.assign(over=table.value >= most)[["seed", "metric", "value", "target", "over"]]
-
-
-def published(table=None):
-    """Return what the paper prints in Tables 1 to 19, a line per cell: table, row, column, value, unit, citation.
-
-    `table` (1 to 19) keeps that one, whose values are floats where every one is a number; all others are text as printed,
-    lists separated by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens, text.
-    UserError if the paper has no such table, FileNotFoundError if the package stands without its notebooks.
-    """
-    lines = pd.read_csv(ROOT / "notebooks" / "published.csv", dtype=str, keep_default_na=False).astype({"table": int})
-    if table is None:
-        return lines
-    lines = lines[lines.table == table].reset_index(drop=True)
-    if lines.empty:
-        raise UserError(f"the paper has no Table {table}: it has Tables 1 to 19.")
-    with contextlib.suppress(ValueError):  # a table of configurations stays text
-        lines["value"] = lines.value.astype(float)
-    return lines

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gear.cli.arguments import parse
 from gear.config import Checked, UserError, nearest
-from gear.experiments import claims
+from gear.experiments import verdicts
 from gear.experiments.recipes import PRESETS
 from gear.figures.style import figure_path, rounded
 from gear.files import check_writable, write_atomically
@@ -22,7 +22,7 @@ def command(names, arguments):
     name = "claims" if (preset, label) == ("scenes", "") else "-".join(filter(None, ["claims", preset, label]))
     path = figure_path(name, "csv")
     check_writable(path.parent, "GEAR_FIGURES")
-    table = rounded(claims.evaluate(preset, label))
+    table = rounded(verdicts.claims(preset, label))
     write_atomically(path, lambda temporary: temporary.write_text(table.to_csv(index=False, lineterminator="\n")))
-    print(claims.told(table))
-    print(f"{table.verdict.value_counts().to_dict()}, runs of {preset}, small scale; {path}")
+    print(verdicts.claims_in_words(table))
+    print(f"{verdicts.tally(table)}; runs of {preset}, small scale; {path}")

@@ -6,9 +6,10 @@ from tqdm import tqdm
 
 from gear.cli.arguments import parse
 from gear.config import Checked, Parallel, Samples, UserError, given_by
-from gear.experiments.results import directions, results, summary, told
+from gear.experiments.results import results, summary
 from gear.experiments.studies import STUDIES, seeds_of
 from gear.experiments.sweep import commands, sweep
+from gear.experiments.verdicts import directions, directions_in_words
 from gear.training.loop import Runtime
 
 
@@ -40,7 +41,8 @@ def command(names, arguments):
     sweep(names[0], options.preset, seeds, cells, options.jobs, options.count, runtime, tqdm.write)
     if cells is None:
         table = results(names[0], options.preset, seeds, options.count)
-        print(f"\n{summary(table).to_string(na_rep='')}\n\n{told(directions(table, names[0], options.preset))}")
+        print(f"\n{summary(table).to_string(na_rep='')}\n")
+        print(directions_in_words(directions(table, names[0], options.preset)))
         values = {"preset": options.preset, "seeds": options.seeds, "count": options.count}
         more = "".join(f" -p {key} {value}" for key, value in values.items() if value != getattr(SweepOptions, key))
         print(f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study {names[0]}{more}")

@@ -91,9 +91,10 @@ def evaluate(name, options=EvaluateOptions()):
         records += _reconstruction(run, load_network(load_tokenizer, run.step), source, network, options)
     if not options.reconstruction:
         network, split = _network(space, options), "all" if options.reference else "train"
+        own = config.source if config.source == "scenes" else source  # of scenes as many as are asked for
         with given_by(options.reference and "--reference"):
             real = reference(
-                options.reference or source, network, config.image_size, options.reference_count, split, options.device,
+                options.reference or own, network, config.image_size, options.reference_count, split, options.device,
                 config.interpolation,
             )  # fmt: skip
         if not options.reference:

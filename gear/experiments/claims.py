@@ -1,48 +1,33 @@
-"""The paper's claims as data, each evaluated on our runs: value, spread, paired difference, null or floor, verdict.
+"""The paper's claims as data: which statistic of which runs differs from which others', and how.
 
-A claim compares one statistic of two sets of runs, seed by seed. Its verdict is computed: "reproduced" when the paired
-difference goes the claimed way on every seed, by more than the claim's margin, and its 95 % interval (Student's t) excludes
-zero; where two things should be alike, when the interval lies within the margin; "not testable" with fewer than three seeds;
-otherwise "not reproduced". With three seeds the interval is 2.5 standard deviations either way: it takes a large effect.
-Where the paper has no control we ask for more than it does: a method has to beat the warm-up, the control and, where fewer
-codes alone might do, a tokenizer with half of them: each a row.
+Where the paper has no control we ask for more than it does: a method has to beat the warm-up, the
+control and, where fewer codes alone might do, a tokenizer with half of them. `verdicts` judges.
 """
 
-import math
-from dataclasses import dataclass, replace
-
-import pandas as pd
+from dataclasses import dataclass
 
 from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
-from gear.experiments.recipes import run_name
-from gear.runs.names import RunName
-from gear.runs.run import Run, run_names
-
-MIN_SEEDS = 3
-AGAINST = {  # what a baseline is called
-    "llamagen-repa": "warm-up", "llamagen-repa-control": "control", "llamagen-repa-half": "half the codes",
-    "tokenizer": "warm-up", "control": "control", "joint": "soft bridge", "": "floor",
-}  # fmt: skip
+from gear.experiments.results import logged
 
 
 @dataclass(frozen=True)
 class Claim:
-    name: str
-    where: str  # in the paper
+    sentence: str  # {against} stands for the baseline
+    where: str  # in the paper, with its value if it prints one; "": the claim is ours
     statistic: str  # a key of STATISTICS
     method: str  # recipe whose runs should show it
-    baseline: str  # recipe they are compared with, seed by seed; "": with zero, the statistic holds its own floor
+    baselines: tuple  # recipes they are compared with; "": zero, the statistic being above a floor
     sign: int  # of method - baseline, as claimed; 0: they should be equal within `margin`
     margin: float = 0.0  # the difference the claim is about
 
 
 def last(metric):
-    """Return a statistic that reads the last logged value of a run's metric."""
-    return lambda run: run.metrics()[metric].dropna().iloc[-1]
+    """Return a statistic that reads what validation logged of a metric at a run's last step."""
+    return lambda run: logged(run)[metric]
 
 
 def above_null(level, metric, profile=layer_profile, layer=None):
-    """Return a statistic of a layer (by default the last): alignment to the teacher above its null."""
+    """Return a statistic of a layer (default: the last): alignment to the teacher above null."""
 
     def statistic(run):
         table = profile(run)
@@ -54,7 +39,7 @@ def above_null(level, metric, profile=layer_profile, layer=None):
 
 
 def distance_to_teacher(metric):
-    """Return a statistic of the last layer's maps: how far from the teacher's own value they are."""
+    """Return a statistic of the last layer's maps: their distance to the teacher's own value."""
 
     def statistic(run):
         table = layer_profile(run).query(f"metric == '{metric}'").set_index("layer").value
@@ -65,16 +50,17 @@ def distance_to_teacher(metric):
 
 def above_floor(run):
     """Return a run's alignment loss minus what class and position alone reach."""
-    return last("val/align_loss")(run) - alignment_floors(run).set_index("predictor").value["class and position"]
+    floors = alignment_floors(run).set_index("predictor").value
+    return logged(run)["align_loss"] - floors["class and position"]
 
 
 STATISTICS = {
-    "next-token loss (nats a token)": last("val/ntp_loss"),
-    "alignment loss": last("val/align_loss"),
+    "next-token loss (nats a token)": last("ntp_loss"),
+    "alignment loss": last("align_loss"),
     "alignment loss minus the floor": above_floor,
-    "H - NTP (nats a token)": lambda run: last("val/usage_entropy")(run) - last("val/ntp_loss")(run),
-    "PSNR (dB)": last("val/psnr"),
-    "usage entropy (nats)": last("val/usage_entropy"),
+    "H - NTP (nats a token)": last("predictable"),
+    "PSNR (dB)": last("psnr"),
+    "usage entropy (nats)": last("usage_entropy"),
     "patch CKNNA above null": above_null("patch", "cknna"),
     "patch CKA above null": above_null("patch", "cka"),
     "content CKA above null": above_null("content", "cka"),
@@ -86,120 +72,52 @@ STATISTICS = {
     "tokenizer's image CKA, after": above_null("image", "cka", tokenizer_profile, "post"),
 }
 
-SETTLED, ALL = ("llamagen-repa", "llamagen-repa-control"), ("llamagen-repa", "llamagen-repa-control", "llamagen-repa-half")
+AGAINST = {  # what a baseline is called
+    "llamagen-repa": "the warm-up", "llamagen-repa-control": "the control",
+    "llamagen-repa-half": "one with half the codes", "tokenizer": "the warm-up",
+    "control": "the control", "joint": "the soft bridge", "": "the floor",
+}  # fmt: skip
+SETTLED = ("llamagen-repa", "llamagen-repa-control")
+ALL = (*SETTLED, "llamagen-repa-half")
+TOKENIZERS = ("tokenizer", "control")
 CLAIMS = [
-    Claim(name, where, statistic, method, baseline, sign, margin)
-    for name, where, statistic, method, baselines, sign, margin in [
-        ("a fresh generator predicts tokens better", "Fig. 3a", "next-token loss (nats a token)", "gear", ALL, -1, 0.0),
-        ("and not only because tokens carry less", "Fig. 3a", "H - NTP (nats a token)", "gear", ALL, +1, 0.0),
-        ("a fresh generator aligns better", "Fig. 3b", "alignment loss", "gear", ALL, -1, 0.0),
-        ("and by more than class and position give", "", "alignment loss minus the floor", "gear", [""], -1, 0.0),
-        ("code usage sharpens", "Fig. 4d", "usage entropy (nats)", "gear", SETTLED, -1, 0.0),
-        ("reconstruction is kept, within .3 dB (the paper's loses .28)", "Table 8", "PSNR (dB)", "gear", SETTLED, 0, 0.3),
-        ("per patch, deep layers are nearer the teacher", "Fig. 5d", "patch CKNNA above null", "gear", ALL, +1, 0.0),
-        ("and by the other measure", "Fig. 5e", "patch CKA above null", "gear", ALL, +1, 0.0),
-        ("the same without each position's mean", "Fig. 5e", "content CKA above null", "gear", ALL, +1, 0.0),
-        ("per image, they are alike, within .05", "Fig. 5b", "image CKA above null", "gear", SETTLED, 0, 0.05),
-        ("locality moves toward the teacher", "Fig. 5c", "Moran's I, distance to teacher", "gear", SETTLED, -1, 0.0),
-        ("high frequencies too", "Fig. 5f", "high-frequency ratio, distance to teacher", "gear", SETTLED, -1, 0.0),
-        ("the tokenizer itself is less like the teacher, per patch", "Table 4", "tokenizer's patch CKA, before", "joint",
-         ("tokenizer", "control"), -1, 0.0),
-        ("and after quantisation", "Table 4", "tokenizer's patch CKA, after", "joint", ("tokenizer", "control"), -1, 0.0),
-        ("and per image", "Table 4", "tokenizer's image CKA, after", "joint", ("tokenizer", "control"), -1, 0.0),
-    ]
-    for baseline in baselines
-] + [
-    Claim(name, where, statistic, method, "joint", -1, margin)
-    for name, where, statistic, method, margin in [
-        ("NTP through inputs and targets collapses the codes, by a nat on every seed", "Fig. 1", "usage entropy (nats)",
-         "joint-naive", 1.0),
-        ("and reconstruction, by 3 dB on every seed (the paper's loses 8)", "Table 7", "PSNR (dB)", "joint-naive", 3.0),
-        ("NTP through inputs alone collapses the codes, by a nat", "Fig. 1", "usage entropy (nats)", "joint-naive-inputs", 1.0),
-        ("straight-through alignment does, by a nat", "Table 7", "usage entropy (nats)", "joint-straight-through", 1.0),
-    ]
+    Claim("Next-token loss of a fresh generator is lower on GEAR's tokenizer than on {against}",
+          "Fig. 3a", "next-token loss (nats a token)", "gear", ALL, -1),
+    Claim("H - NTP of a fresh generator is higher on GEAR's tokenizer than on {against}",
+          "Fig. 3a", "H - NTP (nats a token)", "gear", ALL, +1),
+    Claim("Alignment loss of a fresh generator is lower on GEAR's tokenizer than on {against}",
+          "Fig. 3b", "alignment loss", "gear", ALL, -1),
+    Claim("Alignment loss on GEAR's tokenizer is lower than {against} of class and position",
+          "", "alignment loss minus the floor", "gear", ("",), -1),
+    Claim("Usage entropy of GEAR's codes is lower than that of {against}",
+          "Fig. 4d", "usage entropy (nats)", "gear", SETTLED, -1),
+    Claim("PSNR of GEAR's tokenizer is within 0.3 dB of that of {against}",
+          "Table 8: -0.28 dB", "PSNR (dB)", "gear", SETTLED, 0, 0.3),
+    Claim("Patch CKNNA of last layer and teacher is higher on GEAR's tokenizer than on {against}",
+          "Fig. 5d", "patch CKNNA above null", "gear", ALL, +1),
+    Claim("Patch CKA of last layer and teacher is higher on GEAR's tokenizer than on {against}",
+          "Fig. 5e", "patch CKA above null", "gear", ALL, +1),
+    Claim("Content CKA of last layer and teacher is higher on GEAR's tokenizer than on {against}",
+          "Fig. 5e", "content CKA above null", "gear", ALL, +1),
+    Claim("Image CKA of last layer and teacher on GEAR's tokenizer is within 0.05 of that on "
+          "{against}", "Fig. 5b", "image CKA above null", "gear", SETTLED, 0, 0.05),
+    Claim("Moran's I of the last layer is nearer the teacher's on GEAR's tokenizer than on "
+          "{against}", "Fig. 5c", "Moran's I, distance to teacher", "gear", SETTLED, -1),
+    Claim("High-frequency ratio of the last layer is nearer the teacher's on GEAR's tokenizer than "
+          "on {against}",
+          "Fig. 5f", "high-frequency ratio, distance to teacher", "gear", SETTLED, -1),
+    Claim("Patch CKA of GEAR's tokenizer and teacher before quantisation is lower than {against}'s",
+          "Table 4", "tokenizer's patch CKA, before", "joint", TOKENIZERS, -1),
+    Claim("Patch CKA of GEAR's tokenizer and teacher after quantisation is lower than {against}'s",
+          "Table 4", "tokenizer's patch CKA, after", "joint", TOKENIZERS, -1),
+    Claim("Image CKA of GEAR's tokenizer and teacher after quantisation is lower than {against}'s",
+          "Table 4", "tokenizer's image CKA, after", "joint", TOKENIZERS, -1),
+    Claim("Usage entropy with NTP through inputs and targets is over 1 nat lower than {against}'s",
+          "Fig. 1", "usage entropy (nats)", "joint-naive", ("joint",), -1, 1.0),
+    Claim("PSNR with NTP through inputs and targets is over 3 dB lower than {against}'s",
+          "Table 7: -8 dB", "PSNR (dB)", "joint-naive", ("joint",), -1, 3.0),
+    Claim("Usage entropy with NTP through inputs alone is over 1 nat lower than {against}'s",
+          "Fig. 1", "usage entropy (nats)", "joint-naive-inputs", ("joint",), -1, 1.0),
+    Claim("Usage entropy with straight-through alignment is over 1 nat lower than {against}'s",
+          "Table 7", "usage entropy (nats)", "joint-straight-through", ("joint",), -1, 1.0),
 ]  # fmt: skip
-
-
-def evaluate(preset="scenes", label=""):
-    """Evaluate every claim on the finished runs PRESET-RECIPE-sN (or -sN-LABEL), pairing runs of one seed.
-
-    Returns a table, a row a claim and baseline: claim, paper, statistic, against, seeds, agree (seeds that go the claimed
-    way), method and baseline (means over seeds), difference, its spread (standard deviation over seeds), low, high (95 %
-    interval), verdict.
-    """
-    return pd.DataFrame([_evaluate(claim, preset, label) for claim in CLAIMS])
-
-
-def _evaluate(claim, preset, label):
-    ours = _by_seed(RunName(preset, claim.method, label))
-    theirs = _by_seed(RunName(preset, claim.baseline, label)) if claim.baseline else ours
-    statistic, seeds = STATISTICS[claim.statistic], sorted(ours.keys() & theirs.keys())
-    method = pd.Series([statistic(ours[s]) for s in seeds], dtype=float)
-    baseline = pd.Series([statistic(theirs[s]) if claim.baseline else 0.0 for s in seeds], dtype=float)
-    difference = method - baseline
-    mean, spread, low, high = interval(difference)
-    row = {"claim": claim.name, "paper": claim.where, "statistic": claim.statistic, "against": AGAINST[claim.baseline]}
-    agree = (claim.sign * difference > claim.margin) if claim.sign else (abs(difference) < claim.margin)
-    row |= {"seeds": len(seeds), "agree": int(agree.sum()), "method": method.mean(), "baseline": baseline.mean()}
-    row |= {"difference": mean, "spread": spread, "low": low, "high": high}
-    return row | {"verdict": verdict(claim, difference)}
-
-
-def interval(difference):
-    """Return mean, standard deviation and the 95 % interval (Student's t) of paired differences, a Series, one a seed."""
-    import scipy.special  # .2 s, which a figure without an interval does not wait for
-
-    n, mean, spread = len(difference), difference.mean(), difference.std()
-    half = scipy.special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n) if n > 1 else math.nan
-    return mean, spread, mean - half, mean + half
-
-
-def verdict(claim, difference):
-    """Judge a claim by its paired differences (a Series, one a seed): see the module's first lines."""
-    n = len(difference)
-    if n < MIN_SEEDS:
-        return f"not testable: {n} seed{'' if n == 1 else 's'}"
-    _, _, low, high = interval(difference)
-    if claim.sign == 0:
-        holds = max(-low, high) < claim.margin
-    else:
-        holds = (claim.sign * difference > claim.margin).all() and not low <= 0 <= high
-    return "reproduced" if holds else "not reproduced"
-
-
-def markdown(table):
-    """Write the table of `evaluate` as Markdown, a row a claim and a column a baseline: verdict, difference [95 %], seeds."""
-    columns = ["warm-up", "control", "half the codes", "other"]
-    lines = [
-        "| claim: *statistic* | paper | against the warm-up | the control | half the codes | other |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (claim, statistic, paper), rows in table.fillna({"paper": ""}).groupby(["claim", "statistic", "paper"], sort=False):
-        cells = dict.fromkeys(columns, "")
-        for row in rows.itertuples():
-            place = row.against if row.against in columns else "other"
-            where = f" ({row.against})" if place == "other" else ""
-            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
-            cells[place] = f"{row.verdict}: {row.difference:+.3g}{interval}, {row.agree} of {row.seeds}{where}"
-        lines.append(f"| {claim}: *{statistic}* | {paper} | " + " | ".join(cells.values()) + " |")
-    return "\n".join(lines)
-
-
-def _by_seed(wanted):
-    """Return {seed: run} of the finished runs that a RunName without a seed stands for."""
-    named = {name: run_name(name) for name in run_names()}
-    seeded = [name for name, parts in named.items() if parts.seed is not None and replace(parts, seed=None) == wanted]
-    runs = [Run.open(name) for name in seeded]
-    return {run.config["seed"]: run for run in runs if run.logged_step >= run.config["steps"]}
-
-
-def told(table):
-    """Phrase the table of `evaluate` in lines for a terminal."""
-    lines = []
-    for row in table.itertuples():
-        lines.append(f"{row.verdict:24} {row.claim}, against {row.against}" + (f" ({row.paper})" if row.paper else ""))
-        if row.seeds:
-            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.seeds > 1 else ""
-            difference = f"{row.method:.4g} against {row.baseline:.4g}, {row.difference:+.3g}{interval}"
-            lines.append(f"{'':24} {row.statistic}: {difference}, {row.agree} of {row.seeds} seeds agree")
-    return "\n".join(lines)

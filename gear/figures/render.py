@@ -18,6 +18,7 @@ from gear.config import (
     given_by,
     nearest,
 )
+from gear.experiments import published
 from gear.experiments.studies import STUDIES
 from gear.figures.execution import parameters_of, run_notebook
 from gear.figures.parameters import check_parameter
@@ -285,7 +286,7 @@ def _inputs(name, parameters):
     sources = sorted((ROOT / "gear").rglob("*.py"))
     files = [f"*/{file}" for file in ("config.json", "metrics.json*", "samples/*.png")] + [f"{REFERENCE}/*"]
     runs = [path for pattern in files for path in sorted(runs_dir().glob(pattern))]
-    for path in [*filter(None, [notebooks().get(name)]), ROOT / "notebooks" / "published.csv", *sources, *runs]:
+    for path in [*filter(None, [notebooks().get(name)]), published.FILE, *sources, *runs]:
         if path.is_file():  # and not a folder among the runs that is none
             digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())
     for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):

@@ -1,0 +1,259 @@
+"""A verdict is computed from the runs: other numbers, another verdict, of a claim as of a study."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import record_study
+
+from gear.experiments import verdicts
+from gear.experiments.claims import CLAIMS, STATISTICS, Claim
+from gear.experiments.results import results
+from gear.experiments.verdicts import compare, directions, family, tally
+from gear.runs.run import Run
+
+LOSS = "next-token loss (nats a token)"
+LOWER = Claim("Loss is lower than {against}'s", "Fig. 3", LOSS, "gear", ("llamagen-repa",), -1)
+ABOVE = Claim("Loss is above {against}", "", LOSS, "gear", ("",), +1)
+DIRECTION, ALIKE, COLLAPSE = (-1, 0.0), (0, 0.3), (-1, 1.0)  # sign and margin
+
+
+@pytest.mark.parametrize("claim, differences, verdict", (
+    (DIRECTION, [-0.21, -0.25, -0.23], "reproduced"),
+    (DIRECTION, [-0.21, -0.25, +0.01], "undecided"),  # one seed the other way
+    (DIRECTION, [-0.01, -0.90, -0.02], "undecided"),  # the right way on all, zero in the interval
+    (DIRECTION, [+0.21, +0.25, +0.23], "contradicted"),
+    (DIRECTION, [-1.0, -1.1, -0.9, -1.0, -1.0, +0.1], "reproduced"),  # of many seeds one may differ
+    (DIRECTION, [-0.2, math.nan, -0.2], "undecided"),
+    (DIRECTION, [-0.2, -0.2], "not testable: 2 seeds"),
+    (DIRECTION, [-0.2], "not testable: 1 seed"),
+    (DIRECTION, [], "not testable: 0 seeds"),
+    (ALIKE, [-0.01, 0.02, 0.00], "reproduced"),
+    (ALIKE, [-0.31, -0.32, -0.33], "undecided"),  # all outside, the interval reaches inside
+    (ALIKE, [-0.41, -0.42, -0.43], "contradicted"),
+    (ALIKE, [+0.41, +0.42, +0.43], "contradicted"),
+    (ALIKE, [-0.9, 0.9, 0.0], "undecided"),  # equal on average only
+    (COLLAPSE, [-2.7, -2.6, -2.8], "reproduced"),
+    (COLLAPSE, [-1.7, -3.9, -3.1], "undecided"),  # beyond on all, the margin in the interval
+    (COLLAPSE, [-0.9, -0.8, -0.9], "undecided"),
+    (COLLAPSE, [-0.3, -0.2, -0.3], "contradicted"),  # lower, and surely not by that much
+))  # fmt: skip
+def test_verdict(claim, differences, verdict):
+    assert compare(pd.Series(differences, dtype=float), *claim)["verdict"] == verdict
+
+
+def test_a_verdict_is_that_of_the_interval():
+    """Whatever the differences: reproduced where the interval lies where it is claimed to, and so on."""
+    claims_and_ranges = ((1, 0.0, (0, np.inf)), (-1, 0.5, (-np.inf, -0.5)), (0, 0.5, (-0.5, 0.5)))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        differences = rng.normal(rng.normal(), 0.2, rng.integers(3, 6))
+        for sign, margin, claimed in claims_and_ranges:
+            row = compare(differences, sign, margin)
+            within = claimed[0] < row["low"] and row["high"] < claimed[1]
+            outside = row["high"] < claimed[0] or claimed[1] < row["low"]
+            verdict = "reproduced" if within else "contradicted" if outside else "undecided"
+            assert row["verdict"] == verdict
+            seen.add((sign, verdict))
+            if len(differences) < 5 and verdict == "reproduced" and sign:
+                assert row["agree"] == row["seeds"], "of three or four seeds all agree"
+    assert len(seen) == 9
+
+
+def test_what_the_paper_does_not_print_has_no_verdict():
+    row = compare(pd.Series([-0.2, -0.3, -0.2]), None)
+    assert row["verdict"] == "" and math.isnan(row["p"]) and math.isnan(row["agree"])
+    assert row["low"] < row["difference"] < row["high"] < 0
+
+
+def test_a_family_is_corrected_for_its_size():
+    """p = 0.0025, 0.035, 0.38: the second stands of two tests (0.035 x 1), of three not (0.035 x 2)."""
+    rows = [
+        compare(pd.Series(differences), sign)
+        for differences, sign in (
+            ([-0.21, -0.25, -0.23], -1),
+            ([0.1, 0.2, 0.15], -1),
+            ([0.1, 0.2, 0.15], None),
+            ([0.1, 0.2], 1),
+        )
+    ]
+    alone, two = family(rows[1:]), family(rows)
+    unchanged = ["contradicted", "", "not testable: 2 seeds"]
+    assert alone.verdict.tolist() == alone.verdict_holm.tolist() == unchanged
+    assert two.p_holm[:2].tolist() == pytest.approx([2 * two.p[0], two.p[1]])
+    three = family([*rows, compare(pd.Series([-0.1, 0.2, 0.3]), 1)])
+    assert three.verdict[1] == "contradicted" and three.verdict_holm[1] == "undecided"
+    assert three.p_holm[1] == 2 * three.p[1]
+    decided = "1 of 4 reproduced, 1 after Holm's correction; 1 contradicted, 0 after it"
+    assert tally(three) == f"{decided}; 1 not testable: 2 seeds; 1 undecided"
+
+
+def record(recipe, seed, ntp):
+    run = Run.create(f"scenes-{recipe}-s{seed}", {"recipe": f"scenes-{recipe}", "seed": seed, "steps": 1})
+    (run.path / "metrics.jsonl").unlink(missing_ok=True)
+    run.append({"step": 1, "val/ntp_loss": ntp})
+
+
+def test_changing_the_runs_changes_the_verdict(monkeypatch):
+    monkeypatch.setattr(verdicts, "CLAIMS", [LOWER])
+    for seed in range(3):
+        record("llamagen-repa", seed, 3.5 + 0.1 * seed)
+        record("gear", seed, 3.3 + 0.1 * seed + 0.001 * seed)
+    record("gear", 7, 9.9)  # no partner: left out
+    (row,) = verdicts.claims().to_dict("records")
+    assert row["verdict"] == "reproduced" and row["seeds"] == 3
+    assert row["difference"] == pytest.approx(-0.199)
+    assert row["low"] < row["difference"] < row["high"] < 0 and row["p"] < 0.05
+    assert row["claim"] == "Loss is lower than the warm-up's"
+    record("gear", 1, 3.7)
+    assert verdicts.claims().verdict[0] == "undecided"
+
+
+def test_without_runs_nothing_is_testable():
+    table = verdicts.claims()
+    assert set(table.verdict) == set(table.verdict_holm) == {"not testable: 0 seeds"}
+    assert tally(table).endswith(f"; {len(table)} not testable: 0 seeds")
+    assert len(verdicts.claims_in_words(table).splitlines()) == len(table)
+
+
+def test_a_claim_stands_alone():
+    """Its sentence begins with the statistic and names what it is compared with; none is there twice."""
+    table = verdicts.claims()
+    assert table.claim.is_unique and not table.claim.str.contains("[{}]").any()
+    assert all(against in sentence for sentence, against in zip(table.claim, table.against))
+    nouns = (
+        "Next-token loss", "H - NTP", "Alignment loss", "Usage entropy", "PSNR", "Patch CKNNA",
+        "Patch CKA", "Content CKA", "Image CKA", "Moran's I", "High-frequency ratio",
+    )  # fmt: skip
+    assert all(claim.sentence.startswith(nouns) for claim in CLAIMS)
+
+
+def test_claims_in_markdown_and_in_words(monkeypatch):
+    monkeypatch.setattr(verdicts, "CLAIMS", [LOWER, ABOVE])
+    for seed in range(3):
+        record("llamagen-repa", seed, 3.5)
+        record("gear", seed, 3.3 + 0.001 * seed)
+    table = verdicts.claims()
+    lines = verdicts.claims_as_markdown(table).splitlines()
+    size, end = "-0.199 [-0.201, -0.197]", "reproduced | reproduced |"
+    lower = f"Fig. 3 | {LOSS} | {size} | 3 of 3 | 8.4e-06 | {end}"
+    assert lines[2] == f"| Loss is lower than the warm-up's | {lower}"
+    above = f" | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
+    assert lines[3] == f"| Loss is above the floor | {above}"
+    assert lines[4:] == ["", "2 of 2 reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."]
+    words = verdicts.claims_in_words(table).splitlines()
+    assert words[0].startswith("reproduced  ")
+    assert words[0].endswith("  Loss is lower than the warm-up's (Fig. 3)")
+    values = f"{LOSS}: 3.301 against 3.5, {size}, 3 of 3 seeds agree"
+    assert words[1].strip() == f"{values}, p = 8.4e-06, reproduced after Holm's correction"
+
+
+def test_statistics_read_the_layer_and_the_level_they_name():
+    """The last layer above its null; how far its maps are from the teacher's; the tokenizer after quantisation; the floor."""
+    run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1})
+    run.append({"step": 1, "val/align_loss": -0.7})
+    rows = [
+        (layer, m, level, 0.1 * layer + v, 0.05, n)
+        for layer in (0, 1)
+        for m, level, v, n in (
+            ("cka", "patch", 0.5, 10),
+            ("cka", "image", 0.8, 10),
+            ("cka", "content", 0.4, 10),
+            ("cknna", "patch", 0.3, 10),
+        )
+    ]
+    rows += [
+        (layer, m, "map", value, float("nan"), 10)
+        for layer, m, value in (
+            (-1, "moran", 0.9),
+            (0, "moran", 0.1),
+            (1, "moran", 0.6),
+            (-1, "high_frequency", 0.2),
+            (1, "high_frequency", 0.5),
+        )
+    ]
+    columns = ["layer", "metric", "level", "value", "null", "n"]
+    run.table("layer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(rows, columns=columns))
+    own = [(layer, "cka", "patch", value, 0.1, 10) for layer, value in (("pre", 0.6), ("post", 0.3), ("teacher", 9.9))]
+    run.table("tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns))
+    floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.2, -0.3]})
+    run.table("alignment_floors", {"images": 4000}, lambda: floors)
+    expected = {
+        "patch CKA above null": 0.55, "image CKA above null": 0.85, "content CKA above null": 0.45,
+        "patch CKNNA above null": 0.35,
+        "Moran's I, distance to teacher": 0.3, "high-frequency ratio, distance to teacher": 0.3,
+        "tokenizer's patch CKA, before": 0.5, "tokenizer's patch CKA, after": 0.2, "alignment loss minus the floor": -0.4,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert STATISTICS[name](run) == pytest.approx(value), name
+
+
+def test_only_finished_runs_are_judged_and_labels_are_told_apart():
+    for seed in (0, 10):
+        record("gear", seed, 3.0)
+        record("llamagen-repa", seed, 3.1)
+    Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
+    Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
+    assert list(verdicts._by_seed("scenes-gear", "")) == [0] and list(verdicts._by_seed("scenes-llamagen-repa", "")) == [0, 10]
+    assert verdicts._by_seed("scenes-gear", "mine")[0].name == "scenes-gear-s0-mine"
+
+
+def study_verdicts(name, **options):
+    table = results(name, "tiny", count=100, **options)
+    return directions(table, name, "tiny")
+
+
+def test_directions_follow_the_numbers():
+    """GEAR a whole unit below its baseline on each seed, as in the paper: reproduced; above it: contradicted."""
+    for effect, said in ((-1.0, "reproduced"), (1.0, "contradicted")):
+        record_study("depth", effect=effect)
+        found = study_verdicts("depth").query("metric == 'fd'")
+        assert set(found.verdict) == {said} and len(found) == 3 and set(found.seeds) == {3}
+        assert np.allclose(found.paper, [16.961 - 23.102, 16.837 - 22.371, 17.988 - 22.455])
+        assert (found.agree == (3 if effect < 0 else 0)).all() and (np.sign(found.difference) == effect).all()
+
+
+def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
+    record_study("temperature")
+    found = study_verdicts("temperature")
+    assert set(found.against) == {"tau = 0.1"} and "tau = 0.1" not in set(found.cell)
+    ours = found[found.cell == "tau = 0.02"]
+    assert len(ours) and ours.paper.isna().all() and set(ours.verdict) == {""}, "the paper has no such row"
+    row = found[(found.cell == "tau = 0.5") & (found.metric == "fd")].iloc[0]
+    assert row.paper == pytest.approx(9.153 - 10.630)
+    assert set(found[found.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
+
+
+def test_from_nothing_is_compared_with_the_frozen_baseline_too():
+    """Table 12 prints LlamaGen-REPA beside both: does GEAR without a warm-up still beat it?"""
+    record_study("initialisation")
+    found = study_verdicts("initialisation").query("metric == 'fd'").set_index(["cell", "against"])
+    assert set(found.index) == {
+        ("from nothing", "from the warm-up"), ("from nothing", "LlamaGen-REPA"), ("from the warm-up", "LlamaGen-REPA"),
+    }  # fmt: skip
+    assert found.paper["from nothing", "LlamaGen-REPA"] == pytest.approx(13.435 - 14.719)
+    assert found.verdict["from nothing", "LlamaGen-REPA"] == "reproduced"
+
+
+def test_two_seeds_are_no_verdict():
+    record_study("depth")
+    assert set(study_verdicts("depth", seeds=(0, 1)).query("metric == 'fd'").verdict) == {"not testable: 2 seeds"}
+
+
+def test_a_study_in_words_and_in_markdown():
+    record_study("depth")
+    table = study_verdicts("depth")
+    judged, lines = table[table.verdict != ""], verdicts.directions_in_words(table).splitlines()
+    assert lines[0] == f"Differences that the paper prints: {tally(table)}"
+    assert f"{sum(judged.verdict == 'reproduced')} of {len(judged)} reproduced, " in lines[0]
+    assert "layer 1 of 3 against its baseline: " in "\n".join(lines) and " [" in "\n".join(lines)
+    text = verdicts.studies_as_markdown(["depth"], "tiny", count=100)
+    assert text.startswith("| study | in the paper | reproduced | contradicted | undecided |\n|---")
+    cells = text.splitlines()[2].split(" | ")
+    assert cells[0] == "| `depth`" and cells[1] == "Table 11"
+    assert cells[4] == f"{(table.verdict == 'undecided').sum()} |"
+    agreed, corrected = table[table.verdict == "reproduced"], sum(table.verdict_holm == "reproduced")
+    assert len(agreed) and cells[2].startswith(f"{len(agreed)}, {corrected} after Holm (")
+    assert all(cell in cells[2] for cell in agreed.cell)

@@ -18,7 +18,6 @@ from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 from gear.training.losses import entropy_loss
 from gear.training.processes import Processes
-from gear.training.running import Running
 from gear.training.stages import STAGES
 from gear.training.state import State, step_seed
 

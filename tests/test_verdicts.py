@@ -11,6 +11,7 @@ from gear.experiments import verdicts
 from gear.experiments.claims import CLAIMS, STATISTICS, Claim
 from gear.experiments.results import results
 from gear.experiments.verdicts import compare, directions, family, tally
+from gear.runs.names import RunName
 from gear.runs.run import Run
 
 LOSS = "next-token loss (nats a token)"
@@ -196,8 +197,9 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
         record("llamagen-repa", seed, 3.1)
     Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
     Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
-    assert list(verdicts._by_seed("scenes-gear", "")) == [0] and list(verdicts._by_seed("scenes-llamagen-repa", "")) == [0, 10]
-    assert verdicts._by_seed("scenes-gear", "mine")[0].name == "scenes-gear-s0-mine"
+    assert list(verdicts._by_seed(RunName("scenes", "gear"))) == [0]
+    assert list(verdicts._by_seed(RunName("scenes", "llamagen-repa"))) == [0, 10]
+    assert verdicts._by_seed(RunName("scenes", "gear", "mine"))[0].name == "scenes-gear-s0-mine"
 
 
 def study_verdicts(name, **options):

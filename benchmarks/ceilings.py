@@ -1,11 +1,14 @@
-"""What a device does at most: copies, products, the tokenizer's convolution, its norm, launches, attention.
+"""What a device does at most: copies, products, the tokenizer's convolution, its norm, launches,
+attention.
 
-`python benchmarks/ceilings.py [--quick] [--device cuda]` times each alone on random data and writes benchmarks/ceilings.csv.
-Rates are read and written bytes, or two FLOPs for a multiplication and an addition. "attention, new lengths" is the time of
-the first call with each of 20 numbers of keys, which some kernels make a plan for; "known lengths" that of the second.
+`python benchmarks/ceilings.py [--quick] [--device cuda]` times each alone on random data and writes
+benchmarks/ceilings.csv. Rates are read and written bytes, or two FLOPs for a multiplication and an
+addition. "attention, new lengths" is the time of the first call with each of 20 numbers of keys,
+which some kernels make a plan for; "known lengths" that of the second.
 """
 
 import argparse
+import functools
 import os
 import statistics
 from pathlib import Path
@@ -40,15 +43,22 @@ def products(device):
 
 
 def convolution(device, size, batch, channels=128):
-    """Return {what: (value, unit)} of a 3 x 3 convolution in bf16, channels last, forward and with both gradients."""
-    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device, torch.bfloat16, memory_format=torch.channels_last)
+    """Return {what: (value, unit)} of a 3 x 3 convolution in bf16, channels last, forward and with
+    both gradients.
+    """
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(
+        device, torch.bfloat16, memory_format=torch.channels_last
+    )
     x = torch.randn(batch, channels, size, size, device=device, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     flops = 2 * 9 * channels**2 * size**2 * batch
     gradient = torch.ones_like(layer(x))
     forward = statistics.median(seconds(lambda: layer(x), device)[1:])
     both = statistics.median(seconds(lambda: layer(x).backward(gradient), device)[1:])
-    rates = {"convolution, forward": flops / forward, "convolution, with both gradients": 3 * flops / both}
+    rates = {
+        "convolution, forward": flops / forward,
+        "convolution, with both gradients": 3 * flops / both,
+    }
     norm = torch.nn.GroupNorm(32, channels).to(device, torch.bfloat16)
     with torch.no_grad():
         normed = statistics.median(seconds(lambda: F.silu(norm(x)), device)[1:])
@@ -68,15 +78,21 @@ def launches(device):
 
 
 def attention(device, rows, lengths):
-    """Return {what: (value, unit)}: milliseconds of one query over keys of each number, new and known."""
+    """Return {what: (value, unit)}: milliseconds of one query over keys of each number, new and
+    known.
+    """
     found = {}
     for name, backend in BACKENDS.items() if device.type == "cuda" else ():
         for known in ("new", "known"):
             times = []
             for length in lengths:
-                q, k, v = (torch.randn(rows, 16, n, 64, device=device, dtype=torch.bfloat16) for n in (1, length, length))
+                q, k, v = (
+                    torch.randn(rows, 16, n, 64, device=device, dtype=torch.bfloat16)
+                    for n in (1, length, length)
+                )
                 with sdpa_kernel(backend):
-                    times += seconds(lambda: F.scaled_dot_product_attention(q, k, v), device, 1)  # noqa: B023
+                    attention = functools.partial(F.scaled_dot_product_attention, q, k, v)
+                    times += seconds(attention, device, 1)
             found[f"{name} attention, {known} lengths"] = 1e3 * statistics.median(times), "ms"
     return found
 
@@ -91,7 +107,10 @@ def main():
     size, batch = (32, 2) if options.quick else (256, 32)
     measured = products(device) | convolution(device, size, batch) | launches(device)
     measured |= attention(device, 64, range(101, 121))
-    rows = [dict(what=what, value=value, unit=unit, card=card(device)) for what, (value, unit) in measured.items()]
+    rows = [
+        dict(what=what, value=value, unit=unit, card=card(device))
+        for what, (value, unit) in measured.items()
+    ]
     for row in rows:
         print(f"{row['what']:36} {row['value']:10.4g} {row['unit']}", flush=True)
     write_table(rows, options.out)

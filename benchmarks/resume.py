@@ -1,8 +1,10 @@
-"""What it costs to be killed: seconds to save and to load a run's whole state, and its bytes on disk, beside a step's.
+"""What it costs to be killed: seconds to save and to load a run's whole state, and its bytes on
+disk, beside a step's.
 
-`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its optimizers' moments, saves it
-as training does (written, flushed, renamed), loads it into another one and compares the two tensor for tensor. It prints a
-table and writes benchmarks/resume.csv. Disks differ: the numbers are of this one.
+`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its
+optimizers' moments, saves it as training does (written, flushed, renamed), loads it into another
+one and compares the two tensor for tensor. It prints a table and writes benchmarks/resume.csv.
+Disks differ: the numbers are of this one.
 """
 
 import argparse
@@ -30,9 +32,14 @@ OUT = Path(__file__).with_suffix(".csv")
 
 
 def state_of(name, device):
-    """Return a recipe's state after one step on noise, without parents: every optimizer has moments."""
+    """Return a recipe's state after one step on noise, without parents: every optimizer has
+    moments.
+    """
     config = replace(recipe(name), tokenizer_run="", batch_size=2)
-    config = replace(config, objective=replace(config.objective, lpips_weight=0.0, gan_start=0.0, align_weight=0.0))
+    config = replace(
+        config,
+        objective=replace(config.objective, lpips_weight=0.0, gan_start=0.0, align_weight=0.0),
+    )
     torch.manual_seed(0)
     state = State(config, device)
     size = config.data.image_size
@@ -53,7 +60,9 @@ def measure(name, device, repeats):
     for _ in range(repeats):
         start = time.perf_counter()
         run.save_checkpoint(
-            state.step, state.tensors(), {"step": 1, "config": run.config_hash, "meter": {"sums": {}, "counts": {}}}
+            state.step,
+            state.tensors(),
+            {"step": 1, "config": run.config_hash, "meter": {"sums": {}, "counts": {}}},
         )
         best["save"] = min(best["save"], time.perf_counter() - start)
         folder = run.path / "checkpoints" / f"{state.step:07d}"
@@ -64,19 +73,28 @@ def measure(name, device, repeats):
         best["load"] = min(best["load"], time.perf_counter() - start)
         for file, tensors in state.tensors().items():
             found = other.tensors()[file]
-            assert tensors.keys() == found.keys() and all(torch.equal(t, found[n]) for n, t in tensors.items()), file
+            assert tensors.keys() == found.keys() and all(
+                torch.equal(t, found[n]) for n, t in tensors.items()
+            ), file
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
     parameters = sum(p.numel() for module in state.networks.values() for p in module.parameters())
     return dict(
-        recipe=name, device=device.type, parameters=parameters, save_s=best["save"], load_s=best["load"], mib=size / 2**20
+        recipe=name,
+        device=device.type,
+        parameters=parameters,
+        save_s=best["save"],
+        load_s=best["load"],
+        mib=size / 2**20,
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest recipe, once: to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest recipe, once: to see that it runs"
+    )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,9 +109,11 @@ def main():
             rows.append(measure(name, torch.device(options.device), options.repeats))
             row = rows[-1]
             print(
-                f"{name:24} {row['parameters']:13,} parameters  save {row['save_s']:7.2f} s  load {row['load_s']:7.2f} s "
-                f"{row['mib']:9.1f} MiB", flush=True,
-            )  # fmt: skip
+                f"{name:24} {row['parameters']:13,} parameters  save {row['save_s']:7.2f} s  load "
+                f"{row['load_s']:7.2f} s "
+                f"{row['mib']:9.1f} MiB",
+                flush=True,
+            )
     pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4g")
     print(options.out)
 

@@ -1,7 +1,9 @@
-"""Score the finished runs in $GEAR_RUNS, and measure what their weights say: a process a run, eight at a time.
+"""Score the finished runs in $GEAR_RUNS, and measure what their weights say: a process a run, eight
+at a time.
 
-`python benchmarks/scores.py [--quick] [--device cuda]` leaves metrics.json and analysis/ in every run that is trained to its
-end: samples and reconstructions, the profiles of its layers and its tokenizer, the floors of its alignment.
+`python benchmarks/scores.py [--quick] [--device cuda]` leaves metrics.json and analysis/ in every
+run that is trained to its end: samples and reconstructions, the profiles of its layers and its
+tokenizer, the floors of its alignment.
 """
 
 import argparse
@@ -39,13 +41,17 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few images: to see that it runs")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    finished = [run for run in gear.open_runs("*") if run.is_finished and run.config["stage"] == "generator"]
+    finished = [
+        run for run in gear.open_runs("*") if run.is_finished and run.config["stage"] == "generator"
+    ]
     if not finished:
         print("no run is trained to its end")
         sys.exit(1)
     jobs = min(JOBS, os.cpu_count(), len(finished))
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        pending = [pool.apply_async(score, (run.name, options.device, options.quick)) for run in finished]
+        pending = [
+            pool.apply_async(score, (run.name, options.device, options.quick)) for run in finished
+        ]
         for result in pending:
             print(f"scored: {result.get()}", flush=True)
 

@@ -1,4 +1,6 @@
-"""gear: how an image tokenizer and an autoregressive generator shape each other (GEAR, arXiv 2606.32039)."""
+"""gear: how an image tokenizer and an autoregressive generator shape each other (GEAR, arXiv
+2606.32039).
+"""
 
 import importlib.util
 import os
@@ -10,14 +12,16 @@ except FileNotFoundError:  # torch's libraries would end the process with a mess
     print("gear: the working directory is gone. Change to one that is there: cd", file=sys.stderr)
     sys.exit(2)
 
-# Read by torch's libraries when they load. Spinning threads starve beside any other load; and without the second, a matrix
+# Read by torch's libraries when they load. Spinning threads starve beside any other load; and
+# without the second, a matrix
 # product may depend on where its memory lies, so that a resumed run would differ in the last bit.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from gear.config import UserError, __version__
 
-MODULES = {  # of public names, which are imported when they are first asked for: torch takes a second
+# of public names, which are imported when they are first asked for: torch takes a second
+MODULES = {
     "Run": "runs.run",
     "load_generator": "checkpoints",
     "load_runs": "runs.run",
@@ -42,7 +46,9 @@ def __dir__():
 
 
 class BeforeTorchvision:
-    """Import `gear._torchvision` just before torchvision, which may not import without it, whoever asks for that."""
+    """Import `gear._torchvision` just before torchvision, which may not import without it, whoever
+    asks for that.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":

@@ -1,8 +1,9 @@
 """Let torchvision import beside a CPU-only torch.
 
-The PyPI wheel of torchvision carries operators compiled against CUDA. Beside a CPU-only torch its library does not
-load, and torchvision then fails to import because it registers fake kernels for two operators nobody declared.
-Declaring their schemas is enough for transforms, datasets and models; the compiled operators stay unavailable.
+The PyPI wheel of torchvision carries operators compiled against CUDA. Beside a CPU-only torch its
+library does not load, and torchvision then fails to import because it registers fake kernels for
+two operators nobody declared. Declaring their schemas is enough for transforms, datasets and
+models; the compiled operators stay unavailable.
 """
 
 import importlib.util

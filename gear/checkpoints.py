@@ -1,4 +1,6 @@
-"""Weights into networks, by a run's name or a file's path. Loading is strict: an error lists every name that does not fit."""
+"""Weights into networks, by a run's name or a file's path. Loading is strict: an error lists every
+name that does not fit.
+"""
 
 import functools
 from pathlib import Path
@@ -18,11 +20,12 @@ from gear.weights import listed, load_module, not_finite
 
 
 def load_tokenizer(source, ema=True, step=None):
-    """Load a tokenizer from a run's name or a file of any known layout: evaluation mode, frozen, float32.
+    """Load a tokenizer from a run's name or a file of any known layout: evaluation mode, frozen,
+    float32.
 
-    Averaged weights are taken where there are any, unless `ema` is false; of a run the newest checkpoint, or that of `step`.
-    `tokenizer.source` says what was taken. Raises UserError for what is no checkpoint, of an unknown layout, incomplete, or
-    holds no tokenizer.
+    Averaged weights are taken where there are any, unless `ema` is false; of a run the newest
+    checkpoint, or that of `step`. `tokenizer.source` says what was taken. Raises UserError for what
+    is no checkpoint, of an unknown layout, incomplete, or holds no tokenizer.
     """
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("tokenizer", ema)
@@ -30,7 +33,9 @@ def load_tokenizer(source, ema=True, step=None):
 
 
 def load_generator(source, ema=True, step=None):
-    """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's images, 16 x 16 for a file."""
+    """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's
+    images, 16 x 16 for a file.
+    """
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("generator", ema)
     build = functools.partial(Generator, grid=checkpoint.grid) if checkpoint.grid else Generator
@@ -38,11 +43,16 @@ def load_generator(source, ema=True, step=None):
 
 
 def load_discriminator(source):
-    """Load the PatchGAN of a public file, whose BatchNorm uses the batch's own statistics: training mode, frozen."""
+    """Load the PatchGAN of a public file, whose BatchNorm uses the batch's own statistics: training
+    mode, frozen.
+    """
     checkpoint = open_checkpoint(source)
     name, part = checkpoint.part("discriminator")
     if part.layout is None:
-        raise UserError(f"the discriminator of '{source}' is a run's own: it comes back with the run, gear train {source}.")
+        raise UserError(
+            f"the discriminator of '{source}' is a run's own: it comes back with the run, gear "
+            f"train {source}."
+        )
     return _built(part.layout.build, (part.size,), checkpoint, name).train()
 
 
@@ -51,13 +61,22 @@ def _built(build, arguments, checkpoint, name):
     with torch.device("meta"):
         module = build(*arguments)
     # BatchNorm's counters, which no output depends on, may be absent
-    counters = {n: torch.tensor(0) for n in module.state_dict() if n.endswith("num_batches_tracked")}
-    # copies, for the file may be mapped into memory, and be written again while the network is in use
-    tensors = {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in part.tensors.items()}
+    counters = {
+        n: torch.tensor(0) for n in module.state_dict() if n.endswith("num_batches_tracked")
+    }
+    # copies, for the file may be mapped into memory, and be written again while the network is in
+    # use
+    tensors = {
+        n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+        for n, t in part.tensors.items()
+    }
     load_module(module, counters | tensors, checkpoint.source, assign=True)
     step = "" if checkpoint.step is None else f", step {checkpoint.step}"
     place = f", from '{part.place}'" if part.place else ""
-    module.source = f"{name} of {checkpoint.source} ({part.layout.name if part.layout else 'gear'}{step}{place})"
+    module.source = (
+        f"{name} of {checkpoint.source} "
+        f"({part.layout.name if part.layout else 'gear'}{step}{place})"
+    )
     return module.eval().requires_grad_(False)
 
 
@@ -69,16 +88,24 @@ def open_checkpoint(source, step=None):
     path = Path(source).expanduser()
     if path.is_file():
         return read_checkpoint(path)
-    if str(source) not in run_names(str(source)) and (path.suffix in WEIGHTS or len(path.parts) > 1):
+    if str(source) not in run_names(str(source)) and (
+        path.suffix in WEIGHTS or len(path.parts) > 1
+    ):
         files = sorted(file.name for file in path.glob("*") if file.suffix in WEIGHTS)
         inside = f"; give a file in it, {', '.join(files[:3])}" if files else ""
-        what = f"that is a folder; a run is opened by its name{inside}" if path.is_dir() else "there is no such file"
+        what = (
+            f"that is a folder; a run is opened by its name{inside}"
+            if path.is_dir()
+            else "there is no such file"
+        )
         raise UserError(f"no checkpoint {path}: {what}.")
     return _of_run(Run.open(str(source)), step)
 
 
 def describe(checkpoint):
-    """Say what a Checkpoint holds, in lines: layout, sizes, parameters of each part, training step."""
+    """Say what a Checkpoint holds, in lines: layout, sizes, parameters of each part, training
+    step.
+    """
     step = "not recorded" if checkpoint.step is None else checkpoint.step
     lines = [f"{checkpoint.source}: {CONTAINERS[checkpoint.container]}, training step {step}"]
     for name, part in checkpoint.parts.items():
@@ -86,15 +113,25 @@ def describe(checkpoint):
             lines.append(f"  {name:16} cannot be taken: {part.fault}")
             continue
         layout = part.layout.name if part.layout else "gear's own"
-        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim}))
+        dtypes = ", ".join(
+            sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values() if t.ndim})
+        )
         place = f", from '{part.place}'" if part.place else ""
-        lines.append(f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: {layout}{_described(part.size)}{place}")
+        lines.append(
+            f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: "
+            f"{layout}{_described(part.size)}{place}"
+        )
         if faults := not_finite(part.tensors):
-            lines.append(f"  {'':16} cannot be taken: {listed('there are weights that are no numbers', faults)}")
+            lines.append(
+                f"  {'':16} cannot be taken: "
+                f"{listed('there are weights that are no numbers', faults)}"
+            )
         if part.extras:
             lines.append(f"  {'':16} kept beside them: {', '.join(part.extras)}")
     lines += [f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
-    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no Unicode text
+    return (
+        "\n".join(lines).encode(errors="backslashreplace").decode()
+    )  # a name may be no Unicode text
 
 
 def _described(size):
@@ -103,15 +140,24 @@ def _described(size):
     config, codes = size if size and isinstance(size[0], GeneratorConfig) else (None, None)
     if config is None:
         return ""
-    condition = f"captions of up to {config.text_slots}" if config.text_slots else f"{config.num_classes} classes"
-    return f"; {config.layers} layers of {config.width}, {config.heads} heads, {codes} codes, {condition}"
+    condition = (
+        f"captions of up to {config.text_slots}"
+        if config.text_slots
+        else f"{config.num_classes} classes"
+    )
+    return (
+        f"; {config.layers} layers of {config.width}, {config.heads} heads, {codes} codes, "
+        f"{condition}"
+    )
 
 
-# -- runs ------------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 def load_networks(run, file="networks", step=None):
-    """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...}, "tokenizer_ema": {...}, ...}."""
+    """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...},
+    "tokenizer_ema": {...}, ...}.
+    """
     return grouped(run.load_checkpoint(file, step))
 
 
@@ -120,22 +166,39 @@ def _of_run(run, step=None):
     try:
         tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
         sizes = {"tokenizer": tokenizer}
-        sizes["generator"] = from_dict(GeneratorConfig, config["generator"]), tokenizer.codebook_size
+        sizes["generator"] = (
+            from_dict(GeneratorConfig, config["generator"]),
+            tokenizer.codebook_size,
+        )
         parts = {}
         for name, tensors in groups.items():
             size = sizes.get(name.removesuffix("_ema"))
             check_depth(size, tensors)
             parts[name] = Part(tensors, size, public_layout(name.removesuffix("_ema"), size))
         precision = config.get("precision", "float32")
-        return Checkpoint(run.name, "run", parts, step or run.step, grid=token_grid(config), precision=precision)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:  # sizes that no network has
+        return Checkpoint(
+            run.name, "run", parts, step or run.step, grid=token_grid(config), precision=precision
+        )
+    except (
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        UserError,
+        ValueError,
+    ) as error:  # sizes that no network has
         raise UserError(
-            f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove the run and train it again."
+            f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove "
+            "the run and train it again."
         ) from None
 
 
 def network(groups, name, source):
-    """Return the tensors of the network `name` of a run's `load_networks`; raises UserError when it is not there."""
+    """Return the tensors of the network `name` of a run's `load_networks`; raises UserError when it
+    is not there.
+    """
     if name not in groups:
-        raise UserError(f"run '{source}' holds no {name}: it holds {', '.join(sorted(groups)) or 'nothing'}.")
+        raise UserError(
+            f"run '{source}' holds no {name}: it holds {', '.join(sorted(groups)) or 'nothing'}."
+        )
     return groups[name]

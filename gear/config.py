@@ -1,4 +1,6 @@
-"""Configurations: frozen dataclasses whose fields declare their ranges, to JSON and back, and what a mistake raises."""
+"""Configurations: frozen dataclasses whose fields declare their ranges, to JSON and back, and what
+a mistake raises.
+"""
 
 import contextlib
 import dataclasses
@@ -14,13 +16,16 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):  # no ValueError: tyro would box those, and cut their lines
-    """Say what was wrong, what was expected and what to do; the command line prints it without a traceback, exit code 2."""
+    """Say what was wrong, what was expected and what to do; the command line prints it without a
+    traceback, exit code 2.
+    """
 
 
 class MissingRuns(UserError):
     """Say which `runs` are missing, or lack weights or scores, and the `command` that makes them.
 
-    Its first line ends in the command; a `hint` that holds on this machine alone is a line of its own.
+    Its first line ends in the command; a `hint` that holds on this machine alone is a line of its
+    own.
     """
 
     def __init__(self, sentence, runs, command, hint=""):
@@ -36,11 +41,15 @@ class MissingRuns(UserError):
 
 
 class TrainingStopped(RuntimeError):
-    """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code 1."""
+    """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code
+    1.
+    """
 
 
 class Interrupted(KeyboardInterrupt):
-    """Say what stands of a run that the signal `number` ended; printed without a traceback, exit code 128 + `number`."""
+    """Say what stands of a run that the signal `number` ended; printed without a traceback, exit
+    code 128 + `number`.
+    """
 
     def __init__(self, message, number):
         super().__init__(message)
@@ -49,7 +58,9 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def given_by(option):
-    """Name the `option` whose value a UserError is about, if any: the library does not know how it was asked."""
+    """Name the `option` whose value a UserError is about, if any: the library does not know how it
+    was asked.
+    """
     try:
         yield
     except UserError as error:
@@ -73,7 +84,9 @@ def check_range(values, bound, what):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, with both ends but the one named `without`; NaN and the infinities are in no range."""
+    """The numbers from `low` to `high`, with both ends but the one named `without`; NaN and the
+    infinities are in no range.
+    """
 
     low: float
     high: float = sys.float_info.max
@@ -92,7 +105,9 @@ MOST = 1_000_000_000  # of whatever is counted
 Count = Annotated[int, Range(1, MOST)]
 Whole = Annotated[int, Range(0, MOST)]  # a count whose field says what 0 means
 Samples = Annotated[int, Range(2, MOST)]  # of which statistics are taken: one has none
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # scikit-learn's range; torch and NumPy take what is derived from it, too
+Seed = Annotated[
+    int, Range(0, 2**32 - 1)
+]  # scikit-learn's range; torch and NumPy take what is derived from it, too
 Parallel = Annotated[int, Range(0, 1_024)]  # processes or threads
 Jobs = Annotated[int, Range(1, 1_024)]
 Pixels = Annotated[int, Range(1, 16_384)]  # of a side
@@ -100,13 +115,15 @@ Positive = Annotated[float, Range(0, without=0)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, without=1)]
-Tau = Annotated[float, Range(1e-6)]  # of a soft read-out, which is hard at lower ones, where its quotients overflow
+Tau = Annotated[
+    float, Range(1e-6)
+]  # of a soft read-out, which is hard at lower ones, where its quotients overflow
 WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def check_value(name, value, kind):
-    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices, of a tuple's elements,
-    or a number | words.
+    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices,
+    of a tuple's elements, or a number | words.
 
     An int will do for a float, and a bool for neither.
     """
@@ -115,22 +132,38 @@ def check_value(name, value, kind):
         check_value(name, value, arguments[0])
         for bounds in arguments[1:]:
             if isinstance(bounds, Range) and value not in bounds:
-                raise UserError(f"{name} is {value}: it has to be {bounds} ({WORDS[arguments[0]]}).")
+                raise UserError(
+                    f"{name} is {value}: it has to be {bounds} ({WORDS[arguments[0]]})."
+                )
     elif origin is typing.Literal:
         if value not in arguments:
             choices = ", ".join(map(repr, arguments))
-            raise UserError(f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}")
+            raise UserError(
+                f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}"
+            )
     elif origin is typing.Union:
         number, words = arguments
         check_value(name, value, words if isinstance(value, str) else number)
     elif origin is tuple:
-        kinds = arguments if arguments[-1] is not ... else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
+        kinds = (
+            arguments
+            if arguments[-1] is not ...
+            else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
+        )
         if not isinstance(value, tuple) or len(value) != len(kinds):
-            raise UserError(f"{name} is {value!r}: it has to be a tuple{f' of {len(kinds)}' if kinds else ''}.")
+            raise UserError(
+                f"{name} is {value!r}: it has to be a tuple{f' of {len(kinds)}' if kinds else ''}."
+            )
         for element, of_element in zip(value, kinds):
             check_value(name, element, of_element)
-    elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) and kind is not bool:
-        raise UserError(f"{name} is {value!r}: it has to be {WORDS.get(kind, f'a {kind.__name__}')}.")
+    elif (
+        not isinstance(value, (int, float) if kind is float else kind)
+        or isinstance(value, bool)
+        and kind is not bool
+    ):
+        raise UserError(
+            f"{name} is {value!r}: it has to be {WORDS.get(kind, f'a {kind.__name__}')}."
+        )
 
 
 def require(rule, message):
@@ -140,21 +173,27 @@ def require(rule, message):
 
 
 def read_numbers(name, text, kind):
-    """Read "0,1,2" as a list of numbers of `kind`, an annotation with a Range; raises UserError for anything else."""
+    """Read "0,1,2" as a list of numbers of `kind`, an annotation with a Range; raises UserError for
+    anything else.
+    """
     number = typing.get_args(kind)[0]
     try:
         values = [number(value) for value in text.split(",")]
     except ValueError:
-        raise UserError(f"{name} are '{text}': numbers with commas between are expected, as in 0,1,2.") from None
+        raise UserError(
+            f"{name} are '{text}': numbers with commas between are expected, as in 0,1,2."
+        ) from None
     for value in values:
         check_value(name, value, kind)
     return values
 
 
 class Checked:
-    """A dataclass that checks, wherever it is built, that each field has the type and the range of its annotation.
+    """A dataclass that checks, wherever it is built, that each field has the type and the range of
+    its annotation.
 
-    Raises UserError naming the field. A class with rules between fields adds them to `__post_init__`, after this one's.
+    Raises UserError naming the field. A class with rules between fields adds them to
+    `__post_init__`, after this one's.
     """
 
     def __post_init__(self):
@@ -179,12 +218,17 @@ def from_dict(cls, values, where=""):
     Raises UserError for an unknown key, and for a value that its field cannot have.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where.rstrip('.') or 'the configuration'} is {values!r}: it has to be a table of fields.")
+        raise UserError(
+            f"{where.rstrip('.') or 'the configuration'} is {values!r}: it has to be a table of "
+            "fields."
+        )
     fields = {f.name for f in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise UserError(f"unknown field '{where}{key}' in the configuration.{nearest(key, fields)}")
+            raise UserError(
+                f"unknown field '{where}{key}' in the configuration.{nearest(key, fields)}"
+            )
     kwargs = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
@@ -192,7 +236,11 @@ def from_dict(cls, values, where=""):
         elif isinstance(value, list):
             value = tuple(value)
         kwargs[key] = value
-    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - kwargs.keys()):
         raise UserError(f"the configuration lacks {', '.join(where + name for name in missing)}.")
     return cls(**kwargs)
@@ -202,14 +250,22 @@ def flatten(values, prefix=""):
     """Flatten nested dicts to {"a.b": value}."""
     flat = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def differences(old, new):
     """List the fields in which two configuration dicts differ, as 'name: old -> new' strings."""
     old, new = flatten(old), flatten(new)
-    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return [
+        f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k)
+    ]
 
 
 def config_hash(values):

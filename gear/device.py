@@ -8,12 +8,16 @@ from gear.config import UserError
 
 
 def find_device(name):
-    """Return the torch.device called `name`: "cpu", "cuda", "cuda:1", or "auto", the GPU if there is one.
+    """Return the torch.device called `name`: "cpu", "cuda", "cuda:1", or "auto", the GPU if there
+    is one.
 
-    Raises UserError for any other name, and for a GPU that is not here. The device is left alone: other processes may use it.
+    Raises UserError for any other name, and for a GPU that is not here. The device is left alone:
+    other processes may use it.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = {"auto": "cuda" if count else "cpu", "cpu": "cpu"} | ({"cuda": "cuda"} if count else {})
+    devices = {"auto": "cuda" if count else "cpu", "cpu": "cpu"} | (
+        {"cuda": "cuda"} if count else {}
+    )
     devices |= {f"cuda:{i}": f"cuda:{i}" for i in range(count)}
     if name not in devices:
         raise UserError(f"no device '{name}' here: there is {', '.join(devices)}.")
@@ -21,11 +25,12 @@ def find_device(name):
 
 
 def open_device(name, precision="float32"):
-    """Return what `find_device` does, once this process has the device; raises UserError too where it cannot have it.
+    """Return what `find_device` does, once this process has the device; raises UserError too where
+    it cannot have it.
 
-    With the `precision` "float32" all that a GPU computes in float32 is float32 throughout. With "bf16"
-    convolutions may be TF32 there, and the products inside `tensor_core_products`; others stay
-    exact, since an arg-max hangs on them.
+    With the `precision` "float32" all that a GPU computes in float32 is float32 throughout. With
+    "bf16" convolutions may be TF32 there, and the products inside `tensor_core_products`; others
+    stay exact, since an arg-max hangs on them.
     """
     device = find_device(name)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -33,13 +38,18 @@ def open_device(name, precision="float32"):
     try:
         torch.empty(0, device=device)
     except RuntimeError as error:
-        raise UserError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait for it, or take cpu.") from None
+        raise UserError(
+            f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait for it, or take "
+            "cpu."
+        ) from None
     return device
 
 
 @contextlib.contextmanager
 def tensor_core_products():
-    """Let float32 products on a GPU be TF32 inside, where convolutions may be: see `open_device`."""
+    """Let float32 products on a GPU be TF32 inside, where convolutions may be: see
+    `open_device`.
+    """
     products = torch.backends.cuda.matmul
     exact = products.allow_tf32
     products.allow_tf32 = torch.backends.cudnn.allow_tf32
@@ -53,8 +63,8 @@ def tensor_core_products():
 def capturing(graph, device):
     """Capture what runs inside as a CUDA graph, on a stream of `device`, a torch.device.
 
-    Where that fails, the error is raised again once the process is as it was: on its own stream, with a default generator
-    that does not count itself as captured any more (its seed is lost).
+    Where that fails, the error is raised again once the process is as it was: on its own stream,
+    with a default generator that does not count itself as captured any more (its seed is lost).
     """
     with torch.cuda.device(device):
         stream, number = torch.cuda.current_stream(), torch.cuda.current_device()

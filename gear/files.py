@@ -14,13 +14,18 @@ from gear.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = (  # byte order marks; one of UTF-32 begins as one of UTF-16 does
-    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
-)  # fmt: skip
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def runs_dir():
-    """Return the folder of runs: $GEAR_RUNS, else runs/ beside the package's sources, else under the working directory."""
+    """Return the folder of runs: $GEAR_RUNS, else runs/ beside the package's sources, else under
+    the working directory.
+    """
     return _home("GEAR_RUNS", "runs")
 
 
@@ -36,7 +41,9 @@ def _home(variable, folder):
 
 
 def cache_dir():
-    """Return the folder of what can be downloaded or computed again: $GEAR_CACHE, else ~/.cache/gear."""
+    """Return the folder of what can be downloaded or computed again: $GEAR_CACHE, else
+    ~/.cache/gear.
+    """
     return Path(os.environ.get("GEAR_CACHE") or "~/.cache/gear").expanduser()
 
 
@@ -47,19 +54,25 @@ def is_utf8(path):
 
 @functools.cache
 def say_once(line):
-    """Print a line on stderr, the first time it is said; a path in it may hold bytes that no encoding has."""
+    """Print a line on stderr, the first time it is said; a path in it may hold bytes that no
+    encoding has.
+    """
     print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def child_environment():
-    """Return the environment of a Python process that imports this gear, and nothing that lies in the working directory."""
+    """Return the environment of a Python process that imports this gear, and nothing that lies in
+    the working directory.
+    """
     checkout = [str(ROOT)] if (ROOT / "pyproject.toml").exists() else []
     path = os.pathsep.join([*checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def check_writable(folder, variable):
-    """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves it, if any."""
+    """Raise UserError unless `folder` can be written to, or made; `variable` is the one that moves
+    it, if any.
+    """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "cannot be written to" if there.is_dir() else "is a file, not a folder"
@@ -69,7 +82,9 @@ def check_writable(folder, variable):
 
 
 def check_target(path, suffix=""):
-    """Return `path`, ~ expanded, if a file can be written to it; raises UserError if not, or if it does not end in `suffix`."""
+    """Return `path`, ~ expanded, if a file can be written to it; raises UserError if not, or if it
+    does not end in `suffix`.
+    """
     path = Path(path).expanduser()
     if path.is_dir() or path.suffix.lower() != (suffix or path.suffix.lower()):
         what = "is a folder" if path.is_dir() else f"does not end in {suffix}"
@@ -79,7 +94,9 @@ def check_target(path, suffix=""):
 
 
 def write_atomically(path, write):
-    """Call `write(temporary)` and rename the result to `path`: a reader sees the old file or the new one, never half."""
+    """Call `write(temporary)` and rename the result to `path`: a reader sees the old file or the
+    new one, never half.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -97,29 +114,43 @@ def flush(path):
     os.close(descriptor)
 
 
-# -- text --------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 
 def read_text(path):
-    """Return a text file's content: UTF-8, or UTF-16 or UTF-32 with a byte order mark; every line ends in "\\n".
+    """Return a text file's content: UTF-8, or UTF-16 or UTF-32 with a byte order mark; every line
+    ends in "\\n".
 
-    Raises UserError for a file that cannot be read, for one that is no text, and for another encoding, which is not guessed:
-    the same bytes are other letters in Windows-1252 and in Windows-1251.
+    Raises UserError for a file that cannot be read, for one that is no text, and for another
+    encoding, which is not guessed: the same bytes are other letters in Windows-1252 and in
+    Windows-1251.
     """
     path = Path(path).expanduser()
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): a text file is expected.") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): a text file is expected."
+        ) from None
     mark, encoding = next((pair for pair in MARKS if content.startswith(pair[0])), (b"", "utf-8"))
     if b"\0" in content and not mark:
-        raise UserError(f"{path} is not a text file: it holds zero bytes. UTF-16 has to begin with a byte order mark.")
+        raise UserError(
+            f"{path} is not a text file: it holds zero bytes. UTF-16 has to begin with a byte "
+            "order "
+            ""
+            ""
+            "mark."
+        )
     try:
         text = content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        where = f"byte 0x{error.object[error.start]:02x} in line {error.object[: error.start].count(10) + 1}"
+        where = (
+            f"byte 0x{error.object[error.start]:02x} in line "
+            f"{error.object[: error.start].count(10) + 1}"
+        )
         raise UserError(
-            f"{path} is not in {encoding.upper()}: {where}. Save it as UTF-8; if it is in Windows-1252 or Latin-1, "
+            f"{path} is not in {encoding.upper()}: {where}. Save it as UTF-8; if it is in "
+            "Windows-1252 or Latin-1, "
             f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} does that."
         ) from None
     if "\0" in text:
@@ -130,14 +161,17 @@ def read_text(path):
 def read_lines(path):
     """Return the lines of a text file, without blank ones at its end; see `read_text`.
 
-    A line ends where an editor ends it: not at U+2028 and the other characters at which str.splitlines does, too.
+    A line ends where an editor ends it: not at U+2028 and the other characters at which
+    str.splitlines does, too.
     """
     text = read_text(path).rstrip()
     return text.split("\n") if text else []
 
 
 def read_json(path, **options):
-    """Return what a JSON file holds, in any encoding of `read_text`; raises ValueError for what is none."""
+    """Return what a JSON file holds, in any encoding of `read_text`; raises ValueError for what is
+    none.
+    """
     try:
         text = read_text(path)
     except UserError as error:
@@ -146,7 +180,9 @@ def read_json(path, **options):
 
 
 def parse_json(text, **options):
-    """Return the value of a JSON text; raises ValueError, also for nesting too deep and for halves of characters."""
+    """Return the value of a JSON text; raises ValueError, also for nesting too deep and for halves
+    of characters.
+    """
     try:
         values = json.loads(text, **options)
     except RecursionError:
@@ -157,18 +193,22 @@ def parse_json(text, **options):
 
 
 def kept_json(path):
-    """Return what a JSON file holds, or None where it is absent or damaged: for what can be made again."""
+    """Return what a JSON file holds, or None where it is absent or damaged: for what can be made
+    again.
+    """
     try:
         return read_json(path)
     except ValueError:
         return None
 
 
-# -- arrays ------------------------------------------------------------------------------------------------------------
+# -- arrays ----------------------------------------------------------------------------------------
 
 
 def write_array(path, array):
-    """Write an array as .npy with the SHA-256 of the file's bytes behind it, which np.load passes over; see `read_array`."""
+    """Write an array as .npy with the SHA-256 of the file's bytes behind it, which np.load passes
+    over; see `read_array`.
+    """
 
     def write(temporary):
         with open(temporary, "w+b") as file:
@@ -182,10 +222,16 @@ def write_array(path, array):
 
 
 def read_array(path, mapped=False):
-    """Return an array that `write_array` wrote, or None where it is absent, cut short or changed, by one bit or more."""
+    """Return an array that `write_array` wrote, or None where it is absent, cut short or changed,
+    by one bit or more.
+    """
     try:
         content = np.memmap(path, np.uint8, "r")
         digest = hashlib.sha256(content[:-32]).digest()
-        return np.load(path, mmap_mode="r" if mapped else None) if digest == content[-32:].tobytes() else None
+        return (
+            np.load(path, mmap_mode="r" if mapped else None)
+            if digest == content[-32:].tobytes()
+            else None
+        )
     except (OSError, ValueError, EOFError):  # absent, empty
         return None

@@ -1,4 +1,6 @@
-"""Every test has run, figure and cache folders of its own; the runs of the recipe `tiny` are trained once and shared."""
+"""Every test has run, figure and cache folders of its own; the runs of the recipe `tiny` are
+trained once and shared.
+"""
 
 import os
 import shutil

@@ -25,21 +25,41 @@ from gear.training.losses import QUANTIZER_LOSSES, entropy_loss
 from gear.training.stages import gradients
 from gear.training.state import State, step_seed
 
-TOKENIZER = TokenizerConfig(codebook_size=32, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
+TOKENIZER = TokenizerConfig(
+    codebook_size=32,
+    code_dim=4,
+    channels=8,
+    channel_mult=(1, 2, 2),
+    latent_channels=16,
+    res_blocks=1,
+)
 GENERATOR = GeneratorConfig(
-    width=16, layers=3, heads=2, num_classes=5, tap_layer=2, projector_dim=8, class_dropout=0.0, dropout=0.0,
-)  # fmt: skip
+    width=16,
+    layers=3,
+    heads=2,
+    num_classes=5,
+    tap_layer=2,
+    projector_dim=8,
+    class_dropout=0.0,
+    dropout=0.0,
+)
 K = 11  # the tiny generator's codebook
 
 
 def scenes(count, first=0):
-    """Scenes number `first` to `first + count` at 32 px: images (N, 3, 32, 32) in [-1, 1] and labels (N,)."""
+    """Scenes number `first` to `first + count` at 32 px: images (N, 3, 32, 32) in [-1, 1] and
+    labels (N,).
+    """
     source, positions = Scenes(first, count, 32), np.arange(count)
-    return data.to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(source.labels(positions))
+    return data.to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(
+        source.labels(positions)
+    )
 
 
 def stirred(module, std=0.3):
-    """Give every matrix of a network large random weights: its heads are not zero and every block matters."""
+    """Give every matrix of a network large random weights: its heads are not zero and every block
+    matters.
+    """
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, std)
@@ -69,7 +89,9 @@ def tiny_state(
     checkpointing=False,
     **objective,
 ):
-    """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while it trains."""
+    """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while
+    it trains.
+    """
     torch.manual_seed(0)
     config = replace(
         TINY,
@@ -91,8 +113,16 @@ def tiny_state(
 
 def loss_terms(quantized):
     """Return all loss terms of a Quantized, unweighted: {name: scalar}."""
-    kind = "lfq" if isinstance(quantized.affinity, SignAffinity) else "vq" if quantized.affinity.shift else "ibq"
-    return QUANTIZER_LOSSES[kind](quantized) | {"entropy_loss": entropy_loss(*quantized.affinity.entropies())}
+    kind = (
+        "lfq"
+        if isinstance(quantized.affinity, SignAffinity)
+        else "vq"
+        if quantized.affinity.shift
+        else "ibq"
+    )
+    return QUANTIZER_LOSSES[kind](quantized) | {
+        "entropy_loss": entropy_loss(*quantized.affinity.entropies())
+    }
 
 
 class Formed(Affinity):
@@ -113,63 +143,121 @@ def same(one, other):
 
 
 def assert_same_run(one, other):
-    """Assert that two run directories hold the same metrics and the same newest checkpoint, byte for byte."""
+    """Assert that two run directories hold the same metrics and the same newest checkpoint, byte
+    for byte.
+    """
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     for file in ("networks.safetensors", "optimizers.safetensors", "state.json"):
         newest = sorted((one / "checkpoints").glob("0*"))[-1].name
-        assert (one / "checkpoints" / newest / file).read_bytes() == (other / "checkpoints" / newest / file).read_bytes()
+        assert (one / "checkpoints" / newest / file).read_bytes() == (
+            other / "checkpoints" / newest / file
+        ).read_bytes()
 
 
 def recorded(name, config, scores=(), **metrics):
-    """Write a finished run without training it: its configuration, the last line of its log, and an evaluation's records.
+    """Write a finished run without training it: its configuration, the last line of its log, and an
+    evaluation's records.
 
-    `scores` are (step, cfg_scale, {metric: value}); an empty step means a reconstruction. Numbers are the caller's.
+    `scores` are (step, cfg_scale, {metric: value}); an empty step means a reconstruction. Numbers
+    are the caller's.
     """
     run = Run.create(name, to_dict(config))
     (run.path / "metrics.jsonl").unlink(missing_ok=True)
-    run.append({"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}})
+    run.append(
+        {"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}}
+    )
     base = {"network": "scenes", "weights_of": name}
-    drawn = base | {"count": 100, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "reference_count": 2_000}
+    drawn = base | {
+        "count": 100,
+        "seed": 0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "reference_count": 2_000,
+    }
     drawn["reference"] = config.data.source
-    rebuilt = base | {"split": "val", "images": min(2_000, config.data.val_images), "step": config.steps}
+    rebuilt = base | {
+        "split": "val",
+        "images": min(2_000, config.data.val_images),
+        "step": config.steps,
+    }
     records = [
         record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else rebuilt)
         for step, scale, values in scores
         for metric, value in values.items()
     ]
-    seen = {"weights_of": name, "split": "val", "images": min(config.eval_images, config.data.val_images), "step": config.steps}
-    records += [record(metric, 99.0, seen) for metric in ("ntp_loss", "usage_entropy", "predictable")]  # the log's count
+    seen = {
+        "weights_of": name,
+        "split": "val",
+        "images": min(config.eval_images, config.data.val_images),
+        "step": config.steps,
+    }
+    records += [
+        record(metric, 99.0, seen) for metric in ("ntp_loss", "usage_entropy", "predictable")
+    ]  # the log's count
     (run.path / "metrics.json").write_text(json.dumps(records))
     return run
 
 
 def record_study(name, preset="tiny", seeds=(0, 1, 2), effect=-1.0):
-    """Write every run of a study with seeded numbers: GEAR's Fréchet distances differ from the baseline's by `effect`."""
+    """Write every run of a study with seeded numbers: GEAR's Fréchet distances differ from the
+    baseline's by `effect`.
+    """
     for member in members(name, preset, seeds):
         record_scored(member.name, member.planned[-1][1], effect if member.role == "gear" else 0.0)
     return members(name, preset, seeds)
 
 
 def record_scored(name, config, effect=0.0):
-    """Write a run with seeded numbers at two steps and three scales of guidance, and of its tokenizer's reconstructions."""
+    """Write a run with seeded numbers at two steps and three scales of guidance, and of its
+    tokenizer's reconstructions.
+    """
     noise = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
-    steps = [(step, scale) for step in (config.steps // 2, config.steps) for scale in (1.0, 1.5, 2.0)]
+    steps = [
+        (step, scale) for step in (config.steps // 2, config.steps) for scale in (1.0, 1.5, 2.0)
+    ]
     scores = [
-        (step, scale, {"fd_scenes": 9 + effect - 4 * step / config.steps - scale + noise.uniform(0, 0.1),
-                       "precision": 0.5 + noise.uniform(0, 0.1), "recall": 0.4 + noise.uniform(0, 0.1)})
+        (
+            step,
+            scale,
+            {
+                "fd_scenes": 9 + effect - 4 * step / config.steps - scale + noise.uniform(0, 0.1),
+                "precision": 0.5 + noise.uniform(0, 0.1),
+                "recall": 0.4 + noise.uniform(0, 0.1),
+            },
+        )
         for step, scale in steps
-    ]  # fmt: skip
-    scores.append((0, 0, {"rfd_scenes": 2 + noise.uniform(0, 0.1), "psnr": 20 + noise.uniform(0, 0.1), "ssim": 0.6}))
-    losses = {"ntp_loss": 3 + noise.uniform(0, 0.1), "align_loss": -0.5, "usage_entropy": 4.0, "psnr": 20.0}
+    ]
+    scores.append(
+        (
+            0,
+            0,
+            {
+                "rfd_scenes": 2 + noise.uniform(0, 0.1),
+                "psnr": 20 + noise.uniform(0, 0.1),
+                "ssim": 0.6,
+            },
+        )
+    )
+    losses = {
+        "ntp_loss": 3 + noise.uniform(0, 0.1),
+        "align_loss": -0.5,
+        "usage_entropy": 4.0,
+        "psnr": 20.0,
+    }
     return recorded(name, config, scores, **losses)
 
 
 def state_on(device, parts=1, **changes):
-    """A joint state with stirred weights, the same on every device, which draws nothing at random."""
+    """A joint state with stirred weights, the same on every device, which draws nothing at
+    random.
+    """
     base = recipe("tiny-joint")
     still = replace(base.generator, dropout=0.0, class_dropout=0.0)
     objective = replace(base.objective, gan_start=0.0)
-    config = replace(base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes)
+    config = replace(
+        base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes
+    )
     torch.manual_seed(0)
     states = [State(config, torch.device(name), parts) for name in ("cpu", device)]
     states[0].start(states[0].config.data)

@@ -1,4 +1,6 @@
-"""CKA, CKNNA and mutual k-NN against the platonic-rep numbers, brute force and their invariances."""
+"""CKA, CKNNA and mutual k-NN against the platonic-rep numbers, brute force and their
+invariances.
+"""
 
 import json
 from functools import partial
@@ -65,16 +67,22 @@ def test_golden(pair, form, device):
     assert cknna(x, y, 79) == pytest.approx(want["cknna_k79_full"], abs=EPS)
     for k in (1, 5, 10):
         assert mutual_knn(x, y, k) == pytest.approx(want[f"mutual_knn_k{k}"], abs=1e-6)
-    assert abs(cknna(x, y) - want["cknna_k10_biased"]) > 0.05  # that one lets a row be its own neighbour
+    assert (
+        abs(cknna(x, y) - want["cknna_k10_biased"]) > 0.05
+    )  # that one lets a row be its own neighbour
 
 
 def test_golden_of_other_protocols():
     want = EXPECTED["align"]["expected"]
-    assert cka(ALIGN["D_discrete"], B) == pytest.approx(want["D_vs_B"]["raw"]["cka_unbiased"], abs=EPS)
+    assert cka(ALIGN["D_discrete"], B) == pytest.approx(
+        want["D_vs_B"]["raw"]["cka_unbiased"], abs=EPS
+    )
     assert cknna(A, B) == pytest.approx(want["A_vs_B_ifsq_raw_k10"], abs=EPS)
     equation = want["A_vs_B_prh_paper_equation_variant_NOT_CODE"]
     assert abs(cknna(A, B) - equation["raw_k10"]) > 0.05
-    for batches in want["A_vs_B_minibatch"]:  # per-batch averages are another, upward biased statistic
+    for batches in want[
+        "A_vs_B_minibatch"
+    ]:  # per-batch averages are another, upward biased statistic
         size = batches["batch_size"]
         parts = [cknna(x, y) for x, y in zip(A.split(size), B.split(size))]
         assert np.mean(parts) == pytest.approx(batches["mean_of_batch_cknna_k10"], abs=EPS)
@@ -87,7 +95,11 @@ def test_within_image_golden(form, monkeypatch, device):
     want = EXPECTED["patch"]["expected"]
     got = within_image(*(FORMS[form](PATCH[name].to(device)) for name in ("X", "Y")))
     assert got.cknna.device == got.null_cka.device == torch.device("cpu")
-    for name, key in (("cknna", "cknna_k10"), ("cka", "cka_unbiased"), ("mutual_knn", "mutual_knn_k10")):
+    for name, key in (
+        ("cknna", "cknna_k10"),
+        ("cka", "cka_unbiased"),
+        ("mutual_knn", "mutual_knn_k10"),
+    ):
         values = [image[key] for image in want[f"within_image_{form}"]["per_image"]]
         assert getattr(got, name).tolist() == pytest.approx(values, abs=EPS)
     chance = want[f"within_image_mismatched_null_{form}"]  # X[i] with Y[i + 1]
@@ -96,17 +108,25 @@ def test_within_image_golden(form, monkeypatch, device):
 
 
 @pytest.mark.parametrize("unbiased", (True, False))
-@pytest.mark.parametrize("shift", (1, 2, 4, -1, 15))  # one cycle through the images, several, back, around
+@pytest.mark.parametrize(
+    "shift", (1, 2, 4, -1, 15)
+)  # one cycle through the images, several, back, around
 def test_within_image_equals_the_scalar_metrics(shift, unbiased, monkeypatch):
     monkeypatch.setattr(alignment, "CHUNK", 30**2 * 4)  # 6 images in chunks of 4 and 2
     x, y = gaussian(6, 30, 6), gaussian(6, 30, 9, seed=1)
     y[..., :6] += x
     got = within_image(x, y, k=4, shift=shift, unbiased=unbiased)
-    metrics = {"cknna": partial(cknna, k=4), "cka": partial(cka, unbiased=unbiased), "mutual_knn": partial(mutual_knn, k=4)}
+    metrics = {
+        "cknna": partial(cknna, k=4),
+        "cka": partial(cka, unbiased=unbiased),
+        "mutual_knn": partial(mutual_knn, k=4),
+    }
     for i in range(6):
         for name, metric in metrics.items():
             assert getattr(got, name)[i].item() == pytest.approx(metric(x[i], y[i]), abs=1e-10)
-            assert getattr(got, f"null_{name}")[i].item() == pytest.approx(metric(x[i], y[(i + shift) % 6]), abs=1e-10)
+            assert getattr(got, f"null_{name}")[i].item() == pytest.approx(
+                metric(x[i], y[(i + shift) % 6]), abs=1e-10
+            )
 
 
 def test_within_image_marks_only_the_constant_images():
@@ -157,7 +177,8 @@ def test_identity_rotation_scale_permutation_padding(metric):
 def test_symmetry():
     for metric in (cka, partial(cka, unbiased=False), mutual_knn):
         assert metric(A, B) == pytest.approx(metric(B, A), abs=1e-12)
-    # CKNNA's means take columns of one kernel and rows of the other over directed edges, so it is symmetric only
+    # CKNNA's means take columns of one kernel and rows of the other over directed edges, so it is
+    # symmetric only
     # when every edge has its reverse
     assert cknna(A, B, 79) == pytest.approx(cknna(B, A, 79), abs=1e-12)
     assert 1e-4 < abs(cknna(A, B) - cknna(B, A)) < 0.02
@@ -166,7 +187,9 @@ def test_symmetry():
 def test_translation_moves_cknna_but_not_cka():
     shift = 3 * gaussian(24, seed=5)
     assert cka(A, B + shift) == pytest.approx(cka(A, B), abs=1e-5)
-    assert cka(A, B.double() + shift, unbiased=False) == pytest.approx(cka(A, B, unbiased=False), abs=1e-10)
+    assert cka(A, B.double() + shift, unbiased=False) == pytest.approx(
+        cka(A, B, unbiased=False), abs=1e-10
+    )
     assert abs(cknna(A, B.double() + shift) - cknna(A, B)) > 0.02
 
 
@@ -174,7 +197,9 @@ def test_translation_moves_cknna_but_not_cka():
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_offset_does_not_hurt(unbiased, form):
     x, y = (FORMS[form](z).float() for z in (A, B))
-    assert cka(x + 50, y + 50, unbiased) == pytest.approx(cka(x.double(), y.double(), unbiased), abs=1e-4)
+    assert cka(x + 50, y + 50, unbiased) == pytest.approx(
+        cka(x.double(), y.double(), unbiased), abs=1e-4
+    )
 
 
 def test_chance_of_cka():
@@ -197,7 +222,9 @@ def test_null_is_the_chance_level_and_is_seeded():
     calls = []
     null(A, B, lambda x, y: calls.append((x is A, y)) or 0.0, draws=3)
     assert len(calls) == 3 and all(same for same, _ in calls)
-    assert all(torch.equal(y.sort(0).values, B.sort(0).values) and not torch.equal(y, B) for _, y in calls)
+    assert all(
+        torch.equal(y.sort(0).values, B.sort(0).values) and not torch.equal(y, B) for _, y in calls
+    )
 
 
 @pytest.mark.parametrize("metric", (*METRICS, partial(cknna, k=3), partial(mutual_knn, k=79)))
@@ -223,7 +250,9 @@ def test_ties():
 
 
 def test_ties_do_not_follow_row_order():
-    """All rows of x tie, and the hubs of y are just those rows an unshuffled top-k returns: order invents agreement."""
+    """All rows of x tie, and the hubs of y are just those rows an unshuffled top-k returns: order
+    invents agreement.
+    """
     x, y = torch.ones(160, 3), torch.ones(160, 3)
     y[torch.zeros(160, dtype=torch.float64).topk(5).indices] = 2
     assert mutual_knn(x, y, 5) < 0.3  # chance is 5 / 159, without the shuffle it is near 1

@@ -1,4 +1,6 @@
-"""A feature found equals the one computed, bit for bit; a cache that cannot be used is said and does without."""
+"""A feature found equals the one computed, bit for bit; a cache that cannot be used is said and
+does without.
+"""
 
 import contextlib
 import gc
@@ -26,7 +28,9 @@ def images(count, seed=0):
 
 
 class Counted:
-    """Four patches of an 8 px image by a matrix; `images` counts what was computed, padding included."""
+    """Four patches of an 8 px image by a matrix; `images` counts what was computed, padding
+    included.
+    """
 
     def __init__(self):
         self.batches = []
@@ -56,14 +60,18 @@ def test_found_equals_computed_bit_for_bit_and_is_not_computed_again():
 
 
 def test_only_what_is_missing_is_computed_in_chunks_of_one_size():
-    """The size of the batch changes the last bits of a convolution, so it is always the same, padded or not."""
+    """The size of the batch changes the last bits of a convolution, so it is always the same,
+    padded or not.
+    """
     one = cached()
     one(images(11))
     assert one.compute.batches == [CHUNK, CHUNK]
     mixed = torch.cat([images(11)[3:9], images(2, seed=1), images(1, seed=1)])
     got = one(mixed)
     assert one.compute.batches == [CHUNK, CHUNK, CHUNK]
-    assert torch.equal(got[6], got[8]) and torch.equal(got, torch.cat([cached()(x[None]) for x in mixed]))
+    assert torch.equal(got[6], got[8]) and torch.equal(
+        got, torch.cat([cached()(x[None]) for x in mixed])
+    )
 
 
 def test_the_key_is_the_content_and_what_computes():
@@ -138,12 +146,19 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
 def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
     x = images(11)
     wanted = cached()(x)
-    with contextlib.closing(sqlite3.connect(home / "cache" / "features.sqlite")) as database, database:
+    with (
+        contextlib.closing(sqlite3.connect(home / "cache" / "features.sqlite")) as database,
+        database,
+    ):
         ((key, value),) = database.execute("SELECT key, value FROM features LIMIT 1").fetchall()
         database.execute("UPDATE features SET value = ? WHERE key = ?", (damage(value), key))
     again, after = cached(), cached()
     assert torch.equal(again(x), wanted) and again.compute.batches == [CHUNK]
-    assert torch.equal(after(x), wanted) and after.compute.batches == [] and not capsys.readouterr().err
+    assert (
+        torch.equal(after(x), wanted)
+        and after.compute.batches == []
+        and not capsys.readouterr().err
+    )
 
 
 PROCESS = """
@@ -160,7 +175,9 @@ for round in range(int(sys.argv[2])):
 def fill(rounds):
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     command = [sys.executable, "-c", PROCESS, os.path.dirname(__file__), str(rounds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_two_processes_share_the_file(home):
@@ -179,5 +196,8 @@ def test_the_file_survives_kill_9(home, capsys):
     left = rows(home / "cache" / "features.sqlite")
     assert left >= 3 * 40 and left % 40 == 0  # a batch is there or not
     again = cached()
-    assert torch.equal(again(images(40, seed=2)), cached("fresh")(images(40, seed=2))) and again.compute.batches == []
+    assert (
+        torch.equal(again(images(40, seed=2)), cached("fresh")(images(40, seed=2)))
+        and again.compute.batches == []
+    )
     assert "cannot be used" not in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A cached run writes the bytes of an uncached one; what does not belong to it, or is cut short, is computed again."""
+"""A cached run writes the bytes of an uncached one; what does not belong to it, or is cut short, is
+computed again.
+"""
 
 import errno
 import shutil
@@ -45,12 +47,16 @@ def state_of(**changes):
 
 
 def files(home):
-    return {path: path.stat().st_mtime_ns for path in sorted((home / "cache" / "codes").rglob("*.npy"))}
+    return {
+        path: path.stat().st_mtime_ns for path in sorted((home / "cache" / "codes").rglob("*.npy"))
+    }
 
 
 @pytest.fixture
 def built(tiny, home):
-    """The cache of `tiny`, four files of codes and four of features; returns its files and their times."""
+    """The cache of `tiny`, four files of codes and four of features; returns its files and their
+    times.
+    """
     Cached(state_of(), quiet=True)
     found = files(home)
     assert len(found) == 8
@@ -60,11 +66,15 @@ def built(tiny, home):
 def computed(monkeypatch):
     """Count the files that are computed from here on."""
     count, keep = [], Rows.keep
-    monkeypatch.setattr(Rows, "keep", lambda rows, file, values: (count.append(file), keep(rows, file, values)))
+    monkeypatch.setattr(
+        Rows, "keep", lambda rows, file, values: (count.append(file), keep(rows, file, values))
+    )
     return count
 
 
-def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(tiny, tiny_runs, built, monkeypatch):
+def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(
+    tiny, tiny_runs, built, monkeypatch
+):
     def observe(state, images, labels, indices, target):
         assert images.numel() == 0
         return whole(state, images, labels, indices, target)
@@ -75,7 +85,9 @@ def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(tin
     shutil.rmtree(tiny / "tiny")
     train(recipe("tiny"), "tiny", CACHED)
     assert_same_run(tiny / "tiny", tiny_runs / "tiny")
-    train(replace(recipe("tiny"), seed=7), "other-seed", replace(CACHED, workers=2))  # the same variants in another order
+    train(
+        replace(recipe("tiny"), seed=7), "other-seed", replace(CACHED, workers=2)
+    )  # the same variants in another order
 
 
 def test_one_process_computes_and_the_others_wait(tiny, home):
@@ -104,7 +116,9 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
     samples, stream = Cached(state, quiet=True), Stream(state.config.data, 0)
     for first in (0, 16, 100):  # of 144
         numbers = list(range(first, first + 16))
-        seen, looked_up = (state.observe(*upload(s.__getitems__(numbers), CPU)) for s in (stream, samples))
+        seen, looked_up = (
+            state.observe(*upload(s.__getitems__(numbers), CPU)) for s in (stream, samples)
+        )
         for name in ("labels", "indices", "target"):
             assert torch.equal(getattr(seen, name), getattr(looked_up, name)), name
     assert samples.length == (144 if size[0] > 32 else (1 + flip) * len(samples.source))
@@ -113,7 +127,9 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
 
 def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, monkeypatch):
     data = paint(home / "images", (40, 32))
-    Cached(state_of(data=data, steps=18), quiet=True).__getitems__([256, 287])  # 288 samples, the last ones now mapped
+    Cached(state_of(data=data, steps=18), quiet=True).__getitems__(
+        [256, 287]
+    )  # 288 samples, the last ones now mapped
     count = computed(monkeypatch)
     longer, stream = Cached(state_of(data=data, steps=24), quiet=True), Stream(data, 0)
     numbers = list(range(280, 296))
@@ -123,7 +139,9 @@ def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, mon
     assert count == [2, 2]
 
 
-def test_what_the_values_depend_on_makes_another_cache_and_says_so(tiny, built, home, capsys, monkeypatch):
+def test_what_the_values_depend_on_makes_another_cache_and_says_so(
+    tiny, built, home, capsys, monkeypatch
+):
     state = state_of()
     with torch.no_grad():
         next(state.tokenizer.parameters()).flatten()[0] += 1e-3
@@ -131,7 +149,11 @@ def test_what_the_values_depend_on_makes_another_cache_and_says_so(tiny, built, 
     (home / "cache" / "codes" / "other" / "about.json").write_text("{ cut")
     Cached(state, quiet=True)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "codes of 512 rows go to" in said[0] and said[0].endswith("were made with another network.")
+    assert (
+        len(said) == 1
+        and "codes of 512 rows go to" in said[0]
+        and said[0].endswith("were made with another network.")
+    )
     monkeypatch.setattr("gear.training.cached.torch.get_num_threads", lambda: 2)
     Cached(state_of(batch_size=8), quiet=True)
     assert capsys.readouterr().err.count("were made with another batch_size, device.") == 2
@@ -180,7 +202,11 @@ def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, m
     capsys.readouterr()
     count = computed(monkeypatch)
     Cached(state_of(), quiet=True)
-    assert count == [2] and {p: p.read_bytes() for p in files(home)} == before and not leftover.exists()
+    assert (
+        count == [2]
+        and {p: p.read_bytes() for p in files(home)} == before
+        and not leftover.exists()
+    )
     assert capsys.readouterr().err.count("files are missing, damaged or yet to come.") == 1
 
 
@@ -204,11 +230,16 @@ def test_a_signal_stops_between_files_and_what_was_computed_stands(tiny, home, m
 def test_a_cache_folder_that_cannot_be_written_to(tiny, home, monkeypatch):
     (home / "file").write_text("")
     monkeypatch.setenv("GEAR_CACHE", str(home / "file" / "cache"))
-    with pytest.raises(UserError, match=r"nothing can be kept in .*file is a file, not a folder. Set \$GEAR_CACHE to"):
+    with pytest.raises(
+        UserError,
+        match=r"nothing can be kept in .*file is a file, not a folder. Set \$GEAR_CACHE to",
+    ):
         train(recipe("tiny"), "unwritable", CACHED)
 
 
-def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(tiny, tiny_runs, home, monkeypatch):
+def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(
+    tiny, tiny_runs, home, monkeypatch
+):
     def full(file, values):
         if len(files(home)) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -216,7 +247,10 @@ def test_a_full_disk_stops_the_run_in_a_line_and_the_same_command_goes_on(tiny, 
 
     save = np.save
     shutil.rmtree(tiny / "tiny")
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match="stopped at step 0: .*No space left.*Make room"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingStopped, match="stopped at step 0: .*No space left.*Make room"),
+    ):
         patch.setattr(np, "save", full)
         train(recipe("tiny"), "tiny", CACHED)
     assert len(files(home)) == 3 and not list((home / "cache").rglob("*.tmp"))

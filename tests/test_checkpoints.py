@@ -1,4 +1,6 @@
-"""Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said of that."""
+"""Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said
+of that.
+"""
 
 import argparse
 import gzip
@@ -75,7 +77,7 @@ def file(home):
     return write
 
 
-# -- what files are wrapped in -----------------------------------------------------------------------------------------
+# -- what files are wrapped in ---------------------------------------------------------------------
 
 
 def dotless(tensors):
@@ -84,13 +86,21 @@ def dotless(tensors):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
-    """Live weights and their average differ; the average is taken unless told otherwise, and what was taken is said."""
+    """Live weights and their average differ; the average is taken unless told otherwise, and what
+    was taken is said.
+    """
     live, averaged = tokenizer(family), tokenizer(family, seed=1)
     a, b, name = public(live, LAYOUT[family]), public(averaged, LAYOUT[family]), LAYOUT[family]
     assert not same_outputs(live, averaged)
     both = {
-        "gear.pt": ({"vq": a, "vq_ema": b, "steps": 9, "args": {"lr": 1.0}, "opt_vq": {"state": {}}}, f"{name}, step 9"),
-        "llamagen.pt": ({"model": a, "ema": b, "steps": 9, "args": argparse.Namespace(lr=1.0)}, f"{name}, step 9"),
+        "gear.pt": (
+            {"vq": a, "vq_ema": b, "steps": 9, "args": {"lr": 1.0}, "opt_vq": {"state": {}}},
+            f"{name}, step 9",
+        ),
+        "llamagen.pt": (
+            {"model": a, "ema": b, "steps": 9, "args": argparse.Namespace(lr=1.0)},
+            f"{name}, step 9",
+        ),
         "compiled.ckpt": (
             {
                 "state_dict": {n.replace("encoder.", "encoder._orig_mod."): t for n, t in a.items()}
@@ -98,7 +108,14 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
             },
             name,
         ),
-        "pl.ckpt": ({"state_dict": a | dotless(b) | {"loss.d": torch.zeros(1), "model_ema.decay": torch.zeros(1)}}, name),
+        "pl.ckpt": (
+            {
+                "state_dict": a
+                | dotless(b)
+                | {"loss.d": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+            },
+            name,
+        ),
     }
     for path, (content, said) in both.items():
         path = file(content, path)
@@ -114,7 +131,9 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
         "deepspeed.pt": {"module": a},
         "compiled.pt": {"vq": {f"_orig_mod.{n}": t for n, t in a.items()}},
         "ddp.pt": {"model": {f"module.{n}": t for n, t in a.items()}},
-        "inner.pt": {"vq": {n.replace("encoder.", "encoder.module._orig_mod."): t for n, t in a.items()}},
+        "inner.pt": {
+            "vq": {n.replace("encoder.", "encoder.module._orig_mod."): t for n, t in a.items()}
+        },
         "beside.pt": a | {"step": 5},
         "half.pt": {n: t.bfloat16() for n, t in a.items()},
     }
@@ -125,10 +144,15 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
 
 
 def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monkeypatch):
-    """Names without dots cannot be told apart by themselves: they are looked up in the released sizes."""
+    """Names without dots cannot be told apart by themselves: they are looked up in the released
+    sizes.
+    """
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
-    monkeypatch.setattr("gear.public.wrappings.LAYOUTS", [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})])
+    monkeypatch.setattr(
+        "gear.public.wrappings.LAYOUTS",
+        [ibq.__class__(**ibq.__dict__ | {"sizes": (CONFIGS["ibq"],)})],
+    )
     loaded = gear.load_tokenizer(file({"state_dict": dotless(public(averaged, "IBQ"))}))
     assert same_outputs(loaded, averaged)
 
@@ -136,13 +160,25 @@ def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monke
 def test_a_joint_file_gives_each_of_its_parts(file):
     discriminator = layout("PatchGAN").build((16, 2))
     projector = layout("projectors").build(((64, 8, 12), (64, 8, 20)))  # two teachers
-    path = file({
-        "vq": public(tokenizer(), "LlamaGen VQ"), "ar": public(generator(), "LlamaGen"),
-        "projectors": public(projector, "projectors"), "discriminator": public(discriminator, "PatchGAN"), "steps": 5,
-    })  # fmt: skip
+    path = file(
+        {
+            "vq": public(tokenizer(), "LlamaGen VQ"),
+            "ar": public(generator(), "LlamaGen"),
+            "projectors": public(projector, "projectors"),
+            "discriminator": public(discriminator, "PatchGAN"),
+            "steps": 5,
+        }
+    )
     assert same_outputs(gear.load_tokenizer(path), tokenizer())
-    loaded, tokens, labels = gear.load_generator(path), torch.arange(16).view(1, 4, 4), torch.tensor([2])
-    assert torch.equal(loaded(tokens, labels), generator()(tokens, labels)) and loaded.grid == (16, 16)
+    loaded, tokens, labels = (
+        gear.load_generator(path),
+        torch.arange(16).view(1, 4, 4),
+        torch.tensor([2]),
+    )
+    assert torch.equal(loaded(tokens, labels), generator()(tokens, labels)) and loaded.grid == (
+        16,
+        16,
+    )
     assert loaded.config.condition_rotation == "zero"
     checkpoint = open_checkpoint(path)
     assert checkpoint.parts["projector"].size == ((64, 8, 12), (64, 8, 20))
@@ -152,7 +188,9 @@ def test_a_joint_file_gives_each_of_its_parts(file):
 
 
 def test_what_may_be_absent_and_what_may_be_there_beside(file):
-    """BatchNorm's counters may be missing; LlamaGen's count of used codes may be there. Both come back as they came."""
+    """BatchNorm's counters may be missing; LlamaGen's count of used codes may be there. Both come
+    back as they came.
+    """
     tensors = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.arange(7.0)}
     counters = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
     del counters["main.3.num_batches_tracked"]
@@ -166,13 +204,19 @@ def test_what_may_be_absent_and_what_may_be_there_beside(file):
     load_discriminator(path)(IMAGES)
 
 
-@pytest.mark.parametrize("container", ["bare", "model", "module", "state_dict", "lightning", "gear"])
+@pytest.mark.parametrize(
+    "container", ["bare", "model", "module", "state_dict", "lightning", "gear"]
+)
 def test_a_file_comes_back_in_its_own_wrapping(container, file):
     a, b = public(tokenizer(), "LlamaGen VQ"), public(tokenizer(seed=1), "LlamaGen VQ")
     content = {
-        "bare": a, "model": {"model": a, "ema": b, "steps": 3}, "module": {"module": a}, "state_dict": {"state_dict": a},
-        "lightning": {"state_dict": a | dotless(b), "global_step": 3}, "gear": {"vq": a, "vq_ema": b, "steps": 3},
-    }[container]  # fmt: skip
+        "bare": a,
+        "model": {"model": a, "ema": b, "steps": 3},
+        "module": {"module": a},
+        "state_dict": {"state_dict": a},
+        "lightning": {"state_dict": a | dotless(b), "global_step": 3},
+        "gear": {"vq": a, "vq_ema": b, "steps": 3},
+    }[container]
     path = file(content)
     export(open_checkpoint(path), path.with_name("ours.safetensors"))
     export(open_checkpoint(path.with_name("ours.safetensors")), path.with_name("back.pt"))
@@ -201,14 +245,18 @@ def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
 
 
 def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
-    """The public networks silence a condition's key: read back by them, ours would be another network."""
+    """The public networks silence a condition's key: read back by them, ours would be another
+    network.
+    """
     assert gear.public.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
     turned = GeneratorConfig(**GENERATOR.__dict__ | {"condition_rotation": "identity"})
     assert gear.public.layouts.public_layout("generator", (turned, 32)) is None
-    assert gear.public.layouts.public_layout("generator", (tiny_generator().config, 11)) is None  # heads that no table tells
+    assert (
+        gear.public.layouts.public_layout("generator", (tiny_generator().config, 11)) is None
+    )  # heads that no table tells
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def refused(path, *said):
@@ -235,7 +283,9 @@ def test_code_in_a_file_is_not_run(name, file, home):
         f"holds Python objects ({io.open.__module__}.open), and nothing of that is run",
     )
     for protocol in range(6):  # a bare pickle, as files were before torch 1.6
-        (home / "old.pt").write_bytes(pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol))
+        (home / "old.pt").write_bytes(
+            pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol)
+        )
         refused(home / "old.pt", "'old.pt' holds ", "nothing of that is run")
     torch.save({"a": Trap(home / "executed")}, home / "four.pt", pickle_protocol=4)
     refused(home / "four.pt", "'four.pt' holds ", "nothing of that is run")
@@ -243,7 +293,10 @@ def test_code_in_a_file_is_not_run(name, file, home):
 
 
 def test_what_is_no_checkpoint(file, home):
-    for name, content in {"photo.pt": b"\xff\xd8\xff\xe0 not weights", "text.ckpt": b"hello"}.items():
+    for name, content in {
+        "photo.pt": b"\xff\xd8\xff\xe0 not weights",
+        "text.ckpt": b"hello",
+    }.items():
         (home / name).write_bytes(content)
         refused(home / name, f"'{name}' ")
     (home / "empty.pt").write_bytes(b"")
@@ -252,10 +305,20 @@ def test_what_is_no_checkpoint(file, home):
     for name in ("empty.pt", "photos.pt"):
         refused(home / name, f"'{name}' is not a checkpoint.")
     refused(file(torch.zeros(3)), "'file.pt' is not a checkpoint: it holds one Tensor")
-    refused(file({"epoch": 3}), "'file.pt' has an unknown layout (it begins with epoch)", "Known: LlamaGen VQ")
+    refused(
+        file({"epoch": 3}),
+        "'file.pt' has an unknown layout (it begins with epoch)",
+        "Known: LlamaGen VQ",
+    )
     refused(file({3: torch.zeros(1)}), "unknown layout")
-    refused(file({"resnet.conv.weight": torch.zeros(3)}), "unknown layout (it begins with resnet.conv.weight)")
-    refused(file({"cls_embedding.uncond_embedding": torch.zeros(1)}), "LlamaGen's own text-to-image model")
+    refused(
+        file({"resnet.conv.weight": torch.zeros(3)}),
+        "unknown layout (it begins with resnet.conv.weight)",
+    )
+    refused(
+        file({"cls_embedding.uncond_embedding": torch.zeros(1)}),
+        "LlamaGen's own text-to-image model",
+    )
     (home / "x.safetensors").write_bytes(b"\x00" * 20)
     refused(home / "x.safetensors", "'x.safetensors' is not a checkpoint.")
 
@@ -264,7 +327,10 @@ def test_what_is_cut_short(file, home):
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     refused(path, "'file.pt' is cut short: fetch it again")
-    export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")}, "whole.pt")), home / "ours.safetensors")
+    export(
+        open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")}, "whole.pt")),
+        home / "ours.safetensors",
+    )
     ours = (home / "ours.safetensors").read_bytes()
     (home / "ours.safetensors").write_bytes(ours[:-100])
     refused(home / "ours.safetensors", "cut short")
@@ -278,7 +344,9 @@ def test_a_file_of_ours_without_its_card(home):
 SMALL = {  # every network of every layout, small: none of a released size
     **{LAYOUT[family]: lambda family=family: tokenizer(family) for family in CONFIGS},
     "LlamaGen": generator,
-    "LlamaGen, hybrid": lambda: Generator(replace(GENERATOR, text_slots=300, text_dim=6, dual_layers=1), 32),
+    "LlamaGen, hybrid": lambda: Generator(
+        replace(GENERATOR, text_slots=300, text_dim=6, dual_layers=1), 32
+    ),
     "projectors": lambda: layout("projectors").build(((64, 8, 12), (64, 8, 20))),
     "PatchGAN": lambda: layout("PatchGAN").build((16, 3)),
 }
@@ -286,7 +354,9 @@ SMALL = {  # every network of every layout, small: none of a released size
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
-    """Whichever tensor it is, also one that a size is read from, and without a wall of its neighbours."""
+    """Whichever tensor it is, also one that a size is read from, and without a wall of its
+    neighbours.
+    """
     of, shapes = layout(name.split(",")[0]), {}
     names = of.public(SMALL[name]())
     shapes = {names[n]: tuple(t.shape) for n, t in SMALL[name]().state_dict().items()}
@@ -305,19 +375,30 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
             if not (len(said) == 2 and said[1].strip().startswith(fault)):
                 wrong += 1
                 assert fault in str(error.value) or len(said) <= 14, (tensor, said)
-    assert wrong <= 2, name  # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of others
+    assert wrong <= 2, (
+        name
+        # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of
+        # others
+    )
     with pytest.raises(UserError, match=r"\n  unexpected \w+\.extra\.weight \(2,\)"):
         of.fit(shapes | {f"{next(iter(shapes)).split('.')[0]}.extra.weight": (2,)}, "'x.pt'")
 
 
 def test_a_tensor_of_a_released_file_is_named_whichever_it_is():
-    """LlamaGen-S, B and the projectors of GEAR-L: what alone tells a size is known there from the released sizes."""
+    """LlamaGen-S, B and the projectors of GEAR-L: what alone tells a size is known there from the
+    released sizes.
+    """
     for name, tensor in (
         ("llamagen_s", "cls_embedding.embedding_table.weight"),
         ("llamagen_s", "norm.weight"),
         ("vq16", "encoder.conv_in.weight"),
     ):
-        shapes = {n: tuple(s) for n, s in json.loads((ROOT / "tests" / "parity" / "keys" / f"{name}.json").read_text()).items()}
+        shapes = {
+            n: tuple(s)
+            for n, s in json.loads(
+                (ROOT / "tests" / "parity" / "keys" / f"{name}.json").read_text()
+            ).items()
+        }
         of = gear.public.layouts.recognise(shapes, name)
         with pytest.raises(UserError) as error:
             of.fit({n: s for n, s in shapes.items() if n != tensor}, name)
@@ -336,7 +417,8 @@ def test_what_is_wrong_with_one_part_is_said_when_that_part_is_taken(file, capsy
     )
     assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
     with pytest.raises(
-        UserError, match="'file.pt', entry 'vq_ema', has the layout LlamaGen VQ, but.*\n  missing encoder.conv_out.bias"
+        UserError,
+        match="'file.pt', entry 'vq_ema', has the layout LlamaGen VQ, but.*\n  missing encoder.conv_out.bias",
     ):
         gear.load_tokenizer(path)
     with pytest.raises(UserError, match="entry 'vq_ema'"):
@@ -347,7 +429,11 @@ def test_what_is_wrong_with_one_part_is_said_when_that_part_is_taken(file, capsy
 
 def test_weights_that_are_no_numbers(file):
     tensors = {n: t.to(torch.int8) for n, t in public(tokenizer(), "LlamaGen VQ").items()}
-    refused(file({"vq": tensors}), "holds weights that are no floating-point numbers", "encoder.conv_in.weight is torch.int8")
+    refused(
+        file({"vq": tensors}),
+        "holds weights that are no floating-point numbers",
+        "encoder.conv_in.weight is torch.int8",
+    )
 
 
 def test_a_card_that_does_not_fit(file, home):
@@ -355,7 +441,10 @@ def test_a_card_that_does_not_fit(file, home):
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
     with gear.public.tensorfiles.safe_open(path, "pt") as whole:
-        tensors, card = {n: whole.get_tensor(n) for n in whole.keys()}, json.loads(whole.metadata()["gear"])
+        tensors, card = (
+            {n: whole.get_tensor(n) for n in whole.keys()},
+            json.loads(whole.metadata()["gear"]),
+        )
     name = next(iter(tensors))
 
     def written(tensors, card):
@@ -369,12 +458,22 @@ def test_a_card_that_does_not_fit(file, home):
         f"missing {name.split('.', 1)[1]}",
     )
     refused(written(tensors | {"tokenizer.extra": torch.zeros(2)}, card), "unexpected extra")
-    refused(written(tensors | {"teacher.extra": torch.zeros(2)}, card), "it does not speak of teacher")
+    refused(
+        written(tensors | {"teacher.extra": torch.zeros(2)}, card), "it does not speak of teacher"
+    )
     refused(written(tensors, card | {"container": "barrel"}), "it does not speak of barrel")
-    for field, value in (("quantizer", "fsq"), ("channels", "abc"), ("channels", -3), ("colour", 1)):
+    for field, value in (
+        ("quantizer", "fsq"),
+        ("channels", "abc"),
+        ("channels", -3),
+        ("colour", 1),
+    ):
         size = card["parts"]["tokenizer"]["size"] | {field: value}
         refused(
-            written(tensors, card | {"parts": {"tokenizer": card["parts"]["tokenizer"] | {"size": size}}}),
+            written(
+                tensors,
+                card | {"parts": {"tokenizer": card["parts"]["tokenizer"] | {"size": size}}},
+            ),
             "the card of 'ours.safetensors'",
         )
     for bad in ("{", "[]", json.dumps(card | {"parts": []})):
@@ -382,7 +481,9 @@ def test_a_card_that_does_not_fit(file, home):
 
 
 def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
-    """A training job rewrites its checkpoint: what was loaded from it before must not be mapped into it."""
+    """A training job rewrites its checkpoint: what was loaded from it before must not be mapped
+    into it.
+    """
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     loaded = gear.load_tokenizer(path)
     path.write_bytes(b"short")
@@ -394,10 +495,20 @@ def test_heads_are_told_by_a_table_or_a_width_of_64():
     of = layout("LlamaGen")
 
     def shapes(layers, width):
-        ends = {"tok_embeddings.weight": (32, width), "cls_embedding.embedding_table.weight": (6, width)}
+        ends = {
+            "tok_embeddings.weight": (32, width),
+            "cls_embedding.embedding_table.weight": (6, width),
+        }
         return ends | {f"layers.{layers - 1}.ffn_norm.weight": (width,)}
 
-    heads = {(24, 3200): 32, (36, 1440): 20, (12, 384): 12, (24, 1024): 16, (48, 2560): 40, (3, 128): 2}
+    heads = {
+        (24, 3200): 32,
+        (36, 1440): 20,
+        (12, 384): 12,
+        (24, 1024): 16,
+        (48, 2560): 40,
+        (3, 128): 2,
+    }
     assert {key: of.read(shapes(*key))[0].heads for key in heads} == heads
     with pytest.raises(UserError, match="2 layers of 96: no table tells how many heads"):
         of.read(shapes(2, 96))
@@ -417,13 +528,19 @@ def test_inputs_out_of_range(file):
         vq.decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(UserError, match="indices are torch.float32: integers are expected"):
         vq.decode(torch.zeros(1, 2, 2))
-    for tokens, labels, said in (([[-1] * 4], [0], "indices run from -1 to -1"), ([[0] * 4], [6], "labels run from 6 to 6")):
+    for tokens, labels, said in (
+        ([[-1] * 4], [0], "indices run from -1 to -1"),
+        ([[0] * 4], [6], "labels run from 6 to 6"),
+    ):
         with pytest.raises(UserError, match=said):
             ar(torch.tensor(tokens), torch.tensor(labels))
     with pytest.raises(UserError, match="labels run from 7 to 7"):
         gear.sample(ar, vq, [7], (2, 2))
     shapes = {"not square": torch.zeros(1, 2, 8).long(), "have shape .4,.": torch.zeros(4).long()}
-    shapes |= {"have shape .1, 4, 9.": torch.zeros(1, 4, 9), "have shape .1, 0.": torch.zeros(1, 0).long()}
+    shapes |= {
+        "have shape .1, 4, 9.": torch.zeros(1, 4, 9),
+        "have shape .1, 0.": torch.zeros(1, 0).long(),
+    }
     for said, tokens in shapes.items():
         with pytest.raises(UserError, match=said):
             ar(tokens, torch.tensor([0]))
@@ -434,7 +551,11 @@ def test_inputs_out_of_range(file):
     for bad in (dict(top_p=-1.0), dict(temperature=-1.0), dict(top_k=-3)):
         with pytest.raises(UserError, match=f"{next(iter(bad))} is -.*: it has to be at least 0"):
             gear.sample(ar, vq, [0], (2, 2), **bad)
-    for images in (torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)):
+    for images in (
+        torch.zeros(3, 16, 16),
+        torch.zeros(1, 1, 16, 16),
+        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+    ):
         with pytest.raises(UserError, match="images are .B, 3, H, W. floats in .-1, 1., not"):
             vq.encode(images)
     with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
@@ -446,49 +567,118 @@ def test_inputs_out_of_range(file):
         ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
 
 
-# -- other trainers' files ---------------------------------------------------------------------------------------------
+# -- other trainers' files -------------------------------------------------------------------------
 
 
 def prefixed(prefix, tensors):
     return {f"{prefix}{name}": t for name, t in tensors.items()}
 
 
-A, B = public(tokenizer(), "LlamaGen VQ"), public(tokenizer(seed=1), "LlamaGen VQ")  # live and averaged weights
-ALONE = {  # files that hold live weights, or averages, alone: content, where they lie, whether they are averages
-    **{key: ({key: A}, key, False) for key in ("model_state_dict", "net", "network", "params", "generator", "anything")},
-    **{key: ({key: B}, key, True) for key in ("ema", "ema_model", "model_ema", "params_ema", "ema_state_dict", "state_dict_ema",
-                                              "averages", "averaged", "swa_model", "G_ema", "emaModel")},
-    **{p: (prefixed(p, A), p, False) for p in ("model.", "net.", "vqvae.", "tokenizer.", "first_stage_model.", "vq_model.")},
+A, B = (
+    public(tokenizer(), "LlamaGen VQ"),
+    public(tokenizer(seed=1), "LlamaGen VQ"),
+)  # live and averaged weights
+# files that hold live weights, or averages, alone: content, where they lie, whether they are
+# averages
+ALONE = {
+    **{
+        key: ({key: A}, key, False)
+        for key in ("model_state_dict", "net", "network", "params", "generator", "anything")
+    },
+    **{
+        key: ({key: B}, key, True)
+        for key in (
+            "ema",
+            "ema_model",
+            "model_ema",
+            "params_ema",
+            "ema_state_dict",
+            "state_dict_ema",
+            "averages",
+            "averaged",
+            "swa_model",
+            "G_ema",
+            "emaModel",
+        )
+    },
+    **{
+        p: (prefixed(p, A), p, False)
+        for p in ("model.", "net.", "vqvae.", "tokenizer.", "first_stage_model.", "vq_model.")
+    },
     **{p: (prefixed(p, B), p, True) for p in ("ema_model.", "ema.", "model_ema.inner.")},
     "a prefix in a wrapper": ({"state_dict": prefixed("model.", A)}, "state_dict/model.", False),
     "a wrapper in one": ({"model": {"state_dict": A}}, "model/state_dict", False),
     "both": ({"model": prefixed("module.tokenizer.", A)}, "model/tokenizer.", False),
     "AveragedModel": ({"n_averaged": torch.tensor(3), **prefixed("module.", B)}, "module.", True),
     "by name": ({"ema": {"decay": 0.9, "shadow": B}}, "ema/shadow", True),
-    "beside others": ({"state_dict": prefixed("first_stage_model.", A) | {"unet.w": torch.zeros(2)}},
-                      "state_dict/first_stage_model.", False),
-    "moments of the same names": ({"net": A, "optimizer": {"exp_avg": B}, "opt_state": B, "lr_schedulers": {}}, "net", False),
-}  # fmt: skip
+    "beside others": (
+        {"state_dict": prefixed("first_stage_model.", A) | {"unet.w": torch.zeros(2)}},
+        "state_dict/first_stage_model.",
+        False,
+    ),
+    "moments of the same names": (
+        {"net": A, "optimizer": {"exp_avg": B}, "opt_state": B, "lr_schedulers": {}},
+        "net",
+        False,
+    ),
+}
 BOTH = {  # files that hold both: content, and where each lies
     "params": ({"params": A, "params_ema": B}, "params", "params_ema"),
     "timm": ({"state_dict": A, "state_dict_ema": B}, "state_dict", "state_dict_ema"),
     "model_ema": ({"model_ema": B, "model": A}, "model", "model_ema"),
-    "Lightning, names": ({"state_dict": prefixed("model.", A) | prefixed("ema_model.", B)},
-                         "state_dict/model.", "state_dict/ema_model."),
-    "LitEma of a module": ({"state_dict": prefixed("model.", A) | dotless(B)}, "state_dict/model.", "state_dict/model_ema."),
-    "WeightAveraging": ({"state_dict": B, "current_model_state": A, "averaging_state": {"n_averaged": torch.tensor(1)}},
-                        "current_model_state", "state_dict"),
-    "ema-pytorch": ({"model": A, "ema": {"step": torch.tensor(4), **prefixed("online_model.", A), **prefixed("ema_model.", B)}},
-                    "model", "ema/ema_model."),
-    "swa": ({"state_dict": prefixed("model.", A) | prefixed("avg.module.", B) | {"avg.n_averaged": torch.tensor(1)}},
-            "state_dict/model.", "state_dict/avg.module."),
-}  # fmt: skip
+    "Lightning, names": (
+        {"state_dict": prefixed("model.", A) | prefixed("ema_model.", B)},
+        "state_dict/model.",
+        "state_dict/ema_model.",
+    ),
+    "LitEma of a module": (
+        {"state_dict": prefixed("model.", A) | dotless(B)},
+        "state_dict/model.",
+        "state_dict/model_ema.",
+    ),
+    "WeightAveraging": (
+        {
+            "state_dict": B,
+            "current_model_state": A,
+            "averaging_state": {"n_averaged": torch.tensor(1)},
+        },
+        "current_model_state",
+        "state_dict",
+    ),
+    "ema-pytorch": (
+        {
+            "model": A,
+            "ema": {
+                "step": torch.tensor(4),
+                **prefixed("online_model.", A),
+                **prefixed("ema_model.", B),
+            },
+        },
+        "model",
+        "ema/ema_model.",
+    ),
+    "swa": (
+        {
+            "state_dict": prefixed("model.", A)
+            | prefixed("avg.module.", B)
+            | {"avg.n_averaged": torch.tensor(1)}
+        },
+        "state_dict/model.",
+        "state_dict/avg.module.",
+    ),
+}
 
 
-FLAT = [name for name, (content, *_) in ALONE.items() if all(isinstance(value, torch.Tensor) for value in content.values())]
+FLAT = [
+    name
+    for name, (content, *_) in ALONE.items()
+    if all(isinstance(value, torch.Tensor) for value in content.values())
+]
 
 
-@pytest.mark.parametrize(("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT]
+)
 def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsys):
     (content, place, averaged), path = ALONE[name], home / f"file{suffix}"
     (torch.save if suffix == ".pt" else save_file)(content, path)
@@ -497,11 +687,15 @@ def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsy
     assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{place}')"
     main(["inspect", str(path)])
     said = capsys.readouterr().out
-    assert f"{path.name}: wrapped by another trainer" in said and re.search(rf"  {kind} .*, from '{re.escape(place)}'\n", said)
+    assert f"{path.name}: wrapped by another trainer" in said and re.search(
+        rf"  {kind} .*, from '{re.escape(place)}'\n", said
+    )
     assert export(open_checkpoint(path), home / "back.pt") == []
     back = torch.load(home / "back.pt", weights_only=True)
     assert back.keys() == {"vq_ema" if averaged else "vq"}
-    assert all(torch.equal(t, (B if averaged else A)[n]) for n, t in next(iter(back.values())).items())
+    assert all(
+        torch.equal(t, (B if averaged else A)[n]) for n, t in next(iter(back.values())).items()
+    )
     if averaged:
         with pytest.raises(UserError, match="holds no tokenizer: it holds tokenizer_ema"):
             gear.load_tokenizer(path, ema=False)
@@ -513,16 +707,26 @@ def test_averages_beside_live_weights_are_listed_and_taken(name, file, capsys):
     path = file(content)
     for ema, place in ((True, averaged), (False, live)):
         loaded = gear.load_tokenizer(path, ema)
-        assert same_outputs(loaded, tokenizer(seed=int(ema))) and loaded.source.endswith(f", from '{place}')")
+        assert same_outputs(loaded, tokenizer(seed=int(ema))) and loaded.source.endswith(
+            f", from '{place}')"
+        )
     main(["inspect", str(path)])
     said = capsys.readouterr().out
-    assert re.search(rf"  tokenizer  .*from '{re.escape(live)}'\n  tokenizer_ema .*from '{re.escape(averaged)}'\n", said)
+    assert re.search(
+        rf"  tokenizer  .*from '{re.escape(live)}'\n  tokenizer_ema .*from '{re.escape(averaged)}'\n",
+        said,
+    )
 
 
 def test_several_networks_under_prefixes_are_each_found(file, capsys):
-    """A generator with its tokenizer inside, and both beside each other; what is neither is named as not read."""
+    """A generator with its tokenizer inside, and both beside each other; what is neither is named
+    as not read.
+    """
     ar = public(generator(), "LlamaGen")
-    for content in ({**prefixed("vae.", A), **prefixed("gpt.", ar), "clip.w": torch.zeros(2)}, ar | prefixed("vae.", A)):
+    for content in (
+        {**prefixed("vae.", A), **prefixed("gpt.", ar), "clip.w": torch.zeros(2)},
+        ar | prefixed("vae.", A),
+    ):
         path = file(content)
         assert same_outputs(gear.load_tokenizer(path), tokenizer())
         tokens, labels = torch.arange(16).view(1, 4, 4), torch.tensor([2])
@@ -533,30 +737,62 @@ def test_several_networks_under_prefixes_are_each_found(file, capsys):
 
 
 def test_two_of_one_kind_are_not_chosen_between(file):
-    refused(file({"a": A, "b": B}), "holds several networks of the kind tokenizer, 'a', 'b': save the one you mean alone")
+    refused(
+        file({"a": A, "b": B}),
+        "holds several networks of the kind tokenizer, 'a', 'b': save the one you mean alone",
+    )
     path = file({"model": A, "ema_0.9": A, "ema_0.99": B})
-    with pytest.raises(UserError, match="several networks of the kind tokenizer_ema, 'ema_0.9', 'ema_0.99'"):
+    with pytest.raises(
+        UserError, match="several networks of the kind tokenizer_ema, 'ema_0.9', 'ema_0.99'"
+    ):
         gear.load_tokenizer(path)
     assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
-    assert same_outputs(gear.load_tokenizer(file({"model": A, "state_dict": {**A}})), tokenizer())  # twice the same
+    assert same_outputs(
+        gear.load_tokenizer(file({"model": A, "state_dict": {**A}})), tokenizer()
+    )  # twice the same
     broken = {n: t for n, t in B.items() if n != "encoder.conv_in.bias"}
-    assert same_outputs(gear.load_tokenizer(file({"last": A, "best": broken})), tokenizer())  # one alone fits
+    assert same_outputs(
+        gear.load_tokenizer(file({"last": A, "best": broken})), tokenizer()
+    )  # one alone fits
 
 
 def test_names_stay_strict_behind_a_prefix(file):
-    path = file({"state_dict": {n: t for n, t in prefixed("model.", A).items() if n != "model.encoder.conv_in.weight"}})
+    path = file(
+        {
+            "state_dict": {
+                n: t
+                for n, t in prefixed("model.", A).items()
+                if n != "model.encoder.conv_in.weight"
+            }
+        }
+    )
     refused(
-        path, "entry 'state_dict/model.', has the layout LlamaGen VQ, but does not fit it:\n  missing encoder.conv_in.weight"
+        path,
+        (
+            "entry 'state_dict/model.', has the layout LlamaGen VQ, but does not fit it:\n  "
+            "missing "
+            ""
+            ""
+            "encoder.conv_in.weight"
+        ),
     )
     half = {n if n.startswith("encoder") else f"model.{n}": t for n, t in A.items()}
     refused(file(half), "does not fit it")
-    refused(file(A | {"encoder.extra.weight": torch.zeros(2)}), "unexpected encoder.extra.weight (2,)")
-    counted = public(generator(), "LlamaGen") | {"layers.99999999.attention.wo.weight": torch.zeros(1)}
+    refused(
+        file(A | {"encoder.extra.weight": torch.zeros(2)}), "unexpected encoder.extra.weight (2,)"
+    )
+    counted = public(generator(), "LlamaGen") | {
+        "layers.99999999.attention.wo.weight": torch.zeros(1)
+    }
     refused(file(counted), "counts beyond what it holds:\n  layers.99999999.attention.wo.weight")
 
 
 def test_averages_without_names_are_said_to_be_that(file, capsys):
-    refused(file({"decay": 0.9, "shadow_params": [*A.values()]}), "averages without names (shadow_params)", "state_dict()")
+    refused(
+        file({"decay": 0.9, "shadow_params": [*A.values()]}),
+        "averages without names (shadow_params)",
+        "state_dict()",
+    )
     main(["inspect", str(file({"model": A, "ema": {"shadow_params": [*B.values()]}}))])
     assert "not read: 'ema' (averages without names)" in capsys.readouterr().out
 
@@ -571,7 +807,10 @@ def test_a_file_that_holds_itself_is_read(file):
 def test_other_precisions_are_loaded_as_float32(dtype, file):
     loaded = gear.load_tokenizer(file({n: t.to(dtype) for n, t in A.items()})).state_dict()
     names = layout("LlamaGen VQ").public(tokenizer())
-    assert all(t.dtype == torch.float32 and torch.equal(t, A[names[n]].to(dtype).float()) for n, t in loaded.items())
+    assert all(
+        t.dtype == torch.float32 and torch.equal(t, A[names[n]].to(dtype).float())
+        for n, t in loaded.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -587,14 +826,24 @@ def test_other_precisions_are_loaded_as_float32(dtype, file):
 @pytest.mark.filterwarnings("ignore:.*(quantiz|TypedStorage)")
 def test_weights_of_other_kinds_are_named(change, said, file):
     path = file(A | {"encoder.conv_in.weight": change(A["encoder.conv_in.weight"])})
-    refused(path, "holds weights that are no floating-point numbers", f"encoder.conv_in.weight {said}")
+    refused(
+        path, "holds weights that are no floating-point numbers", f"encoder.conv_in.weight {said}"
+    )
 
 
-@pytest.mark.parametrize(("value", "said"), ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")))
+@pytest.mark.parametrize(
+    ("value", "said"),
+    ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")),
+)
 def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, capsys):
     """Of a file and of a run alike; `inspect` says it, too."""
-    wrong = A | {"encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)}
-    with pytest.raises(UserError, match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {said} in 27 of 216 values"):
+    wrong = A | {
+        "encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)
+    }
+    with pytest.raises(
+        UserError,
+        match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {said} in 27 of 216 values",
+    ):
         gear.load_tokenizer(file(wrong))
     main(["inspect", str(home / "file.pt")])
     assert "cannot be taken: there are weights that are no numbers" in capsys.readouterr().out
@@ -606,7 +855,9 @@ def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, ca
     tensors = load_file(path)
     next(t for name, t in tensors.items() if name.startswith("generator_ema.")).view(-1)[0] = value
     save_file(tensors, path)
-    with pytest.raises(UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"):
+    with pytest.raises(
+        UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"
+    ):
         gear.load_generator("tiny")
 
 
@@ -622,31 +873,44 @@ def packed(name, content):
 
 
 INSTEAD = {  # what lies where weights should: its bytes, and what is said
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n",
-            "a Git LFS pointer, not the weights: git lfs pull"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n",
+        "a Git LFS pointer, not the weights: git lfs pull",
+    ),
     "html": (b"\n<!DOCTYPE html><html>", "text (a web page?), not weights: fetch it again"),
     "html in utf-16": ("<html>".encode("utf-16"), "text (a web page?), not weights"),
     "html in latin-1": ("<html>caf\xe9".encode("latin-1"), "text (a web page?), not weights"),
     "xml": (b"<?xml version='1.0'?><Error>", "text (a web page?), not weights"),
-    "json": (b'{"error": "not found"}', """text, not weights (it begins with '{"error": "not found"}')"""),
+    "json": (
+        b'{"error": "not found"}',
+        """text, not weights (it begins with '{"error": "not found"}')""",
+    ),
     "words": (b"Entry not found", "text, not weights (it begins with 'Entry not found')"),
-    "index": (json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode(),
-              "the index of a checkpoint in 2 parts (m-1.safetensors, m-2.safetensors"),
+    "index": (
+        json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode(),
+        "the index of a checkpoint in 2 parts (m-1.safetensors, m-2.safetensors",
+    ),
     "empty": (b"", "It is empty: fetch it again"),
     "gzip": (packed("gzip", b"x"), "an archive (gzip): unpack it first"),
     "tar": (packed("tar", b"x"), "an archive (tar): unpack it first"),
-    "zip": (packed("zip", b"x"), "an archive (zip) that holds weights/model.safetensors: unpack it first"),
+    "zip": (
+        packed("zip", b"x"),
+        "an archive (zip) that holds weights/model.safetensors: unpack it first",
+    ),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "an archive (7z)"),
     "rar": (b"Rar!\x1a\7\1\0", "an archive (rar)"),
     "hdf5": (b"\x89HDF\r\n\x1a\n\0", "an HDF5 file, as Keras writes"),
     "onnx": (b"\x08\x07\x12\x07pytorch", "an ONNX file"),
     "tensorflow": (b"\x08\x01\x12\x99\x01", "a TensorFlow SavedModel"),
-    "tensorflow index": (b"\0\0\x01" * 30 + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb", "a part of a TensorFlow checkpoint"),
+    "tensorflow index": (
+        b"\0\0\x01" * 30 + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb",
+        "a part of a TensorFlow checkpoint",
+    ),
     "gguf": (b"GGUF\3\0\0\0", "a GGUF file"),
     "numpy": (b"\x93NUMPY\1\0", "a NumPy array"),
     "image": (b"\xff\xd8\xff\xe0", "an image"),
     "noise": (b"\3\1\4\1\5\x92\x65", "of an unknown kind"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", INSTEAD)
@@ -668,7 +932,11 @@ def test_a_torchscript_archive_is_named(home):
 def test_a_file_is_opened_by_its_content_and_not_its_suffix(file, home):
     save_file(A, home / "tensors.safetensors")
     torch.save(A, home / "legacy.pt", _use_new_zipfile_serialization=False)
-    for source, name in (("tensors.safetensors", "a.pt"), (file(A), "b.safetensors"), ("legacy.pt", "c.safetensors")):
+    for source, name in (
+        ("tensors.safetensors", "a.pt"),
+        (file(A), "b.safetensors"),
+        ("legacy.pt", "c.safetensors"),
+    ):
         (home / name).write_bytes((home / source).read_bytes())
         assert same_outputs(gear.load_tokenizer(home / name), tokenizer())
 
@@ -687,9 +955,16 @@ def test_a_file_whose_name_is_no_utf_8_is_read(name, home, capsys):
 def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
     save_file(A, home / "ours.safetensors")
     content = (home / "ours.safetensors").read_bytes()
-    for wrong in (content[:-9], content[:100], (2**62).to_bytes(8, "little") + content[8:], b"\xff" * 7 + b"\0{"):
+    for wrong in (
+        content[:-9],
+        content[:100],
+        (2**62).to_bytes(8, "little") + content[8:],
+        b"\xff" * 7 + b"\0{",
+    ):
         (home / "cut.safetensors").write_bytes(wrong)
-        refused(home / "cut.safetensors", "'cut.safetensors' is cut short, or damaged: fetch it again")
+        refused(
+            home / "cut.safetensors", "'cut.safetensors' is cut short, or damaged: fetch it again"
+        )
 
 
 def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
@@ -698,7 +973,10 @@ def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
     header = json.dumps({"__metadata__": {"p": padding}}).encode()
     assert len(header).to_bytes(8, "little")[:1] == b"{"
     (home / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    refused(home / "a.safetensors", "no card of gear in its metadata, and an unknown layout (it begins with nothing)")
+    refused(
+        home / "a.safetensors",
+        "no card of gear in its metadata, and an unknown layout (it begins with nothing)",
+    )
 
 
 def test_a_folder_and_a_runs_own_file_say_what_to_give(home, tiny, file):
@@ -708,8 +986,14 @@ def test_a_folder_and_a_runs_own_file_say_what_to_give(home, tiny, file):
     refused(path, "holds the weights of a run, which is opened by its name: tiny")
 
 
-SIZES = (("tokenizer", "channels", 0), ("tokenizer", "res_blocks", 10**30), ("tokenizer", "codebook_size", -1),
-         ("generator", "layers", 10**9), ("generator", "heads", 0), ("data", "image_size", "32"))  # fmt: skip
+SIZES = (
+    ("tokenizer", "channels", 0),
+    ("tokenizer", "res_blocks", 10**30),
+    ("tokenizer", "codebook_size", -1),
+    ("generator", "layers", 10**9),
+    ("generator", "heads", 0),
+    ("data", "image_size", "32"),
+)
 
 
 @pytest.mark.parametrize(("section", "field", "value"), SIZES)
@@ -722,40 +1006,72 @@ def test_a_runs_configuration_that_speaks_of_no_network(section, field, value, t
         open_checkpoint("tiny")
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def test_inspect_says_what_is_there(file, capsys):
     vq = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.zeros(3)}
     foreign = {"foreign.weight": torch.zeros(2)}
-    path = file({"vq": vq, "ema": public(generator(), "LlamaGen"), "discriminator": foreign, "steps": 1234})
+    path = file(
+        {"vq": vq, "ema": public(generator(), "LlamaGen"), "discriminator": foreign, "steps": 1234}
+    )
     main(["inspect", str(path)])
     said = capsys.readouterr().out
     assert "file.pt: a GEAR checkpoint, training step 1234" in said
     count = sum(p.numel() for p in tokenizer().parameters())
-    assert f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
+    assert (
+        f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
+    )
     assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in said
-    assert "kept beside them: quantize.codebook_used" in said and "not read: 'discriminator', 'steps'" in said
+    assert (
+        "kept beside them: quantize.codebook_used" in said
+        and "not read: 'discriminator', 'steps'" in said
+    )
 
 
 def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     picture = home / "photo.png"
     Image.new("RGB", (40, 30), (200, 30, 90)).save(picture)
-    main(["reconstruct", str(path), "--images", str(picture), "--image-size", "16", "--out", str(home / "sheet.png")])
+    main(
+        [
+            "reconstruct",
+            str(path),
+            "--images",
+            str(picture),
+            "--image-size",
+            "16",
+            "--out",
+            str(home / "sheet.png"),
+        ]
+    )
     metrics = json.loads((home / "sheet.json").read_text())
-    assert metrics["images"] == 1 and metrics["tokens"] == 16 and metrics["protocol"]["image_size"] == 16
+    assert (
+        metrics["images"] == 1
+        and metrics["tokens"] == 16
+        and metrics["protocol"]["image_size"] == 16
+    )
     assert Image.open(home / "sheet.png").size == (20, 38)
     main(["reconstruct", "tiny", "--count", "10", "--out", str(home / "run.png")])
     again = json.loads((home / "run.json").read_text())
-    assert again["images"] == 10 and again["protocol"]["source"] == "scenes" and 10 < again["psnr"] < 40
+    assert (
+        again["images"] == 10
+        and again["protocol"]["source"] == "scenes"
+        and 10 < again["psnr"] < 40
+    )
     assert "tokenizer of tiny" in capsys.readouterr().out
     for arguments, said in (
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
         ([str(path), "--images", "nowhere"], "--images: there are no images at 'nowhere'"),
-        ([str(path), "--images", str(picture), "--count", "0"], "count is 0: it has to be at least 1"),
-        ([str(path), "--images", str(picture), "--image-size", "-16"], "image_size is -16: it has to be at least 0"),
+        (
+            [str(path), "--images", str(picture), "--count", "0"],
+            "count is 0: it has to be at least 1",
+        ),
+        (
+            [str(path), "--images", str(picture), "--image-size", "-16"],
+            "image_size is -16: it has to be at least 0",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["reconstruct", *arguments, "--out", str(home / "no.png")])
@@ -767,7 +1083,18 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
         (picture / "x.png", "is a file, not a folder"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["reconstruct", str(path), "--images", str(picture), "--image-size", "16", "--out", str(out)])
+            main(
+                [
+                    "reconstruct",
+                    str(path),
+                    "--images",
+                    str(picture),
+                    "--image-size",
+                    "16",
+                    "--out",
+                    str(out),
+                ]
+            )
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -777,13 +1104,27 @@ def test_a_run_is_reconstructed_as_it_was_trained(tiny, home):
     path.write_text(path.read_text().replace('"bicubic"', '"box"'))
     main(["reconstruct", "tiny", "--count", "2", "--out", str(home / "a.png")])
     assert json.loads((home / "a.json").read_text())["protocol"]["interpolation"] == "box"
-    main(["reconstruct", "tiny", "--count", "2", "--interpolation", "bilinear", "--out", str(home / "a.png")])
+    main(
+        [
+            "reconstruct",
+            "tiny",
+            "--count",
+            "2",
+            "--interpolation",
+            "bilinear",
+            "--out",
+            str(home / "a.png"),
+        ]
+    )
     assert json.loads((home / "a.json").read_text())["protocol"]["interpolation"] == "bilinear"
 
 
 def test_one_token_has_no_spread(file):
     lfq = tokenizer("lfq")
-    for call in (lambda: lfq(IMAGES[:, :, :4, :4]), lambda: lfq.decode(torch.zeros(1, 1, 1, dtype=torch.long))):
+    for call in (
+        lambda: lfq(IMAGES[:, :, :4, :4]),
+        lambda: lfq.decode(torch.zeros(1, 1, 1, dtype=torch.long)),
+    ):
         with pytest.raises(UserError, match="one token has no spread"):
             call()
 
@@ -793,10 +1134,25 @@ def test_a_generator_and_a_tokenizer_of_two_files_sample_together(file, home, ca
         file({"model": public(generator(), "LlamaGen")}, "ar.pt"),
         file({"vq": public(tokenizer(), "LlamaGen VQ")}, "vq.pt"),
     )
-    main(["sample", str(ar), "--tokenizer", str(vq), "--labels", "3", "--out", str(home / "drawn.png")])
+    main(
+        [
+            "sample",
+            str(ar),
+            "--tokenizer",
+            str(vq),
+            "--labels",
+            "3",
+            "--out",
+            str(home / "drawn.png"),
+        ]
+    )
     assert Image.open(home / "drawn.png").size == (64, 64)
     lfq = file(
-        public(Tokenizer(TokenizerConfig("lfq", "magvit2", 16, 4, 8, (1, 2), res_blocks=1)), "Open-MAGVIT2 LFQ"), "lfq.pt"
+        public(
+            Tokenizer(TokenizerConfig("lfq", "magvit2", 16, 4, 8, (1, 2), res_blocks=1)),
+            "Open-MAGVIT2 LFQ",
+        ),
+        "lfq.pt",
     )
     with pytest.raises(SystemExit):
         main(["sample", str(ar), "--tokenizer", str(lfq), "--out", str(home / "no.png")])

@@ -1,4 +1,6 @@
-"""A user's mistake gets one message that says what was wrong and what to do, exit code 2, and loses nothing."""
+"""A user's mistake gets one message that says what was wrong and what to do, exit code 2, and loses
+nothing.
+"""
 
 import json
 import os
@@ -25,7 +27,9 @@ from gear.training.loop import Runtime, train
 
 
 def mistake(capsys, *arguments, code=2):
-    """Run the command; return its message after checking exit code and the absence of a traceback."""
+    """Run the command; return its message after checking exit code and the absence of a
+    traceback.
+    """
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
     said = capsys.readouterr()
@@ -39,7 +43,9 @@ def fingerprint(folder):
 
 def picture(path, size=(40, 36)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(len(path.name)).integers(0, 255, (*size, 3), np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(len(path.name)).integers(0, 255, (*size, 3), np.uint8)
+    ).save(path)
 
 
 def test_unknown_command(capsys):
@@ -47,7 +53,9 @@ def test_unknown_command(capsys):
 
 
 def test_unknown_recipe(capsys, home):
-    assert "unknown recipe 'scenes-gaer'. Did you mean 'scenes-gear'?" in mistake(capsys, "train", "scenes-gaer-s0")
+    assert "unknown recipe 'scenes-gaer'. Did you mean 'scenes-gear'?" in mistake(
+        capsys, "train", "scenes-gaer-s0"
+    )
     assert not (home / "runs").exists()
 
 
@@ -64,16 +72,22 @@ def test_missing_folder(capsys, home):
 
 def test_empty_folder(capsys, home):
     (home / "images").mkdir()
-    assert "holds no images" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "images")
+    assert "holds no images" in mistake(
+        capsys, "train", "tiny-tokenizer", "--source", home / "images"
+    )
     assert not (home / "runs").exists()
 
 
 def test_a_zip_that_is_none_and_one_without_images(capsys, home):
     (home / "a.zip").write_bytes(b"no zip at all")
-    assert "a.zip' is not a zip" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "a.zip")
+    assert "a.zip' is not a zip" in mistake(
+        capsys, "train", "tiny-tokenizer", "--source", home / "a.zip"
+    )
     with zipfile.ZipFile(home / "b.zip", "w") as archive:
         archive.writestr("readme.txt", "nothing here")
-    assert "b.zip' holds no images" in mistake(capsys, "train", "tiny-tokenizer", "--source", home / "b.zip")
+    assert "b.zip' holds no images" in mistake(
+        capsys, "train", "tiny-tokenizer", "--source", home / "b.zip"
+    )
     assert not (home / "runs").exists()
 
 
@@ -103,7 +117,9 @@ def test_options_that_cannot_be(options, said, capsys, home):
 
 
 def test_no_run_at_a_time(capsys, home):
-    assert "jobs is 0: it has to be at least 1" in mistake(capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0)
+    assert "jobs is 0: it has to be at least 1" in mistake(
+        capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0
+    )
     assert not (home / "runs").exists()
 
 
@@ -122,7 +138,10 @@ def test_a_folder_that_cannot_be_written_to(variable, command, below, capsys, ho
     monkeypatch.setenv(variable, str(home / "file" / below))
     before = fingerprint(home)
     message = mistake(capsys, *command)
-    assert f"{home / 'file'} is a file, not a folder. Set ${variable} to a folder of your own." in message
+    assert (
+        f"{home / 'file'} is a file, not a folder. Set ${variable} to a folder of your own."
+        in message
+    )
     assert fingerprint(home) == before
 
 
@@ -130,11 +149,16 @@ def test_a_folder_without_the_right_to_write(capsys, home, monkeypatch):
     """Root may write everywhere, so the system's answer is given here."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     message = mistake(capsys, "train", "tiny-tokenizer", "--quiet")
-    assert f"nothing can be kept in {home / 'runs'}" in message and "cannot be written to. Set $GEAR_RUNS" in message
+    assert (
+        f"nothing can be kept in {home / 'runs'}" in message
+        and "cannot be written to. Set $GEAR_RUNS" in message
+    )
     assert not (home / "runs").exists()
 
 
-@pytest.mark.parametrize("spoil", (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])))
+@pytest.mark.parametrize(
+    "spoil", (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000]))
+)
 def test_the_packaged_teacher_missing_or_truncated(spoil, capsys, tiny, monkeypatch):
     shutil.rmtree(tiny / "tiny-joint")
     packed = tiny.parent / "scenes.safetensors"
@@ -143,7 +167,11 @@ def test_the_packaged_teacher_missing_or_truncated(spoil, capsys, tiny, monkeypa
     spoil(packed)
     before = fingerprint(tiny)
     message = mistake(capsys, "train", "tiny-joint", "--quiet")
-    assert "packaged scenes teacher" in message and str(packed) in message and "make teacher" in message
+    assert (
+        "packaged scenes teacher" in message
+        and str(packed) in message
+        and "make teacher" in message
+    )
     assert fingerprint(tiny) == before
 
 
@@ -206,7 +234,9 @@ def edit(path, **changes):
 
 FOREIGN = {
     "a pickle": (
-        lambda f: torch.save({"tokenizer.a": Trap(f.parent / "executed")}, f / "networks.safetensors"),
+        lambda f: torch.save(
+            {"tokenizer.a": Trap(f.parent / "executed")}, f / "networks.safetensors"
+        ),
         "networks.safetensors cannot be read",
     ),
     "other names": (
@@ -214,27 +244,48 @@ FOREIGN = {
         "holds no tokenizer: it holds weight",
     ),
     "no average": (
-        lambda f: rewrite(f / "networks.safetensors", lambda n, t: [] if n.startswith("tokenizer_ema.") else [(n, t)]),
+        lambda f: rewrite(
+            f / "networks.safetensors",
+            lambda n, t: [] if n.startswith("tokenizer_ema.") else [(n, t)],
+        ),
         "holds no tokenizer_ema: it holds discriminator, tokenizer",
     ),
     "another shape": (
-        lambda f: rewrite(f / "optimizers.safetensors", lambda n, t: [(n, t[:1] if t.dim() else t)]),
+        lambda f: rewrite(
+            f / "optimizers.safetensors", lambda n, t: [(n, t[:1] if t.dim() else t)]
+        ),
         "do not fit this Optimizer:\n  0.exp_avg has shape (1, ",
     ),
     "another optimizer": (
-        lambda f: rewrite(f / "optimizers.safetensors", lambda n, t: [(n.replace("exp_avg_sq", "momentum"), t)]),
+        lambda f: rewrite(
+            f / "optimizers.safetensors", lambda n, t: [(n.replace("exp_avg_sq", "momentum"), t)]
+        ),
         "missing 0.exp_avg_sq",
     ),
-    "no step": (lambda f: edit(f / "state.json", step=None), "state.json does not fit this run (step is missing, not 18)"),
+    "no step": (
+        lambda f: edit(f / "state.json", step=None),
+        "state.json does not fit this run (step is missing, not 18)",
+    ),
     "another run": (lambda f: edit(f / "state.json", config="abc"), "(config is abc, not "),
-    "no losses": (lambda f: edit(f / "state.json", meter=None), "(meter.sums is missing; meter.counts is missing)"),
+    "no losses": (
+        lambda f: edit(f / "state.json", meter=None),
+        "(meter.sums is missing; meter.counts is missing)",
+    ),
     "a list": (lambda f: (f / "state.json").write_text("[1]"), "state.json does not fit this run"),
-    "no metrics": (lambda f: (f.parent.parent / "metrics.jsonl").unlink(), "metrics.jsonl holds no line that can be read"),
+    "no metrics": (
+        lambda f: (f.parent.parent / "metrics.jsonl").unlink(),
+        "metrics.jsonl holds no line that can be read",
+    ),
     "metrics cut short": (
-        lambda f: (f.parent.parent / "metrics.jsonl").write_text('{"step": 0}\n{"step": 7}\n\0\n{"step": 24}\n'),
+        lambda f: (f.parent.parent / "metrics.jsonl").write_text(
+            '{"step": 0}\n{"step": 7}\n\0\n{"step": 24}\n'
+        ),
         "metrics.jsonl can be read up to step 7 only; the checkpoint is of step 18",
     ),
-    "no configuration": (lambda f: (f.parent.parent / "config.json").write_text('{"st'), "config.json cannot be read"),
+    "no configuration": (
+        lambda f: (f.parent.parent / "config.json").write_text('{"st'),
+        "config.json cannot be read",
+    ),
 }
 
 
@@ -252,12 +303,16 @@ def test_a_foreign_checkpoint(kind, capsys, tiny):
 
 def test_a_parent_that_trains_no_tokenizer(capsys, tiny):
     before = fingerprint(tiny)
-    (tiny / "tiny").rename(tiny / "mine")  # no recipe, so that its configuration alone does not tell
+    (tiny / "tiny").rename(
+        tiny / "mine"
+    )  # no recipe, so that its configuration alone does not tell
     for parent, said in (
         ("tiny", "'tiny' trains no tokenizer"),
         ("mine", "run 'mine' holds no tokenizer_ema: it holds generator"),
     ):
-        assert said in mistake(capsys, "train", "tiny", "--tokenizer-run", parent, "--name", "child", "--quiet")
+        assert said in mistake(
+            capsys, "train", "tiny", "--tokenizer-run", parent, "--name", "child", "--quiet"
+        )
     (tiny / "mine").rename(tiny / "tiny")
     assert fingerprint(tiny) == before
 
@@ -269,20 +324,37 @@ def test_a_path_is_no_run(name, tiny, home, monkeypatch):
     with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
         gear.Run.open(name)
     for load in (gear.load_tokenizer, gear.load_generator):
-        with pytest.raises(gear.UserError, match="holds Python objects|that is a folder; a run is opened by its name"):
+        with pytest.raises(
+            gear.UserError,
+            match="holds Python objects|that is a folder; a run is opened by its name",
+        ):
             load(name)
     assert not (home / "executed").exists()
 
 
 def test_a_run_without_a_generator_cannot_sample(capsys, tiny, home):
     message = mistake(capsys, "sample", "tiny-tokenizer", "--out", home / "out.png")
-    assert "run 'tiny-tokenizer' holds no generator: it holds discriminator, tokenizer, tokenizer_ema." in message
+    assert (
+        "run 'tiny-tokenizer' holds no generator: it holds discriminator, tokenizer, tokenizer_ema."
+        in message
+    )
     assert not (home / "out.png").exists()
 
 
 def test_non_finite_loss_stops_with_code_1(capsys, tiny):
-    message = mistake(capsys, "train", "tiny-tokenizer", "--name", "sick", "--tokenizer-lr", 1e18, "--save-every", 1,
-                      "--quiet", code=1)  # fmt: skip
+    message = mistake(
+        capsys,
+        "train",
+        "tiny-tokenizer",
+        "--name",
+        "sick",
+        "--tokenizer-lr",
+        1e18,
+        "--save-every",
+        1,
+        "--quiet",
+        code=1,
+    )
     assert " is inf " in message or " is nan " in message
     assert "stands in" in message and "lower learning rate" in message
 
@@ -300,44 +372,83 @@ def test_a_folder_of_images_trains(home, capsys):
     for name in ("cat", "dog"):
         for i in range(30):
             picture(home / "pets" / name / f"{i}.png")
-    main(["train", "tiny-joint", "--source", str(home / "pets"), "--label", "pets", "--quiet", "--device", "cpu"])
+    main(
+        [
+            "train",
+            "tiny-joint",
+            "--source",
+            str(home / "pets"),
+            "--label",
+            "pets",
+            "--quiet",
+            "--device",
+            "cpu",
+        ]
+    )
     runs = home / "runs"
     assert {p.name for p in runs.iterdir()} == {"tiny-joint-pets", "tiny-tokenizer-pets"}
     assert '"num_classes": 2' in (runs / "tiny-joint-pets" / "config.json").read_text()
 
 
 def test_classes_unlike_the_configuration(home):
-    """A folder has two classes, the configuration 24; then the run has two, and the folder gains, loses and renames some."""
+    """A folder has two classes, the configuration 24; then the run has two, and the folder gains,
+    loses and renames some.
+    """
     for name in ("cat", "dog"):
         for i in range(10):
             picture(home / "pets" / name / f"{i}.png")
-    config = replace(TINY, recipe="pets", stage="joint", steps=4, save_every=2, data=DataConfig(str(home / "pets")))
+    config = replace(
+        TINY,
+        recipe="pets",
+        stage="joint",
+        steps=4,
+        save_every=2,
+        data=DataConfig(str(home / "pets")),
+    )
     runtime = Runtime(device="cpu", quiet=True)
-    with pytest.raises(gear.UserError, match=r"2 \(cat, dog\); this run has 24 \(generator.num_classes\)"):
+    with pytest.raises(
+        gear.UserError, match=r"2 \(cat, dog\); this run has 24 \(generator.num_classes\)"
+    ):
         train(config, "pets", runtime)
     assert not (home / "runs").exists()
     config = replace(config, generator=replace(config.generator, num_classes=2))
     shutil.rmtree(train(config, "pets", runtime).path / "checkpoints" / "0000004")
     before = fingerprint(home / "runs")
     (home / "pets" / "dog").rename(home / "pets" / "ant")
-    with pytest.raises(gear.UserError, match=r"2 \(ant, cat\); this run has 2 \(cat, dog\).*Put the class folders back"):
+    with pytest.raises(
+        gear.UserError,
+        match=r"2 \(ant, cat\); this run has 2 \(cat, dog\).*Put the class folders back",
+    ):
         train(config, "pets", runtime)
     picture(home / "pets" / "eel" / "0.png")
-    for seen in (2, 3):  # by the configuration as it was, and as a recipe derives it from the folder
+    for seen in (
+        2,
+        3,
+    ):  # by the configuration as it was, and as a recipe derives it from the folder
         with pytest.raises(gear.UserError, match=r"3 \(ant, cat, eel\); this run has 2 "):
-            train(replace(config, generator=replace(config.generator, num_classes=seen)), "pets", runtime)
+            train(
+                replace(config, generator=replace(config.generator, num_classes=seen)),
+                "pets",
+                runtime,
+            )
     assert fingerprint(home / "runs") == before
 
 
 def test_python_m_gear_lists_its_commands():
-    out = subprocess.run([sys.executable, "-m", "gear", "--help"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "gear", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert all(f"gear {name}" in out for name in ("train", "sample", "figures", "runs"))
 
 
 def test_claims_of_an_unknown_preset(capsys, home):
-    assert "unknown preset 'scnes'. Did you mean 'scenes'? Known: scenes, " in mistake(capsys, "claims", "scnes")
+    assert "unknown preset 'scnes'. Did you mean 'scenes'? Known: scenes, " in mistake(
+        capsys, "claims", "scnes"
+    )
     main(["claims", "cifar10"])
-    assert [p.name for p in (home / "figures" / "data").iterdir()] == ["claims-cifar10.csv"]  # claims.csv is that of the scenes
+    assert [p.name for p in (home / "figures" / "data").iterdir()] == [
+        "claims-cifar10.csv"
+    ]  # claims.csv is that of the scenes
 
 
 @pytest.mark.parametrize(
@@ -386,7 +497,9 @@ def test_the_version(capsys):
         (["train", "tiny", "--label", "a/b"], "--label"),
     ],
 )
-def test_a_value_that_is_none_is_reported_with_its_option(arguments, option, capsys, tiny, home, monkeypatch):
+def test_a_value_that_is_none_is_reported_with_its_option(
+    arguments, option, capsys, tiny, home, monkeypatch
+):
     monkeypatch.chdir(home)
     (home / "file").touch()
     (home / "broken").symlink_to("nowhere")
@@ -402,24 +515,48 @@ def test_runs_are_listed_beside_a_folder_that_is_none(tiny, capsys):
     (tiny / "tiny").rename(tiny / "tiny[1] *")
     main(["runs"])
     said = capsys.readouterr()
-    assert [line[:14].strip() for line in said.out.splitlines()] == ["tiny-joint", "tiny-tokenizer", "tiny[1] *"]
+    assert [line[:14].strip() for line in said.out.splitlines()] == [
+        "tiny-joint",
+        "tiny-tokenizer",
+        "tiny[1] *",
+    ]
     assert "vit: not a run of gear" in said.err and "remove" not in said.err
     main(["runs", "tiny[1] *"])
-    assert capsys.readouterr().out.startswith("tiny[1] *  ") and "vit" not in capsys.readouterr().err
+    assert (
+        capsys.readouterr().out.startswith("tiny[1] *  ") and "vit" not in capsys.readouterr().err
+    )
     assert "config.json cannot be read" in mistake(capsys, "runs", "vit")
 
 
 def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
-    """No traceback at either end: a closed pipe, and bytes that standard output's encoding has not."""
+    """No traceback at either end: a closed pipe, and bytes that standard output's encoding has
+    not.
+    """
     command = [sys.executable, "-m", "gear", "runs"]
-    done = subprocess.run(f"{shlex.join(command)} | head -c 0", shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{shlex.join(command)} | head -c 0", shell=True, capture_output=True, text=True
+    )
     assert done.stderr == ""
     moved = os.fsencode(home) + b"/caf\xe9"
     os.rename(home / "runs", moved)
     environment = os.environ | {"GEAR_RUNS": os.fsdecode(moved), "PYTHONIOENCODING": "ascii:strict"}
-    done = subprocess.run([*command[:3], "runs", "tinny"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "no run 'tinny'. Train it" in done.stderr and r"caf\udce9" in done.stderr
-    arguments = [*command[:3], "sample", "tiny", "--labels", "0", "--out", os.fsdecode(moved) + "/x.png"]
+    done = subprocess.run(
+        [*command[:3], "runs", "tinny"], capture_output=True, text=True, env=environment
+    )
+    assert (
+        done.returncode == 2
+        and "no run 'tinny'. Train it" in done.stderr
+        and r"caf\udce9" in done.stderr
+    )
+    arguments = [
+        *command[:3],
+        "sample",
+        "tiny",
+        "--labels",
+        "0",
+        "--out",
+        os.fsdecode(moved) + "/x.png",
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and r"caf\udce9/x.png" in done.stdout, done.stderr
 
@@ -427,5 +564,11 @@ def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
 def test_a_working_directory_that_is_gone(home):
     command = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -P -m gear runs"
     environment = os.environ | {"PYTHONPATH": str(Path(gear.__file__).parent.parent)}
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=home, env=environment)
-    assert done.returncode == 2 and "the working directory is gone" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=home, env=environment
+    )
+    assert (
+        done.returncode == 2
+        and "the working directory is gone" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""CLIP score: a small random CLIP against transformers' own forward and preprocessing, and what is wrong with bad input."""
+"""CLIP score: a small random CLIP against transformers' own forward and preprocessing, and what is
+wrong with bad input.
+"""
 
 import json
 
@@ -24,9 +26,15 @@ def config():
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     vocabulary = len(words())
     text = dict(
-        small, vocab_size=vocabulary, eos_token_id=vocabulary - 1, bos_token_id=vocabulary - 2, pad_token_id=vocabulary - 1
+        small,
+        vocab_size=vocabulary,
+        eos_token_id=vocabulary - 1,
+        bos_token_id=vocabulary - 2,
+        pad_token_id=vocabulary - 1,
     )
-    return transformers.CLIPConfig(text_config=text, vision_config=dict(small, patch_size=32), projection_dim=16)
+    return transformers.CLIPConfig(
+        text_config=text, vision_config=dict(small, patch_size=32), projection_dim=16
+    )
 
 
 def words():
@@ -39,7 +47,10 @@ def folder(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     model = transformers.CLIPModel(config)
-    torch.save(model.state_dict() | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, path / "pytorch_model.bin")
+    torch.save(
+        model.state_dict() | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+        path / "pytorch_model.bin",
+    )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words(), unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -55,11 +66,18 @@ def images(*sizes):
 
 
 def test_the_score_is_the_librarys_own_cosine(folder, config):
-    network, seen = CLIP(str(folder), config=config), torch.cat(images((32, 32), (32, 32), (32, 32)))
+    network, seen = (
+        CLIP(str(folder), config=config),
+        torch.cat(images((32, 32), (32, 32), (32, 32))),
+    )
     model = transformers.CLIPModel(config).eval()
     model.load_state_dict(network.network.state_dict())
     for caption, image, ours in zip(CAPTIONS, seen, network(seen, CAPTIONS)):
-        ids = [words()[START], *[words()[word] for word in caption.split()][:75], words()[END]]  # cut, its end kept
+        ids = [
+            words()[START],
+            *[words()[word] for word in caption.split()][:75],
+            words()[END],
+        ]  # cut, its end kept
         with torch.no_grad():
             out = model(input_ids=torch.tensor([ids]), pixel_values=preprocess(image[None]))
         scale = float(model.logit_scale.detach().exp())
@@ -71,7 +89,9 @@ def test_preprocessing_is_the_librarys_own():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     for image in images((256, 256), (300, 400), (32, 48), (500, 224)):
-        want = CLIPImageProcessorPil()(Image.fromarray(image[0].numpy()), return_tensors="pt")["pixel_values"]
+        want = CLIPImageProcessorPil()(Image.fromarray(image[0].numpy()), return_tensors="pt")[
+            "pixel_values"
+        ]
         torch.testing.assert_close(preprocess(image), want, rtol=0, atol=2e-6)
 
 
@@ -79,13 +99,21 @@ def test_the_default_is_vit_b_32():
     with torch.device("meta"):
         model = transformers.CLIPModel(transformers.CLIPConfig())
     assert sum(p.numel() for p in model.parameters()) == 151_277_313  # openai/clip-vit-base-patch32
-    assert model.vision_model.config.patch_size == 32 and model.text_model.config.max_position_embeddings == clip.CONTEXT
+    assert (
+        model.vision_model.config.patch_size == 32
+        and model.text_model.config.max_position_embeddings == clip.CONTEXT
+    )
 
 
 def test_missing_weights_are_named_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the network was asked"))
-    with pytest.raises(UserError, match=r"clip-b32.*pytorch_model.bin of huggingface.co/openai/clip-vit-base-patch32, 605 MB"):
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the network was asked")
+    )
+    with pytest.raises(
+        UserError,
+        match=r"clip-b32.*pytorch_model.bin of huggingface.co/openai/clip-vit-base-patch32, 605 MB",
+    ):
         CLIP(offline=True)
     with pytest.raises(UserError, match="clip-b32 is given a file that is not there"):
         CLIP(str(tmp_path))
@@ -108,7 +136,9 @@ def test_captions_have_to_be_one_a_sample(tmp_path, text):
 @pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
 @pytest.mark.parametrize("ending", ("\n", "\r\n", "\r"))
 def test_captions_of_every_usual_encoding(encoding, ending, tmp_path):
-    (tmp_path / "captions.txt").write_bytes(f"un café {ending}eine\u2028Zeile{ending}{ending}".encode(encoding))
+    (tmp_path / "captions.txt").write_bytes(
+        f"un café {ending}eine\u2028Zeile{ending}{ending}".encode(encoding)
+    )
     assert read_captions(tmp_path / "captions.txt", 2) == ["un café", "eine\u2028Zeile"]
 
 
@@ -127,21 +157,32 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n"
 @pytest.mark.parametrize("content", (b"{", b"", LFS, b"<html>", b'{"model": {}}', b"\0"))
 def test_a_tokenizer_that_is_none_is_said(content, folder, config, tmp_path):
     for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(content if file.name == "tokenizer.json" else file.read_bytes())
+        (tmp_path / file.name).write_bytes(
+            content if file.name == "tokenizer.json" else file.read_bytes()
+        )
     said = "a Git LFS pointer" if content == LFS else ""
-    with pytest.raises(UserError, match=f"tokenizer.json is no tokenizer of CLIP .*{said}.*: 2 MB of openai/clip"):
+    with pytest.raises(
+        UserError, match=f"tokenizer.json is no tokenizer of CLIP .*{said}.*: 2 MB of openai/clip"
+    ):
         CLIP(str(tmp_path), config=config)
 
 
 @pytest.mark.parametrize("prefix", ("", "module.", "model.clip."))
 @pytest.mark.parametrize("wrapper", ("", "state_dict", "net"))
-def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(prefix, wrapper, folder, config, tmp_path):
+def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(
+    prefix, wrapper, folder, config, tmp_path
+):
     tensors = torch.load(folder / "pytorch_model.bin")
     wrapped = {f"{prefix}{name}": t for name, t in tensors.items()}
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    torch.save({wrapper: wrapped, "epoch": 3} if wrapper else wrapped, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {wrapper: wrapped, "epoch": 3} if wrapper else wrapped, tmp_path / "pytorch_model.bin"
+    )
     seen = torch.cat(images((32, 32)))
-    assert torch.equal(CLIP(str(tmp_path), config=config)(seen, ["a cat"]), CLIP(str(folder), config=config)(seen, ["a cat"]))
+    assert torch.equal(
+        CLIP(str(tmp_path), config=config)(seen, ["a cat"]),
+        CLIP(str(folder), config=config)(seen, ["a cat"]),
+    )
     tensors["visual_projection.weight"][0, 0] = float("nan")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="visual_projection.weight holds NaN in 1 of"):
@@ -149,7 +190,9 @@ def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(prefix, w
 
 
 def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
-    """`--samples FILE --captions FILE`: 100 times the mean cosine, its interval, and CLIP's own protocol."""
+    """`--samples FILE --captions FILE`: 100 times the mean cosine, its interval, and CLIP's own
+    protocol.
+    """
     from gear.evaluation.evaluate import EvaluateOptions, evaluate
 
     rng = np.random.default_rng(1)
@@ -157,7 +200,10 @@ def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
     (tmp_path / "captions.txt").write_text("a cat\na mat\n" * 35)
     monkeypatch.setattr(clip.CLIP.__init__, "__defaults__", ("", False, config))
     options = EvaluateOptions(
-        samples=str(tmp_path / "samples.npz"), captions=str(tmp_path / "captions.txt"), clip=str(folder), reference_count=70
+        samples=str(tmp_path / "samples.npz"),
+        captions=str(tmp_path / "captions.txt"),
+        clip=str(folder),
+        reference_count=70,
     )
     entry = next(r for r in evaluate("tiny", options) if r["metric"] == "clip_score")
     network = CLIP(str(folder), config=config)

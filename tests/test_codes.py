@@ -1,4 +1,6 @@
-"""Usage (marginal) and assignment (posterior) statistics against scipy's numbers and their identities."""
+"""Usage (marginal) and assignment (posterior) statistics against scipy's numbers and their
+identities.
+"""
 
 import json
 import math
@@ -24,12 +26,18 @@ def test_usage_golden():
     assert got.miller_madow == pytest.approx(want["H_miller_madow"], abs=1e-9)
     assert got.top_mass[:10].tolist() == pytest.approx(want["top_mass_cum_1_to_10"], abs=1e-12)
     assert got.top_mass[99].item() == pytest.approx(want["top100_mass"], abs=1e-12)
-    assert (got.dead, got.n, got.top_mass.dtype) == (want["n_dead"], want["n_tokens"], torch.float64)
+    assert (got.dead, got.n, got.top_mass.dtype) == (
+        want["n_dead"],
+        want["n_tokens"],
+        torch.float64,
+    )
 
 
 @pytest.mark.parametrize("tau", (1.0, 0.1))
 def test_assignment_golden(tau, monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 128 * 7)  # 48 tokens in uneven chunks: the sum must not care
+    monkeypatch.setattr(
+        codes, "CHUNK", 128 * 7
+    )  # 48 tokens in uneven chunks: the sum must not care
     got, want = codes.assignment(AFFINITY, tau), EXPECTED[f"posterior_tau{tau}"]
     assert got.entropy == pytest.approx(want["mean_token_entropy_nats"], abs=1e-7)
     assert got.effective_size == pytest.approx(want["effective_size_exp_of_mean_entropy"], abs=1e-5)
@@ -48,7 +56,13 @@ def test_the_largest_are_topks_bit_for_bit(size, count):
 
 def test_usage_limits():
     one = codes.usage(torch.full((3, 4), 5), 16)
-    assert (one.entropy, one.effective_size, one.top_mass[0].item(), one.dead, one.n) == (0, 1, 1, 15, 12)
+    assert (one.entropy, one.effective_size, one.top_mass[0].item(), one.dead, one.n) == (
+        0,
+        1,
+        1,
+        15,
+        12,
+    )
     uniform = codes.usage(torch.arange(32).repeat(3), 32)
     assert uniform.entropy == pytest.approx(math.log(32)) and uniform.dead == 0
     torch.testing.assert_close(uniform.top_mass, torch.arange(1, 33).double() / 32)
@@ -81,7 +95,9 @@ def test_assignment_limits_and_invariances():
 
 def test_larger_affinity_is_nearer():
     affinity = torch.zeros(5, 20).index_fill(1, torch.tensor([3]), 10)
-    assert codes.assignment(affinity, 1.0).top_mass[1] == pytest.approx(math.exp(10) / (math.exp(10) + 19))
+    assert codes.assignment(affinity, 1.0).top_mass[1] == pytest.approx(
+        math.exp(10) / (math.exp(10) + 19)
+    )
     assert codes.assignment(-affinity, 1.0).top_mass[1] == pytest.approx(1 / (19 + math.exp(-10)))
 
 
@@ -93,7 +109,12 @@ def test_usage_refuses(indices):
 
 @pytest.mark.parametrize(
     "affinity, tau",
-    ((torch.zeros(3, 4), 0.0), (torch.zeros(4), 1.0), (torch.zeros(0, 4), 1.0), (torch.full((2, 3), torch.nan), 1.0)),
+    (
+        (torch.zeros(3, 4), 0.0),
+        (torch.zeros(4), 1.0),
+        (torch.zeros(0, 4), 1.0),
+        (torch.full((2, 3), torch.nan), 1.0),
+    ),
 )
 def test_assignment_refuses(affinity, tau):
     with pytest.raises(ValueError):

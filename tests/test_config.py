@@ -26,4 +26,8 @@ def test_differences_name_nested_fields():
 
 
 def test_hash_depends_on_content_not_order():
-    assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1}) != config_hash({"a": 1, "b": 3})
+    assert (
+        config_hash({"a": 1, "b": 2})
+        == config_hash({"b": 2, "a": 1})
+        != config_hash({"a": 1, "b": 3})
+    )

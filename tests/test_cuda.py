@@ -1,4 +1,6 @@
-"""What a device has to compute: the public code's outputs, float64's, a CPU's, and the same again after any detour."""
+"""What a device has to compute: the public code's outputs, float64's, a CPU's, and the same again
+after any detour.
+"""
 
 import shutil
 from dataclasses import replace
@@ -36,7 +38,10 @@ def device(device):
 
 def steps(state, count=2):
     """Take steps; returns the losses of each, as floats."""
-    return [{name: float(value) for name, value in take_step(state, IMAGES, LABELS).items()} for _ in range(count)]
+    return [
+        {name: float(value) for name, value in take_step(state, IMAGES, LABELS).items()}
+        for _ in range(count)
+    ]
 
 
 def assert_near(got, want, tolerance=1e-4):
@@ -69,9 +74,13 @@ def test_a_generator_is_the_public_one(device, home):
     assert_close(logits.logsumexp(-1), want["logsumexp"])
 
 
-@pytest.mark.parametrize(("block", "count", "width"), [(2**20, 512, 64), (2**25, 4096, 1024)], ids=["2^20", "2^25"])
+@pytest.mark.parametrize(
+    ("block", "count", "width"), [(2**20, 512, 64), (2**25, 4096, 1024)], ids=["2^20", "2^25"]
+)
 def test_blocks_are_as_float64(block, count, width, device, monkeypatch):
-    """The read-out and the entropies of an A of `count` rows and 16,384 codes, with every gradient."""
+    """The read-out and the entropies of an A of `count` rows and 16,384 codes, with every
+    gradient.
+    """
     if device.type == "cpu" and count > 512:
         pytest.skip("float64 of this size is for a GPU")
     leaves = [gaussian(count, 8), gaussian(16_384, 8, seed=1), gaussian(16_384, width, seed=2)]
@@ -110,7 +119,9 @@ def test_recomputed_activations_change_nothing(device):
 
 
 def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):
-    """Losses within 1e-4; and the optimizer's moments lie in memory as their weights do, else torch takes a slow path."""
+    """Losses within 1e-4; and the optimizer's moments lie in memory as their weights do, else torch
+    takes a slow path.
+    """
     config = replace(recipe("tiny-joint-no-init"), steps=6, save_every=2, eval_every=6)
     runtime, finish_step = Runtime(device=str(device), quiet=True, eager=True), State.finish_step
 
@@ -129,7 +140,9 @@ def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):
     state = State(config, device)
     state.restore(run)
     moments = [(p, s) for o in state.optimizers.values() for p, s in o.adam.state.items()]
-    assert moments and all(s[key].stride() == p.stride() for p, s in moments for key in ("exp_avg", "exp_avg_sq"))
+    assert moments and all(
+        s[key].stride() == p.stride() for p, s in moments for key in ("exp_avg", "exp_avg_sq")
+    )
 
 
 def test_codes_that_are_looked_up_are_those_that_are_computed(device, tiny):
@@ -142,7 +155,12 @@ def test_codes_that_are_looked_up_are_those_that_are_computed(device, tiny):
 
 def test_a_step_waits_once(device, monkeypatch):
     """For what `descend` reads as a list: whether all is finite."""
-    state, batch, reads, tolist = state_on(device), upload([IMAGES, LABELS], device), [], torch.Tensor.tolist
+    state, batch, reads, tolist = (
+        state_on(device),
+        upload([IMAGES, LABELS], device),
+        [],
+        torch.Tensor.tolist,
+    )
     take_step(state, *batch)
 
     def read(tensor):
@@ -159,7 +177,9 @@ def test_a_step_waits_once(device, monkeypatch):
 
 def drawn(generator, cfg_scale=1.0, temperature=0, **options):
     """Draw 4 x 4 tokens of four classes."""
-    return sampling.generate(generator, torch.arange(4), (4, 4), cfg_scale=cfg_scale, temperature=temperature, **options)
+    return sampling.generate(
+        generator, torch.arange(4), (4, 4), cfg_scale=cfg_scale, temperature=temperature, **options
+    )
 
 
 @pytest.mark.parametrize("cfg_scale", (1.0, 3.0), ids=("plain", "guided"))
@@ -168,7 +188,9 @@ def test_samples_with_a_cache_are_those_of_full_forwards(device, cfg_scale):
     generator = tiny_generator().to(device)
     want = greedy(tiny_generator(), torch.arange(4), 4, cfg_scale)
     for graph in (False, True, True, True):
-        assert torch.equal(drawn(generator, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want)
+        assert torch.equal(
+            drawn(generator, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want
+        )
     assert len(want.unique()) > 3
 
 
@@ -188,8 +210,12 @@ def test_no_token_waits(device, name, monkeypatch):
 
 
 def test_an_evaluation_is_that_of_a_cpu(device, tiny, monkeypatch):
-    monkeypatch.setattr(sampling, "sampling_dtype", lambda generator: torch.float32)  # the same indices
-    options = EvaluateOptions(Sampling(count=64, temperature=0), reference_count=100, both=True, quiet=True)
+    monkeypatch.setattr(
+        sampling, "sampling_dtype", lambda generator: torch.float32
+    )  # the same indices
+    options = EvaluateOptions(
+        Sampling(count=64, temperature=0), reference_count=100, both=True, quiet=True
+    )
     values = []
     for name in ("cpu", str(device)):
         records = evaluate("tiny", replace(options, device=name))

@@ -1,4 +1,6 @@
-"""Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says what is wrong."""
+"""Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says
+what is wrong.
+"""
 
 import functools
 import hashlib
@@ -45,7 +47,7 @@ def names(config, split):
     return [Path(n).name for n in open_source(config, split).names]
 
 
-# -- splits --------------------------------------------------------------------------------------------------
+# -- splits ----------------------------------------------------------------------------------------
 
 
 def test_scene_splits_are_disjoint_ranges_of_numbers():
@@ -53,7 +55,10 @@ def test_scene_splits_are_disjoint_ranges_of_numbers():
     train, val = open_source(huge, "train"), open_source(huge, "val")
     assert train.first + train.length <= val.first and len(train) == len(val) == 10**9
     first = {split: data.load(SCENES, split)[0].flatten(1) for split in ("train", "val")}
-    assert torch.cdist(first["train"], first["val"]).min() > 1 and (len(first["train"]), len(first["val"])) == (20, 10)
+    assert torch.cdist(first["train"], first["val"]).min() > 1 and (
+        len(first["train"]),
+        len(first["val"]),
+    ) == (20, 10)
 
 
 def test_folder_splits_are_disjoint_and_complete(folder):
@@ -77,7 +82,7 @@ def test_two_images_are_enough_for_a_split(tmp_path):
     assert sorted(names(config, "train") + names(config, "val")) == ["0.png", "1.png"]
 
 
-# -- folders -------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_sub_folders_are_classes(folder, tmp_path):
@@ -86,7 +91,9 @@ def test_sub_folders_are_classes(folder, tmp_path):
     for split in ("train", "val"):
         source = open_source(folder, split)
         assert source.classes == ["ant", "bee", "cat"]
-        assert source.labels(np.arange(len(source))).tolist() == [int(Path(n).stem) % 3 for n in source.names]
+        assert source.labels(np.arange(len(source))).tolist() == [
+            int(Path(n).stem) % 3 for n in source.names
+        ]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -131,13 +138,17 @@ def spoil(folder, count, kind="text"):
 @pytest.mark.parametrize("workers", (0, 2))
 def test_unreadable_images_of_the_stream_are_one_plain_message(folder, workers):
     spoil(folder, 80)
-    with pytest.raises(UserError, match=r"^1 of \d+ images cannot be read, over 1%: \S+png") as error:
+    with pytest.raises(
+        UserError, match=r"^1 of \d+ images cannot be read, over 1%: \S+png"
+    ) as error:
         next(data.stream(folder, seed=0, batch_size=60, workers=workers))
     assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ("text", "truncated"))
-def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(folder, kind, monkeypatch, capsys):
+def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(
+    folder, kind, monkeypatch, capsys
+):
     monkeypatch.setattr(folders, "UNREADABLE_SHARE", 0.02)
     (path,) = spoil(folder, 1, kind)
     source = open_source(folder, "train")
@@ -169,7 +180,9 @@ def test_a_zip_is_read_in_place_and_equals_its_folder(folder, tmp_path, top):
 
 
 def test_a_zip_is_opened_once_a_process(folder, tmp_path, monkeypatch):
-    """Opening reads the whole directory of the archive: once an image would be far slower than the images."""
+    """Opening reads the whole directory of the archive: once an image would be far slower than the
+    images.
+    """
     opened, real = [], zipfile.ZipFile
     packed = zipped(folder, tmp_path)
     monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or real(path))
@@ -192,7 +205,7 @@ def test_factors_need_scenes(folder):
         open_source(replace(folder, labels="factors"), "train")
 
 
-# -- downloads -----------------------------------------------------------------------------------------------
+# -- downloads -------------------------------------------------------------------------------------
 
 
 def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatch):
@@ -205,7 +218,11 @@ def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatc
     assert data.num_classes(config) == 10 and not (home / "cache").exists()
     with pytest.raises(UserError) as error:
         open_source(config, "train")
-    for part in (f"'cifar10' is not in {home / 'cache' / 'cifar10'}", "toronto.edu/~kriz/cifar-10", "will do instead"):
+    for part in (
+        f"'cifar10' is not in {home / 'cache' / 'cifar10'}",
+        "toronto.edu/~kriz/cifar-10",
+        "will do instead",
+    ):
         assert part in str(error.value)
 
 
@@ -214,7 +231,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
 
 @pytest.fixture
 def little_cifar(tmp_path, monkeypatch):
-    """Serve an archive like CIFAR-10's, of 60 images in three classes, as the source "cifar10"; returns the server."""
+    """Serve an archive like CIFAR-10's, of 60 images in three classes, as the source "cifar10";
+    returns the server.
+    """
 
     def pack(archive, name, content):
         content = pickle.dumps(content)
@@ -225,15 +244,24 @@ def little_cifar(tmp_path, monkeypatch):
 
     path = tmp_path / "little.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
-        batch = pack(archive, "batch", {"data": PIXELS.reshape(60, -1), "labels": [i % 3 for i in range(60)]})
+        batch = pack(
+            archive, "batch", {"data": PIXELS.reshape(60, -1), "labels": [i % 3 for i in range(60)]}
+        )
         names, md5 = pack(archive, "meta", {"label_names": ["ant", "bee", "cat"]})
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     class Little(datasets.CIFAR10):
-        url, tgz_md5 = f"http://127.0.0.1:{server.server_port}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest()
-        train_list, test_list, meta = [batch], [], {"filename": names, "key": "label_names", "md5": md5}
+        url, tgz_md5 = (
+            f"http://127.0.0.1:{server.server_port}/{path.name}",
+            hashlib.md5(path.read_bytes()).hexdigest(),
+        )
+        train_list, test_list, meta = (
+            [batch],
+            [],
+            {"filename": names, "key": "label_names", "md5": md5},
+        )
 
     monkeypatch.setattr(datasets, "CIFAR10", Little)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -247,42 +275,58 @@ def test_a_download_is_kept_and_split_like_a_folder(little_cifar):
     little_cifar.shutdown()  # from here on there is no network
     little_cifar.server_close()
     train, val = open_source(config, "train"), open_source(config, "val")
-    assert not set(train.names) & set(val.names) and len(train) + len(val) == 60 and 1 <= len(val) < 10
+    assert (
+        not set(train.names) & set(val.names) and len(train) + len(val) == 60 and 1 <= len(val) < 10
+    )
     assert train.classes == ["ant", "bee", "cat"]
     for position, name in enumerate(train.names):
         folder, number = name.split("/")
         assert train.labels(position) == int(number) % 3 == train.classes.index(folder)
-        np.testing.assert_array_equal(train.images([position])[0], PIXELS[int(number)].transpose(1, 2, 0))
+        np.testing.assert_array_equal(
+            train.images([position])[0], PIXELS[int(number)].transpose(1, 2, 0)
+        )
     assert next(data.stream(config, 0, 5, workers=2))[0].shape == (5, 32, 32, 3)
 
 
-# -- resize and crop -----------------------------------------------------------------------------------------
+# -- resize and crop -------------------------------------------------------------------------------
 
-BANDS = np.repeat(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8), 32, 0)  # 96 pixels: red, green, blue
+BANDS = np.repeat(
+    np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8), 32, 0
+)  # 96 pixels: red, green, blue
 
 
 @pytest.mark.parametrize("wide", (True, False))
 def test_resize_keeps_the_short_side_and_crops_the_centre(tmp_path, wide):
-    """Three square bands at half the size: the centre is the green one, the corners are the red and the blue."""
-    image = np.broadcast_to(BANDS[None] if wide else BANDS[:, None], (32, 96, 3) if wide else (96, 32, 3))
+    """Three square bands at half the size: the centre is the green one, the corners are the red and
+    the blue.
+    """
+    image = np.broadcast_to(
+        BANDS[None] if wide else BANDS[:, None], (32, 96, 3) if wide else (96, 32, 3)
+    )
     for i in range(2):
         path = tmp_path / "bands" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image)).save(path)
-    source = open_source(DataConfig(source=str(tmp_path / "bands"), image_size=16, interpolation="box"), "train")
+    source = open_source(
+        DataConfig(source=str(tmp_path / "bands"), image_size=16, interpolation="box"), "train"
+    )
     for draws, colour in ((None, 1), (np.zeros((1, 2)), 0), (np.full((1, 2), 1 - 1e-9), 2)):
         got = source.images([0], draws)
-        assert got.shape == (1, 16, 16, 3) and (got == 255 * np.eye(3, dtype=np.uint8)[colour]).all()
+        assert (
+            got.shape == (1, 16, 16, 3) and (got == 255 * np.eye(3, dtype=np.uint8)[colour]).all()
+        )
 
 
 def test_an_image_of_the_right_size_is_not_touched(tmp_path):
     for i in range(2):
         paint(tmp_path / "exact" / f"{i}.png", size=(16, 16), seed=i)
     source = open_source(DataConfig(source=str(tmp_path / "exact"), image_size=16), "train")
-    np.testing.assert_array_equal(source.images([0])[0], np.asarray(Image.open(Path(source.path) / source.names[0])))
+    np.testing.assert_array_equal(
+        source.images([0])[0], np.asarray(Image.open(Path(source.path) / source.names[0]))
+    )
 
 
-# -- the stream ----------------------------------------------------------------------------------------------
+# -- the stream ------------------------------------------------------------------------------------
 
 
 def taken(config, total, batch_size, start=0, workers=0, seed=3):
@@ -317,16 +361,23 @@ def test_the_seed_makes_the_order():
 
 
 def test_flip_mirrors_half_of_a_folder_and_no_scene(folder):
-    square = replace(folder, image_size=20)  # the short side: crops differ along the other, the same with and without flips
+    square = replace(
+        folder, image_size=20
+    )  # the short side: crops differ along the other, the same with and without flips
     plain, flipped = (taken(replace(square, flip=flip), 90, 30)[0] for flip in (False, True))
-    kept, mirrored = (flipped == plain).flatten(1).all(1), (flipped == plain.flip(-1)).flatten(1).all(1)
+    kept, mirrored = (
+        (flipped == plain).flatten(1).all(1),
+        (flipped == plain.flip(-1)).flatten(1).all(1),
+    )
     assert (kept ^ mirrored).all() and 25 < mirrored.sum() < 65
     one, other = (taken(replace(SCENES, flip=flip), 20, 20)[0] for flip in (False, True))
     assert torch.equal(one, other)
 
 
 def test_the_stream_draws_nothing_from_the_global_generator():
-    """Else the first step after a resume would drop other labels than the same step of an uninterrupted run."""
+    """Else the first step after a resume would drop other labels than the same step of an
+    uninterrupted run.
+    """
     torch.manual_seed(0)
     before = torch.get_rng_state()
     stream = data.stream(SCENES, 0, 4)
@@ -358,7 +409,7 @@ def test_a_count_of_no_images_is_an_error(count):
         data.load(SCENES, "val", count)
 
 
-# -- ranges --------------------------------------------------------------------------------------------------
+# -- ranges ----------------------------------------------------------------------------------------
 
 
 def test_uint8_survives_the_round_trip_and_fills_the_range():
@@ -389,7 +440,10 @@ def test_an_image_whose_decoder_fails_in_its_own_way_is_skipped(tmp_path, capsys
     assert place > content.index(b"IDAT")
     content[place : place + 4] = b"I\x00AT"
     path.write_bytes(content)
-    images = [data.load(DataConfig(source=str(tmp_path / "pics"), image_size=16), split)[0] for split in ("train", "val")]
+    images = [
+        data.load(DataConfig(source=str(tmp_path / "pics"), image_size=16), split)[0]
+        for split in ("train", "val")
+    ]
     assert sum(map(len, images)) == 200 and "0.png cannot be read" in capsys.readouterr().err
 
 
@@ -400,7 +454,10 @@ def test_an_encrypted_zip_says_so(tmp_path):
         for i in range(40):
             archive.write(tmp_path / "one.png", f"a/{i}.png")
     content = bytearray(path.read_bytes())
-    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag "encrypted" of every entry
+    for signature, offset in (
+        (b"PK\x03\x04", 6),
+        (b"PK\x01\x02", 8),
+    ):  # the flag "encrypted" of every entry
         place = content.find(signature)
         while place >= 0:
             content[place + offset] |= 1
@@ -421,5 +478,8 @@ def test_what_a_system_hides_among_images_is_no_image(tmp_path):
         archive.extractall(tmp_path / "folder")
     paint(tmp_path / "folder" / "pics" / "a" / "._0.png")
     for source in (tmp_path / "mac.zip", tmp_path / "folder" / "pics"):
-        found = [open_source(DataConfig(source=str(source), image_size=16), split) for split in ("train", "val")]
+        found = [
+            open_source(DataConfig(source=str(source), image_size=16), split)
+            for split in ("train", "val")
+        ]
         assert found[0].classes == ["a", "b"] and sum(map(len, found)) == 40

@@ -24,12 +24,19 @@ def noisy(curve, sigma, seed):
 
 def test_golden_clean():
     got = speedup(STEPS, CURVES["baseline_clean"], CURVES["method_clean"], tail=0)
-    assert got.value == pytest.approx(EXPECTED["clean_exact_target_last_point"]["speedup"], abs=1e-9)
-    assert got.low == pytest.approx(got.value) and got.high == pytest.approx(got.value)  # no residual, no spread
+    assert got.value == pytest.approx(
+        EXPECTED["clean_exact_target_last_point"]["speedup"], abs=1e-9
+    )
+    assert got.low == pytest.approx(got.value) and got.high == pytest.approx(
+        got.value
+    )  # no residual, no spread
 
 
 def test_golden_noisy():
-    got, want = speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"]), EXPECTED["noisy_primary"]
+    got, want = (
+        speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"]),
+        EXPECTED["noisy_primary"],
+    )
     assert got.value == pytest.approx(want["speedup"], abs=1e-6)
     assert abs(got.value - EXPECTED["noisy_raw_first_crossing_WRONG"]) > 0.5
     assert 1 < got.low < got.value < got.high < 4
@@ -46,8 +53,12 @@ def test_rescaled_curve_is_exact(factor):
 def test_uneven_steps_interpolate():
     steps = np.array([10, 20, 50, 100])
     assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0).value == pytest.approx(100 / 35)
-    assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.5).value == pytest.approx(100 / 35)  # after step 50
-    assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.6).value == pytest.approx(100 / 17.5)  # 50 and 100
+    assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.5).value == pytest.approx(
+        100 / 35
+    )  # after step 50
+    assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.6).value == pytest.approx(
+        100 / 17.5
+    )  # 50 and 100
 
 
 def test_a_curve_against_itself():
@@ -60,7 +71,9 @@ def test_invariances():
     affine = speedup(STEPS, 4.0 * CURVES["baseline_noisy"] - 7, 4.0 * CURVES["method_noisy"] - 7)
     units = speedup(STEPS / 1000, CURVES["baseline_noisy"], CURVES["method_noisy"])
     for other in (affine, units):
-        assert (other.value, other.low, other.high) == pytest.approx((base.value, base.low, base.high), rel=1e-4)
+        assert (other.value, other.low, other.high) == pytest.approx(
+            (base.value, base.low, base.high), rel=1e-4
+        )
 
 
 def test_a_method_that_never_arrives():
@@ -84,12 +97,17 @@ def test_one_outlier_is_not_a_crossing():
     method = loss(2 * steps)
     method[20] -= 0.15  # far below the target
     assert method[20] < loss(steps[-1]) - 0.02
-    assert speedup(steps, loss(steps), method, tail=0).value == pytest.approx(2, rel=0.05)  # raw: 19
+    assert speedup(steps, loss(steps), method, tail=0).value == pytest.approx(
+        2, rel=0.05
+    )  # raw: 19
 
 
 def test_interval_covers_the_truth():
     steps = np.arange(1, 401) * 100
-    draws = [speedup(steps, noisy(loss(steps), 0.01, seed), noisy(loss(2.5 * steps), 0.01, 99 + seed)) for seed in range(12)]
+    draws = [
+        speedup(steps, noisy(loss(steps), 0.01, seed), noisy(loss(2.5 * steps), 0.01, 99 + seed))
+        for seed in range(12)
+    ]
     assert np.mean([draw.value for draw in draws]) == pytest.approx(2.5, rel=0.1)
     assert sum(0.95 * draw.low <= 2.5 <= 1.05 * draw.high for draw in draws) >= 9
 

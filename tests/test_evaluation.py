@@ -1,4 +1,6 @@
-"""Every number of an evaluation: golden values and identities, streaming, sources, protocols, and `gear evaluate` itself."""
+"""Every number of an evaluation: golden values and identities, streaming, sources, protocols, and
+`gear evaluate` itself.
+"""
 
 import io
 import json
@@ -18,10 +20,25 @@ from gear.__main__ import main
 from gear.config import UserError
 from gear.evaluation import evaluate as evaluation
 from gear.evaluation import networks, scores, sources
-from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate, measure, metrics_table, read_metrics
+from gear.evaluation.evaluate import (
+    EvaluateOptions,
+    Sampling,
+    evaluate,
+    measure,
+    metrics_table,
+    read_metrics,
+)
 from gear.evaluation.lpips import load_lpips
 from gear.evaluation.scores import compare, extract, protocol_id, record
-from gear.evaluation.sources import balanced_labels, draw_samples, npz_images, open_images, read_npz, reference, write_npz
+from gear.evaluation.sources import (
+    balanced_labels,
+    draw_samples,
+    npz_images,
+    open_images,
+    read_npz,
+    reference,
+    write_npz,
+)
 from gear.measures import neighbours
 from gear.measures.frechet import ROWS, InceptionScore, Moments, frechet_distance
 from gear.measures.neighbours import mmd, polynomial_mmd, prdc, precision_recall, radii
@@ -31,11 +48,13 @@ from gear.tokenizer.model import images_at_once, reconstruct
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = np.load(GOLDEN / "dist.npz")
-REAL, FAKE, LOGITS = (torch.from_numpy(ARRAYS[key]) for key in ("real", "fake", "logits_sorted_by_class"))
+REAL, FAKE, LOGITS = (
+    torch.from_numpy(ARRAYS[key]) for key in ("real", "fake", "logits_sorted_by_class")
+)
 RECON = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
 ATOL = 1e-6  # of the block `dist`
 
-# -- golden values (the block `dist`: torch-fidelity 0.4.0, prdc, gpic_eval_dino, dgm-eval, the ADM evaluator) ------------
+# -- golden values (the block `dist`: torch-fidelity 0.4.0, prdc, gpic_eval_dino, dgm-eval, the ADM
 
 
 def moments(rows):
@@ -51,13 +70,17 @@ def test_frechet_distance_golden():
     ours = frechet_distance(moments(FAKE), moments(REAL))
     for theirs in (7.363881517426165, 7.363881517426169, 7.363881517426176, 7.363881517426158):
         assert ours == pytest.approx(theirs, abs=1e-10)
-    assert (moments(FAKE)[0] - moments(REAL)[0]).square().sum().item() == pytest.approx(3.5459399254556665, abs=1e-10)
+    assert (moments(FAKE)[0] - moments(REAL)[0]).square().sum().item() == pytest.approx(
+        3.5459399254556665, abs=1e-10
+    )
     biased = [(m, s * (n - 1) / n) for (m, s), n in ((moments(FAKE), 120), (moments(REAL), 160))]
     assert abs(frechet_distance(*biased) - ours) > 1e-3  # a covariance over N is another number
 
 
 def test_inception_score_golden():
-    """In the order of the file, as ADM has it; torch-fidelity's shuffle and one split are other numbers."""
+    """In the order of the file, as ADM has it; torch-fidelity's shuffle and one split are other
+    numbers.
+    """
     by_class = inception_score(LOGITS, 40)
     assert by_class == pytest.approx(2.261720717554128, abs=ATOL)
     permuted = LOGITS[torch.from_numpy(np.random.default_rng(0).permutation(400))]
@@ -75,7 +98,9 @@ def test_precision_and_recall_golden():
     assert radii(REAL, 3, half=True)[:3].tolist() == [18.125, 19.375, 28.8125]
     exact = precision_recall(REAL, FAKE, half=False)
     assert exact == pytest.approx((0.95, 0.73125), abs=ATOL)
-    assert precision_recall(FAKE, REAL, half=False) == pytest.approx(exact[::-1], abs=ATOL)  # torch-fidelity before 0.4.0
+    assert precision_recall(FAKE, REAL, half=False) == pytest.approx(
+        exact[::-1], abs=ATOL
+    )  # torch-fidelity before 0.4.0
     assert exact != pytest.approx(exact[::-1], abs=0.1)
 
 
@@ -94,7 +119,9 @@ def test_prdc_golden(k, want, monkeypatch):
 
 def test_kernel_distance_golden():
     mean, std = polynomial_mmd(REAL, FAKE, 20, 60, seed=2020)
-    assert mean == pytest.approx(51.04527512160649, abs=ATOL) and std == pytest.approx(16.158529743015066, abs=ATOL)
+    assert mean == pytest.approx(51.04527512160649, abs=ATOL) and std == pytest.approx(
+        16.158529743015066, abs=ATOL
+    )
     whole = mmd(FAKE.double(), REAL[:120].double())
     assert whole == pytest.approx(60.52682796443327, abs=ATOL)
     m, cross = 120, (FAKE.double() @ REAL[:120].double().T / 16 + 1) ** 3
@@ -115,12 +142,16 @@ def test_reconstruction_golden():
     assert each.mean().item() == pytest.approx(RECON["gear_psnr_mean_over_images"], abs=2e-5)
     assert each.mean().item() == pytest.approx(RECON["torchmetrics_psnr_per_image_mean"], abs=2e-5)
     assert abs(each.mean().item() - RECON["psnr_of_pooled_mse_WRONG"]) > 1
-    assert ssim(rec, ref).tolist() == pytest.approx(RECON["skimage_ssim_dr1_uniform7_PRIMARY"], abs=2e-5)
+    assert ssim(rec, ref).tolist() == pytest.approx(
+        RECON["skimage_ssim_dr1_uniform7_PRIMARY"], abs=2e-5
+    )
 
 
 @pytest.mark.parametrize("key", [key for key in RECON if "ssim" in key and "PRIMARY" not in key])
 def test_another_ssim_is_another_number(key):
-    """Inflated by a data range of 2, with a gaussian window, with another border: none of these is ours."""
+    """Inflated by a data range of 2, with a gaussian window, with another border: none of these is
+    ours.
+    """
     ours = ssim(*recon()).tolist()
     assert all(abs(a - b) > 1e-3 for a, b in zip(ours, RECON[key]))
 
@@ -128,15 +159,21 @@ def test_another_ssim_is_another_number(key):
 def test_rounded_reconstructions_are_another_number():
     rec, ref = recon()
     rounded = ((rec * 127.5 + 127.5).round() / 127.5 - 1).clamp(-1, 1)
-    assert psnr(rounded, ref).tolist() == pytest.approx(RECON["uint8_rounded_rec_psnr_per_image"], abs=2e-5)
+    assert psnr(rounded, ref).tolist() == pytest.approx(
+        RECON["uint8_rounded_rec_psnr_per_image"], abs=2e-5
+    )
     assert (psnr(rec, ref) - psnr(rounded, ref)).abs().min() > 1e-3
 
 
-# -- identities ----------------------------------------------------------------------------------------------------------
+# -- identities ------------------------------------------------------------------------------------
 
 
 def gaussian(seed, n=400, d=12, mean=0.0, scale=1.0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + mean
+    return (
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * scale
+        + mean
+    )
 
 
 def test_frechet_distance_identities():
@@ -151,7 +188,9 @@ def test_frechet_distance_identities():
     assert fd(x @ turn, y @ turn) == pytest.approx(base, rel=1e-10)
     one = torch.eye(12, dtype=torch.float64)
     spheres = (torch.zeros(12), 1.5**2 * one), (torch.full((12,), 0.25), 0.5**2 * one)
-    assert frechet_distance(*spheres) == pytest.approx(12 * (1.5 - 0.5) ** 2 + 12 * 0.25**2, rel=1e-12)
+    assert frechet_distance(*spheres) == pytest.approx(
+        12 * (1.5 - 0.5) ** 2 + 12 * 0.25**2, rel=1e-12
+    )
     few = gaussian(4, 5)  # a covariance of rank 4
     assert fd(few, few) == pytest.approx(0, abs=1e-6)
 
@@ -160,7 +199,10 @@ def test_neighbour_identities():
     x, far = gaussian(0, 90), gaussian(1, 70, mean=1e3)
     assert prdc(x, x.clone(), 5) == dict(precision=1, recall=1, density=1, coverage=1)
     assert prdc(x, far, 5) == dict(precision=0, recall=0, density=0, coverage=0)
-    assert precision_recall(x, x.clone()) == (1, 1) and precision_recall(x, far, half=False) == (0, 0)
+    assert precision_recall(x, x.clone()) == (1, 1) and precision_recall(x, far, half=False) == (
+        0,
+        0,
+    )
     y = gaussian(2, 70, scale=0.7)
     there, back = prdc(x, y, 5), prdc(y, x, 5)
     assert (there["precision"], there["recall"]) == (back["recall"], back["precision"])
@@ -187,7 +229,9 @@ def test_neighbours_of_few_are_searched_by_brute_force():
 def test_kernel_distance_of_a_set_from_itself_vanishes_from_below():
     values = [mmd(gaussian(0, m), gaussian(0, m)) for m in (100, 400, 1_600)]
     assert max(values) < 0
-    assert values[0] / values[1] == pytest.approx(4, rel=0.25) and values[1] / values[2] == pytest.approx(4, rel=0.25)
+    assert values[0] / values[1] == pytest.approx(4, rel=0.25) and values[1] / values[
+        2
+    ] == pytest.approx(4, rel=0.25)
     assert mmd(gaussian(0), gaussian(1)) == pytest.approx(mmd(gaussian(1), gaussian(0)), rel=1e-9)
     assert abs(mmd(gaussian(0), gaussian(1))) < 1 < mmd(gaussian(0), gaussian(1, mean=2.0))
 
@@ -205,11 +249,13 @@ def test_reconstruction_identities():
     torch.testing.assert_close(ssim(rec, ref), ssim(ref, rec.clamp(-1, 1)))
     grey = torch.zeros(1, 3, 16, 16)
     for delta in (0.5, 0.1, 0.01):  # of [0, 1]
-        assert psnr(grey + 2 * delta, grey).item() == pytest.approx(-20 * math.log10(delta), abs=1e-3)
+        assert psnr(grey + 2 * delta, grey).item() == pytest.approx(
+            -20 * math.log10(delta), abs=1e-3
+        )
         assert l1(grey + 2 * delta, grey).item() == pytest.approx(delta, rel=1e-5)
 
 
-# -- streaming -----------------------------------------------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", (1, 7, 64, 400))
@@ -221,12 +267,16 @@ def test_any_split_into_batches_gives_the_same_statistics(batch):
         score.update(logits)
     torch.testing.assert_close(streamed.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(streamed.covariance, covariance, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(streamed.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        streamed.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-12, atol=1e-12
+    )
     assert score.value() == pytest.approx(inception_score(LOGITS, 150), rel=1e-12)
 
 
 def test_adms_rounding_is_that_of_its_own_order_whatever_the_blocks(monkeypatch):
-    """half(half(|u|^2 - 2uv) + |v|^2) is not that of (v, u): no distance may stand in for the other way round."""
+    """half(half(|u|^2 - 2uv) + |v|^2) is not that of (v, u): no distance may stand in for the other
+    way round.
+    """
     x = torch.from_numpy(np.random.default_rng(0).gamma(0.5, size=(400, 128))).float()
     d = neighbours.squared_distances(x, x, True)
     assert not torch.equal(d, d.T)
@@ -242,13 +292,21 @@ def test_moments_do_not_grow():
     streamed, sizes = Moments(12), []
     for seed in range(25):
         streamed.update(gaussian(seed))
-        tensors = [t for value in vars(streamed).values() for t in (value if isinstance(value, list) else [value])]
+        tensors = [
+            t
+            for value in vars(streamed).values()
+            for t in (value if isinstance(value, list) else [value])
+        ]
         sizes.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)))
-    assert streamed.count > ROWS and max(sizes) < 12 + 12 + 144 + 12 * ROWS  # what it has summed, and a few rows that wait
+    assert (
+        streamed.count > ROWS and max(sizes) < 12 + 12 + 144 + 12 * ROWS
+    )  # what it has summed, and a few rows that wait
 
 
 def test_moments_of_several_processes():
-    """What each has seen, brought together, is what one would have seen: any share, none, and far from the origin."""
+    """What each has seen, brought together, is what one would have seen: any share, none, and far
+    from the origin.
+    """
     x = gaussian(0, 300, mean=1e3)
     covariance = torch.from_numpy(np.cov(x.numpy(), rowvar=False))
     for cuts in ([150, 150], [1, 299], [0, 300], [100, 100, 100]):
@@ -269,21 +327,31 @@ def test_a_large_offset_does_not_spoil_the_covariance():
     streamed = Moments(12)
     for rows in x.split(33):
         streamed.update(rows)
-    np.testing.assert_allclose(streamed.covariance, np.cov((x - 1e6).numpy(), rowvar=False), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        streamed.covariance, np.cov((x - 1e6).numpy(), rowvar=False), rtol=0, atol=1e-9
+    )
 
 
-# -- sources -------------------------------------------------------------------------------------------------------------
+# -- sources ---------------------------------------------------------------------------------------
 
 
 def pixels(count, side=32, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    )
 
 
 def test_balanced_labels():
     labels = balanced_labels(103, 5, 0)
     counts = torch.bincount(labels, minlength=5)
-    assert len(labels) == 103 and counts.max() - counts.min() == 1 and not torch.equal(labels, labels.sort().values)
-    assert torch.equal(labels, balanced_labels(103, 5, 0)) and not torch.equal(labels, balanced_labels(103, 5, 1))
+    assert (
+        len(labels) == 103
+        and counts.max() - counts.min() == 1
+        and not torch.equal(labels, labels.sort().values)
+    )
+    assert torch.equal(labels, balanced_labels(103, 5, 0)) and not torch.equal(
+        labels, balanced_labels(103, 5, 1)
+    )
 
 
 def drawn(folder, seed=3):
@@ -302,7 +370,11 @@ def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
         shutil.copy(home / "one" / f"{i:05d}.npy", home / "two")
     list(drawn(home / "two"))
     files = [sorted((home / folder).iterdir()) for folder in ("one", "two")]
-    assert [f.name for f in files[0]] == [f.name for f in files[1]] == ["00000.npy", "00001.npy", "00002.npy"]
+    assert (
+        [f.name for f in files[0]]
+        == [f.name for f in files[1]]
+        == ["00000.npy", "00001.npy", "00002.npy"]
+    )
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
 
 
@@ -319,10 +391,19 @@ def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
 
 
 def test_the_last_chunk_is_filled_up_with_the_first_labels():
-    """On a GPU: chunks of one size are one graph. Fewer labels than a chunk are one of their number."""
+    """On a GPU: chunks of one size are one graph. Fewer labels than a chunk are one of their
+    number.
+    """
     chunks = sources.filled_up(torch.arange(19), 8)
-    assert [chunk.tolist() for chunk in chunks] == [[*range(8)], [*range(8, 16)], [16, 17, 18, 0, 1, 2, 3, 4]]
-    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(16), 8)] == [[*range(8)], [*range(8, 16)]]
+    assert [chunk.tolist() for chunk in chunks] == [
+        [*range(8)],
+        [*range(8, 16)],
+        [16, 17, 18, 0, 1, 2, 3, 4],
+    ]
+    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(16), 8)] == [
+        [*range(8)],
+        [*range(8, 16)],
+    ]
     assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(3), 8)] == [[0, 1, 2]]
 
 
@@ -341,19 +422,33 @@ def spoilt(path, how):
         path.write_bytes(path.with_name("00002.npy").read_bytes())
     else:
         changed = content[:500] + bytes([content[500] ^ 1]) + content[501:]
-        path.write_bytes({"cut": content[:3000], "empty": b"", "a bit": changed, "without its hash": content[:-32]}[how])
+        path.write_bytes(
+            {
+                "cut": content[:3000],
+                "empty": b"",
+                "a bit": changed,
+                "without its hash": content[:-32],
+            }[how]
+        )
 
 
-@pytest.mark.parametrize("how", ("cut", "empty", "a bit", "without its hash", "another array", "another chunk"))
+@pytest.mark.parametrize(
+    "how", ("cut", "empty", "a bit", "without its hash", "another array", "another chunk")
+)
 def test_a_chunk_that_is_not_what_was_drawn_is_drawn_again(how, home, monkeypatch):
     monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
     wanted = list(drawn(home / "one"))
     before = [path.read_bytes() for path in sorted((home / "one").iterdir())]
     spoilt(home / "one" / "00000.npy", how)
     calls, draw = [], sources.generate
-    monkeypatch.setattr(sources, "generate", lambda *a, **k: (calls.append(k["seed"]), draw(*a, **k))[1])
+    monkeypatch.setattr(
+        sources, "generate", lambda *a, **k: (calls.append(k["seed"]), draw(*a, **k))[1]
+    )
     assert all(torch.equal(a, b) for a, b in zip(drawn(home / "one"), wanted, strict=True))
-    assert calls == [3 * 1_000_003] and [path.read_bytes() for path in sorted((home / "one").iterdir())] == before
+    assert (
+        calls == [3 * 1_000_003]
+        and [path.read_bytes() for path in sorted((home / "one").iterdir())] == before
+    )
 
 
 def test_npz_round_trip(home):
@@ -364,7 +459,9 @@ def test_npz_round_trip(home):
         np.testing.assert_array_equal(file["arr_0"], images)
     assert torch.equal(torch.cat(list(npz_images(home / "samples.npz"))), images)
     for count in (1, 64, 100, 150, 999):
-        assert torch.equal(torch.cat(list(open_images(home / "samples.npz", 32, count))), images[:count])
+        assert torch.equal(
+            torch.cat(list(open_images(home / "samples.npz", 32, count))), images[:count]
+        )
 
 
 class Stub:
@@ -384,8 +481,11 @@ class Stub:
 
 
 STATISTICS = {
-    "mu": np.full(12, 0.25), "sigma": 2 * np.eye(12), "mu_s": np.full(4, 0.75), "sigma_s": 3 * np.eye(4),
-}  # fmt: skip
+    "mu": np.full(12, 0.25),
+    "sigma": 2 * np.eye(12),
+    "mu_s": np.full(4, 0.75),
+    "sigma_s": 3 * np.eye(4),
+}
 
 
 def test_a_reference_with_statistics_and_images(home):
@@ -393,7 +493,12 @@ def test_a_reference_with_statistics_and_images(home):
     images = pixels(40)
     np.savez(home / "ref.npz", arr_0=images.numpy(), **STATISTICS)
     found = reference(home / "ref.npz", Stub(), 32)
-    assert found.name == "ref.npz" and found.count == 40 and found.rows.shape == (40, 12) and len(found.pixels) == 12
+    assert (
+        found.name == "ref.npz"
+        and found.count == 40
+        and found.rows.shape == (40, 12)
+        and len(found.pixels) == 12
+    )
     np.testing.assert_array_equal(found.moments["pool"][1], STATISTICS["sigma"])
     np.testing.assert_array_equal(found.moments["spatial"][0], STATISTICS["mu_s"])
     torch.testing.assert_close(found.rows, Stub()(images)["pool"])
@@ -404,18 +509,38 @@ def test_a_reference_with_statistics_and_images(home):
         fake.moments["pool"], (STATISTICS["mu"], STATISTICS["sigma"])
     )
     assert values.keys() == {
-        "gfid", "precision", "recall", "prdc_precision", "prdc_recall", "prdc_density", "prdc_coverage", "kid", "sfid",
+        "gfid",
+        "precision",
+        "recall",
+        "prdc_precision",
+        "prdc_recall",
+        "prdc_density",
+        "prdc_coverage",
+        "kid",
+        "sfid",
         "inception_score",
-    }  # fmt: skip
+    }
     np.savez(home / "other.npz", arr_0=images.numpy(), **STATISTICS | {"mu": np.zeros(12)})
     assert reference(home / "other.npz", Stub(), 32).pixels != found.pixels
 
 
 def test_a_reference_with_statistics_only(home):
     np.savez(home / "ref.npz", **STATISTICS)
-    found, fake = reference(home / "ref.npz", Stub(), 32), extract("fake", pixels(2_030, seed=1).split(64), Stub())
-    assert found.count == 0 and found.rows is None and found.size == "not stated" and fake.size == "32 x 32"
-    assert compare(fake, found, Stub()).keys() == {"gfid", "sfid", "inception_score"}  # not asked for: left out
+    found, fake = (
+        reference(home / "ref.npz", Stub(), 32),
+        extract("fake", pixels(2_030, seed=1).split(64), Stub()),
+    )
+    assert (
+        found.count == 0
+        and found.rows is None
+        and found.size == "not stated"
+        and fake.size == "32 x 32"
+    )
+    assert compare(fake, found, Stub()).keys() == {
+        "gfid",
+        "sfid",
+        "inception_score",
+    }  # not asked for: left out
     for metric in ("precision_recall", "prdc", "kid"):
         with pytest.raises(UserError, match="neighbours"):
             compare(fake, found, Stub(), [metric])
@@ -433,7 +558,10 @@ def entry(array, position, value):
 @pytest.mark.parametrize(
     "arrays, said",
     (
-        ({"mu": entry(STATISTICS["mu"], 3, math.nan)}, "mu and sigma of '.*ref.npz': .* not finite"),
+        (
+            {"mu": entry(STATISTICS["mu"], 3, math.nan)},
+            "mu and sigma of '.*ref.npz': .* not finite",
+        ),
         ({"sigma": entry(STATISTICS["sigma"], (2, 2), math.inf)}, "mu and sigma of .* not finite"),
         ({"sigma": entry(STATISTICS["sigma"], (2, 3), 0.5)}, "mu and sigma of .* is not symmetric"),
         ({"mu": np.zeros((1, 12))}, r"of shapes \(1, 12\) and \(12, 12\)"),
@@ -455,19 +583,29 @@ def test_statistics_of_another_network_are_not_left_out(home):
     fake = extract("fake", pixels(20).split(64), Stub())
     refused("12 and 7 features", compare, fake, reference(home / "ref.npz", Stub(), 32), Stub())
     np.savez(home / "ref.npz", mu=STATISTICS["mu"], sigma=-STATISTICS["sigma"])
-    refused("covariance has the eigenvalue", compare, fake, reference(home / "ref.npz", Stub(), 32), Stub())
+    refused(
+        "covariance has the eigenvalue",
+        compare,
+        fake,
+        reference(home / "ref.npz", Stub(), 32),
+        Stub(),
+    )
 
 
 def test_a_reference_with_neither(home):
     np.savez(home / "ref.npz", images=np.zeros(3), dino_mu=np.zeros(4), dino_sigma=np.eye(4))
-    with pytest.raises(UserError, match="neither images .* mu, sigma.*it has images, dino_mu, dino_sigma"):
+    with pytest.raises(
+        UserError, match="neither images .* mu, sigma.*it has images, dino_mu, dino_sigma"
+    ):
         reference(home / "ref.npz", Stub(), 32)
     assert reference(home / "ref.npz", Stub("dinov2-l"), 32).moments.keys() == {"pool"}
-    with pytest.raises(UserError, match="neither images .arr_0. nor statistics of this feature network"):
+    with pytest.raises(
+        UserError, match="neither images .arr_0. nor statistics of this feature network"
+    ):
         reference(home / "ref.npz", Stub("scenes"), 32)
 
 
-# -- what travels with a number -------------------------------------------------------------------------------------------
+# -- what travels with a number --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in networks.NETWORKS if name != "inception"])
@@ -483,7 +621,9 @@ def test_outside_inception_nothing_is_called_fid(name):
 
 def test_protocols_are_told_apart():
     base = {"network": "inception", "samples_count": 50_000, "resize": "bicubic"}
-    assert protocol_id(base) == protocol_id(base | {"weights_of": "run", "step": 3, "samples_hash": "ab", "spread": 0.1})
+    assert protocol_id(base) == protocol_id(
+        base | {"weights_of": "run", "step": 3, "samples_hash": "ab", "spread": 0.1}
+    )
     ids = {protocol_id(base | {"seed": seed}) for seed in range(2_000)}
     assert len(ids) == 2_000  # no two of them share a column
 
@@ -496,7 +636,9 @@ def table_of(home, *entries):
 
 
 def test_two_protocols_never_share_a_column(home):
-    table, protocols = table_of(home, *(record("gfid", seed, {"seed": seed}) for seed in range(300)))
+    table, protocols = table_of(
+        home, *(record("gfid", seed, {"seed": seed}) for seed in range(300))
+    )
     assert table.shape == (1, 300) and len(protocols) == 300
     assert sorted(table.loc["one"]) == list(range(300))
 
@@ -507,13 +649,17 @@ def test_the_table_shows_the_newest_step(home):
     assert table.shape == (1, 1) and table.iloc[0, 0] == 100
 
 
-# -- gear evaluate --------------------------------------------------------------------------------------------------------
+# -- gear evaluate ---------------------------------------------------------------------------------
 
-FEW = EvaluateOptions(sampling=Sampling(count=70), network="scenes", reference_count=90, device="cpu", quiet=True)
+FEW = EvaluateOptions(
+    sampling=Sampling(count=70), network="scenes", reference_count=90, device="cpu", quiet=True
+)
 
 
 def few(sampling=(), **changes):
-    return EvaluateOptions(**{**vars(FEW), **changes, "sampling": Sampling(**{"count": 70, **dict(sampling)})})
+    return EvaluateOptions(
+        **{**vars(FEW), **changes, "sampling": Sampling(**{"count": 70, **dict(sampling)})}
+    )
 
 
 def by_metric(records):
@@ -524,20 +670,57 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
     records = evaluate("tiny", FEW)
     found, run = by_metric(records), Run.open("tiny")
     assert found.keys() == {
-        "fd_scenes", "mmd_scenes", "precision", "recall", "prdc_precision", "prdc_recall", "prdc_density", "prdc_coverage",
-        "ntp_loss", "usage_entropy", "predictable",
-    }  # fmt: skip
+        "fd_scenes",
+        "mmd_scenes",
+        "precision",
+        "recall",
+        "prdc_precision",
+        "prdc_recall",
+        "prdc_density",
+        "prdc_coverage",
+        "ntp_loss",
+        "usage_entropy",
+        "predictable",
+    }
     protocol = found["fd_scenes"]["protocol"]
-    assert protocol.items() >= {
-        "network": "scenes", "count": 70, "samples_count": 70, "cfg_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "seed": 0, "rounding": "uint8", "resize": "bicubic", "reference": "scenes", "reference_count": 90, "image_size": 32,
-        "weights_of": "tiny", "step": run.step,
-    }.items()  # fmt: skip
-    assert {"labels", "weights", "interpolation", "reference_hash", "samples_hash"} <= protocol.keys()
-    assert not {"dtype", "chunk", "device"} & protocol.keys()  # as before there was another way to draw
-    assert found["precision"]["protocol"]["k"] == 3 and "float16" in found["precision"]["protocol"]["distance"]
+    assert (
+        protocol.items()
+        >= {
+            "network": "scenes",
+            "count": 70,
+            "samples_count": 70,
+            "cfg_scale": 1.0,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "seed": 0,
+            "rounding": "uint8",
+            "resize": "bicubic",
+            "reference": "scenes",
+            "reference_count": 90,
+            "image_size": 32,
+            "weights_of": "tiny",
+            "step": run.step,
+        }.items()
+    )
+    assert {
+        "labels",
+        "weights",
+        "interpolation",
+        "reference_hash",
+        "samples_hash",
+    } <= protocol.keys()
+    assert (
+        not {"dtype", "chunk", "device"} & protocol.keys()
+    )  # as before there was another way to draw
+    assert (
+        found["precision"]["protocol"]["k"] == 3
+        and "float16" in found["precision"]["protocol"]["distance"]
+    )
     values = {name: r["value"] for name, r in found.items()}
-    assert values["predictable"] == pytest.approx(values["usage_entropy"] - values["ntp_loss"], abs=1e-9)
+    assert values["predictable"] == pytest.approx(
+        values["usage_entropy"] - values["ntp_loss"], abs=1e-9
+    )
     assert values["fd_scenes"] > 0 and 0 <= values["recall"] <= 1
     told = lambda entry: json.dumps(entry, sort_keys=True)  # noqa: E731
     assert sorted(read_metrics(run), key=told) == sorted(records, key=told)
@@ -556,7 +739,10 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
 
     other = by_metric(evaluate("tiny", few({"seed": 1})))  # both are kept, apart
     assert protocol_id(other["fd_scenes"]["protocol"]) != protocol_id(protocol)
-    assert other["fd_scenes"]["value"] != values["fd_scenes"] and other["ntp_loss"] == found["ntp_loss"]
+    assert (
+        other["fd_scenes"]["value"] != values["fd_scenes"]
+        and other["ntp_loss"] == found["ntp_loss"]
+    )
     table, protocols = metrics_table([run])
     assert len([c for c in table.columns if c.startswith("fd_scenes")]) == 2
     assert all(c.split("[")[1][:-1] in protocols for c in table.columns)
@@ -564,10 +750,14 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
 
 def test_sweep_reuses_what_is_there(tiny):
     one = by_metric(evaluate("tiny", few(metrics=("fd_scenes",))))
-    before = {path: path.stat().st_mtime_ns for path in (tiny / "tiny" / "evaluation").rglob("*.npy")}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tiny / "tiny" / "evaluation").rglob("*.npy")
+    }
     records = evaluate("tiny", few(metrics=("fd_scenes",), sweep="cfg_scale=1,1.5,2"))
     swept = [r for r in records if r["metric"] == "fd_scenes"]
-    assert [r["protocol"]["cfg_scale"] for r in swept] == [1, 1.5, 2] and len({r["value"] for r in swept}) == 3
+    assert [r["protocol"]["cfg_scale"] for r in swept] == [1, 1.5, 2] and len(
+        {r["value"] for r in swept}
+    ) == 3
     assert swept[0] == one["fd_scenes"] and len({protocol_id(r["protocol"]) for r in swept}) == 3
     assert len({r["protocol"]["reference_hash"] for r in swept}) == 1
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
@@ -578,34 +768,73 @@ def test_export_and_samples_of_a_file(tiny, home):
     own = by_metric(evaluate("tiny", few(export=str(home / "out" / "samples.npz"))))
     images = read_npz(home / "out" / "samples.npz")["arr_0"]
     assert images.shape == (70, 32, 32, 3) and images.dtype == np.uint8
-    np.testing.assert_array_equal(images, np.concatenate([np.load(p) for p in sorted((tiny / "tiny").rglob("*.npy"))]))
+    np.testing.assert_array_equal(
+        images, np.concatenate([np.load(p) for p in sorted((tiny / "tiny").rglob("*.npy"))])
+    )
     file = by_metric(evaluate("tiny", few(samples=str(home / "out" / "samples.npz"))))
     assert file["fd_scenes"]["value"] == own["fd_scenes"]["value"] and "ntp_loss" not in file
-    assert file["fd_scenes"]["protocol"]["samples_hash"] == own["fd_scenes"]["protocol"]["samples_hash"]
-    assert file["fd_scenes"]["protocol"]["samples"] == "samples.npz" and "cfg_scale" not in file["fd_scenes"]["protocol"]
+    assert (
+        file["fd_scenes"]["protocol"]["samples_hash"]
+        == own["fd_scenes"]["protocol"]["samples_hash"]
+    )
+    assert (
+        file["fd_scenes"]["protocol"]["samples"] == "samples.npz"
+        and "cfg_scale" not in file["fd_scenes"]["protocol"]
+    )
     assert protocol_id(file["fd_scenes"]["protocol"]) != protocol_id(own["fd_scenes"]["protocol"])
     same = by_metric(evaluate("tiny", few(reference=str(home / "out" / "samples.npz"))))
-    assert same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6) and same["prdc_coverage"]["value"] == 1
+    assert (
+        same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6)
+        and same["prdc_coverage"]["value"] == 1
+    )
 
 
 def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
-    """Samples of twice the reference's resolution are another thing, and so is a reference of the run's: both are said."""
+    """Samples of twice the reference's resolution are another thing, and so is a reference of the
+    run's: both are said.
+    """
     images = pixels(40, 32)
     np.savez(home / "s32.npz", images)
     np.savez(home / "s64.npz", images.repeat_interleave(2, 1).repeat_interleave(2, 2))
     sizes = []
-    for given in (dict(), dict(samples="s32.npz"), dict(samples="s64.npz"), dict(reference="s64.npz"),
-                  dict(samples="s64.npz", reference="s32.npz"), dict(samples="s64.npz", reference="s64.npz")):  # fmt: skip
+    for given in (
+        dict(),
+        dict(samples="s32.npz"),
+        dict(samples="s64.npz"),
+        dict(reference="s64.npz"),
+        dict(samples="s64.npz", reference="s32.npz"),
+        dict(samples="s64.npz", reference="s64.npz"),
+    ):
         paths = {option: str(home / file) for option, file in given.items()}
-        protocol = by_metric(evaluate("tiny", few(metrics=("fd_scenes",), **paths)))["fd_scenes"]["protocol"]
-        said, unlike = capsys.readouterr().err, protocol["samples_size"] != protocol["reference_size"]
-        told = f"samples of {protocol['samples_size']} px are compared with a reference of {protocol['reference_size']} px"
+        protocol = by_metric(evaluate("tiny", few(metrics=("fd_scenes",), **paths)))["fd_scenes"][
+            "protocol"
+        ]
+        said, unlike = (
+            capsys.readouterr().err,
+            protocol["samples_size"] != protocol["reference_size"],
+        )
+        told = (
+            f"samples of {protocol['samples_size']} px are compared with a reference of "
+            f"{protocol['reference_size']} px"
+        )
         assert (said.count(told) == 1) if unlike else (said == "")
         assert ("image_size" in protocol) == (protocol["samples_size"] == "32 x 32")
         sizes.append((protocol["samples_size"][:2], protocol["reference_size"][:2]))
-    assert sizes == [("32", "32"), ("32", "32"), ("64", "32"), ("32", "64"), ("64", "32"), ("64", "64")]
+    assert sizes == [
+        ("32", "32"),
+        ("32", "32"),
+        ("64", "32"),
+        ("32", "64"),
+        ("64", "32"),
+        ("64", "64"),
+    ]
     evaluation.report([Run.open("tiny")])
-    assert capsys.readouterr().out.count("samples of 64 x 64 px are compared with a reference of 32 x 32 px") == 2
+    assert (
+        capsys.readouterr().out.count(
+            "samples of 64 x 64 px are compared with a reference of 32 x 32 px"
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -638,18 +867,28 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option, value", [(option, value) for option, values in OPTIONS.items() for value in values])
-def test_a_value_that_is_none_is_reported_with_its_option(option, value, tiny, home, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "option, value", [(option, value) for option, values in OPTIONS.items() for value in values]
+)
+def test_a_value_that_is_none_is_reported_with_its_option(
+    option, value, tiny, home, capsys, monkeypatch
+):
     monkeypatch.chdir(home)
     (home / "text.npz").write_text("text")
     (home / "empty.txt").write_text("\n")
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "tiny", "--network", "scenes", "--count", "4", "--quiet", option, value])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith(f"gear: {option}: ") and "Traceback" not in said
+    assert (
+        stopped.value.code == 2 and said.startswith(f"gear: {option}: ") and "Traceback" not in said
+    )
     assert not value.endswith(".npy") or "a .npy holds one array" in said
     assert not (tiny / "tiny" / "metrics.json").exists()
-    assert option == "--metrics" or not (tiny / "tiny" / "evaluation").exists() or option == "--samples"
+    assert (
+        option == "--metrics"
+        or not (tiny / "tiny" / "evaluation").exists()
+        or option == "--samples"
+    )
 
 
 def test_weights_that_are_none_are_reported_with_their_option(tiny, capsys):
@@ -662,12 +901,16 @@ def test_a_folder_may_be_called_npz(tiny, home):
     (home / "x.npz").mkdir()
     for i, image in enumerate(pixels(12).numpy()):
         networks.Image.fromarray(image).save(home / "x.npz" / f"{i}.png")
-    protocol = by_metric(evaluate("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",))))["fd_scenes"]["protocol"]
+    protocol = by_metric(
+        evaluate("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",)))
+    )["fd_scenes"]["protocol"]
     assert protocol["samples_count"] == 12
 
 
 def test_a_measure_of_pairs_is_that_of_all_of_them_at_once():
-    images, other = (2 * torch.rand(2, 37, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1).unbind()
+    images, other = (
+        2 * torch.rand(2, 37, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    ).unbind()
     sizes = []
     for distance in (psnr, ssim, l1):
         counted = lambda x, y, f=distance: (sizes.append(len(x)), f(x, y))[1]  # noqa: E731
@@ -686,25 +929,39 @@ def test_reconstructions_are_what_the_tokenizer_decodes_a_few_at_a_time(device):
     with torch.no_grad():
         assert torch.equal(indices[:8], tokenizer.encode(images[:8].to(device)).cpu())
         torch.testing.assert_close(decoded[:8], tokenizer.decode(indices[:8].to(device)).cpu())
-    assert images_at_once(torch.device("cuda"), 256 * 256) == 32 and images_at_once(torch.device("cuda"), 4096**2) == 1
+    assert (
+        images_at_once(torch.device("cuda"), 256 * 256) == 32
+        and images_at_once(torch.device("cuda"), 4096**2) == 1
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
 def test_numbers_of_a_gpu_are_those_of_a_cpu(tiny):
     """But for samples, which are other ones there: reconstructions and likelihoods."""
-    one, other = (by_metric(evaluate("tiny", few(both=True, device=name))) for name in ("cpu", "cuda"))
+    one, other = (
+        by_metric(evaluate("tiny", few(both=True, device=name))) for name in ("cpu", "cuda")
+    )
     for metric in ("psnr", "ssim", "l1", "rfd_scenes", "ntp_loss", "usage_entropy"):
         assert other[metric]["value"] == pytest.approx(one[metric]["value"], rel=1e-3)
         assert other[metric]["protocol"] == one[metric]["protocol"]
     how = {"dtype": "bfloat16", "chunk": 256}
-    assert other["fd_scenes"]["protocol"].items() >= how.items() and not how.keys() & one["fd_scenes"]["protocol"].keys()
+    assert (
+        other["fd_scenes"]["protocol"].items() >= how.items()
+        and not how.keys() & one["fd_scenes"]["protocol"].keys()
+    )
 
 
 def test_reconstruction_of_a_run(tiny):
     found = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
     assert found.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
-    assert found["psnr"]["protocol"].items() >= {"images": 40, "rounding": "none", "split": "val"}.items()
-    assert found["rfd_scenes"]["protocol"]["network"] == "scenes" and not (tiny / "tiny" / "evaluation").exists()
+    assert (
+        found["psnr"]["protocol"].items()
+        >= {"images": 40, "rounding": "none", "split": "val"}.items()
+    )
+    assert (
+        found["rfd_scenes"]["protocol"]["network"] == "scenes"
+        and not (tiny / "tiny" / "evaluation").exists()
+    )
     again = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
     assert again == found
 
@@ -722,7 +979,12 @@ def test_the_command(tiny, capsys):
     main(["evaluate", "tiny", *COMMAND])
     said = capsys.readouterr().out
     assert "fd_scenes" in said and "ntp_loss" in said and "network scenes" in said
-    assert {r["metric"] for r in read_metrics(Run.open("tiny"))} == {"fd_scenes", "ntp_loss", "usage_entropy", "predictable"}
+    assert {r["metric"] for r in read_metrics(Run.open("tiny"))} == {
+        "fd_scenes",
+        "ntp_loss",
+        "usage_entropy",
+        "predictable",
+    }
 
 
 COMMAND = "--network scenes --count 20 --reference-count 30 --metrics fd_scenes --quiet".split()
@@ -732,10 +994,14 @@ def test_the_command_says_a_mistake(tiny, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "tiny", *COMMAND, "--sweep", "cfg_scal=1,2"])
     said = capsys.readouterr()
-    assert stopped.value.code == 2 and "Did you mean 'cfg_scale'?" in said.err and "Traceback" not in said.err
+    assert (
+        stopped.value.code == 2
+        and "Did you mean 'cfg_scale'?" in said.err
+        and "Traceback" not in said.err
+    )
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -767,9 +1033,15 @@ def refused(message, function, *arguments, **keywords):
 
 def test_spatial_statistics_need_more_samples_than_features():
     sets = {count: extract("few", pixels(count, 8).split(64), Stub()) for count in (2_023, 2_024)}
-    assert compare(sets[2_024], sets[2_024], Stub(), ["sfid"])["sfid"][0] == pytest.approx(0, abs=1e-9)
-    refused("'few' has 2023 samples: 2024 at least", compare, sets[2_023], sets[2_024], Stub(), ["sfid"])
-    refused("'few' has 2023 samples: 2024 at least", compare, sets[2_024], sets[2_023], Stub(), ["sfid"])
+    assert compare(sets[2_024], sets[2_024], Stub(), ["sfid"])["sfid"][0] == pytest.approx(
+        0, abs=1e-9
+    )
+    refused(
+        "'few' has 2023 samples: 2024 at least", compare, sets[2_023], sets[2_024], Stub(), ["sfid"]
+    )
+    refused(
+        "'few' has 2023 samples: 2024 at least", compare, sets[2_024], sets[2_023], Stub(), ["sfid"]
+    )
     assert "sfid" not in compare(sets[2_023], sets[2_024], Stub(), k=1, subsets=1, subset_size=50)
 
 
@@ -781,7 +1053,9 @@ def test_more_neighbours_than_samples(k):
 
 
 def test_more_in_a_subset_than_samples():
-    refused("subsets of 50 need as many samples", polynomial_mmd, gaussian(0), gaussian(1, 49), 2, 50)
+    refused(
+        "subsets of 50 need as many samples", polynomial_mmd, gaussian(0), gaussian(1, 49), 2, 50
+    )
 
 
 def test_images_of_mixed_size():
@@ -801,7 +1075,13 @@ def test_floats_out_of_range(name):
     images = torch.rand(2, 3, 32, 32)
     assert network(images)["pool"].shape[0] == 2
     assert torch.equal(network(images.double())["pool"], network(images)["pool"])
-    for wrong in (images * 255, images - 2, images * math.nan, (images * 255).to(torch.uint8), pixels(2).long()):
+    for wrong in (
+        images * 255,
+        images - 2,
+        images * math.nan,
+        (images * 255).to(torch.uint8),
+        pixels(2).long(),
+    ):
         refused("expected", network, wrong)
 
 
@@ -811,7 +1091,9 @@ def test_reconstruction_refuses_another_range():
         refused("are expected", metric, images, images * 255)
         refused("are expected", metric, images, (images * 255).to(torch.uint8))
         refused("are expected", metric, images, images * math.nan)
-        refused("reconstructions hold values that are not finite", metric, images * math.inf, images)
+        refused(
+            "reconstructions hold values that are not finite", metric, images * math.inf, images
+        )
         refused("one shape", metric, images[:1], images)
         assert torch.isfinite(metric(images * 3, images)).all()  # a reconstruction is clamped
     refused("too small", ssim, images[..., :5, :5], images[..., :5, :5])
@@ -848,14 +1130,24 @@ def test_a_number_that_is_none_is_not_written(monkeypatch):
     sets = [extract("some", pixels(20, seed=seed).split(64), Stub("scenes")) for seed in (0, 1)]
     monkeypatch.setattr(scores, "frechet_distance", lambda *sets: math.inf)
     for wanted in (None, ["fd_scenes"]):
-        refused("fd_scenes of 'some' is inf", compare, *sets, Stub("scenes"), wanted, subsets=1, subset_size=9)
+        refused(
+            "fd_scenes of 'some' is inf",
+            compare,
+            *sets,
+            Stub("scenes"),
+            wanted,
+            subsets=1,
+            subset_size=9,
+        )
 
 
 @pytest.mark.parametrize("count", (0, 1))
 def test_no_sample_and_one(count):
     few, rows = gaussian(1, 40)[:count], gaussian(0, 40)
     for sets in ((few, rows), (rows, few)):
-        refused(f"neighbours of {count} samples: 4 samples at least are needed", precision_recall, *sets)
+        refused(
+            f"neighbours of {count} samples: 4 samples at least are needed", precision_recall, *sets
+        )
         refused(f"neighbours of {count} samples: 6 samples at least are needed", prdc, *sets)
         refused("need as many samples", polynomial_mmd, *sets, 2, 2)
     refused("0 subsets of 9 samples", polynomial_mmd, rows, rows, 0, 9)
@@ -864,16 +1156,26 @@ def test_no_sample_and_one(count):
 
 def test_a_set_of_which_nothing_can_be_measured():
     """One sample has no statistics, and no neighbours: nothing at all is no success."""
-    one, some = extract("one", [pixels(1)], Stub("scenes")), extract("some", [pixels(30)], Stub("scenes"))
+    one, some = (
+        extract("one", [pixels(1)], Stub("scenes")),
+        extract("some", [pixels(30)], Stub("scenes")),
+    )
     one.inception_score = None
     refused(
-        "nothing can be measured of 'one' against 'some': 'one' has 1 samples: 2 at least", compare, one, some, Stub("scenes")
+        "nothing can be measured of 'one' against 'some': 'one' has 1 samples: 2 at least",
+        compare,
+        one,
+        some,
+        Stub("scenes"),
     )
 
 
 @pytest.mark.parametrize("value", (-0.5, math.nan, math.inf))
 def test_a_covariance_that_is_none(value):
-    good, bad = torch.eye(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 1.0, value], dtype=torch.float64))
+    good, bad = (
+        torch.eye(3, dtype=torch.float64),
+        torch.diag(torch.tensor([1.0, 1.0, value], dtype=torch.float64)),
+    )
     for one, other in ((good, bad), (bad, good)):
         refused("covariance", frechet_distance, (torch.zeros(3), one), (torch.zeros(3), other))
     spiked = good.clone()
@@ -883,7 +1185,12 @@ def test_a_covariance_that_is_none(value):
 
 def test_a_mean_that_is_none():
     good = torch.eye(3)
-    refused("not finite|no mean", frechet_distance, (torch.full((3,), math.nan), good), (torch.zeros(3), good))
+    refused(
+        "not finite|no mean",
+        frechet_distance,
+        (torch.full((3,), math.nan), good),
+        (torch.zeros(3), good),
+    )
 
 
 def test_statistics_of_two_networks():
@@ -900,13 +1207,24 @@ def test_npz_files_that_are_none(home):
     damaged[60:90] = bytes(range(30))
     array = io.BytesIO()
     np.save(array, pixels(2).numpy())
-    for content in (whole[:-100], whole[: len(whole) // 2], b"", b"no archive", bytes(damaged), array.getvalue()):
+    for content in (
+        whole[:-100],
+        whole[: len(whole) // 2],
+        b"",
+        b"no archive",
+        bytes(damaged),
+        array.getvalue(),
+    ):
         path.write_bytes(content)
         refused("cannot be read as .npz", read_npz, path)
         refused("cannot be read as .npz", reference, path, Stub(), 32)
     np.savez(path, images=pixels(2).numpy())
     refused("has no arr_0.*it has images", lambda: list(npz_images(path)))
-    for wrong in (pixels(2).numpy().astype(np.float32) / 255, pixels(2).numpy()[0], pixels(2).numpy().transpose(0, 3, 1, 2)):
+    for wrong in (
+        pixels(2).numpy().astype(np.float32) / 255,
+        pixels(2).numpy()[0],
+        pixels(2).numpy().transpose(0, 3, 1, 2),
+    ):
         np.savez(path, arr_0=wrong)
         refused("uint8 .N, H, W, 3.* is expected", lambda: list(npz_images(path)))
     np.savez(path, arr_0=np.array([{"a": 1}], dtype=object))
@@ -927,7 +1245,11 @@ def test_metrics_that_cannot_be_read(tiny):
     records = [[3], [{"metric": "a"}], {}, None, *([good, good | change] for change in wrong)]
     for content in ("[{", "\0", "", *map(json.dumps, records)):
         (tiny / "tiny" / "metrics.json").write_text(content)
-        refused("metrics.json cannot be read .*: restore it, or remove it", read_metrics, Run.open("tiny"))
+        refused(
+            "metrics.json cannot be read .*: restore it, or remove it",
+            read_metrics,
+            Run.open("tiny"),
+        )
         refused("metrics.json cannot be read", evaluate, "tiny")
     assert not (tiny / "tiny" / "evaluation").exists()  # it is said before anything is drawn
     (tiny / "tiny" / "metrics.json").write_text(json.dumps([good]), encoding="utf-16")
@@ -974,10 +1296,17 @@ def test_damaged_weights_are_refused(no_network, home):
     refused("do not fit|not Inception", networks.Inception, str(home / "other.pth"))
 
 
-@pytest.mark.parametrize("content", (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"", b"\x1f\x8b"))
+@pytest.mark.parametrize(
+    "content", (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"", b"\x1f\x8b")
+)
 def test_what_lies_there_instead_of_weights_is_named(content, home):
     (home / "weights.pth").write_bytes(content)
-    said = {b"v": "a Git LFS pointer, not the weights: git lfs pull", b"<": "a web page", b"": "empty", b"\x1f": "an archive"}
+    said = {
+        b"v": "a Git LFS pointer, not the weights: git lfs pull",
+        b"<": "a web page",
+        b"": "empty",
+        b"\x1f": "an archive",
+    }
     refused(
         f"weights.pth cannot be read: it is not a checkpoint.*{said[content[:1]]}",
         networks.Inception,
@@ -995,7 +1324,7 @@ def test_a_weight_file_runs_no_code(home):
     assert not (home / "ran").exists()
 
 
-# -- Inception ------------------------------------------------------------------------------------------------------------
+# -- Inception -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1009,7 +1338,9 @@ def inception_weights(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("inception")
     torch.save({}, folder / "empty.pth")
-    state = Blank("inception", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth")).state_dict()
+    state = Blank(
+        "inception", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth")
+    ).state_dict()
     rng = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
         if tensor.dim() > 1:
@@ -1029,16 +1360,26 @@ def test_inception_is_the_librarys(inception_weights, no_network):
     ours = networks.Inception(inception_weights)
     found = ours(images)
     names = ["2048", "logits_unbiased"]
-    theirs = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=inception_weights)
+    theirs = FeatureExtractorInceptionV3(
+        "inception", names, feature_extractor_weights_path=inception_weights
+    )
     kept = []
-    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    theirs.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
     pool, logits = theirs(images.permute(0, 3, 1, 2))
-    assert {name: tuple(f.shape[1:]) for name, f in found.items()} == {"pool": (2048,), "spatial": (2023,), "logits": (1008,)}
+    assert {name: tuple(f.shape[1:]) for name, f in found.items()} == {
+        "pool": (2048,),
+        "spatial": (2023,),
+        "logits": (1008,),
+    }
     torch.testing.assert_close(found["pool"], pool, rtol=0, atol=0)
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0)
     torch.testing.assert_close(found["spatial"], kept[0][:, :7].flatten(1), rtol=0, atol=0)
     assert found["pool"].std() > 1e-3 and not torch.equal(found["pool"][0], found["pool"][1])
-    again = ours(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # floats are rounded, as the graph takes uint8
+    again = ours(
+        images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    )  # floats are rounded, as the graph takes uint8
     torch.testing.assert_close(again["pool"], pool, rtol=0, atol=0)
     refused("are expected", ours, torch.rand(1, 3, 32, 32) * 255)
     assert ours.protocol["interpolation"] == "bilinear, tf1" and not no_network
@@ -1048,33 +1389,63 @@ def test_inception_is_the_librarys(inception_weights, no_network):
     assert (other(images)["pool"] - pool).abs().max() > 1e-3 * pool.abs().max()
 
 
-def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(inception_weights, tmp_path):
-    """A safetensors file, and one that another trainer wrapped: the same network; a NaN in it is named."""
+def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(
+    inception_weights, tmp_path
+):
+    """A safetensors file, and one that another trainer wrapped: the same network; a NaN in it is
+    named.
+    """
     tensors, images = torch.load(inception_weights, weights_only=True), pixels(1)
     wanted = networks.Inception(inception_weights)(images)["pool"]
     save_file(tensors, tmp_path / "a.safetensors")
-    torch.save({"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 1}, tmp_path / "b.pth")
+    torch.save(
+        {"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 1},
+        tmp_path / "b.pth",
+    )
     for name in ("a.safetensors", "b.pth"):
         assert torch.equal(networks.Inception(str(tmp_path / name))(images)["pool"], wanted)
     tensors["fc.weight"][0, 0] = float("inf")
     torch.save(tensors, tmp_path / "c.pth")
-    refused("c.pth' are not all numbers that this Inception can have:\n  fc.weight holds infinity in 1 of", networks.Inception,
-            str(tmp_path / "c.pth"))  # fmt: skip
+    refused(
+        (
+            "c.pth' are not all numbers that this Inception can have:\n  fc.weight holds infinity "
+            "in 1 of"
+        ),
+        networks.Inception,
+        str(tmp_path / "c.pth"),
+    )
 
 
 def test_rfid_is_of_floats_that_no_rounding_has_touched(inception_weights, tiny, monkeypatch):
-    """Reconstructions go through pytorch-fid's resize of floats, not through the graph's of uint8; the protocol says so."""
+    """Reconstructions go through pytorch-fid's resize of floats, not through the graph's of uint8;
+    the protocol says so.
+    """
     monkeypatch.setattr(scores, "frechet_distance", lambda *sets: 1.0)  # of 2,048 features: seconds
     found = by_metric(
-        evaluate("tiny", few(network="inception", weights=inception_weights, reconstruction=True, reference_count=4))
+        evaluate(
+            "tiny",
+            few(
+                network="inception",
+                weights=inception_weights,
+                reconstruction=True,
+                reference_count=4,
+            ),
+        )
     )
     assert found.keys() == {"psnr", "ssim", "l1", "rfid"}
-    assert found["rfid"]["protocol"].items() >= {"interpolation": "bilinear, torch", "rounding": "none"}.items()
+    assert (
+        found["rfid"]["protocol"].items()
+        >= {"interpolation": "bilinear, torch", "rounding": "none"}.items()
+    )
 
 
 def test_the_runs_teacher_is_the_default_space(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "load_network_by_name", lambda name, *rest, **more: asked.append(name) or Later())
+    monkeypatch.setattr(
+        evaluation,
+        "load_network_by_name",
+        lambda name, *rest, **more: asked.append(name) or Later(),
+    )
     with pytest.raises(ZeroDivisionError):
         evaluate("tiny", few(network=""))
     assert asked == ["scenes"]

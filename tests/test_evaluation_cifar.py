@@ -1,6 +1,8 @@
-"""Photographs in EfficientNet's space: our distances equal torch-fidelity's, which runs the same network on the same images.
+"""Photographs in EfficientNet's space: our distances equal torch-fidelity's, which runs the same
+network on the same images.
 
-2,000 CIFAR-10 images against 2,000 others; GEAR_FULL=1 takes 10,000 and 10,000 (about 40 images/s on one core: 9 minutes).
+2,000 CIFAR-10 images against 2,000 others; GEAR_FULL=1 takes 10,000 and 10,000 (about 40 images/s
+on one core: 9 minutes).
 """
 
 import os
@@ -29,7 +31,9 @@ FEW = 300
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (FAKE.exists() and REAL.exists()), reason="needs CIFAR-10 in shared/data"),
+    pytest.mark.skipif(
+        not (FAKE.exists() and REAL.exists()), reason="needs CIFAR-10 in shared/data"
+    ),
 ]
 
 
@@ -91,13 +95,17 @@ def test_frechet_distance(network, sets):
     for features, other in zip(sets, statistics):  # streamed sums are the whole set's moments
         assert features.count == COUNT
         np.testing.assert_allclose(features.moments["pool"][0], other["mu"], rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(features.moments["pool"][1], other["sigma"], rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(
+            features.moments["pool"][1], other["sigma"], rtol=1e-8, atol=1e-12
+        )
 
 
 def test_kernel_distance(sets):
     fake, real = (features.double() for features in rows(sets))
     size = 1_000
-    theirs = kid_features_to_metric(fake, real, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False)
+    theirs = kid_features_to_metric(
+        fake, real, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False
+    )
     mean, std = polynomial_mmd(real, fake, 100, size, seed=2020)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
     assert std == pytest.approx(theirs["kernel_inception_distance_std"], abs=1e-6)
@@ -105,7 +113,9 @@ def test_kernel_distance(sets):
 
 def test_precision_and_recall(sets):
     fake, real = rows(sets)
-    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False)
+    theirs = prc_features_to_metric(
+        fake, real, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+    )
     precision, recall = precision_recall(real, fake, 3, half=False)
     assert precision == pytest.approx(theirs["precision"], abs=2e-4)
     assert recall == pytest.approx(theirs["recall"], abs=2e-4)
@@ -117,13 +127,31 @@ def test_end_to_end_with_the_registered_extractor(network):
     torch_fidelity.register_feature_extractor("gear-efficientnet", Registered)
     fake, real = (torch.cat(list(read_images(path, 32, FEW))) for path in (FAKE, REAL))
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pixels(fake), input2=Pixels(real), feature_extractor="gear-efficientnet", fid=True, kid=True, prc=True,
-        kid_subsets=10, kid_subset_size=100, rng_seed=2020, cuda=False, cache=False, save_cpu_ram=True, batch_size=64,
+        input1=Pixels(fake),
+        input2=Pixels(real),
+        feature_extractor="gear-efficientnet",
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subsets=10,
+        kid_subset_size=100,
+        rng_seed=2020,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        batch_size=64,
         verbose=False,
-    )  # fmt: skip
-    sets = [extract(name, images.split(50), network) for name, images in (("fake", fake), ("real", real))]
+    )
+    sets = [
+        extract(name, images.split(50), network)
+        for name, images in (("fake", fake), ("real", real))
+    ]
     found = compare(*sets, network, subsets=10, subset_size=100, seed=2020)
-    assert found["fd_efficientnet-lite0"][0] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert found["mmd_efficientnet-lite0"][0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4, abs=1e-6)
+    assert found["fd_efficientnet-lite0"][0] == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-4
+    )
+    assert found["mmd_efficientnet-lite0"][0] == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-4, abs=1e-6
+    )
     exact = precision_recall(sets[1].rows, sets[0].rows, 3, half=False)
     assert exact == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)

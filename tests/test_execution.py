@@ -1,4 +1,6 @@
-"""Notebooks run in this interpreter, with this gear, wherever they lie and whatever else the machine calls python3."""
+"""Notebooks run in this interpreter, with this gear, wherever they lie and whatever else the
+machine calls python3.
+"""
 
 import json
 import os
@@ -16,16 +18,27 @@ SOURCES = [
 
 def notebook(path):
     cells = [
-        {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": source, "id": f"c{i}"}
+        {
+            "cell_type": "code",
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+            "source": source,
+            "id": f"c{i}",
+        }
         for i, source in enumerate(SOURCES)
     ]
     cells[0]["metadata"]["tags"] = ["parameters"]
     metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
-    path.write_text(json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+    )
 
 
 def test_the_kernel_is_this_environments(home, monkeypatch):
-    """A kernel called python3 that starts nothing, a start-up file and modules of the working directory that end all."""
+    """A kernel called python3 that starts nothing, a start-up file and modules of the working
+    directory that end all.
+    """
     data = home / "jupyter"
     (data / "kernels" / "python3").mkdir(parents=True)
     spec = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
@@ -34,7 +47,13 @@ def test_the_kernel_is_this_environments(home, monkeypatch):
         monkeypatch.setenv(variable, str(data))
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    for path in (startup / "00.py", home / "startup.py", home / "random.py", home / "gear.py", home / "numpy.py"):
+    for path in (
+        startup / "00.py",
+        home / "startup.py",
+        home / "random.py",
+        home / "gear.py",
+        home / "numpy.py",
+    ):
         path.write_text("import os\nos._exit(3)")
     monkeypatch.setenv("IPYTHONDIR", str(home / "ipython"))
     monkeypatch.setenv("PYTHONSTARTUP", str(home / "startup.py"))
@@ -53,4 +72,8 @@ def test_the_kernel_is_this_environments(home, monkeypatch):
 
 
 def test_no_kernel_spec_is_looked_up():
-    assert this_environment()(kernel_name="nowhere").kernel_spec.argv[:3] == [sys.executable, "-m", "ipykernel_launcher"]
+    assert this_environment()(kernel_name="nowhere").kernel_spec.argv[:3] == [
+        sys.executable,
+        "-m",
+        "ipykernel_launcher",
+    ]

@@ -27,7 +27,9 @@ def tokenizer():
 @pytest.fixture
 def generator(tokenizer):
     torch.manual_seed(0)
-    return stirred(Generator(GENERATOR, tokenizer.config.codebook_size)).eval().requires_grad_(False)
+    return (
+        stirred(Generator(GENERATOR, tokenizer.config.codebook_size)).eval().requires_grad_(False)
+    )
 
 
 @pytest.fixture
@@ -46,7 +48,10 @@ def shown(axis):
 def test_the_soft_read_out_turns_hard_as_tau_falls(tokenizer, images):
     affinity = tokenizer.affinity(images[:1])[0]
     hard = tokenizer.decode(tokenizer.encode(images[:1]))[0]
-    far = [float((tour.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean()) for tau in (1.0, 0.1, 1e-5)]
+    far = [
+        float((tour.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean())
+        for tau in (1.0, 0.1, 1e-5)
+    ]
     assert torch.allclose(tour.decode_mixture(tokenizer, affinity, 0), hard, atol=1e-5)
     assert far[0] > far[1] > far[2] and far[2] < 1e-4
 
@@ -61,8 +66,12 @@ def test_exp_h_counts_the_codes_of_a_mixture():
 def test_variants_put_each_code_in_the_patchs_place(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]  # (8, 8)
     f, position = tokenizer.config.downsampling, 8 * 3 + 5
-    own, other = tour.variants(tokenizer, indices, position, torch.stack([indices[3, 5], (indices[3, 5] + 1) % 32]))
-    assert torch.allclose(own, tokenizer.decode(indices[None])[0][:, 2 * f : 5 * f, 4 * f : 7 * f], atol=1e-5)
+    own, other = tour.variants(
+        tokenizer, indices, position, torch.stack([indices[3, 5], (indices[3, 5] + 1) % 32])
+    )
+    assert torch.allclose(
+        own, tokenizer.decode(indices[None])[0][:, 2 * f : 5 * f, 4 * f : 7 * f], atol=1e-5
+    )
     assert not torch.allclose(own, other, atol=1e-2)
     assert tour.variants(tokenizer, indices, 0, indices[0, :1]).shape == (
         1,
@@ -76,7 +85,9 @@ def test_a_code_has_one_colour_wherever_it_stands(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]
     colours = tour.code_colours(tokenizer, indices)
     assert colours.shape == (8, 8, 3) and 0 <= colours.min() and colours.max() <= 1
-    assert torch.allclose(tour.code_colours(tokenizer, indices.T), colours.transpose(0, 1), atol=1e-6)
+    assert torch.allclose(
+        tour.code_colours(tokenizer, indices.T), colours.transpose(0, 1), atol=1e-6
+    )
 
 
 def test_changed_tokens_are_those_another_tokenizer_reads_otherwise(tokenizer, images):
@@ -100,15 +111,22 @@ def test_the_read_out_shows_the_masses_of_the_nearest_codes(tokenizer, images):
     assert f"exp H = {size:.3g} codes" in bars.get_title(loc="left")
     assert shown(sizes)[20 // 8, 20 % 8] == pytest.approx(size, rel=1e-4)
     assert (shown(image) == to_uint8(images[1:2])[0].numpy()).all()
-    assert (shown(hard) == to_uint8(tokenizer.decode(tokenizer.encode(images[1:2])))[0].numpy()).all()
+    assert (
+        shown(hard) == to_uint8(tokenizer.decode(tokenizer.encode(images[1:2])))[0].numpy()
+    ).all()
     plt.close(fig)
 
 
 def test_a_row_of_taus_ends_with_the_hard_one(tokenizer, images):
     fig = tour.draw_taus(tokenizer, images[0], 9, [1.0, 0.01])
     above, below = np.array(fig.axes).reshape(2, 3)
-    assert (shown(above[-1]) == to_uint8(tokenizer.decode(tokenizer.encode(images[:1])))[0].numpy()).all()
-    assert below[-1].patches[0].get_height() == pytest.approx(1) and below[-1].get_xlabel() == "exp H = 1"
+    assert (
+        shown(above[-1]) == to_uint8(tokenizer.decode(tokenizer.encode(images[:1])))[0].numpy()
+    ).all()
+    assert (
+        below[-1].patches[0].get_height() == pytest.approx(1)
+        and below[-1].get_xlabel() == "exp H = 1"
+    )
     assert below[0].patches[0].get_height() < below[1].patches[0].get_height() <= 1
     plt.close(fig)
 
@@ -136,7 +154,9 @@ def test_tokens_follow_the_image(tokenizer, images):
     assert panel.controls["image"].max == 2
     panel.controls["image"].value = 1
     fig = tour.draw_tokens(tokenizer, tokenizer, images, 1)
-    assert [int(text.get_text()) for text in fig.axes[1].texts] == tokenizer.encode(images[1:2]).flatten().tolist()
+    assert [int(text.get_text()) for text in fig.axes[1].texts] == tokenizer.encode(
+        images[1:2]
+    ).flatten().tolist()
     assert fig.axes[3].get_title(loc="left") == "0 of 64 tokens changed"
     assert panel.picture.value == to_png(fig)
 
@@ -155,7 +175,9 @@ def test_samples_of_a_class_repeat_with_the_seed_and_change_with_everything(toke
         assert panel.picture.value not in seen
         seen.append(panel.picture.value)
     assert panel.controls["seed"].value == 1 and panel.controls["label"].value == 3
-    assert panel.picture.value == to_png(tour.draw_samples(generator, tokenizer, (8, 8), 3, 4.0, 0.5, 1))
+    assert panel.picture.value == to_png(
+        tour.draw_samples(generator, tokenizer, (8, 8), 3, 4.0, 0.5, 1)
+    )
     panel.controls["seed"].value = 0
     assert panel.picture.value == seen[-2]
 
@@ -164,7 +186,9 @@ def test_without_guidance_both_rows_are_the_same(tokenizer, generator):
     fig = tour.draw_samples(generator, tokenizer, (8, 8), 1, 1.0, 1.0, 0)
     axes = np.array(fig.axes).reshape(3, tour.SAMPLES)
     assert all((shown(one) == shown(other)).all() for one, other in zip(axes[0], axes[1]))
-    assert all(0 <= shown(axis).min() and shown(axis).max() <= math.log(32) + 1e-4 for axis in axes[2])
+    assert all(
+        0 <= shown(axis).min() and shown(axis).max() <= math.log(32) + 1e-4 for axis in axes[2]
+    )
     plt.close(fig)
 
 
@@ -177,4 +201,7 @@ def test_a_panel_is_a_picture_where_no_widgets_live(tokenizer, images):
 def test_a_token_grid_of_any_size_stays_on_the_page():
     small, large = TokenGrid(4, 4), TokenGrid(16, 16, value=17)
     assert large.value == 17 and len(large.children) == 256
-    assert all(int(grid.children[0].layout.width.removesuffix("px")) * w <= 272 for grid, w in ((small, 4), (large, 16)))
+    assert all(
+        int(grid.children[0].layout.width.removesuffix("px")) * w <= 272
+        for grid, w in ((small, 4), (large, 16))
+    )

@@ -12,9 +12,13 @@ from gear.config import UserError, from_dict
 from gear.runs.run import Run
 
 CONFIG = {
-    "recipe": "r", "seed": 3, "steps": 20, "batch_size": 4, "data": {"source": "/a/b/pets/", "image_size": 32},
+    "recipe": "r",
+    "seed": 3,
+    "steps": 20,
+    "batch_size": 4,
+    "data": {"source": "/a/b/pets/", "image_size": 32},
     "tokenizer": {"channel_mult": [1, 2, 2], "codebook_size": 64},
-}  # fmt: skip
+}
 
 
 def draw(home, monkeypatch, folder):
@@ -24,12 +28,22 @@ def draw(home, monkeypatch, folder):
     fig, axes = figures.panels("ab")
     axes[0].plot(table.x, table.y)
     figures.save(fig, "test", [run], table, n="2 points", interval="none", null="zero")
-    return {str(p.relative_to(home / folder)): p.read_bytes() for p in (home / folder).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(home / folder)): p.read_bytes()
+        for p in (home / folder).rglob("*")
+        if p.is_file()
+    }
 
 
 def test_rounding_keeps_six_significant_digits():
-    table = figures.rounded(pd.DataFrame({"a": [123456.789, 0.000123456789, 0.0, np.nan, -9.87654321]}))
-    assert table.a.tolist()[:3] == [123457.0, 0.000123457, 0.0] and table.a[4] == -9.87654 and np.isnan(table.a[3])
+    table = figures.rounded(
+        pd.DataFrame({"a": [123456.789, 0.000123456789, 0.0, np.nan, -9.87654321]})
+    )
+    assert (
+        table.a.tolist()[:3] == [123457.0, 0.000123457, 0.0]
+        and table.a[4] == -9.87654
+        and np.isnan(table.a[3])
+    )
 
 
 def test_twice_the_same_bytes(home, monkeypatch):
@@ -48,7 +62,9 @@ def test_provenance_names_runs_steps_and_hashes_and_no_date(home, monkeypatch):
 
 
 def test_a_panel_is_cut_into_its_rows(tiny):
-    """Inputs as validation has them; then what the loop put below them; and only the steps there are."""
+    """Inputs as validation has them; then what the loop put below them; and only the steps there
+    are.
+    """
     run = Run.open("tiny-joint")
     inputs, reconstructions, *samples = figures.panel_rows(run)
     images, _ = data.load(from_dict(data.DataConfig, run.config["data"]), "val", 12)
@@ -62,13 +78,20 @@ def test_a_panel_is_cut_into_its_rows(tiny):
 
 
 def test_the_scale_names_every_size(home):
-    half = CONFIG | {"seed": 4, "steps": 10, "tokenizer": CONFIG["tokenizer"] | {"codebook_size": 32}}
+    half = CONFIG | {
+        "seed": 4,
+        "steps": 10,
+        "tokenizer": CONFIG["tokenizer"] | {"codebook_size": 32},
+    }
     runs = [Run.create("r", CONFIG), Run.create("h", half)]
     assert figures.scale(runs).endswith("K = 64 and 32, 20 and 10 steps of 4; 2 seeds (3, 4)")
 
 
 def test_the_scale_is_on_the_figures_face(home):
-    assert figures.scale([Run.create("r", CONFIG)]) == "Small scale: pets 32 px, 8x8 tokens, K = 64, 20 steps of 4; 1 seed (3)"
+    assert (
+        figures.scale([Run.create("r", CONFIG)])
+        == "Small scale: pets 32 px, 8x8 tokens, K = 64, 20 steps of 4; 1 seed (3)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +105,10 @@ def test_the_scale_is_on_the_figures_face(home):
 )
 def test_a_line_far_off_does_not_set_the_axis(far, limits, text):
     fig, (axis,) = figures.panels("a")
-    values, heights = np.array([3.5, 3.7, 4.0, 4.2, 4.4, 4.5, *far]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    values, heights = (
+        np.array([3.5, 3.7, 4.0, 4.2, 4.4, 4.5, *far]),
+        np.array([0, 0, 1, 1, 2, 2, 3, 3]),
+    )
     axis.scatter(values, heights)
     before = axis.get_xlim()
     figures.focus(axis, values, heights)

@@ -1,4 +1,6 @@
-"""Any file may be damaged or be another one: a command reads it or says in one message what is wrong, and never breaks."""
+"""Any file may be damaged or be another one: a command reads it or says in one message what is
+wrong, and never breaks.
+"""
 
 import contextlib
 import copy
@@ -24,7 +26,9 @@ from gear.public.layouts import LAYOUTS
 from gear.runs.run import Run, load_runs
 
 pytestmark = pytest.mark.slow
-CASES = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+CASES = dict(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 ODD = [
     None,
     True,
@@ -52,7 +56,9 @@ def said(*arguments):
 
 
 def ends_well(call):
-    """Call a function or a command of ours; it returns, or says what is wrong: 0 or 2, a traceback fails the test."""
+    """Call a function or a command of ours; it returns, or says what is wrong: 0 or 2, a traceback
+    fails the test.
+    """
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
@@ -74,7 +80,9 @@ def damaged(draw, contents):
     content = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(1, 3))):
         near = st.one_of(
-            st.integers(0, 600), st.integers(max(0, len(content) - 600), len(content)), st.integers(0, len(content))
+            st.integers(0, 600),
+            st.integers(max(0, len(content) - 600), len(content)),
+            st.integers(0, len(content)),
         )
         at = min(draw(near), len(content))
         how = draw(st.sampled_from(["cut", "flip", "set", "insert", "delete", "splice", "before"]))
@@ -94,19 +102,32 @@ def damaged(draw, contents):
             content[at:] = other[min(draw(near), len(other)) :]
         else:
             content[:0] = draw(
-                st.sampled_from([b"\xef\xbb\xbf", b"\xff\xfe", b"<html>", b"version https://git-lfs", b"\0", b"\n"])
+                st.sampled_from(
+                    [
+                        b"\xef\xbb\xbf",
+                        b"\xff\xfe",
+                        b"<html>",
+                        b"version https://git-lfs",
+                        b"\0",
+                        b"\n",
+                    ]
+                )
             )
     return bytes(content)
 
 
 @st.composite
 def altered(draw, values):
-    """JSON with a value taken away or replaced by another kind of thing, or the bytes of it damaged."""
+    """JSON with a value taken away or replaced by another kind of thing, or the bytes of it
+    damaged.
+    """
     values = json.loads(json.dumps(values))
     for _ in range(draw(st.integers(1, 3))):
         place = values
         while isinstance(place, (dict, list)) and place:
-            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            key = draw(
+                st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+            )
             inner = place[key]
             if not (isinstance(inner, (dict, list)) and inner) or draw(st.integers(0, 3)) == 0:
                 if draw(st.integers(0, 4)) == 0:
@@ -120,7 +141,7 @@ def altered(draw, values):
 
 def either(values, lines=False):
     """JSON text, of which some is altered and some damaged."""
-    text = lambda v: "".join(json.dumps(line) + "\n" for line in v) if lines else json.dumps(v)  # noqa: E731
+    text = lambda v: "".join(json.dumps(line) + "\n" for line in v) if lines else json.dumps(v)
     plain = text(values).encode()
     encoded = altered(values).map(lambda v: text(v).encode())
     others = [
@@ -146,7 +167,9 @@ def checkpoints(tmp_path_factory):
     tensors = {names[n]: t.detach().clone() for n, t in tokenizer.state_dict().items()}
     torch.save({"model": tensors, "ema": tensors, "steps": 3}, folder / "a.pt")
     torch.save(
-        {"state_dict": {f"model.{n}": t for n, t in tensors.items()}}, folder / "b.pt", _use_new_zipfile_serialization=False
+        {"state_dict": {f"model.{n}": t for n, t in tensors.items()}},
+        folder / "b.pt",
+        _use_new_zipfile_serialization=False,
     )
     save_file(tensors, folder / "c.safetensors")
     main(["export", str(folder / "a.pt"), str(folder / "d.safetensors")])
@@ -204,7 +227,15 @@ def test_evaluate_on_damaged_samples(home, tiny):
     @given(damaged([file.getvalue()]))
     def evaluate(content):
         (home / "x.npz").write_bytes(content)
-        options = ["--metrics", "fd_scenes", "--network", "scenes", "--reference", str(home / "x.npz"), "--quiet"]
+        options = [
+            "--metrics",
+            "fd_scenes",
+            "--network",
+            "scenes",
+            "--reference",
+            str(home / "x.npz"),
+            "--quiet",
+        ]
         said("evaluate", "tiny", "--samples", str(home / "x.npz"), *options)
 
     evaluate()
@@ -212,16 +243,35 @@ def test_evaluate_on_damaged_samples(home, tiny):
 
 def test_captions(home, tiny):
     captions = "a cat\nein Bär\n猫\r\nun café\u2028à Paris\n"
-    contents = [captions.encode(encoding) for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32")]
+    contents = [
+        captions.encode(encoding)
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32")
+    ]
     contents.append(captions[:13].encode("latin-1"))
 
     @settings(max_examples=500, **CASES)
-    @given(st.one_of(damaged(contents), st.text().map(lambda text: text.encode(errors="replace")), st.binary()))
+    @given(
+        st.one_of(
+            damaged(contents),
+            st.text().map(lambda text: text.encode(errors="replace")),
+            st.binary(),
+        )
+    )
     def read(content):
         path = home / "captions.txt"
         path.write_bytes(content)
         ends_well(lambda: read_captions(path))
-        said("evaluate", "tiny", "--count", "3", "--captions", str(path), "--clip", str(home), "--quiet")
+        said(
+            "evaluate",
+            "tiny",
+            "--count",
+            "3",
+            "--captions",
+            str(path),
+            "--clip",
+            str(home),
+            "--quiet",
+        )
 
     read()
 
@@ -232,7 +282,10 @@ def run(tiny):
     shutil.rmtree(tiny / "tiny-joint")
     shutil.rmtree(tiny / "tiny-tokenizer")
     protocol = {"network": "scenes", "step": 24, "count": 8, "cfg_scale": 1.0}
-    records = [{"metric": m, "value": 1.5, "interval": [1, 2], "protocol": protocol} for m in ("fd_scenes", "precision")]
+    records = [
+        {"metric": m, "value": 1.5, "interval": [1, 2], "protocol": protocol}
+        for m in ("fd_scenes", "precision")
+    ]
     (tiny / "tiny" / "metrics.json").write_text(json.dumps(records))
     return tiny / "tiny"
 
@@ -241,7 +294,11 @@ def run(tiny):
 def test_the_files_of_a_run(file, run):
     path = run / file if file != "state.json" else sorted(run.glob("checkpoints/*/state.json"))[-1]
     lines = path.read_text().splitlines()
-    values = [json.loads(line) for line in lines] if file == "metrics.jsonl" else json.loads(path.read_text())
+    values = (
+        [json.loads(line) for line in lines]
+        if file == "metrics.jsonl"
+        else json.loads(path.read_text())
+    )
 
     @settings(max_examples=500, **CASES)
     @given(either(values, file == "metrics.jsonl"))
@@ -262,7 +319,11 @@ def test_evaluate_on_a_damaged_run(file, run):
     """The same by the command that computes: fewer cases, for each may compute."""
     path = run / file
     lines = path.read_text().splitlines()
-    values = [json.loads(line) for line in lines] if file == "metrics.jsonl" else json.loads(path.read_text())
+    values = (
+        [json.loads(line) for line in lines]
+        if file == "metrics.jsonl"
+        else json.loads(path.read_text())
+    )
 
     @settings(max_examples=40, **CASES)
     @given(either(values, file == "metrics.jsonl"))

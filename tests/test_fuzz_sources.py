@@ -1,4 +1,6 @@
-"""Any tree of names and bytes, and any damaged archive, gives images with the right labels, or one message."""
+"""Any tree of names and bytes, and any damaged archive, gives images with the right labels, or one
+message.
+"""
 
 import io
 import os
@@ -35,14 +37,21 @@ def png(value):
 LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="/\\\0")
 WORD = st.text(LETTERS, min_size=1, max_size=8).filter(lambda word: word not in (".", ".."))
 EXTENSION = st.sampled_from([".png", ".PNG", ".jpg", ".gif", ".txt", "", ".json", ".heic", ".dat"])
-CONTENT = st.one_of(st.integers(0, 255).map(png), st.sampled_from([b"", b"no image", png(3)[:40], b"\x89PNG\r\n\x1a\n"]))
+CONTENT = st.one_of(
+    st.integers(0, 255).map(png),
+    st.sampled_from([b"", b"no image", png(3)[:40], b"\x89PNG\r\n\x1a\n"]),
+)
 FOLDER = st.one_of(st.sampled_from(["a", "b", "10", "9", "train", "val", ".hidden"]), WORD)
-PATH = st.tuples(st.lists(FOLDER, max_size=3), WORD, EXTENSION).map(lambda parts: "/".join([*parts[0], parts[1] + parts[2]]))
+PATH = st.tuples(st.lists(FOLDER, max_size=3), WORD, EXTENSION).map(
+    lambda parts: "/".join([*parts[0], parts[1] + parts[2]])
+)
 TREE = st.dictionaries(PATH, CONTENT, min_size=1, max_size=8)
 
 
 def grown(root, tree):
-    """Write a tree; returns what of it a file system takes: no file is a folder, too, and no two names are one."""
+    """Write a tree; returns what of it a file system takes: no file is a folder, too, and no two
+    names are one.
+    """
     kept = {}
     for path, content in tree.items():
         place = root / path
@@ -71,16 +80,23 @@ def test_any_tree_gives_images_with_their_labels_or_one_message(tree):
         root = Path(folder) / "root"
         root.mkdir()
         tree = grown(root, tree)
-        with zipfile.ZipFile(f"{folder}/z.zip", "w") as archive, tarfile.open(f"{folder}/t.tar", "w") as tar:
+        with (
+            zipfile.ZipFile(f"{folder}/z.zip", "w") as archive,
+            tarfile.open(f"{folder}/t.tar", "w") as tar,
+        ):
             for path, content in tree.items():
                 archive.writestr(path, content)
                 entry = tarfile.TarInfo(path)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-        (source, message), *others = (opened(path) for path in (root, f"{folder}/z.zip", f"{folder}/t.tar"))
+        (source, message), *others = (
+            opened(path) for path in (root, f"{folder}/z.zip", f"{folder}/t.tar")
+        )
         composed = {unicodedata.normalize("NFC", path): content for path, content in tree.items()}
         if message is None:
-            assert len(source) + sum(map(len, source.store.census.reasons.values())) >= len(tree) or ".hidden" in str(tree)
+            assert len(source) + sum(map(len, source.store.census.reasons.values())) >= len(
+                tree
+            ) or ".hidden" in str(tree)
             for name, label in zip(source.names, source.labels(np.arange(len(source)))):
                 assert source.store.top + name in composed
                 if "/" in name:
@@ -96,7 +112,9 @@ def test_any_tree_gives_images_with_their_labels_or_one_message(tree):
             for other, said in others:
                 assert (said is None) == (message is None)
                 if other is not None:
-                    same = other.classes == source.classes or len(source.classes) == 1  # a flat one is called as its file
+                    same = (
+                        other.classes == source.classes or len(source.classes) == 1
+                    )  # a flat one is called as its file
                     assert other.names == source.names and same
 
 
@@ -114,9 +132,15 @@ def changes(content):
     """A damage of some bytes: cut, flipped, spliced."""
     place = st.integers(0, len(content))
     cut = place.map(lambda end: content[:end])
-    flips = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=6)
-    splice = st.tuples(place, place, st.binary(max_size=40)).map(lambda t: content[: t[0]] + t[2] + content[t[1] :])
-    swap = st.tuples(place, place, place).map(lambda t: content[: t[0]] + content[t[1] : t[1] + 512] + content[t[2] :])
+    flips = st.lists(
+        st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=6
+    )
+    splice = st.tuples(place, place, st.binary(max_size=40)).map(
+        lambda t: content[: t[0]] + t[2] + content[t[1] :]
+    )
+    swap = st.tuples(place, place, place).map(
+        lambda t: content[: t[0]] + content[t[1] : t[1] + 512] + content[t[2] :]
+    )
 
     def flipped(pairs):
         damaged = bytearray(content)
@@ -139,7 +163,10 @@ def a_tar():
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for i in range(4):
-            for name, content in ((f"{i}{'n' * 100}.png", png(i)), (f"{i}{'n' * 100}.cls", str(i % 2).encode())):
+            for name, content in (
+                (f"{i}{'n' * 100}.png", png(i)),
+                (f"{i}{'n' * 100}.cls", str(i % 2).encode()),
+            ):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
@@ -155,7 +182,9 @@ def an_image():
 
 
 @pytest.mark.parametrize(
-    "name, content", (("x.zip", a_zip()), ("x.tar", a_tar()), ("x.jpg", an_image())), ids=("zip", "tar", "image")
+    "name, content",
+    (("x.zip", a_zip()), ("x.tar", a_tar()), ("x.jpg", an_image())),
+    ids=("zip", "tar", "image"),
 )
 def test_a_damaged_archive_is_read_or_told(name, content, tmp_path, capsys):
     @SETTINGS
@@ -174,9 +203,15 @@ def test_a_damaged_file_of_labels_is_read_or_told(tmp_path, capsys):
         (tmp_path / "pets" / "ab"[i % 2] / f"{i}.png").write_bytes(png(i))
 
     @SETTINGS
-    @given(st.one_of(changes(b"a,1\r\nb,0\r\n"), st.text(max_size=30).map(lambda text: text.encode("utf-16"))))
+    @given(
+        st.one_of(
+            changes(b"a,1\r\nb,0\r\n"), st.text(max_size=30).map(lambda text: text.encode("utf-16"))
+        )
+    )
     def check(damaged):
         (tmp_path / "labels.txt").write_bytes(damaged)
-        assert_no_traceback(["data", str(tmp_path / "pets"), "--labels", str(tmp_path / "labels.txt")], capsys)
+        assert_no_traceback(
+            ["data", str(tmp_path / "pets"), "--labels", str(tmp_path / "labels.txt")], capsys
+        )
 
     check()

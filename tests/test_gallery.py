@@ -1,4 +1,6 @@
-"""The page of figures is made of files alone; what cannot be drawn for want of runs is told, not a failure of all."""
+"""The page of figures is made of files alone; what cannot be drawn for want of runs is told, not a
+failure of all.
+"""
 
 import json
 import re
@@ -15,7 +17,10 @@ CELLS = [
     ("markdown", "# One & two <three> (Table 7, Fig. 1)\n\nWhat *is* `claimed`: 1 < 2."),
     (
         "code",
-        'study: str = "temperature"  # the study\nruns: str = "scenes-gear-s[012]"  # runs\nseeds: str = "0,1,2"  # seeds',
+        (
+            'study: str = "temperature"  # the study\nruns: str = "scenes-gear-s[012]"  # '
+            'runs\nseeds: str = "0,1,2"  # seeds'
+        ),
     ),
     ("code", 'import gear\n\nprint("seeds", seeds)'),
 ]
@@ -23,9 +28,16 @@ CELLS = [
 
 @pytest.fixture
 def notebooks(home, monkeypatch):
-    """Hand-made notebooks in place of the project's: one, two, ablations, and a notebook to sit before."""
+    """Hand-made notebooks in place of the project's: one, two, ablations, and a notebook to sit
+    before.
+    """
     cells = [
-        {"cell_type": kind, "id": f"c{i}", "metadata": {"tags": ["parameters"]} if i == 1 else {}, "source": source}
+        {
+            "cell_type": kind,
+            "id": f"c{i}",
+            "metadata": {"tags": ["parameters"]} if i == 1 else {},
+            "source": source,
+        }
         | ({"outputs": [], "execution_count": None} if kind == "code" else {})
         for i, (kind, source) in enumerate(CELLS)
     ]
@@ -50,9 +62,19 @@ def drawn(figures, product, **words):
     Image.new("L", (40, 20)).save(figures / f"{product}.png")
     (figures / "pdf" / f"{product}.pdf").write_text("pdf")
     runs = {f"scenes-gear-s{seed}": {"config": f"abc{seed}", "step": 200} for seed in (0, 1, 2)}
-    runs |= {"scenes-gear-s0-tau-0.5": {"config": "def", "step": 200}, "vq.pt": {"config": "123", "step": 7}}
-    (figures / "data" / f"{product}.csv").write_text("# " + json.dumps({"figure": product, "runs": runs}) + "\nx\n1\n")
-    kept = {"title": f"Title of {product}", "place": "Fig. 3", "claim": "It is so.", "command": f"gear figures {product}"}
+    runs |= {
+        "scenes-gear-s0-tau-0.5": {"config": "def", "step": 200},
+        "vq.pt": {"config": "123", "step": 7},
+    }
+    (figures / "data" / f"{product}.csv").write_text(
+        "# " + json.dumps({"figure": product, "runs": runs}) + "\nx\n1\n"
+    )
+    kept = {
+        "title": f"Title of {product}",
+        "place": "Fig. 3",
+        "claim": "It is so.",
+        "command": f"gear figures {product}",
+    }
     kept |= {
         "parameters": {"k": {"value": 10, "about": "neighbours"}},
         "said": ["It is 3."],
@@ -85,16 +107,21 @@ def stop(evalue, ename="MissingRuns"):
 
 def test_products_are_figures_and_an_ablation_is_one_a_study(notebooks):
     found = render.products()
-    assert {"one", "two", "ablations_temperature", "ablations_resolution"} <= set(found) and len(found) == 2 + len(
-        render.STUDIES
+    assert {"one", "two", "ablations_temperature", "ablations_resolution"} <= set(found) and len(
+        found
+    ) == 2 + len(render.STUDIES)
+    assert found["one"] == ("one", {}) and found["ablations_size"] == (
+        "ablations",
+        {"study": "size"},
     )
-    assert found["one"] == ("one", {}) and found["ablations_size"] == ("ablations", {"study": "size"})
 
 
 def test_the_projects_own_products_have_a_title_and_a_claim():
     for product in render.products():
         words = render.about(product)
-        assert words["title"] and words["claim"] and "(Fig" not in words["title"] + words["place"], product
+        assert (
+            words["title"] and words["claim"] and "(Fig" not in words["title"] + words["place"]
+        ), product
         assert not words["place"] or gallery._order(words["place"])[1]
 
 
@@ -108,7 +135,11 @@ def test_every_product_once_in_the_papers_order_and_links_exist(notebooks):
         assert page.count(f'id="{product}"') == 1
     for kind, link in re.findall(r'(href|src)="([^"]+)"', page):
         assert f'id="{link[1:]}"' in page if link[0] == "#" else (notebooks / link).exists(), kind
-    assert 'width="40" height="20" loading="lazy"' in page and "Fig. 1, Table 7" in page and "It is 3." in page
+    assert (
+        'width="40" height="20" loading="lazy"' in page
+        and "Fig. 1, Table 7" in page
+        and "It is 3." in page
+    )
     assert "-p k 10" in page and "<code>gear figures one</code>" in page
 
 
@@ -117,7 +148,11 @@ def test_runs_are_grouped_by_recipe_label_and_step(notebooks):
     page = gallery.write_gallery().read_text()
     assert "5 runs of 3 recipes, seeds 0, 1, 2" in page and "<td>abc0 abc1 abc2</td>" in page
     rows = re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td><td>(\d+)</td>", page)
-    assert rows == [("scenes-gear", "0, 1, 2", "200"), ("scenes-gear-tau-0.5", "0", "200"), ("vq.pt", "", "7")]
+    assert rows == [
+        ("scenes-gear", "0, 1, 2", "200"),
+        ("scenes-gear-tau-0.5", "0", "200"),
+        ("vq.pt", "", "7"),
+    ]
 
 
 def test_text_is_escaped_and_marked_up(notebooks):
@@ -131,13 +166,20 @@ def test_text_is_escaped_and_marked_up(notebooks):
     page = gallery.write_gallery().read_text()
     assert "<em>Soft</em> is <code>a &lt; b</code>; 2 * 3 * 4.</p>\n<p>More.</p>" in page
     assert '<b>"' not in page and 'alt="A &#34;&lt;b&gt;&#34; &amp; b. ' in page
-    assert "a\N{NO-BREAK SPACE}\N{RIGHTWARDS ARROW} b" in page and "<pre>x   1\ny   &lt;2</pre>" in page
+    assert (
+        "a\N{NO-BREAK SPACE}\N{RIGHTWARDS ARROW} b" in page
+        and "<pre>x   1\ny   &lt;2</pre>" in page
+    )
 
 
 def test_what_notebooks_and_runs_say_is_never_a_tag(notebooks):
-    """Wherever it stands: words, parameters, names of runs, what is needed; of a figure drawn and of one that is not."""
+    """Wherever it stands: words, parameters, names of runs, what is needed; of a figure drawn and
+    of one that is not.
+    """
     tag = "<script>alert('x')</script>"
-    words = {key: f"{key} {tag}" for key in ("title", "place", "claim", "command", "scale", "needs")}
+    words = {
+        key: f"{key} {tag}" for key in ("title", "place", "claim", "command", "scale", "needs")
+    }
     words |= {"parameters": {tag: {"value": tag, "about": tag}}, "said": [tag, f"{tag}   {tag}"]}
     drawn(notebooks, "one", **words)
     drawn(notebooks, "two", **words)
@@ -152,20 +194,33 @@ def test_the_same_files_give_the_same_page_and_nothing_is_fetched(notebooks):
     drawn(notebooks, "one")
     first = gallery.write_gallery().read_bytes()
     assert gallery.write_gallery().read_bytes() == first
-    assert not re.search(rb"https?:|//|<script|@import|url\(", first) and str(notebooks).encode() not in first
+    assert (
+        not re.search(rb"https?:|//|<script|@import|url\(", first)
+        and str(notebooks).encode() not in first
+    )
 
 
 def test_a_product_without_a_figure_is_named_with_what_it_needs(notebooks):
     drawn(notebooks, "one", needs="no run 'a<b'. Train it: gear train a-s1")
     (notebooks / "one.png").unlink()
     page = gallery.write_gallery().read_text()
-    assert '<section id="one"' not in page and "no run &#39;a&lt;b&#39;. Train it: <code>gear train a-s1</code>" in page
-    assert "Drawn by <code>gear figures two</code>." in page and "One &amp; two &lt;three&gt;" in page
+    assert (
+        '<section id="one"' not in page
+        and "no run &#39;a&lt;b&#39;. Train it: <code>gear train a-s1</code>" in page
+    )
+    assert (
+        "Drawn by <code>gear figures two</code>." in page and "One &amp; two &lt;three&gt;" in page
+    )
 
 
 def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
-    ends(monkeypatch, lambda _: [("stdout", "It is "), ("stderr", "noise"), ("stdout", "so.\nAnd so.\n")])
-    (notebooks / "data" / "one.csv").write_text("# " + json.dumps({"runs": {"tiny": {"config": "c", "step": 1}}}) + "\n")
+    ends(
+        monkeypatch,
+        lambda _: [("stdout", "It is "), ("stderr", "noise"), ("stdout", "so.\nAnd so.\n")],
+    )
+    (notebooks / "data" / "one.csv").write_text(
+        "# " + json.dumps({"runs": {"tiny": {"config": "c", "step": 1}}}) + "\n"
+    )
     render.execute("one", {"runs": "a b"})
     words = json.loads((notebooks / "data" / "one.json").read_text())
     assert (
@@ -173,35 +228,62 @@ def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
         and words["place"] == "Table 7, Fig. 1"
         and words["said"] == ["It is so.", "And so."]
     )
-    assert words["command"] == "gear figures one -p runs 'a b'" and words["scale"].startswith("Small scale: scenes")
-    assert words["parameters"]["runs"] == {"value": "a b", "about": "runs"} and words["parameters"]["seeds"]["value"] == "0,1,2"
+    assert words["command"] == "gear figures one -p runs 'a b'" and words["scale"].startswith(
+        "Small scale: scenes"
+    )
+    assert (
+        words["parameters"]["runs"] == {"value": "a b", "about": "runs"}
+        and words["parameters"]["seeds"]["value"] == "0,1,2"
+    )
     render.execute("ablations", {"study": "size"})
     words = json.loads((notebooks / "data" / "ablations_size.json").read_text())
     assert words["place"] == "Table 9" and words["title"].endswith(": generator size")
-    assert words["command"] == "gear figures ablations_size" and (notebooks / "executed" / "ablations_size.ipynb").exists()
+    assert (
+        words["command"] == "gear figures ablations_size"
+        and (notebooks / "executed" / "ablations_size.ipynb").exists()
+    )
 
 
-def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(notebooks, home, monkeypatch, capsys):
-    message = f"no run 'x-s1'. Train it: gear train x-s1\nRuns are looked for in {home / 'runs'}. Did you mean 'x-s0'?"
+def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(
+    notebooks, home, monkeypatch, capsys
+):
+    message = (
+        f"no run 'x-s1'. Train it: gear train x-s1\nRuns are looked for in {home / 'runs'}. Did "
+        "you "
+        ""
+        ""
+        "mean 'x-s0'?"
+    )
     ends(monkeypatch, lambda product: [] if product == "two" else stop(message))
     main(["figures"])
     out = capsys.readouterr().out
     assert "one: needs runs: no run 'x-s1'. Train it: gear train x-s1\n" in out
     assert "two: 0 s" in out and out.endswith("index.html\n")
-    assert "<br>no run &#39;x-s1&#39;. Train it: <code>gear train x-s1</code></li>" in (notebooks / "index.html").read_text()
+    assert (
+        "<br>no run &#39;x-s1&#39;. Train it: <code>gear train x-s1</code></li>"
+        in (notebooks / "index.html").read_text()
+    )
     (notebooks / "index.html").unlink()
     with pytest.raises(SystemExit) as end:
         main(["figures", "one"])
-    assert end.value.code == 1 and "notebook 'one', cell 3: MissingRuns: no run 'x-s1'" in capsys.readouterr().err
+    assert (
+        end.value.code == 1
+        and "notebook 'one', cell 3: MissingRuns: no run 'x-s1'" in capsys.readouterr().err
+    )
     assert (notebooks / "index.html").exists()
     drawn(notebooks, "one")
     with pytest.raises(render.NeedsRuns):
         render.execute("one")
     words = json.loads((notebooks / "data" / "one.json").read_text())
-    assert words["said"] == ["It is 3."] and words["needs"] == "no run 'x-s1'. Train it: gear train x-s1"
+    assert (
+        words["said"] == ["It is 3."]
+        and words["needs"] == "no run 'x-s1'. Train it: gear train x-s1"
+    )
     page = gallery.write_gallery().read_text()
     assert (
-        "all its runs were there. Now no run &#39;x-s1&#39;. Train it: <code>gear train x-s1</code></p>" in page
+        "all its runs were there. Now no run &#39;x-s1&#39;. Train it: <code>gear train "
+        "x-s1</code></p>"
+        in page
         and "It is 3." in page
     )
     drawn(notebooks, "one")
@@ -227,7 +309,11 @@ def test_a_figure_is_drawn_again_when_its_runs_are_back(notebooks, home, monkeyp
 
 @pytest.mark.parametrize(
     "error",
-    [stop("'a'", "KeyError"), stop("cut short. train again: gear train x", "UserError"), OSError("full")],
+    [
+        stop("'a'", "KeyError"),
+        stop("cut short. train again: gear train x", "UserError"),
+        OSError("full"),
+    ],
 )
 def test_other_errors_are_failures_and_the_others_are_drawn(error, notebooks, monkeypatch, capsys):
     ends(monkeypatch, lambda product: error if product == "one" else [])
@@ -251,7 +337,10 @@ def test_a_notebook_stands_for_its_products(words, expected, notebooks, monkeypa
     ends(monkeypatch, lambda _: [], calls)
     main(["figures", *words])
     assert set(calls) == expected
-    assert all(given == ({"study": name.partition("_")[2]} if "_" in name else {}) for name, given in calls.items())
+    assert all(
+        given == ({"study": name.partition("_")[2]} if "_" in name else {})
+        for name, given in calls.items()
+    )
 
 
 def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
@@ -264,8 +353,12 @@ def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
 
 @pytest.mark.parametrize("content", ("", "{", "[1]", "null", "\0", "[" * 100_000))
 @pytest.mark.parametrize("file", ("executed/one.json", "data/one.json"))
-def test_a_damaged_record_of_what_was_drawn_is_written_again(file, content, notebooks, monkeypatch, capsys):
-    """The stamp of what a figure was made of, and its words: the figure is drawn again, and the page written all the same."""
+def test_a_damaged_record_of_what_was_drawn_is_written_again(
+    file, content, notebooks, monkeypatch, capsys
+):
+    """The stamp of what a figure was made of, and its words: the figure is drawn again, and the
+    page written all the same.
+    """
     calls = {}
     ends(monkeypatch, lambda product: drawn(notebooks, product) or [], calls)
     main(["figures", "one"])
@@ -279,22 +372,35 @@ def test_a_damaged_record_of_what_was_drawn_is_written_again(file, content, note
     assert "one: up to date" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("head", ("", "# {", "# []", '# {"runs": [1]}', '# {"runs": {"a": 3}}', "\0", "# " + "[" * 100_000))
+@pytest.mark.parametrize(
+    "head",
+    ("", "# {", "# []", '# {"runs": [1]}', '# {"runs": {"a": 3}}', "\0", "# " + "[" * 100_000),
+)
 def test_a_figure_whose_provenance_is_damaged_shows_none(head, notebooks):
     drawn(notebooks, "one")
     (notebooks / "data" / "one.csv").write_text(f"{head}\nx\n1\n")
-    assert "Title of one" in gallery.write_gallery().read_text() and "Drawn from" not in gallery.write_gallery().read_text()
+    assert (
+        "Title of one" in gallery.write_gallery().read_text()
+        and "Drawn from" not in gallery.write_gallery().read_text()
+    )
 
 
 def test_unknown_products_and_parameters_no_product_has(notebooks):
-    with pytest.raises(UserError, match="unknown notebook 'ablations_tempereture'. Did you mean 'ablations_temperature'"):
+    with pytest.raises(
+        UserError,
+        match="unknown notebook 'ablations_tempereture'. Did you mean 'ablations_temperature'",
+    ):
         render.render(["ablations_tempereture"])
     with pytest.raises(UserError, match="no figure is drawn with {'study': 'x'}"):
         render.render(["ablations"], parameters={"study": "x"})
 
 
-@pytest.mark.parametrize("seeds, pattern, value", [("0", "scenes-gear-s0", "0"), ("1,0", "scenes-gear-s[01]", "0,1")])
-def test_seeds_take_the_place_of_those_that_notebooks_name(seeds, pattern, value, notebooks, monkeypatch):
+@pytest.mark.parametrize(
+    "seeds, pattern, value", [("0", "scenes-gear-s0", "0"), ("1,0", "scenes-gear-s[01]", "0,1")]
+)
+def test_seeds_take_the_place_of_those_that_notebooks_name(
+    seeds, pattern, value, notebooks, monkeypatch
+):
     calls = {}
     ends(monkeypatch, lambda _: [], calls)
     main(["figures", "one", "ablations_size", "--seeds", seeds])

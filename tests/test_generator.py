@@ -25,13 +25,15 @@ def generator():
     return tiny_generator()
 
 
-# -- the model (Eq. 3) ---------------------------------------------------------------------------------------
+# -- the model (Eq. 3) -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("j", (0, 1, 7, 14, 15))
 @torch.no_grad()
 def test_position_i_has_not_seen_token_i(generator, j):
-    """Changing token j leaves the logits at positions up to j, and changes every later one; the last is never an input."""
+    """Changing token j leaves the logits at positions up to j, and changes every later one; the
+    last is never an input.
+    """
     other = TOKENS.clone()
     other[:, j] = (other[:, j] + 1) % K
     change = (generator(other, LABELS) - generator(TOKENS, LABELS)).abs().amax((0, 2))
@@ -46,7 +48,9 @@ def test_the_class_reaches_every_position(generator):
 
 def test_the_first_loss_is_ln_k():
     logits = Generator(GENERATOR, K)(TOKENS, LABELS)
-    assert F.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).item() == pytest.approx(math.log(K), abs=1e-6)
+    assert F.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).item() == pytest.approx(
+        math.log(K), abs=1e-6
+    )
 
 
 @torch.no_grad()
@@ -55,7 +59,9 @@ def test_indices_grids_embeddings_and_one_hot_rows_are_the_same_tokens(generator
     assert want.dtype == torch.float32 and want.shape == (3, L, K)
     torch.testing.assert_close(generator(TOKENS.view(3, 4, 4), LABELS), want)
     torch.testing.assert_close(generator(generator.embedding[TOKENS], LABELS), want)
-    torch.testing.assert_close(generator(F.one_hot(TOKENS, K).float() @ generator.embedding, LABELS), want)
+    torch.testing.assert_close(
+        generator(F.one_hot(TOKENS, K).float() @ generator.embedding, LABELS), want
+    )
 
 
 @torch.no_grad()
@@ -111,7 +117,10 @@ def test_a_head_width_that_2d_rope_cannot_halve_twice_is_an_error():
 def test_a_dropped_label_is_none():
     """Whatever the label, "no class" is seen where it is dropped, in training and in evaluation."""
     generator = tiny_generator()
-    labelled, none = (generator(TOKENS, labels) for labels in (LABELS, torch.full((3,), generator.condition.no_class)))
+    labelled, none = (
+        generator(TOKENS, labels)
+        for labels in (LABELS, torch.full((3,), generator.condition.no_class))
+    )
     assert (labelled - none).abs().max() > 1e-3 and generator.condition.no_class == 5
     dropped = torch.tensor([True, False, True])
     for training in (True, False):
@@ -122,10 +131,14 @@ def test_a_dropped_label_is_none():
 
 def test_the_share_of_dropped_labels_is_class_dropout():
     state = tiny_state(batch_size=4000)
-    state.config = replace(state.config, generator=replace(state.config.generator, class_dropout=0.3))
+    state.config = replace(
+        state.config, generator=replace(state.config.generator, class_dropout=0.3)
+    )
     torch.manual_seed(0)
     assert state._dropped(4000, None).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    state.config = replace(state.config, generator=replace(state.config.generator, class_dropout=0.0))
+    state.config = replace(
+        state.config, generator=replace(state.config.generator, class_dropout=0.0)
+    )
     assert state._dropped(4000, None) is None
 
 
@@ -146,11 +159,13 @@ def test_projector_size():
         assert sum(p.numel() for p in Projector(GeneratorConfig(), 768).parameters()) == 7_869_184
 
 
-# -- the parts -----------------------------------------------------------------------------------------------
+# -- the parts -------------------------------------------------------------------------------------
 
 
 def test_rotation_table_is_row_angles_then_column_angles():
-    """Against a plain loop: pair m < d/4 turns by r * 10000^(-4m/d), pair d/4 + m by c * the same."""
+    """Against a plain loop: pair m < d/4 turns by r * 10000^(-4m/d), pair d/4 + m by c * the
+    same.
+    """
     side, d = 3, 8
     table = rotation_table(side, d)
     assert table.shape == (1 + side * side, d // 2, 2)
@@ -174,7 +189,9 @@ def test_rotation_keeps_norms_and_products_depend_on_the_grid_offset_alone():
     place = [divmod(i, side) for i in range(side * side)]
     for i, row in enumerate((q @ k.T).tolist()):
         for j, product in enumerate(row):
-            by_offset.setdefault((place[i][0] - place[j][0], place[i][1] - place[j][1]), []).append(product)
+            by_offset.setdefault((place[i][0] - place[j][0], place[i][1] - place[j][1]), []).append(
+                product
+            )
     assert len(by_offset) == 81 and all(max(v) - min(v) < 1e-4 for v in by_offset.values())
     means = sorted(sum(v) / len(v) for v in by_offset.values())
     assert min(b - a for a, b in zip(means, means[1:])) > 1e-5  # every offset is told apart
@@ -182,7 +199,9 @@ def test_rotation_keeps_norms_and_products_depend_on_the_grid_offset_alone():
 
 def test_rotation_turns_interleaved_pairs():
     quarter = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # pair 0 by 90 degrees, pair 1 not at all
-    assert rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), quarter).flatten().tolist() == [-2, 1, 3, 4]
+    assert rotate(
+        torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), quarter
+    ).flatten().tolist() == [-2, 1, 3, 4]
 
 
 def test_the_condition_is_left_unturned_or_silenced():
@@ -194,8 +213,13 @@ def test_the_condition_is_left_unturned_or_silenced():
 @pytest.mark.parametrize("rotation, matters", (("zero", False), ("identity", True)))
 @torch.no_grad()
 def test_the_key_of_a_silenced_condition_does_not_matter(rotation, matters):
-    """Channel 0 belongs to the condition alone; what the key projection makes of it counts under "identity" only."""
-    attention, x = Attention(16, 2, 0.0), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    """Channel 0 belongs to the condition alone; what the key projection makes of it counts under
+    "identity" only.
+    """
+    attention, x = (
+        Attention(16, 2, 0.0),
+        torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)),
+    )
     x[:, 1:, 0] = 0
     table = rotation_table(2, 8, condition_rotation=rotation)
     before = attention(x, table)
@@ -207,26 +231,33 @@ def test_the_key_of_a_silenced_condition_does_not_matter(rotation, matters):
 def test_attention_with_a_cache_is_attention_without():
     attention, x, table = Attention(16, 2, 0.0), torch.randn(2, 9, 16), rotation_table(3, 8)[:9]
     cache = KVCache(2, 2, 9, 8, "cpu", torch.float32)
-    parts = [attention(x[:, a:b], table[a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9))]
+    parts = [
+        attention(x[:, a:b], table[a:b], cache)
+        for a, b in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9))
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), attention(x, table))
 
 
 @pytest.mark.parametrize("width", (16, 192, 1024))
 def test_rms_norm_is_its_formula_with_its_gradients(width, device):
-    """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU within rounding."""
+    """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU
+    within rounding.
+    """
     norm, x = RMSNorm(width).to(device), torch.randn(3, 7, width, device=device)
     torch.nn.init.normal_(norm.weight)
-    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight  # noqa: E731
+    formula = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
     results = []
     for function in (norm, formula):
         leaf = x.clone().requires_grad_()
         out = function(leaf)
         results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, norm.weight])])
     for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, **({"rtol": 0, "atol": 0} if device == "cpu" else {}))
+        torch.testing.assert_close(
+            mine, theirs, **({"rtol": 0, "atol": 0} if device == "cpu" else {})
+        )
 
 
-# -- sampling ------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -254,31 +285,52 @@ def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation, dev
 
 
 def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generator):
-    plain, guided = (generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0))
+    plain, guided = (
+        generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0)
+    )
     assert not torch.equal(plain, guided)
     generator.class_embedding.weight.data[:] = generator.class_embedding.weight.data[3]
-    plain, guided = (generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0))
+    plain, guided = (
+        generate(generator, LABELS, (4, 4), cfg_scale=s, temperature=0) for s in (1.0, 3.0)
+    )
     assert torch.equal(plain, guided)
 
 
 def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator):
-    """Whatever the label: that of no class alone; between 0 and 1, and at both, as the formula's probabilities have it."""
+    """Whatever the label: that of no class alone; between 0 and 1, and at both, as the formula's
+    probabilities have it.
+    """
     unconditional = greedy(generator, torch.full_like(LABELS, generator.condition.no_class), 4)
-    assert torch.equal(generate(generator, LABELS, (4, 4), cfg_scale=0, temperature=0), unconditional)
+    assert torch.equal(
+        generate(generator, LABELS, (4, 4), cfg_scale=0, temperature=0), unconditional
+    )
     assert not torch.equal(generate(generator, LABELS, (4, 4), temperature=0), unconditional)
     for interval in ((0, 7), (4, 16)):  # elsewhere the condition holds: a pair is needed
         indices = torch.zeros(len(LABELS), 16, dtype=torch.long)
         for i in range(16):
-            labels = torch.full_like(LABELS, generator.condition.no_class) if interval[0] <= i < interval[1] else LABELS
+            labels = (
+                torch.full_like(LABELS, generator.condition.no_class)
+                if interval[0] <= i < interval[1]
+                else LABELS
+            )
             indices[:, i] = generator(indices, labels)[:, i].argmax(-1)
         got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
         assert torch.equal(got.flatten(1), indices)
     labels = torch.full((6000,), 3)
     classes = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
+    none, cond = (
+        generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes
+    )
     for scale in (0, 0.5):
-        drawn = torch.bincount(generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K) / 6000
-        torch.testing.assert_close(drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025)
+        drawn = (
+            torch.bincount(
+                generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K
+            )
+            / 6000
+        )
+        torch.testing.assert_close(
+            drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025
+        )
 
 
 @pytest.mark.parametrize("name", ("cfg_scale", "temperature", "top_k", "top_p", "seed"))
@@ -295,13 +347,17 @@ def test_an_interval_is_two_places_of_tokens(interval, generator):
 
 
 def test_the_extremes_of_the_ranges_have_their_meaning(generator):
-    """A temperature so low that logits over it overflow takes the arg-max; the largest scale guides, the largest seed draws."""
+    """A temperature so low that logits over it overflow takes the arg-max; the largest scale
+    guides, the largest seed draws.
+    """
     cold = generate(generator, LABELS, (4, 4), temperature=1e-40)
     assert torch.equal(cold, generate(generator, LABELS, (4, 4), temperature=0))
     assert torch.equal(generate(generator, LABELS, (4, 4), temperature=1e-19), cold)
     guided = generate(generator, LABELS, (4, 4), cfg_scale=1e6, temperature=1e-19)
     assert torch.equal(guided, greedy(generator, LABELS, 4, 1e6))
-    assert generate(generator, LABELS, (4, 4), temperature=1e6, seed=2**63 - 1).unique().tolist() == list(range(K))
+    assert generate(
+        generator, LABELS, (4, 4), temperature=1e6, seed=2**63 - 1
+    ).unique().tolist() == list(range(K))
 
 
 def test_scale_one_ignores_the_null_class(generator):
@@ -315,16 +371,23 @@ def test_the_same_seed_gives_the_same_sample(generator):
     assert torch.equal(one, two) and not torch.equal(one, other)
     torch.manual_seed(5)  # the global state does not matter, and is not touched
     state = torch.get_rng_state()
-    assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), one) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), one) and torch.equal(
+        torch.get_rng_state(), state
+    )
 
 
 def test_a_draw_is_that_of_multinomial():
-    """To the bit, the state of the random numbers after it included, and where probabilities are zero."""
+    """To the bit, the state of the random numbers after it included, and where probabilities are
+    zero.
+    """
     logits = 4 * torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
     p = filter_logits(logits, top_k=30).softmax(-1)
     one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     for _ in range(20):
-        assert torch.equal(sampling._draw(logits, 1.0, 30, 1.0, one), torch.multinomial(p, 1, generator=other)[:, 0])
+        assert torch.equal(
+            sampling._draw(logits, 1.0, 30, 1.0, one),
+            torch.multinomial(p, 1, generator=other)[:, 0],
+        )
     assert torch.equal(one.get_state(), other.get_state())
 
 
@@ -343,7 +406,9 @@ def test_the_dtype_of_samples_is_the_generators_on_a_cpu_and_bfloat16_on_a_gpu(d
     generator = tiny_generator().to(device)
     assert sampling_dtype(generator) == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
     seen = []
-    generator.blocks.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    generator.blocks.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].dtype)
+    )
     generate(generator, LABELS, (2, 2))
     assert set(seen) == {sampling_dtype(generator)}
     assert sampling_dtype(tiny_generator().bfloat16()) == torch.bfloat16
@@ -352,23 +417,34 @@ def test_the_dtype_of_samples_is_the_generators_on_a_cpu_and_bfloat16_on_a_gpu(d
 def test_top_one_is_temperature_zero(generator):
     want = generate(generator, LABELS, (4, 4), temperature=0)
     assert torch.equal(generate(generator, LABELS, (4, 4), temperature=2.0, top_k=1, seed=3), want)
-    assert torch.equal(generate(generator, LABELS, (4, 4), temperature=2.0, top_p=0.0, seed=3), want)
+    assert torch.equal(
+        generate(generator, LABELS, (4, 4), temperature=2.0, top_p=0.0, seed=3), want
+    )
 
 
 def test_samples_follow_the_guided_logits_over_the_temperature(generator):
     """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
     labels = torch.full((6000,), 3)
     classes = generator.condition.no_class, 3
-    none, cond = (generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes)
+    none, cond = (
+        generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes
+    )
     want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
     drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
     got = torch.bincount(drawn.flatten(), minlength=K) / 6000
     torch.testing.assert_close(got, want, rtol=0, atol=0.025)
-    assert (want - cond.softmax(-1)).abs().max() > 0.06  # neither guidance nor temperature can be missing
+    assert (
+        want - cond.softmax(-1)
+    ).abs().max() > 0.06  # neither guidance nor temperature can be missing
 
 
 def kept(p, **limits):
-    return torch.isfinite(filter_logits(torch.tensor([p]).log(), **limits))[0].nonzero().flatten().tolist()
+    return (
+        torch.isfinite(filter_logits(torch.tensor([p]).log(), **limits))[0]
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
 
 
 def test_top_p_keeps_the_first_token_that_crosses():
@@ -385,11 +461,19 @@ def test_top_p_keeps_the_first_token_that_crosses():
 
 def test_top_k_keeps_ties():
     p = [0.2, 0.3, 0.2, 0.2, 0.1]
-    assert [kept(p, top_k=k) for k in (1, 2, 4, 5, 99)] == [[1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert [kept(p, top_k=k) for k in (1, 2, 4, 5, 99)] == [
+        [1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+    ]
 
 
 def test_the_nucleus_is_that_of_the_top_k():
-    """Renormalised to .57 and .43, the first token of the top two alone fills a nucleus of one half."""
+    """Renormalised to .57 and .43, the first token of the top two alone fills a nucleus of one
+    half.
+    """
     p = [0.4, 0.3, 0.2, 0.1]
     assert kept(p, top_p=0.5) == [0, 1] and kept(p, top_k=2, top_p=0.5) == [0]
 
@@ -401,7 +485,10 @@ def test_no_limits_exclude_nothing():
 
 def test_rows_are_filtered_apart():
     logits = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]).log()
-    assert torch.isfinite(filter_logits(logits, top_p=0.5)).tolist() == [[True, False, False], [False, False, True]]
+    assert torch.isfinite(filter_logits(logits, top_p=0.5)).tolist() == [
+        [True, False, False],
+        [False, False, True],
+    ]
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
@@ -410,7 +497,11 @@ def test_logits_that_are_no_numbers_draw_nothing(value, temperature):
     """An arg-max of NaN is an index too; the class of one row alone is sick."""
     generator = tiny_generator()
     generator.class_embedding.weight.data[3, 0] = value
-    assert generate(generator, torch.tensor([0, 4]), (4, 4), temperature=temperature).shape == (2, 4, 4)
+    assert generate(generator, torch.tensor([0, 4]), (4, 4), temperature=temperature).shape == (
+        2,
+        4,
+        4,
+    )
     with pytest.raises(UserError, match="logits are not finite"):
         generate(generator, torch.tensor([0, 3]), (4, 4), temperature=temperature)
     with pytest.raises(UserError, match="logits are not finite"):

@@ -1,4 +1,6 @@
-"""What is captured when, by a stand-in for the graph, and on a GPU that a captured loop of sampling is the loop."""
+"""What is captured when, by a stand-in for the graph, and on a GPU that a captured loop of sampling
+is the loop.
+"""
 
 import gc
 import weakref
@@ -16,14 +18,18 @@ LABELS = torch.tensor([0, 3, 4])
 
 
 def scaled(scale, network, x, y, rng):
-    """A function as `graphed` runs them: it has settings, a network, an input that may be left out, and random numbers."""
+    """A function as `graphed` runs them: it has settings, a network, an input that may be left out,
+    and random numbers.
+    """
     x = x if y is None else x + y
     return scale * network(x), torch.rand(3, generator=rng, device=x.device)
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Let a stand-in take the place of Graph, which runs its function anew; returns the settings of those that were made."""
+    """Let a stand-in take the place of Graph, which runs its function anew; returns the settings of
+    those that were made.
+    """
     made = []
 
     class StandIn:
@@ -55,11 +61,15 @@ def test_the_second_call_of_a_kind_is_captured_and_every_later_one_replayed(capt
     {"settings": 3.0}, {"x": torch.ones(4, 2)}, {"y": torch.ones(1, 2)},
     {"dtype": torch.float64, "x": torch.ones(1, 2, dtype=torch.float64)},
 ))  # fmt: skip
-def test_a_call_of_another_kind_lets_the_graph_go_and_is_captured_when_repeated(captured, change, monkeypatch):
+def test_a_call_of_another_kind_lets_the_graph_go_and_is_captured_when_repeated(
+    captured, change, monkeypatch
+):
     network = nn.Linear(2, 2)
     ask(network), ask(network)
     last, there, launch = weakref.ref(graphed._LAST[network][1]), [], graphed.launched
-    monkeypatch.setattr(graphed, "launched", lambda *arguments: (there.append(last()), launch(*arguments))[1])
+    monkeypatch.setattr(
+        graphed, "launched", lambda *arguments: (there.append(last()), launch(*arguments))[1]
+    )
     ask(network, **change)
     assert there == [None] and len(captured) == 1  # its memory is free before another loop runs
     ask(network, **change)
@@ -77,12 +87,20 @@ def test_a_network_has_a_graph_of_its_own_which_goes_with_it(captured):
     assert gone() is None and len(graphed._LAST) == 1
 
 
-def test_where_no_graph_can_be_captured_that_is_said_once_and_the_result_is_the_same(monkeypatch, capsys):
+def test_where_no_graph_can_be_captured_that_is_said_once_and_the_result_is_the_same(
+    monkeypatch, capsys
+):
     tried = []
 
     def refuse(*arguments):
         tried.append(arguments)
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+        raise RuntimeError(
+            "operation not permitted when stream is capturing\nCUDA kernel errors might be "
+            "reported "
+            ""
+            ""
+            "later"
+        )
 
     monkeypatch.setattr(graphed, "Graph", refuse)
     say_once.cache_clear()
@@ -113,10 +131,12 @@ def test_weights_inputs_and_the_seed_decide_what_is_launched():
     )
     exact, _ = graphed.launched(scaled, 2.0, network, torch.float64, (x.double(), None), 3)
     assert exact.dtype == torch.float64 and network.weight.dtype == torch.float32  # in a copy
-    assert not torch.equal(graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 4)[1], drawn)
+    assert not torch.equal(
+        graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 4)[1], drawn
+    )
 
 
-# -- on a GPU --------------------------------------------------------------------------------------------------------
+# -- on a GPU --------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -130,7 +150,9 @@ def test_a_captured_loop_draws_what_the_loop_draws(settings):
         if seed == 2:
             generator.head.weight.data.neg_()
         drawn = generate(generator, labels, (4, 4), seed=seed, **settings)
-        assert torch.equal(drawn, generate(generator, labels, (4, 4), seed=seed, graph=False, **settings))
+        assert torch.equal(
+            drawn, generate(generator, labels, (4, 4), seed=seed, graph=False, **settings)
+        )
     assert isinstance(graphed._LAST[generator][1], graphed.Graph)
 
 

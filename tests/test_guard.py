@@ -1,4 +1,6 @@
-"""Signals, a second process and a full disk: one message, nothing lost, and the same command ends with the same bytes."""
+"""Signals, a second process and a full disk: one message, nothing lost, and the same command ends
+with the same bytes.
+"""
 
 import contextlib
 import json
@@ -36,7 +38,9 @@ class Background:
             try:
                 os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
                 sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored under a job in the background
+                signal.signal(
+                    signal.SIGINT, signal.default_int_handler
+                )  # it is ignored under a job in the background
                 main(list(arguments))
                 code = 0
             except SystemExit as stop:
@@ -76,7 +80,9 @@ def background(home):
 
 @contextlib.contextmanager
 def disk_of(size):
-    """No file can grow beyond `size` bytes inside the block: to what writes it, the disk is full."""
+    """No file can grow beyond `size` bytes inside the block: to what writes it, the disk is
+    full.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -85,13 +91,19 @@ def disk_of(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# -- signals -------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, number", [("tiny-joint", signal.SIGINT), pytest.param("tiny-tokenizer", signal.SIGTERM, marks=pytest.mark.slow)]
+    "name, number",
+    [
+        ("tiny-joint", signal.SIGINT),
+        pytest.param("tiny-tokenizer", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(name, number, tiny, tiny_runs, background):
+def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(
+    name, number, tiny, tiny_runs, background
+):
     shutil.rmtree(tiny / name)
     process = background("train", name, *OPTIONS)
     process.wait_for(tiny / name / "checkpoints" / "0000006")
@@ -99,14 +111,18 @@ def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(name,
     code, said = process.wait()
     step = Run.open(name).step
     assert code == 128 + number and "Traceback" not in said and 6 <= step < 24
-    assert said.endswith(f"gear: run '{name}' is saved at step {step} of 24. The same command goes on from there.\n")
+    assert said.endswith(
+        f"gear: run '{name}' is saved at step {step} of 24. The same command goes on from there.\n"
+    )
     main(["train", name, *OPTIONS])
     assert_same_run(tiny / name, tiny_runs / name)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped at once: the same command goes on from the last checkpoint") as stop:
+    with pytest.raises(
+        Interrupted, match="stopped at once: the same command goes on from the last checkpoint"
+    ) as stop:
         with deferred_signals() as came:
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
@@ -153,11 +169,15 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(number, home, monkeypatch, capsys):
+def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
+    number, home, monkeypatch, capsys
+):
     def start(command):
         name = command[1]
         log = open(home / f"{name}.log", "w+b")
-        return subprocess.Popen([sys.executable, "-S", "-c", SAVES_WHEN_TOLD, name], cwd=home, stderr=log), log
+        return subprocess.Popen(
+            [sys.executable, "-S", "-c", SAVES_WHEN_TOLD, name], cwd=home, stderr=log
+        ), log
 
     def tell():
         while len(list(home.glob("*.started"))) < 2:
@@ -167,8 +187,14 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
     monkeypatch.setattr(jobs, "_start", start)
     threading.Thread(target=tell).start()
     message = mistake(capsys, "train", "tiny", "scenes-tokenizer", "--jobs", 2, code=128 + number)
-    assert {p.name for p in home.glob("*.saved")} == {"tiny-tokenizer.saved", "scenes-tokenizer.saved"}
-    assert "'tiny-tokenizer' stands at step 0, 'scenes-tokenizer' stands at step 0. The same command goes on" in message
+    assert {p.name for p in home.glob("*.saved")} == {
+        "tiny-tokenizer.saved",
+        "scenes-tokenizer.saved",
+    }
+    assert (
+        "'tiny-tokenizer' stands at step 0, 'scenes-tokenizer' stands at step 0. The same command "
+        "goes on" in message
+    )
     assert "failed" not in message and not (home / "tiny-joint.started").exists()
 
 
@@ -176,9 +202,25 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
 @pytest.mark.parametrize("ways", ("terminal", "parent"))
 def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_runs):
     """Ctrl-C in a terminal reaches the parent and the runs, `kill` the parent alone."""
-    command = [sys.executable, "-m", "gear", "train", "tiny-tokenizer", "tiny-joint", "--jobs", "2", "--workers", "1"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gear",
+        "train",
+        "tiny-tokenizer",
+        "tiny-joint",
+        "--jobs",
+        "2",
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     first = home / "runs" / "tiny-tokenizer"
     while not (first / "checkpoints" / "0000006").exists():
         assert process.poll() is None
@@ -189,7 +231,10 @@ def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_run
         process.terminate()
     said = process.communicate()[1]
     assert process.returncode == (130 if ways == "terminal" else 143) and "Traceback" not in said
-    assert f"'tiny-tokenizer' stands at step {Run.open('tiny-tokenizer').step}. The same command goes on" in said
+    assert (
+        f"'tiny-tokenizer' stands at step {Run.open('tiny-tokenizer').step}. The same command goes "
+        "on" in said
+    )
     assert not (first.parent / "tiny-joint").exists()
     subprocess.run(command, check=True, capture_output=True)
     for name in ("tiny-tokenizer", "tiny-joint"):
@@ -201,29 +246,42 @@ def test_interrupting_a_notebook_saves_and_running_the_cell_again_goes_on(home, 
     manager, client = jupyter_client.manager.start_new_kernel()
     try:
         client.execute(
-            "from gear.experiments.recipes import recipe\nfrom gear.training.loop import Runtime, train",
+            (
+                "from gear.experiments.recipes import recipe\nfrom gear.training.loop import "
+                "Runtime, train"
+            ),
             reply=True,
             timeout=300,
         )
-        cell = "train(recipe('tiny-tokenizer'), runtime=Runtime(device='cpu', quiet=True, threads=1))"
+        cell = (
+            "train(recipe('tiny-tokenizer'), runtime=Runtime(device='cpu', quiet=True, threads=1))"
+        )
         message = client.execute(cell)
         while not (home / "runs" / "tiny-tokenizer" / "checkpoints" / "0000006").exists():
             time.sleep(0.01)
         manager.interrupt_kernel()
         reply = client.get_shell_msg(timeout=300)
-        assert reply["parent_header"]["msg_id"] == message and reply["content"]["ename"] == "Interrupted"
+        assert (
+            reply["parent_header"]["msg_id"] == message
+            and reply["content"]["ename"] == "Interrupted"
+        )
         step = Run.open("tiny-tokenizer").step
-        assert f"run 'tiny-tokenizer' is saved at step {step} of 24" in reply["content"]["evalue"] and step < 24
+        assert (
+            f"run 'tiny-tokenizer' is saved at step {step} of 24" in reply["content"]["evalue"]
+            and step < 24
+        )
         assert client.execute(cell, reply=True, timeout=300)["content"]["status"] == "ok"
     finally:
         manager.shutdown_kernel(now=True)
     assert_same_run(home / "runs" / "tiny-tokenizer", tiny_runs / "tiny-tokenizer")
 
 
-# -- two processes on one run --------------------------------------------------------------------------------
+# -- two processes on one run ----------------------------------------------------------------------
 
 
-def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(tiny, tiny_runs, background, capsys):
+def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(
+    tiny, tiny_runs, background, capsys
+):
     run = tiny / "tiny-tokenizer"
     shutil.rmtree(run)
     process = background("train", "tiny-tokenizer", *OPTIONS)
@@ -231,7 +289,10 @@ def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(tiny, tiny_runs,
     os.kill(process.pid, signal.SIGSTOP)  # still there, and holds its run
     before = fingerprint(run)
     message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS)
-    assert f"run 'tiny-tokenizer' is being trained by process {process.pid}. Wait for it, or stop it" in message
+    assert (
+        f"run 'tiny-tokenizer' is being trained by process {process.pid}. Wait for it, or stop it"
+        in message
+    )
     assert fingerprint(run) == before
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -254,28 +315,48 @@ def test_whoever_waits_for_a_run_gets_it_when_it_is_free(tiny, capsys):
         assert thread.is_alive() and not entries
     thread.join(60)
     assert entries == [str(os.getpid())]
-    assert f"run 'tiny' is being trained by process {os.getpid()}: waiting for it" in capsys.readouterr().err
+    assert (
+        f"run 'tiny' is being trained by process {os.getpid()}: waiting for it"
+        in capsys.readouterr().err
+    )
 
 
-# -- a full disk ---------------------------------------------------------------------------------------------
+# -- a full disk -----------------------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on(tiny, tiny_runs, capsys):
-    """First for a checkpoint, which grows when the discriminator's optimizer begins, then for a line of metrics."""
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on(
+    tiny, tiny_runs, capsys
+):
+    """First for a checkpoint, which grows when the discriminator's optimizer begins, then for a
+    line of metrics.
+    """
     run = tiny / "tiny-tokenizer"
     whole = (run / "checkpoints" / "0000024" / "optimizers.safetensors").stat().st_size
     shutil.rmtree(run)
     with disk_of(whole - 1):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
     assert "run 'tiny-tokenizer' stopped at step 18:" in message and "File too large" in message
-    assert f"The state of step 12 stands in {run / 'checkpoints'}." in message and "the same command then goes on" in message
+    assert (
+        f"The state of step 12 stands in {run / 'checkpoints'}." in message
+        and "the same command then goes on" in message
+    )
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000006", "0000012"]
     kept = fingerprint(run / "checkpoints")
-    logged = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 12]
+    logged = [
+        line
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["step"] <= 12
+    ]
     (run / "checkpoints" / ".0000018.tmp").mkdir()  # what kill -9 would have left
     with disk_of(sum(len(line) + 1 for line in logged) + 10):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
-    assert "stopped at step 13: [Errno 27] File too large" in message and "The state of step 12 stands" in message
-    assert fingerprint(run / "checkpoints") == kept and not (run / "checkpoints" / ".0000018.tmp").exists()
+    assert (
+        "stopped at step 13: [Errno 27] File too large" in message
+        and "The state of step 12 stands" in message
+    )
+    assert (
+        fingerprint(run / "checkpoints") == kept
+        and not (run / "checkpoints" / ".0000018.tmp").exists()
+    )
     main(["train", "tiny-tokenizer", *OPTIONS])
     assert_same_run(run, tiny_runs / "tiny-tokenizer")

@@ -1,4 +1,6 @@
-"""Text in the encodings that editors write, arrays with their hash: read right, or said in one message what is wrong."""
+"""Text in the encodings that editors write, arrays with their hash: read right, or said in one
+message what is wrong.
+"""
 
 import numpy as np
 import pytest
@@ -8,13 +10,20 @@ from gear.files import kept_json, read_array, read_json, read_lines, read_text, 
 
 TEXT = "a cat\nein Bär, 猫\nun café\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
-MARKED = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff", "utf-32-le": b"\xff\xfe\0\0", "utf-32-be": b"\0\0\xfe\xff"}
+MARKED = {
+    "utf-16-le": b"\xff\xfe",
+    "utf-16-be": b"\xfe\xff",
+    "utf-32-le": b"\xff\xfe\0\0",
+    "utf-32-be": b"\0\0\xfe\xff",
+}
 
 
 @pytest.mark.parametrize("ending", ("\n", "\r\n", "\r"))
 @pytest.mark.parametrize("encoding", [*ENCODINGS, *MARKED])
 def test_text_of_every_usual_encoding_and_line_ending_is_read(encoding, ending, tmp_path):
-    (tmp_path / "text").write_bytes(MARKED.get(encoding, b"") + TEXT.replace("\n", ending).encode(encoding))
+    (tmp_path / "text").write_bytes(
+        MARKED.get(encoding, b"") + TEXT.replace("\n", ending).encode(encoding)
+    )
     assert read_text(tmp_path / "text") == TEXT
     assert read_lines(tmp_path / "text") == ["a cat", "ein Bär, 猫", "un café"]
 
@@ -28,10 +37,16 @@ def test_a_line_ends_where_an_editor_ends_it(character, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     (
-        ("ein Bär\nun café".encode("cp1252"), r"text is not in UTF-8: byte 0xe4 in line 1\. Save it as UTF-8; .* iconv"),
+        (
+            "ein Bär\nun café".encode("cp1252"),
+            r"text is not in UTF-8: byte 0xe4 in line 1\. Save it as UTF-8; .* iconv",
+        ),
         ("a\nun café".encode("latin-1"), "not in UTF-8: byte 0xe9 in line 2"),
         (b"\xff\xfea", "not in UTF-16-LE: byte 0x61 in line 1"),
-        ("a cat".encode("utf-16-le"), "not a text file: it holds zero bytes. UTF-16 has to begin with a byte order mark"),
+        (
+            "a cat".encode("utf-16-le"),
+            "not a text file: it holds zero bytes. UTF-16 has to begin with a byte order mark",
+        ),
         (b"\x89PNG\r\n\x1a\n\0\0", "not a text file: it holds zero bytes"),
         ("a\0b".encode("utf-16"), "not a text file: it holds zero characters"),
     ),
@@ -45,7 +60,9 @@ def test_what_is_no_text_or_in_another_encoding_is_said_and_not_guessed(content,
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path):
     for path, said in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=f"{path} cannot be read .{said}.*: a text file is expected"):
+        with pytest.raises(
+            UserError, match=f"{path} cannot be read .{said}.*: a text file is expected"
+        ):
             read_text(path)
     (tmp_path / "empty").write_bytes(b"")
     assert read_lines(tmp_path / "empty") == []
@@ -57,7 +74,9 @@ def test_json_of_every_encoding(encoding, tmp_path):
     assert read_json(tmp_path / "a.json")["é"][2] == "😀"
 
 
-@pytest.mark.parametrize("content", (b"", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff", b"1" * 5000, b"\0"))
+@pytest.mark.parametrize(
+    "content", (b"", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff", b"1" * 5000, b"\0")
+)
 def test_what_is_no_json(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError):
@@ -65,7 +84,10 @@ def test_what_is_no_json(content, tmp_path):
     assert kept_json(tmp_path / "a.json") is None and kept_json(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("array", (np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.zeros((0, 3), np.uint8), np.uint8(3)))
+@pytest.mark.parametrize(
+    "array",
+    (np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.zeros((0, 3), np.uint8), np.uint8(3)),
+)
 def test_an_array_comes_back_unless_a_bit_has_changed(array, tmp_path):
     path = tmp_path / "a.npy"
     write_array(path, array)

@@ -1,4 +1,6 @@
-"""What is no image is refused at the public face: by type, by shape, by range; and a step of training does not look."""
+"""What is no image is refused at the public face: by type, by shape, by range; and a step of
+training does not look.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,12 @@ IMAGES = scenes(2)[0]
 NONE = {  # what is given in place of images, and what is said of it
     "0 to 255": ((IMAGES + 1) * 127.5, "images reach 2[0-9]{2}"),
     "0 to 2": (IMAGES + 1, "images reach [12]"),
-    "one NaN": (IMAGES.clone().index_put_((torch.tensor(1), torch.tensor(2), torch.tensor(3)), torch.tensor(torch.nan)), "nan"),
+    "one NaN": (
+        IMAGES.clone().index_put_(
+            (torch.tensor(1), torch.tensor(2), torch.tensor(3)), torch.tensor(torch.nan)
+        ),
+        "nan",
+    ),
     "infinite": (IMAGES / 0, "images reach (inf|nan)"),
     "bytes": (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "not .* torch.uint8"),
     "integers": (torch.zeros(2, 3, 32, 32, dtype=torch.long), "not .* torch.int64"),
@@ -39,7 +46,13 @@ def test_what_is_no_image(kind, teacher):
     images, said = NONE[kind]
     tokenizer = tiny_tokenizer().eval()
     faces = [check_images, teacher, side_by_side([teacher, teacher])]
-    for face in [*faces, *(getattr(tokenizer, name) for name in ("encode", "latents", "affinity", "mean_use", "forward"))]:
+    for face in [
+        *faces,
+        *(
+            getattr(tokenizer, name)
+            for name in ("encode", "latents", "affinity", "mean_use", "forward")
+        ),
+    ]:
         with pytest.raises(UserError, match=f"{said}.*are expected"):
             face(images)
 
@@ -63,13 +76,17 @@ def test_what_rounding_adds_is_no_fault():
 
 
 def test_training_does_not_wait_for_values(tiny, monkeypatch):
-    """Neither does the frozen tokenizer of the stage `generator`, which is in evaluation mode, nor the teacher."""
+    """Neither does the frozen tokenizer of the stage `generator`, which is in evaluation mode, nor
+    the teacher.
+    """
     looked = []
     look = lambda images, values=True: looked.append(values)  # noqa: E731
     monkeypatch.setattr(model, "check_images", look)
     monkeypatch.setattr("gear.teachers.scenes.check_images", look)
     for module in (model, quantize):
-        monkeypatch.setattr(module, "check_finite", lambda values, what, remedy, check=True: looked.append(check))
+        monkeypatch.setattr(
+            module, "check_finite", lambda values, what, remedy, check=True: looked.append(check)
+        )
     labels = torch.zeros(2, dtype=torch.long)
     tiny_state("joint").observe(IMAGES, labels)
     state = State(recipe("tiny"), torch.device("cpu"))

@@ -1,4 +1,6 @@
-"""A process imports what it uses: training needs torch, torchvision, numpy, safetensors, tyro and what tables are made of."""
+"""A process imports what it uses: training needs torch, torchvision, numpy, safetensors, tyro and
+what tables are made of.
+"""
 
 import importlib
 import os
@@ -19,9 +21,21 @@ from gear.images import image_grid
 from gear.runs.run import Run
 
 NEEDLESS = (  # to train with: some are large, others are not on a machine with a GPU
-    "braceexpand", "ipywidgets", "jupyter_client", "lpips", "matplotlib", "papermill", "scipy", "seaborn", "sklearn", "sympy",
-    "torch._dynamo", "torch.distributed.fsdp", "torch_fidelity", "torchvision",
-)  # fmt: skip
+    "braceexpand",
+    "ipywidgets",
+    "jupyter_client",
+    "lpips",
+    "matplotlib",
+    "papermill",
+    "scipy",
+    "seaborn",
+    "sklearn",
+    "sympy",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch_fidelity",
+    "torchvision",
+)
 TRAIN = """
 import sys
 for name in {missing}:
@@ -33,14 +47,20 @@ print(sorted(name for name in {needless} if sys.modules.get(name)))
 
 
 def run(code):
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
 def loaded(code, names):
-    """Return which of the modules `names` are loaded once a process has run `code`; the last line it prints is the answer."""
-    out = run(f"{code}\nimport sys; print(*[name for name in {list(names)} if name in sys.modules])")
+    """Return which of the modules `names` are loaded once a process has run `code`; the last line
+    it prints is the answer.
+    """
+    out = run(
+        f"{code}\nimport sys; print(*[name for name in {list(names)} if name in sys.modules])"
+    )
     return out.removesuffix("\n").split("\n")[-1].split()
 
 
@@ -54,16 +74,34 @@ def test_listing_runs_imports_no_torch():
 
 
 def test_commands_import_what_they_use():
-    """Every command's file, with all that it imports, the training loop among it: nothing that draws or compiles."""
-    names = [path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py") if path.stem not in ("arguments", "console")]
+    """Every command's file, with all that it imports, the training loop among it: nothing that
+    draws or compiles.
+    """
+    names = [
+        path.stem
+        for path in Path(cli.__file__).parent.glob("[a-z]*.py")
+        if path.stem not in ("arguments", "console")
+    ]
     assert sorted(names) == sorted(COMMANDS)
-    code = f"import importlib\nfor name in {names}: assert importlib.import_module('gear.cli.' + name).command"
-    assert loaded(code, ["gear.training.loop", "torch", *NEEDLESS]) == ["gear.training.loop", "torch"]
+    code = (
+        f"import importlib\nfor name in {names}: assert importlib.import_module('gear.cli.' + "
+        "name).command"
+    )
+    assert loaded(code, ["gear.training.loop", "torch", *NEEDLESS]) == [
+        "gear.training.loop",
+        "torch",
+    ]
 
 
 def test_public_names_are_there_when_they_are_asked_for():
-    code = "import sys, gear\ngear.UserError, gear.__version__\nassert not {'numpy', 'torch'} & set(sys.modules)\n"
-    code += "for name in (*gear.__all__, 'data'): assert name in dir(gear) and getattr(gear, name)\ngear.runs.run.Run"
+    code = (
+        "import sys, gear\ngear.UserError, gear.__version__\nassert not {'numpy', 'torch'} & "
+        "set(sys.modules)\n"
+    )
+    code += (
+        "for name in (*gear.__all__, 'data'): assert name in dir(gear) and getattr(gear, "
+        "name)\ngear.runs.run.Run"
+    )
     assert loaded(code, ["torch", *NEEDLESS]) == ["torch"]
     assert gear.Run is Run and gear.load_generator is load_generator and gear.sample is sample
     with pytest.raises(AttributeError, match="^module 'gear' has no attribute 'rum'$"):
@@ -71,7 +109,9 @@ def test_public_names_are_there_when_they_are_asked_for():
 
 
 def test_torchvision_imports_after_gear():
-    """A wheel compiled against CUDA does not, beside a CPU-only torch, without what `gear._torchvision` declares first."""
+    """A wheel compiled against CUDA does not, beside a CPU-only torch, without what
+    `gear._torchvision` declares first.
+    """
     assert make_grid.__module__ == "torchvision.utils" and "gear._torchvision" in sys.modules
 
 
@@ -83,8 +123,21 @@ def test_torchvision_imports_after_gear_that_has_loaded_no_torch():
 
 @pytest.mark.slow
 def test_training_works_where_what_it_does_not_use_is_not_installed():
-    missing = ["braceexpand", "ipywidgets", "jupyter_client", "lpips", "matplotlib", "papermill", "seaborn", "torch_fidelity"]
-    out = run(TRAIN.format(missing=missing, needless=["ipywidgets", "lpips", "papermill", "torch_fidelity"]))
+    missing = [
+        "braceexpand",
+        "ipywidgets",
+        "jupyter_client",
+        "lpips",
+        "matplotlib",
+        "papermill",
+        "seaborn",
+        "torch_fidelity",
+    ]
+    out = run(
+        TRAIN.format(
+            missing=missing, needless=["ipywidgets", "lpips", "papermill", "torch_fidelity"]
+        )
+    )
     assert "tiny-joint-short: step 6" in out and out.strip().endswith("[]")
 
 

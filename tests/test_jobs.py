@@ -34,11 +34,15 @@ def test_a_change_that_concerns_the_joint_stage_alone_leaves_the_warm_up_shared(
 
 
 def test_how_runs_are_executed_is_handed_on():
-    """Every flag that is not as it is by default, as the command line takes it; sharding is not for several."""
+    """Every flag that is not as it is by default, as the command line takes it; sharding is not for
+    several.
+    """
     runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, tensorboard=True)
     command = jobs.training([("tiny", recipe("tiny"))], ("tiny",), runtime).command
     assert command[:2] == ("train", "tiny")
-    assert parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(runtime, quiet=True, threads=1)
+    assert parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(
+        runtime, quiet=True, threads=1
+    )
     with pytest.raises(UserError, match="--shard is for one run"):
         jobs.train_many(["tiny"], 1, Runtime(shard=True))
 
@@ -62,7 +66,9 @@ def test_another_configuration_under_a_name_is_found_before_anything_starts(home
 
 
 def test_a_failure_takes_only_its_descendants(monkeypatch):
-    """One of two parents fails: it is named with who waited for it, and the other's child is trained."""
+    """One of two parents fails: it is named with who waited for it, and the other's child is
+    trained.
+    """
     failing = "import sys; sys.exit('no luck' if 'tiny-tokenizer' in sys.argv else 0)"
     popen = subprocess.Popen
 
@@ -75,9 +81,16 @@ def test_a_failure_takes_only_its_descendants(monkeypatch):
     monkeypatch.setattr(jobs.subprocess, "Popen", start)
     with pytest.raises(TrainingStopped) as failed:
         jobs.train_many(["tiny", "scenes-llamagen-s0"], jobs=2)
-    assert started.count("scenes-tokenizer-s0") == 1 and "scenes-llamagen-s0" in started and "tiny" not in started
+    assert (
+        started.count("scenes-tokenizer-s0") == 1
+        and "scenes-llamagen-s0" in started
+        and "tiny" not in started
+    )
     lines = str(failed.value).splitlines()
-    assert lines[0] == "tiny-tokenizer: no luck" and "tiny-joint: its parent tiny-tokenizer failed" in lines
+    assert (
+        lines[0] == "tiny-tokenizer: no luck"
+        and "tiny-joint: its parent tiny-tokenizer failed" in lines
+    )
     assert not any("scenes" in line for line in lines)
 
 
@@ -85,18 +98,25 @@ def test_a_change_reaches_the_parent_field_by_field():
     """A new tau for the generator on the naive tokenizer leaves its parent's bridge naive."""
     base = recipe("scenes-naive")
     planned = dict(plan(replace(base, objective=replace(base.objective, tau=0.05)), "n", base, "x"))
-    assert planned["scenes-joint-naive-x"].objective.bridge == "naive" and planned["scenes-joint-naive-x"].objective.tau == 0.05
+    assert (
+        planned["scenes-joint-naive-x"].objective.bridge == "naive"
+        and planned["scenes-joint-naive-x"].objective.tau == 0.05
+    )
 
 
 def test_a_source_of_as_many_classes_changes_the_parents_by_the_source_alone(home):
-    """`gear train cifar10-smoke-gear-s0 --source ZIP --label zip`: every ancestor takes both, no download is asked for."""
+    """`gear train cifar10-smoke-gear-s0 --source ZIP --label zip`: every ancestor takes both, no
+    download is asked for.
+    """
     with zipfile.ZipFile(home / "ten.zip", "w") as archive:
         for i in range(30):
             archive.writestr(f"{i % 10}/{i}.png", b"not looked at")
     base = recipe("cifar10-smoke-gear-s0")
     changed = replace(base, data=replace(base.data, source=str(home / "ten.zip")))
     planned = plan(changed, "cifar10-smoke-gear-s0-zip", base, "zip")
-    assert [name for name, _ in planned] == [f"cifar10-smoke-{stage}-s0-zip" for stage in ("tokenizer", "joint", "gear")]
+    assert [name for name, _ in planned] == [
+        f"cifar10-smoke-{stage}-s0-zip" for stage in ("tokenizer", "joint", "gear")
+    ]
     for (_, config), (_, original) in zip(planned, plan(base, "cifar10-smoke-gear-s0")):
         assert config.data == changed.data and config.generator.num_classes == 10
         assert replace(config, data=original.data, tokenizer_run=original.tokenizer_run) == original

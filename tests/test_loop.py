@@ -1,4 +1,6 @@
-"""A killed run ends with the bytes of an uninterrupted one; a sick one stops and keeps its last good state."""
+"""A killed run ends with the bytes of an uninterrupted one; a sick one stops and keeps its last
+good state.
+"""
 
 import os
 import shutil
@@ -28,12 +30,25 @@ QUIET = Runtime(device="cpu", quiet=True)
 
 
 def gear_train(name):
-    command = [sys.executable, "-m", "gear", "train", name, "--quiet", "--device", "cpu", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "gear",
+        "train",
+        name,
+        "--quiet",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def kill_after_checkpoint(name, runs, step):
-    """Start training and kill -9 it once the checkpoint of `step` is there; returns the checkpoints it left."""
+    """Start training and kill -9 it once the checkpoint of `step` is there; returns the checkpoints
+    it left.
+    """
     process = gear_train(name)
     deadline = time.time() + 120
     while not (runs / name / "checkpoints" / f"{step:07d}").exists():
@@ -44,7 +59,10 @@ def kill_after_checkpoint(name, runs, step):
     return Run.open(name).checkpoint_steps()
 
 
-@pytest.mark.parametrize("name", ["tiny-joint", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-tokenizer", "tiny"))])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny-joint", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny-tokenizer", "tiny"))],
+)
 def test_kill_9_then_the_same_command_gives_the_same_bytes(name, tiny, tiny_runs):
     (tiny / name).rename(tiny / "whole")
     left = kill_after_checkpoint(name, tiny, step=6)  # before the discriminator's first step
@@ -55,9 +73,11 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(name, tiny, tiny_runs
 
 @pytest.mark.slow
 def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypatch):
-    """kill -9 at twenty random moments of the first save to the last step, half of them while files are being written.
+    """kill -9 at twenty random moments of the first save to the last step, half of them while files
+    are being written.
 
-    Each time the same command goes on, at most the steps since the last save are lost, and the end is the uninterrupted run's.
+    Each time the same command goes on, at most the steps since the last save are lost, and the end
+    is the uninterrupted run's.
     """
     name, random, kills, saving = "tiny-joint", np.random.default_rng(0), 0, 0
     shutil.rmtree(tiny / name)
@@ -68,7 +88,9 @@ def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypat
             shutil.rmtree(tiny / name)
             continue
         process, target = gear_train(name), tiny / name / "checkpoints"
-        while process.poll() is None and not (target.exists() and (wait_for(kills, target, before) or time.sleep(0.001))):
+        while process.poll() is None and not (
+            target.exists() and (wait_for(kills, target, before) or time.sleep(0.001))
+        ):
             pass
         if kills % 2:
             time.sleep(random.uniform(0, 0.25))
@@ -83,7 +105,9 @@ def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypat
 
 
 def wait_for(kills, checkpoints, before):
-    """Tell whether it is time to kill: every other time in the middle of a save, else once a step was saved or soon will be."""
+    """Tell whether it is time to kill: every other time in the middle of a save, else once a step
+    was saved or soon will be.
+    """
     if kills % 2 == 0:
         return any(checkpoints.glob(".*.tmp"))
     return any(checkpoints.glob("[0-9]*"))
@@ -115,10 +139,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(monkeypat
         return (reconstruction - images).abs().mean() / (0.0 if len(calls) == 9 else 1.0)
 
     monkeypatch.setattr("gear.training.objectives.reconstruction_loss", sick)
-    with pytest.raises(TrainingStopped, match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 stands"):
+    with pytest.raises(
+        TrainingStopped,
+        match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 stands",
+    ):
         train(recipe("tiny-tokenizer"), "sick", QUIET)
     run = Run.open("sick")
-    assert run.checkpoint_steps() == [6] and all(torch.isfinite(t).all() for t in run.load_checkpoint("networks").values())
+    assert run.checkpoint_steps() == [6] and all(
+        torch.isfinite(t).all() for t in run.load_checkpoint("networks").values()
+    )
 
 
 def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
@@ -134,7 +163,9 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "skipped: 'recon_loss' of the tokenizer is inf at step 8" in told and "at step 9" in told
     run = Run.open("sick")
-    assert run.is_finished and all(torch.isfinite(t).all() for t in run.load_checkpoint("networks").values())
+    assert run.is_finished and all(
+        torch.isfinite(t).all() for t in run.load_checkpoint("networks").values()
+    )
     assert run.load_checkpoint("optimizers")["tokenizer.0.step"] == 22
     calls.clear()
     with pytest.raises(TrainingStopped, match="is inf at step 9"):
@@ -142,7 +173,9 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
 
 
 def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
-    """The step has its line in the log, as resuming asks; the count of bad steps in a row is that of before."""
+    """The step has its line in the log, as resuming asks; the count of bad steps in a row is that
+    of before.
+    """
     sick = lambda reconstruction, images: (reconstruction - images).abs().mean() / 0.0
     config = replace(recipe("tiny-tokenizer"), steps=8, save_every=6)
     with monkeypatch.context() as patch:
@@ -172,7 +205,10 @@ def test_a_collapsing_codebook_is_told(monkeypatch, capsys):
 
     monkeypatch.setattr("gear.training.loop.Validation.__call__", fallen)
     train(config, "ill", QUIET)
-    assert "run 'ill': the codebook is collapsing. At step 4 validation images use" in capsys.readouterr().err
+    assert (
+        "run 'ill': the codebook is collapsing. At step 4 validation images use"
+        in capsys.readouterr().err
+    )
     joint = replace(recipe("tiny-joint"), steps=4, eval_every=4, tokenizer_run="")
     train(replace(joint, objective=replace(joint.objective, bridge="naive")), "naive", QUIET)
     assert "the generator's own loss reaches the tokenizer" in capsys.readouterr().err
@@ -190,13 +226,17 @@ def test_out_of_memory_says_what_would_fit(error, monkeypatch):
         raise error
 
     monkeypatch.setattr("gear.training.objectives.reconstruction_loss", hungry)
-    message = r"not enough memory for 8 images at once.*--accumulate 4 \(4 at once\) and --checkpointing"
+    message = (
+        r"not enough memory for 8 images at once.*--accumulate 4 \(4 at once\) and --checkpointing"
+    )
     with pytest.raises(TrainingStopped, match=message):
         train(recipe("tiny-tokenizer"), "hungry", replace(QUIET, accumulate=2))
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(monkeypatch):
-    """The one with the lowest next-token loss on validation images, or without a generator the highest PSNR."""
+    """The one with the lowest next-token loss on validation images, or without a generator the
+    highest PSNR.
+    """
     config = replace(recipe("tiny-tokenizer"), steps=24, eval_every=4, save_every=4)
 
     def rated(self, made=validate.Validation.__call__):
@@ -210,12 +250,19 @@ def test_the_newest_checkpoints_and_the_best_are_kept(monkeypatch):
 
 def test_tensorboard_gets_the_lines_of_metrics(tmp_path):
     board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(replace(recipe("tiny-tokenizer"), steps=4, eval_every=4), "told", replace(QUIET, tensorboard=True))
+    train(
+        replace(recipe("tiny-tokenizer"), steps=4, eval_every=4),
+        "told",
+        replace(QUIET, tensorboard=True),
+    )
     run = Run.open("told")
     events = board.EventAccumulator(str(run.path / "tensorboard")).Reload()
     told = {e.step: e.value for e in events.Scalars("recon_loss")}
     logged = run.metrics().dropna(subset="recon_loss")
-    assert told == pytest.approx(dict(zip(logged.step, logged.recon_loss)), rel=1e-6) and len(told) == 4
+    assert (
+        told == pytest.approx(dict(zip(logged.step, logged.recon_loss)), rel=1e-6)
+        and len(told) == 4
+    )
 
 
 def test_last_logged_validation_is_that_of_the_saved_weights(tiny):
@@ -228,12 +275,20 @@ def test_last_logged_validation_is_that_of_the_saved_weights(tiny):
 
 @pytest.mark.parametrize("name, of_images", (("tiny-joint", [1, 2]), ("tiny", [1, 1])))
 def test_validation_encodes_an_image_once_for_each_tokenizer(name, of_images, tiny, monkeypatch):
-    """The generator is measured on the indices of the tokenizer's own metrics, a frozen tokenizer once for all."""
+    """The generator is measured on the indices of the tokenizer's own metrics, a frozen tokenizer
+    once for all.
+    """
     state = State(resolved(name), torch.device("cpu"))
     validation, counts = validate.Validation(state), []
-    tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+    tokenizer = (
+        state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+    )
     latents = tokenizer.latents
-    monkeypatch.setattr(tokenizer, "latents", lambda images, *check: counts.append(len(images)) or latents(images, *check))
+    monkeypatch.setattr(
+        tokenizer,
+        "latents",
+        lambda images, *check: counts.append(len(images)) or latents(images, *check),
+    )
     for passes in of_images:
         metrics = validation()
         assert sum(counts) == passes * len(validation.images)
@@ -259,32 +314,49 @@ def test_a_parent_must_be_finished(tiny):
 
 def test_resuming_does_not_change_the_perceptual_term(tiny, monkeypatch):
     """LPIPS's weights appeared since the run began: going on would optimise something else."""
-    config = replace(resolved("tiny-tokenizer"), objective=replace(resolved("tiny-tokenizer").objective, lpips_weight=0.1))
+    config = replace(
+        resolved("tiny-tokenizer"),
+        objective=replace(resolved("tiny-tokenizer").objective, lpips_weight=0.1),
+    )
     monkeypatch.setattr("gear.training.state.load_lpips", lambda *_: None)
     train(config, "without", QUIET)
     assert Run.open("without").metrics().iloc[0]["lpips_weight"] == 0
     shutil.rmtree(tiny / "without" / "checkpoints" / "0000024")
-    monkeypatch.setattr("gear.training.state.load_lpips", lambda *_: lambda x, y: (x - y).abs().mean())
-    with pytest.raises(UserError, match="began with a perceptual weight of 0.0 and would go on with 0.1"):
+    monkeypatch.setattr(
+        "gear.training.state.load_lpips", lambda *_: lambda x, y: (x - y).abs().mean()
+    )
+    with pytest.raises(
+        UserError, match="began with a perceptual weight of 0.0 and would go on with 0.1"
+    ):
         train(config, "without", QUIET)
 
 
 def test_joint_starts_from_its_parent(tiny):
     """Step 0 of the joint stage measures the warm-up's averaged tokenizer."""
-    joint, parent = Run.open("tiny-joint").metrics().iloc[0], Run.open("tiny-tokenizer").metrics().iloc[-1]
-    assert joint["val/psnr"] == parent["val/psnr"] and joint["val/usage_entropy"] == parent["val/usage_entropy"]
+    joint, parent = (
+        Run.open("tiny-joint").metrics().iloc[0],
+        Run.open("tiny-tokenizer").metrics().iloc[-1],
+    )
+    assert (
+        joint["val/psnr"] == parent["val/psnr"]
+        and joint["val/usage_entropy"] == parent["val/usage_entropy"]
+    )
 
 
 def test_generator_stage_keeps_the_tokenizer(tiny):
     ours = Run.open("tiny").load_checkpoint("networks")
     parent = Run.open("tiny-joint").load_checkpoint("networks")
     names = [n for n in parent if n.startswith("tokenizer_ema.")]
-    assert names and all(torch.equal(parent[n], ours[n.replace("tokenizer_ema.", "tokenizer.")]) for n in names)
+    assert names and all(
+        torch.equal(parent[n], ours[n.replace("tokenizer_ema.", "tokenizer.")]) for n in names
+    )
 
 
 @pytest.mark.parametrize("at", (0, 16))
 def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypatch):
-    """Nothing of that step is logged, and the same command goes on from the checkpoint once the cause is gone."""
+    """Nothing of that step is logged, and the same command goes on from the checkpoint once the
+    cause is gone.
+    """
     measure = validate.Validation.__call__
 
     def sick(self):
@@ -294,7 +366,10 @@ def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypat
     assert config.save_every < 16 and 16 % config.eval_every == 0
     with monkeypatch.context() as patch:
         patch.setattr(validate.Validation, "__call__", sick)
-        with pytest.raises(TrainingStopped, match=f"'val/psnr' is nan at step {at}.*{'stands' if at else 'Nothing was saved'}"):
+        with pytest.raises(
+            TrainingStopped,
+            match=f"'val/psnr' is nan at step {at}.*{'stands' if at else 'Nothing was saved'}",
+        ):
             train(config, "sick", QUIET)
     run = Run(home / "runs" / "sick")
     assert "NaN" not in "".join(path.read_text() for path in run.path.glob("metrics.jsonl"))

@@ -1,4 +1,6 @@
-"""Runs side by side and while they train: what is listed, compared and followed, on runs without weights."""
+"""Runs side by side and while they train: what is listed, compared and followed, on runs without
+weights.
+"""
 
 import asyncio
 import json
@@ -31,7 +33,11 @@ def make(name, steps=10, losses=("ntp_loss", "align_loss"), **changes):
     run = Run.create(name, BASE | changes)
     for step in range(1, steps + 1):
         run.append(
-            {"step": step, **{loss: 1 / step for loss in losses}, **({"val/ntp_loss": 2 / step} if step % 5 == 0 else {})}
+            {
+                "step": step,
+                **{loss: 1 / step for loss in losses},
+                **({"val/ntp_loss": 2 / step} if step % 5 == 0 else {}),
+            }
         )
         run.append({"step": step, "seconds": 0.5, "images_per_second": 8.0}, "timing.jsonl")
     return run
@@ -56,7 +62,9 @@ def test_progress_says_speed_and_time_left(home):
     now = monitor.progress(run)
     assert now["step"] == 4 and now["steps"] == 10 and now["speed"] == pytest.approx(8)
     assert now["seconds_left"] == pytest.approx(6 * 4 / 8) and 0 <= now["seconds_since"] < 60
-    assert monitor.describe(now).startswith("step 4 of 10: 8 images/s, 0:03 left, last line 0 s ago")
+    assert monitor.describe(now).startswith(
+        "step 4 of 10: 8 images/s, 0:03 left, last line 0 s ago"
+    )
 
 
 def test_speed_is_that_of_time_not_of_lines(home):
@@ -95,19 +103,29 @@ def test_smoothing_averages_neighbours_in_steps():
     assert np.allclose(monitor.smoothed(steps, values, 0), values)
     assert np.allclose(monitor.smoothed(steps, values, 2)[1:-1], values[1:-1] + 2 / 3)
     assert np.allclose(monitor.smoothed(steps, np.ones(10), 7), 1)
-    assert np.allclose(monitor.smoothed(steps * 100, values, 50), values)  # logged seldom: left as it is
+    assert np.allclose(
+        monitor.smoothed(steps * 100, values, 50), values
+    )  # logged seldom: left as it is
     assert len(monitor.smoothed(np.array([]), np.array([]), 5)) == 0
 
 
 def test_curves_are_drawn_as_logged_and_smoothed(runs):
-    fig = monitor.draw_curves(("a-s0", "a-s1", "b-s0", "c-s0"), "ntp_loss", "recon_loss", 3, "log value")
+    fig = monitor.draw_curves(
+        ("a-s0", "a-s1", "b-s0", "c-s0"), "ntp_loss", "recon_loss", 3, "log value"
+    )
     above, below = fig.axes
     thin, thick = above.lines[:2]
-    assert np.allclose(thin.get_ydata(), 1 / np.arange(1, 11)) and (thick.get_ydata() != thin.get_ydata()).any()
+    assert (
+        np.allclose(thin.get_ydata(), 1 / np.arange(1, 11))
+        and (thick.get_ydata() != thin.get_ydata()).any()
+    )
     assert [len(line.get_xdata()) for line in below.lines] == [0] * 6 + [10, 10]
     assert above.get_yscale() == "log" and above.get_title(loc="left") == "ntp_loss"
     seeds, recipes = (above.lines[1], above.lines[3]), (above.lines[1], above.lines[5])
-    assert seeds[0].get_color() == seeds[1].get_color() and seeds[0].get_linestyle() != seeds[1].get_linestyle()
+    assert (
+        seeds[0].get_color() == seeds[1].get_color()
+        and seeds[0].get_linestyle() != seeds[1].get_linestyle()
+    )
     assert recipes[0].get_color() != recipes[1].get_color()
     plt.close(fig)
 
@@ -122,8 +140,15 @@ def test_filters_list_runs_and_keep_the_choice(runs):
     assert names.options == ("a-s0", "b-s0", "c-s0") and names.value == ("b-s0",)
     filters["stage"].value = "tokenizer"
     assert names.options == names.value == ("c-s0",)
-    assert "recon_loss" in panel.controls["below"].options and "ntp_loss" not in panel.controls["below"].options
-    filters["stage"].value, filters["recipe"].value, filters["pattern"].value = monitor.ALL, "a", "*"
+    assert (
+        "recon_loss" in panel.controls["below"].options
+        and "ntp_loss" not in panel.controls["below"].options
+    )
+    filters["stage"].value, filters["recipe"].value, filters["pattern"].value = (
+        monitor.ALL,
+        "a",
+        "*",
+    )
     assert names.options == ("a-s0", "a-s1")
     assert not plt.get_fignums()
 
@@ -153,7 +178,9 @@ def test_a_table_follows_the_choice(runs):
     panel.controls["names"].value = ("a-s0", "a-s1")
     assert "seed" in table.value and "objective.tau" not in table.value
     panel.controls["names"].value = ("a-s0", "b-s0")
-    assert "objective.tau" in table.value and "objective.tau" in table._repr_mimebundle_()["text/html"]
+    assert (
+        "objective.tau" in table.value and "objective.tau" in table._repr_mimebundle_()["text/html"]
+    )
 
 
 def test_overview_names_what_a_run_is(runs):
@@ -169,9 +196,19 @@ def test_a_run_shows_all_losses_and_its_newest_samples(home):
     for step, colour in ((5, 0), (10, 255)):
         Image.new("RGB", (12, 4), (colour,) * 3).save(run.path / "samples" / f"{step:07d}.png")
     fig = monitor.draw_run("a")
-    assert [axis.get_title(loc="left") for axis in fig.axes[:4]] == ["ntp_loss", "align_loss", "recon_loss", "gan_loss"]
-    assert fig.axes[4].get_title(loc="left").startswith("step 10:") and fig.axes[4].get_images()[0].get_array().min() == 255
-    assert len(fig.axes[0].lines) == 2 and len(fig.axes[1].lines) == 1  # validation, where there is one
+    assert [axis.get_title(loc="left") for axis in fig.axes[:4]] == [
+        "ntp_loss",
+        "align_loss",
+        "recon_loss",
+        "gan_loss",
+    ]
+    assert (
+        fig.axes[4].get_title(loc="left").startswith("step 10:")
+        and fig.axes[4].get_images()[0].get_array().min() == 255
+    )
+    assert (
+        len(fig.axes[0].lines) == 2 and len(fig.axes[1].lines) == 1
+    )  # validation, where there is one
     plt.close(fig)
     Run.create("fresh", BASE)
     with pytest.raises(UserError, match="no losses yet"):

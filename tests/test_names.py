@@ -1,4 +1,6 @@
-"""A run's name is built and read in one place: what is built is read back, whatever dashes its parts have."""
+"""A run's name is built and read in one place: what is built is read back, whatever dashes its
+parts have.
+"""
 
 import itertools
 from dataclasses import replace
@@ -12,9 +14,13 @@ from gear.runs.names import RunName, listed, reseeded
 
 
 def test_what_is_built_is_read_back():
-    for name, seed, cell in itertools.product(NAMES.values(), (None, 0, 3, 12), ("", "tau-0.05", "s1", "a-s2-b", "x\ny")):
+    for name, seed, cell in itertools.product(
+        NAMES.values(), (None, 0, 3, 12), ("", "tau-0.05", "s1", "a-s2-b", "x\ny")
+    ):
         made = replace(name, seed=seed, cell=cell)
-        if str(made) not in RECIPES and not (seed is None and cell == "s1"):  # which reads as seed 1
+        if str(made) not in RECIPES and not (
+            seed is None and cell == "s1"
+        ):  # which reads as seed 1
             assert run_name(str(made)) == made
 
 
@@ -24,7 +30,10 @@ def test_what_is_built_is_read_back():
         ("scenes-gear", ("scenes", "gear", "", None)),
         ("scenes-gear-s0-tau-0.05", ("scenes", "gear", "tau-0.05", 0)),
         ("scenes-lfq-llamagen-repa-half-s2", ("scenes-lfq", "llamagen-repa-half", "", 2)),
-        ("imagenet256-l-100k-no-gan-s1-efficientnet-lite0", ("imagenet256-l-100k", "no-gan", "efficientnet-lite0", 1)),
+        (
+            "imagenet256-l-100k-no-gan-s1-efficientnet-lite0",
+            ("imagenet256-l-100k", "no-gan", "efficientnet-lite0", 1),
+        ),
         ("scenes-joint-naive-inputs-s0", ("scenes", "joint-naive-inputs", "", 0)),
         ("scenes-gear-sharp", ("scenes", "gear", "sharp", None)),
         ("scenes-gear-s01", ("scenes", "gear", "s01", None)),
@@ -44,8 +53,14 @@ def test_a_name_is_read_by_the_recipes_there_are(text, parts):
 
 def test_the_runs_of_studies_keep_their_names():
     names = {m.name for study in STUDIES for preset in PRESETS for m in members(study, preset, [0])}
-    assert {"scenes-gear-s0-tau-0.05", "scenes-lfq-gear-s0", "scenes-no-init-s0", "imagenet256-l-100k-gear-s0-tap-10",
-            "cifar10-gear-s0-dinov2-b", "scenes-llamagen-repa-s0-size-XL"} <= names  # fmt: skip
+    assert {
+        "scenes-gear-s0-tau-0.05",
+        "scenes-lfq-gear-s0",
+        "scenes-no-init-s0",
+        "imagenet256-l-100k-gear-s0-tap-10",
+        "cifar10-gear-s0-dinov2-b",
+        "scenes-llamagen-repa-s0-size-XL",
+    } <= names
     for name in names:
         assert run_name(name).seed == 0 and run_name(name).recipe in RECIPES
 
@@ -53,13 +68,24 @@ def test_the_runs_of_studies_keep_their_names():
 def test_other_parts_and_a_cell_is_no_recipe():
     assert with_parts("scenes-joint", seed=1) == "scenes-joint-s1"
     assert with_parts("scenes-joint-s1", cell="tau-0.1") == "scenes-joint-s1-tau-0.1"
-    assert recipe("scenes-gear-s2").tokenizer_run == "scenes-joint-s2" and recipe("scenes-gear-s2").recipe == "scenes-gear"
-    with pytest.raises(UserError, match="unknown recipe 'scenes-gear-s0-tau-0.1'. Did you mean 'scenes-gear"):
+    assert (
+        recipe("scenes-gear-s2").tokenizer_run == "scenes-joint-s2"
+        and recipe("scenes-gear-s2").recipe == "scenes-gear"
+    )
+    with pytest.raises(
+        UserError, match="unknown recipe 'scenes-gear-s0-tau-0.1'. Did you mean 'scenes-gear"
+    ):
         recipe("scenes-gear-s0-tau-0.1")
 
 
 def test_patterns_of_seeds():
-    assert listed("a-s[10]-b") == ["a-s1-b", "a-s0-b"] and listed("a-s*") == listed("a[01]*") == listed("a") == []
-    assert reseeded("scenes-gear-s[012]", [0, 3]) == "scenes-gear-s[03]" and reseeded("a-s[012]-b", [12]) == "a-s12-b"
+    assert (
+        listed("a-s[10]-b") == ["a-s1-b", "a-s0-b"]
+        and listed("a-s*") == listed("a[01]*") == listed("a") == []
+    )
+    assert (
+        reseeded("scenes-gear-s[012]", [0, 3]) == "scenes-gear-s[03]"
+        and reseeded("a-s[012]-b", [12]) == "a-s12-b"
+    )
     with pytest.raises(UserError, match="one digit for each seed"):
         reseeded("a-s[012]", [0, 12])

@@ -1,4 +1,6 @@
-"""Every notebook keeps the contract, and runs, with the runs of `tiny` in place of those it names."""
+"""Every notebook keeps the contract, and runs, with the runs of `tiny` in place of those it
+names.
+"""
 
 import ast
 import base64
@@ -28,29 +30,52 @@ ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
 GENERATORS = dict.fromkeys(["warm_up", "control", "half", "method"], "tiny")
 TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
 SYSTEMS = {
-    "llamagen": "tiny-llamagen-s[012]", "warm_up": "tiny-llamagen-repa-s[012]", "control": "tiny-llamagen-repa-control-s[012]",
+    "llamagen": "tiny-llamagen-s[012]",
+    "warm_up": "tiny-llamagen-repa-s[012]",
+    "control": "tiny-llamagen-repa-control-s[012]",
     "method": "tiny-gear-s[012]",
-}  # fmt: skip
+}
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
     "training_dynamics": GENERATORS,
-    "codebook_usage": {"joint": "tiny-joint", "control": "tiny-tokenizer", "half": "tiny-tokenizer"},
+    "codebook_usage": {
+        "joint": "tiny-joint",
+        "control": "tiny-tokenizer",
+        "half": "tiny-tokenizer",
+    },
     "generator_alignment": GENERATORS | {"images": 40, "k": 5},
     "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
     "alignment_sensitivity": dict.fromkeys(["warm_up", "control", "method"], "tiny")
     | dict.fromkeys(["tokenizer_warm_up", "tokenizer_control"], "tiny-tokenizer")
     | {"tokenizer_method": "tiny-joint", "images": 40, "k": 5},
-    "bridges": dict.fromkeys(["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"),
+    "bridges": dict.fromkeys(
+        ["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"
+    ),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
     "protocols": {"run": "tiny", "count": 32},
     "convergence": SYSTEMS | {"preset": "tiny", "count": 100, "at": "12,24"},
     "system_comparison": SYSTEMS | {"count": 100},
-    "guidance_sweep": {"warm_up": "tiny-llamagen-repa-s[012]", "method": "tiny-gear-s[012]", "count": 100, "scales": "1,1.5,2"},
+    "guidance_sweep": {
+        "warm_up": "tiny-llamagen-repa-s[012]",
+        "method": "tiny-gear-s[012]",
+        "count": 100,
+        "scales": "1,1.5,2",
+    },
     "ablations": {"study": "temperature", "preset": "tiny", "count": 100},
-    "reconstruction": {"preset": "tiny", "count": 100, "control": "tiny-llamagen-repa-control-s[012]"},
+    "reconstruction": {
+        "preset": "tiny",
+        "count": 100,
+        "control": "tiny-llamagen-repa-control-s[012]",
+    },
     "text_to_image": {},
-    "probe": {"checkpoint": "tiny-joint", "other": "tiny-tokenizer", "generator": "tiny", "count": 40, "k": 5},
+    "probe": {
+        "checkpoint": "tiny-joint",
+        "other": "tiny-tokenizer",
+        "generator": "tiny",
+        "count": 40,
+        "k": 5,
+    },
 }
 
 
@@ -66,9 +91,14 @@ def test_every_notebook_is_tried_on_tiny():
 def test_contract(path):
     cells = code_cells(path)
     sources = ["".join(cell["source"]) for cell in cells]
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "strip it: make strip"
-    assert sum(len(s.splitlines()) for s in sources) <= 80
-    tagged = [s for cell, s in zip(cells, sources) if "parameters" in cell["metadata"].get("tags", [])]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), (
+        "strip it: make strip"
+    )
+    statements = [n for s in sources for n in ast.walk(ast.parse(s)) if isinstance(n, ast.stmt)]
+    assert len(statements) <= 80
+    tagged = [
+        s for cell, s in zip(cells, sources) if "parameters" in cell["metadata"].get("tags", [])
+    ]
     assert len(tagged) == 1
     for node, line in zip(ast.parse(tagged[0]).body, tagged[0].splitlines()):
         assert isinstance(node, ast.AnnAssign) and " # " in line, f"annotate and explain: {line}"
@@ -77,22 +107,34 @@ def test_contract(path):
     for node in ast.walk(ast.parse("\n".join(sources))):
         assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)), "the library computes"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            modules = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
             assert {m.split(".")[0] for m in modules} <= ALLOWED
     calls = [s for s in sources if s.endswith("\n\nrender.check_parameters(globals())")]
-    assert len(calls) == 1 and calls[0] == sources[1] and "import" in calls[0], "papermill checks no parameter"
+    assert len(calls) == 1 and calls[0] == sources[1] and "import" in calls[0], (
+        "papermill checks no parameter"
+    )
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
     if path.stem not in render.INTERACTIVE:
-        saves = [s for s in sources if f'figures.save(fig, "{path.stem}"' in s or f'figures.save(fig, f"{path.stem}_' in s]
+        saves = [
+            s
+            for s in sources
+            if f'figures.save(fig, "{path.stem}"' in s or f'figures.save(fig, f"{path.stem}_' in s
+        ]
         assert saves, "a figure carries its notebook's name"
-        assert "n=" in saves[0] and "interval=" in saves[0], "a figure says what was measured, and what its bands are"
+        assert "n=" in saves[0] and "interval=" in saves[0], (
+            "a figure says what was measured, and what its bands are"
+        )
 
 
 SCORED = ("convergence", "system_comparison", "guidance_sweep", "ablations", "reconstruction")
 
 
 def record_runs():
-    """Runs with scores, by hand: what these notebooks do with numbers does not depend on how they came about."""
+    """Runs with scores, by hand: what these notebooks do with numbers does not depend on how they
+    came about.
+    """
     for study in ("size", "temperature", "tokenizer"):
         record_study(study)
     for method in ("llamagen", "llamagen-repa-control"):
@@ -100,13 +142,18 @@ def record_runs():
             record_scored(f"tiny-{method}-s{seed}", recipe(f"tiny-{method}-s{seed}"))
 
 
-IN_A_KERNEL = (*render.INTERACTIVE, "generator_alignment")  # in the quick tests: a kernel takes seconds to start
+IN_A_KERNEL = (
+    *render.INTERACTIVE,
+    "generator_alignment",
+)  # in the quick tests: a kernel takes seconds to start
 DRAWN = [path.stem for path in NOTEBOOKS if path.stem not in render.INTERACTIVE]
 
 
 def run_here(name, parameters):
     """Run a notebook's cells in this process."""
-    first, *others = ("".join(cell["source"]) for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb"))
+    first, *others = (
+        "".join(cell["source"]) for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb")
+    )
     namespace = {}
     with matplotlib.rc_context():
         exec(first, namespace)
@@ -123,7 +170,9 @@ def check_figure(name):
     assert figure_path(product, "pdf").stat().st_size > 5_000
     head, *_ = figure_path(product, "csv").read_text().splitlines()
     provenance = json.loads(head.removeprefix("# "))
-    assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance["runs"].keys() or name == "text_to_image"
+    assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance[
+        "runs"
+    ].keys() or name == "text_to_image"
     assert all(provenance["statistics"].values())
     assert len(pd.read_csv(figure_path(product, "csv"), comment="#")) > 5
 
@@ -138,17 +187,30 @@ def test_its_cells_run_on_tiny(name, tiny, home):
 
 @pytest.mark.parametrize("name", render.INTERACTIVE)
 def test_those_to_sit_before_run_on_tiny(name, tiny, home, monkeypatch):
-    """From any working directory. What can be turned is there as a picture too, for those who only read."""
+    """From any working directory. What can be turned is there as a picture too, for those who only
+    read.
+    """
     monkeypatch.chdir(home)
     executed = render.execute(name, ON_TINY[name])
-    shown = [output["data"] for cell in code_cells(executed) for output in cell["outputs"] if "data" in output]
+    shown = [
+        output["data"]
+        for cell in code_cells(executed)
+        for output in cell["outputs"]
+        if "data" in output
+    ]
     pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
-    assert len(pictures) >= 2 and all(matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures)
+    assert len(pictures) >= 2 and all(
+        matplotlib.image.imread(io.BytesIO(p)).std() > 0.05 for p in pictures
+    )
 
 
-@pytest.mark.parametrize("name", [n if n in IN_A_KERNEL else pytest.param(n, marks=pytest.mark.slow) for n in DRAWN])
+@pytest.mark.parametrize(
+    "name", [n if n in IN_A_KERNEL else pytest.param(n, marks=pytest.mark.slow) for n in DRAWN]
+)
 def test_runs_on_tiny(name, tiny, home, monkeypatch):
-    """From any working directory. One is drawn again from tables and metrics alone, byte for byte."""
+    """From any working directory. One is drawn again from tables and metrics alone, byte for
+    byte.
+    """
     monkeypatch.chdir(home)
     if name in SCORED:
         record_runs()
@@ -173,8 +235,12 @@ def test_every_study_is_drawn(study, home):
 
 
 def test_notebooks_that_need_weights_belong_to_the_demo():
-    """Those to sit before, and the probe, which saves a figure all the same; the Makefile names what the demo draws."""
-    assert {path.stem for path in NOTEBOOKS} - set(render.figure_notebooks()) == set(render.NEEDS_WEIGHTS)
+    """Those to sit before, and the probe, which saves a figure all the same; the Makefile names
+    what the demo draws.
+    """
+    assert {path.stem for path in NOTEBOOKS} - set(render.figure_notebooks()) == set(
+        render.NEEDS_WEIGHTS
+    )
     assert set(render.NEEDS_WEIGHTS) - set(render.INTERACTIVE) == {"probe"}
     demo = re.search(r"^DEMO_FIGURES := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert set(render.NEEDS_WEIGHTS) < set(demo) <= set(render.notebooks())
@@ -188,11 +254,16 @@ def test_unknown_parameter_is_caught_before_anything_runs(home):
 
 @pytest.mark.parametrize(
     "key, value, said",
-    [("images", "many", "expected int, given 'many'"), ("k", 2.5, "expected int, given 2.5"), ("k", True, "given True")],
+    [
+        ("images", "many", "expected int, given 'many'"),
+        ("k", 2.5, "expected int, given 2.5"),
+        ("k", True, "given True"),
+    ],
 )
 def test_a_value_of_another_type_is_caught_before_anything_runs(key, value, said, home):
     with pytest.raises(
-        UserError, match=f"notebook 'generator_alignment', parameter '{key}': {'' if key == 'k' else said}"
+        UserError,
+        match=f"notebook 'generator_alignment', parameter '{key}': {'' if key == 'k' else said}",
     ) as error:
         render.execute("generator_alignment", {key: value})
     assert said in str(error.value) and not (home / "figures").exists()
@@ -200,19 +271,36 @@ def test_a_value_of_another_type_is_caught_before_anything_runs(key, value, said
 
 def test_text_is_read_as_the_parameters_type():
     types = {"n": int, "x": float, "b": bool, "s": str}
-    read = {key: render._typed("t", types, key, text) for key, text in {"n": "12", "x": "3", "b": "False", "s": "12"}.items()}
+    read = {
+        key: render._typed("t", types, key, text)
+        for key, text in {"n": "12", "x": "3", "b": "False", "s": "12"}.items()
+    }
     assert read == {"n": 12, "x": 3.0, "b": False, "s": "12"} and type(read["x"]) is float
 
 
 def test_check_parameters_names_what_is_wrong_and_takes_what_is_right():
-    """Its own names as papermill injects them, a number for a float; never what a notebook computed before it runs again."""
-    own = {"__annotations__": {"recipe": str, "scale": float}, "recipe": "tiny", "scale": 2, "rows": 3, "In": ["", "rows = 3"]}
+    """Its own names as papermill injects them, a number for a float; never what a notebook computed
+    before it runs again.
+    """
+    own = {
+        "__annotations__": {"recipe": str, "scale": float},
+        "recipe": "tiny",
+        "scale": 2,
+        "rows": 3,
+        "In": ["", "rows = 3"],
+    }
     render.check_parameters(own)
     render.check_parameters(own | {"In": ["", "# Parameters\nscale = 2\n"]})
-    with pytest.raises(UserError, match="no parameter 'recipee'. Did you mean 'recipe'. It has: recipe, scale"):
-        render.check_parameters(own | {"In": ["", '# Parameters\nrecipee = "tiny"\n'], "recipee": "tiny"})
+    with pytest.raises(
+        UserError, match="no parameter 'recipee'. Did you mean 'recipe'. It has: recipe, scale"
+    ):
+        render.check_parameters(
+            own | {"In": ["", '# Parameters\nrecipee = "tiny"\n'], "recipee": "tiny"}
+        )
     for key, value in {"recipe": 3, "scale": "2", "scale ": True}.items():
-        with pytest.raises(UserError, match=f"'{key.strip()}': expected (str|float), given {value!r}"):
+        with pytest.raises(
+            UserError, match=f"'{key.strip()}': expected (str|float), given {value!r}"
+        ):
             render.check_parameters(own | {key.strip(): value})
 
 
@@ -220,13 +308,24 @@ def test_check_parameters_names_what_is_wrong_and_takes_what_is_right():
     "parameters, said",
     [
         ({"cfg_scale": "abc"}, "parameter 'cfg_scale': expected float, given 'abc'"),
-        pytest.param({"recipee": "tiny"}, "no parameter 'recipee'. Did you mean 'recipe'?", marks=pytest.mark.slow),
+        pytest.param(
+            {"recipee": "tiny"},
+            "no parameter 'recipee'. Did you mean 'recipe'?",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
     """Without gear's own check in between: `papermill train.ipynb out.ipynb -p ...`."""
     given = [word for key, value in parameters.items() for word in ("-p", key, value)]
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "train.ipynb"), str(home / "out.ipynb"), *given]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "notebooks" / "train.ipynb"),
+        str(home / "out.ipynb"),
+        *given,
+    ]
     done = subprocess.run([*command, "-p", "device", "cpu"], capture_output=True, text=True)
     assert done.returncode != 0 and said in done.stderr
     assert not (home / "runs").exists()
@@ -235,14 +334,20 @@ def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", ("False", "True"))
 def test_papermill_drives_a_run_from_its_first_step_to_its_samples(compiled, home, device):
-    """`papermill train.ipynb out.ipynb -p device cuda`: progress, losses, pictures and the last numbers are in its outputs."""
+    """`papermill train.ipynb out.ipynb -p device cuda`: progress, losses, pictures and the last
+    numbers are in its outputs.
+    """
     given = {"recipe": "tiny-joint-no-init", "device": device, "compile": compiled}
     words = [word for key, value in given.items() for word in ("-p", key, value)]
     notebook, out = ROOT / "notebooks" / "train.ipynb", home / "out.ipynb"
-    done = subprocess.run([sys.executable, "-m", "papermill", notebook, out, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", notebook, out, *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [output for cell in code_cells(out) for output in cell["outputs"]]
-    shown = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    shown = [
+        output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})
+    ]
     text = "".join("".join(output.get("text", "")) for output in outputs)
     assert len(shown) == 2 and "100%" in text and "images/s" in text
     assert "tiny-joint-no-init: step 24, validation next-token loss" in text
@@ -254,13 +359,17 @@ def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, c
     assert "tiny-joint" in figure_path("codebook_usage", "csv").read_text()
     main(["figures", "codebook_usage", *given])
     assert "codebook_usage: up to date" in capsys.readouterr().out
-    monkeypatch.setattr(render, "execute", lambda name, parameters: print("drawn again", parameters))
+    monkeypatch.setattr(
+        render, "execute", lambda name, parameters: print("drawn again", parameters)
+    )
     main(["figures", "codebook_usage", *given[:3]])
     assert "drawn again {'joint': 'tiny-joint'}" in capsys.readouterr().out
 
 
 def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
-    """Its content may change under one name; a parameter that names nothing on the disk is a value like any other."""
+    """Its content may change under one name; a parameter that names nothing on the disk is a value
+    like any other.
+    """
     monkeypatch.chdir(home)
     (home / "figures").mkdir()
     Image.new("L", (1, 1)).save(home / "figures" / "probe.png")
@@ -270,7 +379,10 @@ def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
         (lambda: None, "up to date"),
         (lambda: (home / "x.pt").write_text("other"), "drawn"),
         (lambda: None, "up to date"),
-        (lambda: (home / "new.pt").touch(), "up to date"),  # the folder one stands in is no parameter
+        (
+            lambda: (home / "new.pt").touch(),
+            "up to date",
+        ),  # the folder one stands in is no parameter
     ):
         change()
         main(["figures", "probe", "-p", "checkpoint", "x.pt", "-p", "other", ""])
@@ -281,7 +393,13 @@ def test_a_file_that_a_parameter_names_is_an_input(home, capsys, monkeypatch):
 def test_a_parameter_that_is_a_path_to_nothing_is_named(tiny, home, capsys):
     given = {"checkpoint": "tiny-tokenizer", "other": "", "generator": "", "images": "nowhere"}
     with pytest.raises(SystemExit) as stop:
-        main(["figures", "probe", *(word for key, value in given.items() for word in ("-p", key, value))])
+        main(
+            [
+                "figures",
+                "probe",
+                *(word for key, value in given.items() for word in ("-p", key, value)),
+            ]
+        )
     assert stop.value.code == 1 and ", -p images: UserError: " in capsys.readouterr().err
 
 
@@ -302,12 +420,17 @@ def test_parameters_are_those_of_one_notebook(home, capsys):
     for names in ([], ["codebook_usage", "training_dynamics"]):
         with pytest.raises(SystemExit) as stop:
             main(["figures", *names, "-p", "joint", "tiny-joint"])
-        assert stop.value.code == 2 and "parameters are those of one notebook" in capsys.readouterr().err
+        assert (
+            stop.value.code == 2
+            and "parameters are those of one notebook" in capsys.readouterr().err
+        )
     assert not (home / "figures").exists()
 
 
 def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, capsys):
-    """No runs of the names the notebooks expect: each fails with the reason, none hides the others."""
+    """No runs of the names the notebooks expect: each fails with the reason, none hides the
+    others.
+    """
     with pytest.raises(TrainingStopped) as failed:
         render.render(["codebook_usage", "training_dynamics"])
     for name in ("codebook_usage", "training_dynamics"):
@@ -318,8 +441,10 @@ def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, c
 def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch):
     def draw(product, parameters):
         assert product == "codebook_usage" and parameters == {
-            "joint": "scenes-joint-s0", "control": "scenes-control-s0", "half": "scenes-tokenizer-half-s0",
-        }  # fmt: skip
+            "joint": "scenes-joint-s0",
+            "control": "scenes-control-s0",
+            "half": "scenes-tokenizer-half-s0",
+        }
         (home / "figures").mkdir(exist_ok=True)
         Image.new("L", (1, 1)).save(home / "figures" / "codebook_usage.png")
         print("drawn")

@@ -1,4 +1,6 @@
-"""Algorithm 1: which network a loss moves, along which gradient, how often anything runs; losses, schedule, averages."""
+"""Algorithm 1: which network a loss moves, along which gradient, how often anything runs; losses,
+schedule, averages.
+"""
 
 import json
 import math
@@ -33,9 +35,13 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def recorded(state, update, *modules):
-    """Run one update, and no step; returns the loss that it went down, and its gradients to all parameters of `modules`."""
+    """Run one update, and no step; returns the loss that it went down, and its gradients to all
+    parameters of `modules`.
+    """
     taken, backward = [], torch.Tensor.backward
-    with mock.patch.object(torch.Tensor, "backward", lambda loss: (taken.append(loss.detach()), backward(loss))):
+    with mock.patch.object(
+        torch.Tensor, "backward", lambda loss: (taken.append(loss.detach()), backward(loss))
+    ):
         update(state, state.observe(IMAGES, LABELS))
     (loss,), parameters = taken, [p for module in modules for p in module.parameters()]
     return SimpleNamespace(loss=loss, parameters=parameters, gradients=[p.grad for p in parameters])
@@ -58,10 +64,15 @@ def assert_same_gradients(got, want):
 
 
 def by_hand(state):
-    """L_VQ and L_align^s of Eqs. 2 and 11 from the networks' parts alone: {term: scalar}, unweighted."""
+    """L_VQ and L_align^s of Eqs. 2 and 11 from the networks' parts alone: {term: scalar},
+    unweighted.
+    """
     tokenizer, generator, config = state.tokenizer, state.generator.eval(), state.config
     latents = tokenizer.latents(IMAGES)  # (B, D, h, w)
-    z, c = F.normalize(latents.flatten(2).mT, dim=-1), F.normalize(tokenizer.quantizer.codebook, dim=-1)
+    z, c = (
+        F.normalize(latents.flatten(2).mT, dim=-1),
+        F.normalize(tokenizer.quantizer.codebook, dim=-1),
+    )
     affinity = -(z[:, :, None] - c).square().sum(-1)  # (B, L, K)
     code = c[affinity.argmax(-1)]
     straight = z + (code - z).detach()
@@ -84,21 +95,32 @@ def by_hand(state):
     return terms
 
 
-# -- the bridges ---------------------------------------------------------------------------------------------
+# -- the bridges -----------------------------------------------------------------------------------
 
 LAMBDAS = dict(align_weight=0.15, tau=0.05, gan_weight=0.08, entropy_weight=0.02, commit_weight=0.7)
 
 
 @pytest.mark.parametrize("bridge", ("soft", "none"))
 def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
-    """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has its share."""
+    """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has
+    its share.
+    """
     state = tiny_state(bridge=bridge, generator=dict(tap_layer=2), **LAMBDAS)
     got = recorded(state, tokenizer_update, state.tokenizer)
-    share = {"recon_loss": 1.0, "codebook_loss": 1.0, "commit_loss": 0.7, "entropy_loss": 0.02, "gan_loss": 0.08}
+    share = {
+        "recon_loss": 1.0,
+        "codebook_loss": 1.0,
+        "commit_loss": 0.7,
+        "entropy_loss": 0.02,
+        "gan_loss": 0.08,
+    }
     share |= {"soft_align_loss": 0.15} if bridge == "soft" else {}
     terms, parameters = by_hand(state), list(state.tokenizer.parameters())
     options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
-    alone = [torch.autograd.grad(weight * terms[term], parameters, **options) for term, weight in share.items()]
+    alone = [
+        torch.autograd.grad(weight * terms[term], parameters, **options)
+        for term, weight in share.items()
+    ]
     want = [sum(gradients) for gradients in zip(*alone)]
     assert_same_gradients(got.gradients, want)
     total = sum(weight * terms[term].item() for term, weight in share.items())
@@ -108,7 +130,9 @@ def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
 
 
 def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
-    """With half of everything dropped in training, two soft passes agree; afterwards the generator trains again."""
+    """With half of everything dropped in training, two soft passes agree; afterwards the generator
+    trains again.
+    """
     state = tiny_state()
     state.generator.train()
     batch = state.observe(IMAGES, LABELS)
@@ -126,7 +150,10 @@ def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
     count = len(list(state.tokenizer.parameters()))
     assert all(g is None for g in got[:count]) and all(g is not None for g in got[count:])
     state = tiny_state(bridge="soft")
-    assert all(g is None for g in recorded(state, discriminator_update, state.tokenizer, state.generator).gradients)
+    assert all(
+        g is None
+        for g in recorded(state, discriminator_update, state.tokenizer, state.generator).gradients
+    )
 
 
 def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
@@ -139,13 +166,20 @@ def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
     indices = state.tokenizer.encode(IMAGES).flatten(1)
     logp = generator(indices, LABELS).log_softmax(-1)
     ntp = -logp.gather(-1, indices[..., None]).mean()
-    a, b = state.projector(generator.hidden(indices, LABELS, [tap])[tap]), state.teacher_features(IMAGES)
+    a, b = (
+        state.projector(generator.hidden(indices, LABELS, [tap])[tap]),
+        state.teacher_features(IMAGES),
+    )
     want = ntp - 0.7 * ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
-    assert_same_gradients(got.gradients, torch.autograd.grad(want, got.parameters, allow_unused=True))
+    assert_same_gradients(
+        got.gradients, torch.autograd.grad(want, got.parameters, allow_unused=True)
+    )
 
 
 def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets():
-    """The gradient of the naive term is the sum of both paths, and each is there; the soft bridge carries neither."""
+    """The gradient of the naive term is the sum of both paths, and each is there; the soft bridge
+    carries neither.
+    """
     state = tiny_state(bridge="naive", tau=0.1)
     batch, generator = state.observe(IMAGES, LABELS), state.generator.eval()
     parameters = list(state.tokenizer.parameters())
@@ -156,7 +190,9 @@ def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets()
 
     assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     fixed = assignment.detach()
-    logits = [generator(a @ generator.embedding, LABELS).log_softmax(-1) for a in (assignment, fixed)]
+    logits = [
+        generator(a @ generator.embedding, LABELS).log_softmax(-1) for a in (assignment, fixed)
+    ]
     by_inputs = gradient(-(fixed * logits[0]).sum(-1).mean())
     by_targets = gradient(-(assignment * logits[1]).sum(-1).mean())
     naive = naive_bridge(state, batch)["naive_ntp_loss"]
@@ -164,7 +200,9 @@ def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets()
         assert min(i.norm(), t.norm()) > 0.05 * both.norm() > 0
         assert (i + t - both).norm() < 1e-3 * both.norm()
     indices = batch.indices
-    assert naive.item() == pytest.approx(losses.next_token_loss(generator(indices, LABELS), indices).item(), rel=1e-5)
+    assert naive.item() == pytest.approx(
+        losses.next_token_loss(generator(indices, LABELS), indices).item(), rel=1e-5
+    )
     assert any(g is not None for g in gradient(naive, parameters))
     update = recorded(state, tokenizer_update, state.tokenizer).gradients
     plain = tiny_state(bridge="none")
@@ -179,7 +217,9 @@ def test_naive_inputs_bridge_carries_the_path_through_the_inputs_alone():
     encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
     assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     logits = generator(assignment @ generator.embedding, LABELS).log_softmax(-1)
-    want = torch.autograd.grad(-(assignment.detach() * logits).sum(-1).mean(), encoder, retain_graph=True)
+    want = torch.autograd.grad(
+        -(assignment.detach() * logits).sum(-1).mean(), encoder, retain_graph=True
+    )
     loss = BRIDGES["naive_inputs"](state, batch)["naive_ntp_loss"]
     for one, other in zip(want, torch.autograd.grad(loss, encoder, retain_graph=True)):
         assert (one - other).norm() < 1e-4 * one.norm()
@@ -190,11 +230,17 @@ def test_straight_through_bridge_has_the_hard_value_and_another_gradient_than_th
     batch, tap = state.observe(IMAGES, LABELS), state.config.generator.tap_layer
     hidden = state.generator.eval().hidden(batch.indices, LABELS, [tap])[tap]
     hard = losses.alignment_loss(state.projector(hidden), batch.target)
-    terms = {name: BRIDGES[name](state, batch)["soft_align_loss"] for name in ("soft", "straight_through")}
+    terms = {
+        name: BRIDGES[name](state, batch)["soft_align_loss"]
+        for name in ("soft", "straight_through")
+    }
     assert terms["straight_through"].item() == pytest.approx(hard.item(), abs=1e-5)
     assert abs(terms["soft"].item() - hard.item()) > 1e-5
     weight = state.tokenizer.quant_conv.weight
-    gradient = {name: torch.autograd.grad(term, weight, retain_graph=True)[0] for name, term in terms.items()}
+    gradient = {
+        name: torch.autograd.grad(term, weight, retain_graph=True)[0]
+        for name, term in terms.items()
+    }
     assert gradient["straight_through"].norm() > 0
     assert (gradient["straight_through"] - gradient["soft"]).norm() > 1e-3 * gradient["soft"].norm()
 
@@ -210,10 +256,12 @@ def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
             state.finish_step()
     for name in ("tokenizer", "discriminator"):
         assert same(weights(joint.networks[name]), weights(alone.networks[name]))
-    assert same(weights(joint.averages["tokenizer"].module), weights(alone.averages["tokenizer"].module))
+    assert same(
+        weights(joint.averages["tokenizer"].module), weights(alone.averages["tokenizer"].module)
+    )
 
 
-# -- the updates ---------------------------------------------------------------------------------------------
+# -- the updates -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bridge", ("soft", "naive"))
@@ -228,9 +276,15 @@ def test_an_update_moves_its_own_networks_and_leaves_no_gradient(update, moves, 
     before = {name: weights(module) for name, module in state.networks.items()}
     update(state, state.observe(IMAGES, LABELS))
     assert all(same(before[name], weights(module)) for name, module in state.networks.items())
-    assert {n for n, module in state.networks.items() if any(p.grad is not None for p in module.parameters())} == moves
+    assert {
+        n
+        for n, module in state.networks.items()
+        if any(p.grad is not None for p in module.parameters())
+    } == moves
     state.descend()
-    moved = {name for name, module in state.networks.items() if not same(before[name], weights(module))}
+    moved = {
+        name for name, module in state.networks.items() if not same(before[name], weights(module))
+    }
     assert moved == moves
     assert all(p.grad is None for module in state.networks.values() for p in module.parameters())
 
@@ -259,7 +313,9 @@ def test_a_joint_step_is_one_tokenizer_forward_and_one_teacher_forward():
     state = tiny_state()
     tokenizer = state.tokenizer
     parts = {"tokenizer": tokenizer, "encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
-    calls = count_calls(parts | {"teacher": state.teacher_features, "discriminator": state.discriminator})
+    calls = count_calls(
+        parts | {"teacher": state.teacher_features, "discriminator": state.discriminator}
+    )
     batch = state.observe(IMAGES, LABELS)
     for update in STAGES["joint"].updates:
         update(state, batch)
@@ -304,7 +360,7 @@ def test_the_generator_stage_needs_a_tokenizer():
         tiny_state("generator")
 
 
-# -- descend -------------------------------------------------------------------------------------------------
+# -- descend ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("update, term", (
@@ -317,7 +373,9 @@ def test_a_nan_names_its_term_and_changes_nothing(update, term):
     state.step, images = 7, IMAGES.clone()
     images[1, 0, 5, 5] = torch.nan
     batch = state.observe(images, LABELS)
-    batch.indices = state.tokenizer.encode(IMAGES).flatten(1)  # so that the next-token loss is finite
+    batch.indices = state.tokenizer.encode(IMAGES).flatten(
+        1
+    )  # so that the next-token loss is finite
     before = weights(*state.networks.values())
     update(state, batch)
     with pytest.raises(FloatingPointError, match=term):
@@ -339,7 +397,9 @@ def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_alone():
     before = weights(*state.networks.values())
     root_of_zero = (0 * state.generator.head.weight).square().sum().sqrt()
     state.backward("generator", {"ntp_loss": root_of_zero}, {})
-    with pytest.raises(FloatingPointError, match="the norm of the gradient of the generator is nan"):
+    with pytest.raises(
+        FloatingPointError, match="the norm of the gradient of the generator is nan"
+    ):
         state.descend()
     assert same(before, weights(*state.networks.values()))
 
@@ -348,26 +408,39 @@ def test_descend_weighs_terms_and_reports_them_unweighted():
     state = tiny_state(steps=10)
     weight = state.generator.head.weight
     before = weight.square().sum().item()
-    state.backward("generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0})
+    state.backward(
+        "generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0}
+    )
     torch.testing.assert_close(weight.grad, 1 + 6 * weight)
     told = state.descend()
     assert told["b"] == before and not told["b"].requires_grad and set(told) == {"a", "b"}
 
 
-# -- losses --------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
 def test_reconstruction_loss_is_the_mean_absolute_difference():
-    assert losses.reconstruction_loss(torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])).item() == 1
+    assert (
+        losses.reconstruction_loss(
+            torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
+        ).item()
+        == 1
+    )
 
 
 def test_hinge_losses_at_known_logits():
     real, fake = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([-2.0, -1.0, 0.0, 1.0])
-    assert losses.discriminator_hinge_loss(real, fake).item() == pytest.approx(0.5 * (3 / 4 + 3 / 4))
-    assert losses.discriminator_hinge_loss(real[:2], fake).item() == pytest.approx(0.5 * 3 / 4)  # sure reals cost nothing
+    assert losses.discriminator_hinge_loss(real, fake).item() == pytest.approx(
+        0.5 * (3 / 4 + 3 / 4)
+    )
+    assert losses.discriminator_hinge_loss(real[:2], fake).item() == pytest.approx(
+        0.5 * 3 / 4
+    )  # sure reals cost nothing
     assert losses.discriminator_hinge_loss(real, fake[:2]).item() == pytest.approx(0.5 * 3 / 4)
     assert losses.discriminator_hinge_loss(torch.zeros(4), torch.zeros(4)).item() == 1
-    assert losses.generator_hinge_loss(fake).item() == pytest.approx(0.5)  # minus the mean logit, without a hinge
+    assert losses.generator_hinge_loss(fake).item() == pytest.approx(
+        0.5
+    )  # minus the mean logit, without a hinge
 
 
 def test_next_token_loss_is_the_mean_negative_log_likelihood():
@@ -379,7 +452,9 @@ def test_next_token_loss_is_the_mean_negative_log_likelihood():
 def test_expected_next_token_loss_is_next_token_loss_on_one_hot_rows():
     logits, indices = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
     want = losses.next_token_loss(logits, indices)
-    torch.testing.assert_close(losses.expected_next_token_loss(logits, F.one_hot(indices, 5).float()), want)
+    torch.testing.assert_close(
+        losses.expected_next_token_loss(logits, F.one_hot(indices, 5).float()), want
+    )
     uniform = losses.expected_next_token_loss(torch.zeros(2, 3, 5), torch.rand(2, 3, 5).softmax(-1))
     assert uniform.item() == pytest.approx(math.log(5))
 
@@ -388,7 +463,9 @@ def test_alignment_loss_is_minus_the_mean_cosine():
     a, b = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     for other, want in ((a, -1), (5 * a, -1), (-a, 1)):
         assert losses.alignment_loss(a, other).item() == pytest.approx(want, abs=1e-6)
-    want = -torch.stack([(x @ y) / (x.norm() * y.norm()) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]).mean()
+    want = -torch.stack(
+        [(x @ y) / (x.norm() * y.norm()) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]
+    ).mean()
     torch.testing.assert_close(losses.alignment_loss(a, b), want)
     assert losses.alignment_loss(a.bfloat16(), a.bfloat16()).dtype == torch.float32
 
@@ -398,14 +475,19 @@ def test_lpips_without_its_weights_is_none_and_never_downloads(tmp_path, monkeyp
     assert load_lpips("cpu") is None
 
 
-# -- schedule, optimizer, average ----------------------------------------------------------------------------
+# -- schedule, optimizer, average ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step, factor", ((0, 0.25), (1, 0.5), (3, 1), (4, 1), (50, 1), (75, 0.55), (99, 0.118), (100, 0.1)))
+@pytest.mark.parametrize(
+    "step, factor",
+    ((0, 0.25), (1, 0.5), (3, 1), (4, 1), (50, 1), (75, 0.55), (99, 0.118), (100, 0.1)),
+)
 def test_learning_rate_corners(step, factor):
     config = OptimizerConfig(warmup_steps=4, decay_from=0.5, decay_to=0.1)
     assert learning_rate_factor(config, step, 100) == pytest.approx(factor)
-    assert learning_rate_factor(OptimizerConfig(), min(step, 99), 100) == 1  # by default constant, from the first step
+    assert (
+        learning_rate_factor(OptimizerConfig(), min(step, 99), 100) == 1
+    )  # by default constant, from the first step
 
 
 def test_the_schedule_reaches_the_optimizer():
@@ -450,12 +532,16 @@ def test_a_restored_optimizer_takes_the_same_next_step_bit_for_bit():
 
 
 def test_the_gradient_is_clipped_over_all_modules_together():
-    """The first moment after one step is a tenth of the clipped gradient; `clip_gradients` tells the norm before."""
+    """The first moment after one step is a tenth of the clipped gradient; `clip_gradients` tells
+    the norm before.
+    """
     network, optimizer = network_and_optimizer(clip=0.5)
     norm = descend(network, optimizer, [0])
     moments = [t for name, t in optimizer.tensors().items() if name.endswith("exp_avg")]
     assert norm > 1 and len(moments) == 4
-    assert torch.stack([m.norm() for m in moments]).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert torch.stack([m.norm() for m in moments]).norm().item() == pytest.approx(
+        0.1 * 0.5, rel=1e-4
+    )
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -469,8 +555,15 @@ def test_average_by_hand():
         average.update(module)
         want = 0.9 * want + 0.1 * value
         assert average.module.weight.item() == pytest.approx(want, abs=1e-6)
-    assert want == pytest.approx(0.729 + 0.081 * 3 - 0.09 + 0.05) and average.module.running_mean.item() == 5
-    assert module.weight.item() == 0.5 and not average.module.training and not average.module.weight.requires_grad
+    assert (
+        want == pytest.approx(0.729 + 0.081 * 3 - 0.09 + 0.05)
+        and average.module.running_mean.item() == 5
+    )
+    assert (
+        module.weight.item() == 0.5
+        and not average.module.training
+        and not average.module.weight.requires_grad
+    )
 
 
 def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
@@ -484,32 +577,44 @@ def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
     assert state.step == 1 and set(before) == {"tokenizer", "generator"}
     for name in before:
         decay = getattr(state.config.optimizer, f"{name}_ema")
-        for old, new, now in zip(before[name], weights(state.averages[name].module), weights(state.networks[name])):
+        for old, new, now in zip(
+            before[name], weights(state.averages[name].module), weights(state.networks[name])
+        ):
             torch.testing.assert_close(new, decay * old + (1 - decay) * now)
 
 
-# -- reconstruction quality ----------------------------------------------------------------------------------
+# -- reconstruction quality ------------------------------------------------------------------------
 
 
 def test_l1_and_psnr_golden():
     """Against scikit-image and the public formulas; the PSNR of a pooled MSE is another number."""
     want = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
     arrays = np.load(GOLDEN / "recon.npz")
-    reconstruction, images = (torch.from_numpy(arrays[name]) * 2 - 1 for name in ("rec", "ref"))  # [0, 1] -> [-1, 1]
-    assert psnr(reconstruction, images).tolist() == pytest.approx(want["skimage_psnr_per_image"], abs=1e-4)
-    assert psnr(reconstruction, images).mean().item() == pytest.approx(want["gear_psnr_mean_over_images"], abs=1e-4)
+    reconstruction, images = (
+        torch.from_numpy(arrays[name]) * 2 - 1 for name in ("rec", "ref")
+    )  # [0, 1] -> [-1, 1]
+    assert psnr(reconstruction, images).tolist() == pytest.approx(
+        want["skimage_psnr_per_image"], abs=1e-4
+    )
+    assert psnr(reconstruction, images).mean().item() == pytest.approx(
+        want["gear_psnr_mean_over_images"], abs=1e-4
+    )
     assert abs(psnr(reconstruction, images).mean().item() - want["psnr_of_pooled_mse_WRONG"]) > 1
     assert l1(reconstruction, images).mean().item() == pytest.approx(want["gear_l1"], abs=2e-5)
 
 
 def test_l1_and_psnr_limits():
     images = torch.zeros(2, 3, 4, 4)
-    assert l1(images, images).tolist() == [0, 0] and psnr(images, images).tolist() == pytest.approx([120, 120])
-    assert psnr(images + 0.2, images).tolist() == pytest.approx([20, 20], abs=1e-4)  # 0.1 in [0, 1]: 1 / MSE = 100
+    assert l1(images, images).tolist() == [0, 0] and psnr(images, images).tolist() == pytest.approx(
+        [120, 120]
+    )
+    assert psnr(images + 0.2, images).tolist() == pytest.approx(
+        [20, 20], abs=1e-4
+    )  # 0.1 in [0, 1]: 1 / MSE = 100
     assert l1(images + 9, images + 1).tolist() == [0, 0]  # the reconstruction is clamped
 
 
-# -- several teachers ------------------------------------------------------------------------------------------------
+# -- several teachers ------------------------------------------------------------------------------
 
 
 def test_several_teachers_are_averaged_each_with_its_projector():
@@ -519,11 +624,15 @@ def test_several_teachers_are_averaged_each_with_its_projector():
     dim = state.widths[0]
     assert several.widths == [dim, dim] and len(several.networks["projector"]) == 2
     batch = several.observe(IMAGES, LABELS)
-    assert batch.target.shape[-1] == 2 * dim and torch.equal(batch.target[..., :dim], state.teacher_features(IMAGES))
+    assert batch.target.shape[-1] == 2 * dim and torch.equal(
+        batch.target[..., :dim], state.teacher_features(IMAGES)
+    )
     hidden = torch.randn(len(IMAGES), 64, several.config.generator.width)
     both = losses.alignment_loss(several.projector(hidden), batch.target, several.widths)
     alone = [losses.alignment_loss(p(hidden), batch.target[..., :dim]) for p in several.projector]
-    assert float(both) == pytest.approx(float(sum(alone)) / 2, abs=1e-6) and float(alone[0]) != float(alone[1])
+    assert float(both) == pytest.approx(float(sum(alone)) / 2, abs=1e-6) and float(
+        alone[0]
+    ) != float(alone[1])
     for update in STAGES["joint"].updates:
         found = update(several, batch)
     assert torch.isfinite(found["align_loss"])

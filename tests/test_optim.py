@@ -33,7 +33,10 @@ def test_moments_come_back_in_the_memory_format_of_their_weights():
 
     network, made = optimizer()
     step(network, made)
-    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in made.tensors().items()}
+    saved = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in made.tensors().items()
+    }
     other, resumed = optimizer()
     other.load_state_dict(network.state_dict())
     resumed.load_tensors(saved)
@@ -83,16 +86,23 @@ def test_the_frozen_generator_is_not_asked_for_ranges(bridge, monkeypatch):
 
 @pytest.mark.parametrize("precision", ("float32", "bf16"))
 def test_a_frozen_tokenizer_encodes_as_the_one_that_trained(precision, home):
-    """Training's indices, those of the stage `generator` on it, and those of whoever loads it, are the same."""
+    """Training's indices, those of the stage `generator` on it, and those of whoever loads it, are
+    the same.
+    """
     images, labels = scenes(16)
-    trained = replace(recipe("tiny-joint-no-init"), precision=precision, steps=6, save_every=6, eval_every=6)
+    trained = replace(
+        recipe("tiny-joint-no-init"), precision=precision, steps=6, save_every=6, eval_every=6
+    )
     train(trained, "parent", Runtime(device="cpu", quiet=True))
     parent = State(trained, torch.device("cpu"))
     parent.restore(Run.open("parent"))
     averaged = parent.averages["tokenizer"].module
     with parent.autocast():
         seen = averaged(images).quantized.indices  # as a training step looks at images
-    child = State(replace(recipe("tiny"), tokenizer_run="parent", tokenizer=trained.tokenizer), torch.device("cpu"))
+    child = State(
+        replace(recipe("tiny"), tokenizer_run="parent", tokenizer=trained.tokenizer),
+        torch.device("cpu"),
+    )
     assert torch.equal(child.observe(images, labels).indices, seen)
     assert torch.equal(load_tokenizer("parent").encode(images).flatten(1), seen)
     export(open_checkpoint("parent"), home / "parent.safetensors")

@@ -1,4 +1,6 @@
-"""Paired differences by the closed forms of Student's t with two degrees of freedom; Holm by hand."""
+"""Paired differences by the closed forms of Student's t with two degrees of freedom; Holm by
+hand.
+"""
 
 import math
 
@@ -12,7 +14,9 @@ ERROR = 0.02 / math.sqrt(3)
 
 
 def test_an_interval_is_that_of_students_t():
-    """With two degrees of freedom the quantile of q is (2 q - 1) / sqrt(2 q (1 - q)): 4.30 at 0.975."""
+    """With two degrees of freedom the quantile of q is (2 q - 1) / sqrt(2 q (1 - q)): 4.30 at
+    0.975.
+    """
     half = 0.95 / math.sqrt(2 * 0.975 * 0.025) * ERROR
     assert effect(THREE) == pytest.approx((3, -0.23, 0.02, -0.23 - half, -0.23 + half), abs=1e-12)
     assert str(effect(THREE)) == "-0.23 [-0.28, -0.18]"

@@ -1,7 +1,9 @@
-"""Our networks compute what the public ones do: files written in the public layouts, loaded, against recorded outputs.
+"""Our networks compute what the public ones do: files written in the public layouts, loaded,
+against
+recorded outputs.
 
-tests/parity holds names and shapes of the public layouts (keys), inputs and outputs of the public code (cases), and the rule
-that fills weights from their names (weights.py).
+tests/parity holds names and shapes of the public layouts (keys), inputs and outputs of the public
+code (cases), and the rule that fills weights from their names (weights.py).
 """
 
 import json
@@ -31,11 +33,15 @@ SLOW = pytest.mark.slow
 
 
 def shapes(name):
-    return {n: tuple(s) for n, s in json.loads((PARITY / "keys" / f"{name}.json").read_text()).items()}
+    return {
+        n: tuple(s) for n, s in json.loads((PARITY / "keys" / f"{name}.json").read_text()).items()
+    }
 
 
 def state_dict(name, salt=""):
-    return {n: torch.from_numpy(np.asarray(w)) for n, w in parity_weights(shapes(name), salt).items()}
+    return {
+        n: torch.from_numpy(np.asarray(w)) for n, w in parity_weights(shapes(name), salt).items()
+    }
 
 
 def case(name):
@@ -50,18 +56,25 @@ def assert_close(got, want):
     assert float((got - want).norm() / want.norm()) < 1e-4
 
 
-# -- outputs -----------------------------------------------------------------------------------------------------------
+# -- outputs ---------------------------------------------------------------------------------------
 
 WRAPPED = {  # one wrapping each, of those that the files come in
     "vq16": lambda sd: {"vq": sd, "steps": 400_000, "args": {"lr": 1e-4}},
-    "lfq16": lambda sd: {"state_dict": {f"model_ema.{n.replace('.', '')}": t for n, t in sd.items()}, "global_step": 7},
+    "lfq16": lambda sd: {
+        "state_dict": {f"model_ema.{n.replace('.', '')}": t for n, t in sd.items()},
+        "global_step": 7,
+    },
     "ibq16": lambda sd: sd,
 }
 
 
-@pytest.mark.parametrize("name", ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", marks=SLOW)]
+)
 def test_tokenizer(name, home):
-    """Indices equal; reconstruction, A, soft read-out with its gradient to the image, and every loss term within 1e-4."""
+    """Indices equal; reconstruction, A, soft read-out with its gradient to the image, and every
+    loss term within 1e-4.
+    """
     torch.save(WRAPPED[name](state_dict(name)), home / f"{name}.pt")
     tokenizer, want = gear.load_tokenizer(home / f"{name}.pt"), case(name)
     (home / f"{name}.pt").unlink()
@@ -72,7 +85,11 @@ def test_tokenizer(name, home):
     assert_close(tokenizer.decode(indices), want["recon"])
     affinity = tokenizer.affinity(x)
     assert_close(affinity.flatten(0, 1)[:, :256], want["assignment"])
-    read = Formed(affinity).soft_readout(torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1).flatten(0, 1)
+    read = (
+        Formed(affinity)
+        .soft_readout(torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1)
+        .flatten(0, 1)
+    )
     assert_close(read, want["soft_readout"])
     assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
 
@@ -81,7 +98,9 @@ def test_tokenizer(name, home):
         out, z = tokenizer(x), tokenizer.latents(x)
         rows, mean = tokenizer.quantizer.affinity(z).entropies()
     assert_close(out.reconstruction, want["recon"])
-    losses = {"codebook_loss": torch.tensor(0.0), "commit_loss": torch.tensor(0.0)} | loss_terms(out.quantized)
+    losses = {"codebook_loss": torch.tensor(0.0), "commit_loss": torch.tensor(0.0)} | loss_terms(
+        out.quantized
+    )
     for key, got in {
         "vq_loss": losses["codebook_loss"],
         "commit_loss_scaled": 0.25 * losses["commit_loss"],
@@ -106,14 +125,21 @@ def test_class_conditional_generator(name, home):
     assert_close(hidden[tap][:, ::16, ::8], want["hidden"])
     assert_close(logits[:, ::16, ::97], want["logits"])
     assert_close(logits.logsumexp(-1), want["logsumexp"])
-    assert F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() == pytest.approx(float(want["ntp"]), rel=1e-4)
-    drawn = gear.generator.sampling.generate(generator, classes, cfg_scale=float(want["cfg"]), temperature=0)
+    assert F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() == pytest.approx(
+        float(want["ntp"]), rel=1e-4
+    )
+    drawn = gear.generator.sampling.generate(
+        generator, classes, cfg_scale=float(want["cfg"]), temperature=0
+    )
     assert torch.equal(drawn.flatten(1).int(), want["greedy"])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_text_to_image_hybrid(side, home):
-    torch.save({"ar": state_dict("t2i_small", "live"), "ema": state_dict("t2i_small"), "steps": 3}, home / "t2i.pt")
+    torch.save(
+        {"ar": state_dict("t2i_small", "live"), "ema": state_dict("t2i_small"), "steps": 3},
+        home / "t2i.pt",
+    )
     generator, want = gear.load_generator(home / "t2i.pt"), case("t2i_small")
     assert generator.source == "generator_ema of t2i.pt (LlamaGen, step 3)"
     tokens, mask, tap = want["tokens"], want[f"{side}_mask"], int(want["tap"])
@@ -132,16 +158,28 @@ def test_discriminator(home):
     assert_close(network(want["x"]), want["logits"])
 
 
-# -- names and sizes -------------------------------------------------------------------------------------------------
+# -- names and sizes -------------------------------------------------------------------------------
 
-NAMES = sorted(path.stem for path in (PARITY / "keys").glob("*.json") if path.stem != "orig_llamagen_t2i_XL_256")
-LARGE = {"llamagen_l", "llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_L_256", "orig_llamagen_c2i_XL_256"}
+NAMES = sorted(
+    path.stem
+    for path in (PARITY / "keys").glob("*.json")
+    if path.stem != "orig_llamagen_t2i_XL_256"
+)
+LARGE = {
+    "llamagen_l",
+    "llamagen_xl",
+    "llamagen_t2i_1b",
+    "orig_llamagen_c2i_L_256",
+    "orig_llamagen_c2i_XL_256",
+}
 BY_NAME_ONLY = {"llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_XL_256"}  # 3 and 4 GB each
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_and_shape_is_ours(name):
-    """In both directions: each public name of the layout is one of our tensors, and the reverse, but for extra buffers."""
+    """In both directions: each public name of the layout is one of our tensors, and the reverse,
+    but for extra buffers.
+    """
     public = shapes(name)
     layout = gear.public.layouts.recognise(public, name)
     size, names = layout.fit(public, name)
@@ -156,32 +194,54 @@ def test_every_public_name_and_shape_is_ours(name):
              for n in NAMES if n not in BY_NAME_ONLY]
 )  # fmt: skip
 def test_round_trip_is_bit_identical(name, home):
-    """Public -> ours -> public, in the wrapping that LlamaGen's files have; optional buffers come back where they were."""
+    """Public -> ours -> public, in the wrapping that LlamaGen's files have; optional buffers come
+    back where they were.
+    """
     wanted = state_dict(name)
     if name == "discriminator":
         wanted["main.3.num_batches_tracked"] = torch.tensor(7)  # one is there, two are not
-    wrap = {"discriminator": "discriminator", "projector": "projectors"}.get(name.split("_")[0], "model")
+    wrap = {"discriminator": "discriminator", "projector": "projectors"}.get(
+        name.split("_")[0], "model"
+    )
     torch.save({wrap: wanted}, home / "public.pt")
     export(open_checkpoint(home / "public.pt"), home / "ours.safetensors")
     export(open_checkpoint(home / "ours.safetensors"), home / "again.pt")
     again = torch.load(home / "again.pt", weights_only=True)
     assert again.keys() == {wrap} and again[wrap].keys() == wanted.keys()
-    assert all(torch.equal(again[wrap][n], t) and again[wrap][n].dtype == t.dtype for n, t in wanted.items())
+    assert all(
+        torch.equal(again[wrap][n], t) and again[wrap][n].dtype == t.dtype
+        for n, t in wanted.items()
+    )
     for file in home.glob("*.*"):  # up to 1.4 GB each
         file.unlink()
 
 
-TOKENIZER_PARAMETERS = {"VQ-16": 71_883_403, "VQ-8": 70_109_835, "LFQ-16": 115_094_033, "IBQ-16": 110_982_019}
+TOKENIZER_PARAMETERS = {
+    "VQ-16": 71_883_403,
+    "VQ-8": 70_109_835,
+    "LFQ-16": 115_094_033,
+    "IBQ-16": 110_982_019,
+}
 GENERATOR_PARAMETERS = {
-    "S": 34_210_560, "B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "XXXL": 3_893_027_840,
+    "S": 34_210_560,
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "XXXL": 3_893_027_840,
     "T2I-1B": 1_047_659_040,
-}  # fmt: skip
+}
 
 
 def test_parameters():
-    assert TOKENIZER_PARAMETERS.keys() == TOKENIZERS.keys() and GENERATOR_PARAMETERS.keys() == GENERATORS.keys()
+    assert (
+        TOKENIZER_PARAMETERS.keys() == TOKENIZERS.keys()
+        and GENERATOR_PARAMETERS.keys() == GENERATORS.keys()
+    )
     with torch.device("meta"):
-        networks = {n: Tokenizer(c) for n, c in TOKENIZERS.items()} | {n: Generator(c, 16_384) for n, c in GENERATORS.items()}
+        networks = {n: Tokenizer(c) for n, c in TOKENIZERS.items()} | {
+            n: Generator(c, 16_384) for n, c in GENERATORS.items()
+        }
     for name, count in (TOKENIZER_PARAMETERS | GENERATOR_PARAMETERS).items():
         assert sum(p.numel() for p in networks[name].parameters()) == count, name
 

@@ -1,4 +1,6 @@
-"""Pixels are what a viewer shows: every mode, depth and orientation, in folders, zips and shards alike."""
+"""Pixels are what a viewer shows: every mode, depth and orientation, in folders, zips and shards
+alike.
+"""
 
 import io
 import subprocess
@@ -60,11 +62,27 @@ DEEP = {  # what shows the 16 greys in many depths
     "float TIFF": ("TIFF", Image.fromarray(square_of(GREY / 255).astype(np.float32)), {}),
     "8-bit PNG": ("PNG", Image.fromarray(square_of(GREY).astype(np.uint8)), {}),
     "palette": ("GIF", Image.fromarray(square_of(GREY).astype(np.uint8)).convert("P"), {}),
-    "CMYK": ("TIFF", Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB").convert("CMYK"), {}),
+    "CMYK": (
+        "TIFF",
+        Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB").convert("CMYK"),
+        {},
+    ),
     "grey with alpha": ("PNG", Image.fromarray(square_of(GREY).astype(np.uint8)).convert("LA"), {}),
-    "YCbCr TIFF": ("TIFF", Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB").convert("YCbCr"), {}),
-    "JPEG 2000": ("JPEG2000", Image.fromarray(square_of(GREY).astype(np.uint8)), {"irreversible": False}),
-    "WebP": ("WEBP", Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB"), {"lossless": True}),
+    "YCbCr TIFF": (
+        "TIFF",
+        Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB").convert("YCbCr"),
+        {},
+    ),
+    "JPEG 2000": (
+        "JPEG2000",
+        Image.fromarray(square_of(GREY).astype(np.uint8)),
+        {"irreversible": False},
+    ),
+    "WebP": (
+        "WEBP",
+        Image.fromarray(square_of(GREY).astype(np.uint8)).convert("RGB"),
+        {"lossless": True},
+    ),
     "BMP": ("BMP", Image.fromarray(square_of(GREY).astype(np.uint8)), {}),
     "TGA": ("TGA", Image.fromarray(square_of(GREY).astype(np.uint8)), {}),
     "PCX": ("PCX", Image.fromarray(square_of(GREY).astype(np.uint8)), {}),
@@ -78,7 +96,9 @@ def test_sixteen_greys_are_those_greys_in_any_depth(tmp_path, kind, store):
     extension = {"PPM": "pgm", "JPEG2000": "jp2", "TIFF": "tif"}.get(format, format.lower())
     source = packed(tmp_path / "s", f"0.{extension}", encoded(image, format, **options), store)
     rounding = 1 if kind == "YCbCr TIFF" else 0
-    np.testing.assert_allclose(seen(source).astype(int), np.repeat(square_of(GREY)[..., None], 3, 2), atol=rounding)
+    np.testing.assert_allclose(
+        seen(source).astype(int), np.repeat(square_of(GREY)[..., None], 3, 2), atol=rounding
+    )
 
 
 def test_a_twelve_bit_tiff_and_one_whose_white_is_zero(tmp_path):
@@ -100,22 +120,41 @@ def test_every_orientation_is_undone(tmp_path, kind, orientation):
     """A picture with a red corner at the top left, laid as a camera would note it."""
     upright = np.full((32, 24, 3), 255, np.uint8)
     upright[:16, :12] = (255, 0, 0)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how it was laid: ImageOps' table, turned round
+    undo = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # how it was laid: ImageOps' table, turned round
     laid = Image.fromarray(upright)
     if orientation > 1:
         laid = laid.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    options = (
+        {"quality": 100, "subsampling": 0}
+        if kind == "JPEG"
+        else {"lossless": True}
+        if kind == "WEBP"
+        else {}
+    )
     path = tmp_path / f"0.{kind.lower()}"
     laid.save(path, kind, exif=exif, **options)
     got = seen(path, 24).astype(int)
     assert got.shape == (24, 24, 3)
-    assert abs(got[2, 2] - (255, 0, 0)).max() < 12 and abs(got[2, 21] - 255).max() < 12 and abs(got[21, 2] - 255).max() < 12
+    assert (
+        abs(got[2, 2] - (255, 0, 0)).max() < 12
+        and abs(got[2, 21] - 255).max() < 12
+        and abs(got[21, 2] - 255).max() < 12
+    )
 
 
 @pytest.mark.parametrize("image", (
-    Image.fromarray(np.dstack([np.zeros((16, 16, 3), np.uint8), square_of(255 - GREY).astype(np.uint8)])),  # RGBA
+    # RGBA
+    Image.fromarray(np.dstack([np.zeros((16, 16, 3), np.uint8), square_of(255 - GREY).astype(np.uint8)])),
     Image.fromarray(np.dstack([np.zeros((16, 16), np.uint8), square_of(255 - GREY).astype(np.uint8)]), "LA"),
 ), ids=("RGBA", "LA"))  # fmt: skip
 def test_what_is_transparent_lies_over_white(tmp_path, image):
@@ -131,7 +170,9 @@ def test_transparent_colours_of_a_palette_and_of_a_png_lie_over_white(tmp_path):
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "p.png", transparency=1)
     palette.save(tmp_path / "p.gif", transparency=1)
-    Image.fromarray(np.repeat(halves[..., None] * 9, 3, 2)).save(tmp_path / "rgb.png", transparency=(9, 9, 9))
+    Image.fromarray(np.repeat(halves[..., None] * 9, 3, 2)).save(
+        tmp_path / "rgb.png", transparency=(9, 9, 9)
+    )
     for name, colour in (("p.png", (10, 20, 30)), ("p.gif", (10, 20, 30)), ("rgb.png", (0, 0, 0))):
         got = seen(tmp_path / name)
         assert tuple(got[0, 0]) == colour and tuple(got[0, 15]) == (255, 255, 255), name
@@ -149,7 +190,9 @@ def test_pixels_without_a_known_white_are_an_error_that_says_so(tmp_path, image,
 
 
 def test_a_damaged_note_of_the_camera_costs_no_pixels(tmp_path):
-    Image.fromarray(np.full((16, 16, 3), 77, np.uint8)).save(tmp_path / "0.png", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff")
+    Image.fromarray(np.full((16, 16, 3), 77, np.uint8)).save(
+        tmp_path / "0.png", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff"
+    )
     assert (seen(tmp_path / "0.png") == 77).all()
 
 
@@ -163,7 +206,7 @@ def test_a_movie_shows_its_first_frame(tmp_path):
             assert described(image)["frames"] == 3
 
 
-# -- which files are images ---------------------------------------------------------------------------------------
+# -- which files are images ------------------------------------------------------------------------
 
 
 def test_a_file_is_an_image_by_its_content_whatever_it_is_called(tmp_path):
@@ -181,11 +224,13 @@ def test_a_file_is_an_image_by_its_content_whatever_it_is_called(tmp_path):
         assert why_no_image(name, None) == ("hidden by a system", False), name
 
 
-# -- size and memory ----------------------------------------------------------------------------------------------
+# -- size and memory -------------------------------------------------------------------------------
 
 
 def test_a_sliver_is_cut_before_it_is_enlarged(tmp_path):
-    """Its pixels are those of the whole enlarged image, but for rounding; its memory is that of any image."""
+    """Its pixels are those of the whole enlarged image, but for rounding; its memory is that of any
+    image.
+    """
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (200, 9, 3), np.uint8))
     for name, resample in list(INTERPOLATIONS.items())[:2]:
@@ -199,10 +244,20 @@ def test_a_sliver_is_cut_before_it_is_enlarged(tmp_path):
     assert abs(square(wide, 32, Image.Resampling.BICUBIC).astype(int) - plain).max() <= 1
     Image.fromarray(rng.integers(0, 256, (12_000, 2, 3), np.uint8)).save(tmp_path / "sliver.png")
     Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / "plain.png")
-    code = "import resource, sys; from gear.data import DataConfig, load; load(DataConfig(sys.argv[1], 256), 'all'); "
+    code = (
+        "import resource, sys; from gear.data import DataConfig, load; "
+        "load(DataConfig(sys.argv[1], "
+        ""
+        ""
+        "256), 'all'); "
+    )
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = [
-        int(subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True
+            ).stdout
+        )
         for name in ("sliver.png", "plain.png")
     ]
     assert peaks[0] < 1.1 * peaks[1]
@@ -213,7 +268,10 @@ def test_a_colour_profile_is_named(tmp_path):
     for name, content in (("good.png", profile), ("bad.png", b"no profile at all")):
         Image.new("RGB", (16, 16)).save(tmp_path / name, icc_profile=content)
     with Image.open(tmp_path / "good.png") as good, Image.open(tmp_path / "bad.png") as bad:
-        assert "sRGB" in described(good)["profile"] and described(bad)["profile"] == "a profile that cannot be read"
+        assert (
+            "sRGB" in described(good)["profile"]
+            and described(bad)["profile"] == "a profile that cannot be read"
+        )
 
 
 def test_a_clear_grey_of_sixteen_bits_lies_over_white_and_an_orientation_of_nine_is_none(tmp_path):

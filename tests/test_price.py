@@ -1,4 +1,6 @@
-"""A dry run's numbers: against formulas, the networks' known sizes, and a real step; and it touches nothing."""
+"""A dry run's numbers: against formulas, the networks' known sizes, and a real step; and it touches
+nothing.
+"""
 
 from dataclasses import replace
 
@@ -21,13 +23,17 @@ L, K = 256, 16_384
 
 
 def linear(config, layers):
-    """FLOPs of one image in the matrices of so many blocks: attention's four of D x D, the feed-forward's three of D x F."""
+    """FLOPs of one image in the matrices of so many blocks: attention's four of D x D, the
+    feed-forward's three of D x F.
+    """
     hidden = {768: 2048, 1024: 2816, 1280: 3584}[config.width]
     return layers * 2 * L * (4 * config.width**2 + 3 * config.width * hidden)
 
 
 def attention(config, layers):
-    return layers * 2 * 2 * L**2 * config.width  # q k and its product with v, over all pairs of positions
+    return (
+        layers * 2 * 2 * L**2 * config.width
+    )  # q k and its product with v, over all pairs of positions
 
 
 def passes(name):
@@ -47,8 +53,12 @@ def test_generator_against_its_formula(size):
     assert guidance.forward == products + pairs
     assert guidance.backward == products + 2.5 * pairs  # to the input alone
     readout = found["tokenizer", "read-out"].count
-    assert readout.forward == 2 * L * K * (config.width + 8)  # A, of codes of eight dimensions, is formed again
-    assert readout.backward == 2 * L * K * (config.width + 3 * 8)  # and once more; latents and codes each have a gradient
+    assert readout.forward == 2 * L * K * (
+        config.width + 8
+    )  # A, of codes of eight dimensions, is formed again
+    assert readout.backward == 2 * L * K * (
+        config.width + 3 * 8
+    )  # and once more; latents and codes each have a gradient
 
 
 def test_projector_discriminator_and_quantizer_against_their_formulas():
@@ -56,21 +66,42 @@ def test_projector_discriminator_and_quantizer_against_their_formulas():
     weights = 1024 * 2048 + 2048**2 + 2048 * 768
     assert found["generator", "projector"].count[:2] == (2 * L * weights, 4 * L * weights)
     assert found["tokenizer", "projector"].count[:2] == (2 * L * weights, 2 * L * weights)
-    convolutions = [(3, 64, 128), (64, 128, 64), (128, 256, 32), (256, 512, 31), (512, 1, 30)]  # from, to, side of the output
+    convolutions = [
+        (3, 64, 128),
+        (64, 128, 64),
+        (128, 256, 32),
+        (256, 512, 31),
+        (512, 1, 30),
+    ]  # from, to, side of the output
     forward = sum(2 * a * b * 16 * side**2 for a, b, side in convolutions)
     judged, trained = (found[update, "discriminator"] for update in ("tokenizer", "discriminator"))
-    assert judged.count.forward == trained.count.forward == forward and judged.count.backward == forward
+    assert (
+        judged.count.forward == trained.count.forward == forward
+        and judged.count.backward == forward
+    )
     first = 2 * 3 * 64 * 16 * 128**2  # needs no gradient of an image
-    assert trained.count.backward == 2 * forward - first and trained.training == 2 * (3 * forward - first)
-    assert found["tokenizer", "quantizer"].count[:2] == (2 * L * K * 8, 6 * L * K * 8)  # A once, and in backward thrice
-    assert found["tokenizer", "quantizer"].precision == found["tokenizer", "read-out"].precision == "float32"
+    assert trained.count.backward == 2 * forward - first and trained.training == 2 * (
+        3 * forward - first
+    )
+    assert found["tokenizer", "quantizer"].count[:2] == (
+        2 * L * K * 8,
+        6 * L * K * 8,
+    )  # A once, and in backward thrice
+    assert (
+        found["tokenizer", "quantizer"].precision
+        == found["tokenizer", "read-out"].precision
+        == "float32"
+    )
 
 
 @pytest.mark.parametrize(
     "name, wanted",
     [
         ("imagenet256-b-joint", {"generator": 110_888_448, "projector": 7_344_896}),
-        ("imagenet256-l-joint", {"generator": 342_910_976, "projector": 7_869_184, "teacher": 86_579_712}),
+        (
+            "imagenet256-l-joint",
+            {"generator": 342_910_976, "projector": 7_869_184, "teacher": 86_579_712},
+        ),
         ("imagenet256-xl-joint", {"generator": 774_699_520, "projector": 8_393_472}),
     ],
 )
@@ -84,7 +115,11 @@ def test_parameters_are_the_known_ones(name, wanted):
 def test_the_other_tokenizers_are_whole(kind, wanted):
     config = RECIPES[f"imagenet256-l-{kind}-joint"]
     assert config.tokenizer == TOKENIZERS[f"{kind.upper()}-16"]
-    found = [counts.parameters(*work) for part in ("encoder", "quantizer", "decoder") for work in price.works(config)[part]]
+    found = [
+        counts.parameters(*work)
+        for part in ("encoder", "quantizer", "decoder")
+        for work in price.works(config)[part]
+    ]
     assert sum(found) == wanted
 
 
@@ -102,7 +137,9 @@ def test_a_real_step_does_as_much(name, tiny):
         batch = state.observe(images, labels)
         for update in STAGES[config.stage].updates:
             update(state, batch)
-    assert counter.get_total_flops() / 4 == pytest.approx(sum(p.training for p in price.price(config).passes), rel=1e-3)
+    assert counter.get_total_flops() / 4 == pytest.approx(
+        sum(p.training for p in price.price(config).passes), rel=1e-3
+    )
     held = {n: sum(p.numel() for p in m.parameters()) for n, m in state.networks.items()}
     found = price.price(config).parameters
     assert held["tokenizer"] == found["encoder"] + found["quantizer"] + found["decoder"]
@@ -110,7 +147,9 @@ def test_a_real_step_does_as_much(name, tiny):
 
 
 def test_a_real_step_keeps_as_much(tiny):
-    """Activations: what autograd keeps in the tokenizer's update of a joint step, of eight images more than of four."""
+    """Activations: what autograd keeps in the tokenizer's update of a joint step, of eight images
+    more than of four.
+    """
     config, sizes = change(recipe("tiny-joint"), dict(objective=dict(gan_start=0.0))), []
     for n in (4, 8):
         state, kept = State(config, torch.device("cpu")), {}
@@ -120,7 +159,9 @@ def test_a_real_step_keeps_as_much(tiny):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            STAGES["joint"].updates[0](state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)))
+            STAGES["joint"].updates[0](
+                state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long))
+            )
         sizes.append(sum(storage.nbytes() for storage in kept.values()))
     assert (sizes[1] - sizes[0]) / 4 == pytest.approx(price.price(config).saved, rel=0.05)
 
@@ -151,7 +192,17 @@ def test_a_dry_run_needs_and_leaves_nothing(home, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(home)
     before = torch.get_rng_state()
-    main(["train", "imagenet100-128-gear-s3", "--dry-run", "--gpu", "rtx4090", "--utilisation", "0.2"])
+    main(
+        [
+            "train",
+            "imagenet100-128-gear-s3",
+            "--dry-run",
+            "--gpu",
+            "rtx4090",
+            "--utilisation",
+            "0.2",
+        ]
+    )
     said = capsys.readouterr().out
     for name in ("tokenizer", "joint", "gear"):
         assert f"imagenet100-128-{name}-s3: stage " in said
@@ -170,7 +221,19 @@ def test_classes_are_those_of_a_folder_that_is_there(home, capsys):
         (home / "photos" / name).mkdir(parents=True)
         for i in range(10):
             (home / "photos" / name / f"{i}.png").write_bytes(b"")
-    main(["train", "tiny", "--source", str(home / "photos"), "--label", "photos", "--dry-run", "--gpu", "cpu"])
+    main(
+        [
+            "train",
+            "tiny",
+            "--source",
+            str(home / "photos"),
+            "--label",
+            "photos",
+            "--dry-run",
+            "--gpu",
+            "cpu",
+        ]
+    )
     said = capsys.readouterr().out
     assert said.count("num_classes 3") == 3 and "tiny-joint-photos: stage joint" in said
     assert "hours on a cpu: not known" in said and "all on one" not in said
@@ -180,7 +243,11 @@ def test_what_is_finished_costs_nothing(tiny, capsys):
     (tiny / "tiny" / "checkpoints" / "0000024").rename(tiny / "gone")
     main(["train", "tiny", "--dry-run"])
     said = capsys.readouterr().out
-    assert "tiny-tokenizer: finished" in said and "tiny-joint: finished" in said and "tiny: stage generator" in said
+    assert (
+        "tiny-tokenizer: finished" in said
+        and "tiny-joint: finished" in said
+        and "tiny: stage generator" in said
+    )
 
 
 def test_a_batch_in_parts_takes_less(home, capsys):
@@ -200,13 +267,24 @@ def test_several_runs_share_their_parents(home, capsys):
         (["--utilisation", "0"], "utilisation is 0.0"),
         (["--image-size", "250"], "not divisible"),
         (["--teacher", "dinov2-x", "--label", "x"], "unknown teacher 'dinov2-x'"),
-        (["--teacher", "siglip2-b", "--image-size", "224", "--label", "x"], "cannot match the grid"),
+        (
+            ["--teacher", "siglip2-b", "--image-size", "224", "--label", "x"],
+            "cannot match the grid",
+        ),
     ],
 )
 def test_mistakes_are_found(options, said, home, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "imagenet256-l-tokenizer" if "--image-size" in options[:1] else "imagenet256-l-joint-no-init",
-              *options, "--dry-run"])  # fmt: skip
+        main(
+            [
+                "train",
+                "imagenet256-l-tokenizer"
+                if "--image-size" in options[:1]
+                else "imagenet256-l-joint-no-init",
+                *options,
+                "--dry-run",
+            ]
+        )
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -214,20 +292,33 @@ def test_training_without_the_images_says_what_to_give(home, capsys):
     with pytest.raises(SystemExit):
         main(["train", "imagenet256-l-gear-s0"])
     said = capsys.readouterr().err
-    assert "--source: there are no images at 'imagenet'. A folder, a zip or tar shards of images is expected" in said
+    assert (
+        "--source: there are no images at 'imagenet'. A folder, a zip or tar shards of images is "
+        "expected" in said
+    )
 
 
-QUICK = {"tiny", "scenes-gear", "imagenet256-l-gear", "imagenet256-l-joint-naive", "teacher-scenes"}  # the rest: two minutes
+QUICK = {
+    "tiny",
+    "scenes-gear",
+    "imagenet256-l-gear",
+    "imagenet256-l-joint-naive",
+    "teacher-scenes",
+}  # the rest: two minutes
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES]
+)
 def test_every_recipe_has_a_price(name, home, capsys):
     dry_run(plan(RECIPES[name], dry=True))
     assert "all on one h100" in capsys.readouterr().out and list(home.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher", ["dinov2-l", "dinov3-b", "siglip2-b", "vjepa2-l", "clip-l", "dinov2-b@8,siglip2-b"])
+@pytest.mark.parametrize(
+    "teacher", ["dinov2-l", "dinov3-b", "siglip2-b", "vjepa2-l", "clip-l", "dinov2-b@8,siglip2-b"]
+)
 def test_every_public_teacher_has_a_price(teacher):
     cost = price.price(replace(RECIPES["imagenet256-b-joint"], teacher=teacher))
     assert cost.parameters["teacher"] > 80e6 and cost.passes[0].count.forward > 40e9
@@ -242,7 +333,8 @@ GIGABYTE = 1e9
 
 
 @pytest.mark.parametrize(
-    "images, room, parts", [(256, 256, 1), (256, 255, 2), (256, 60, 8), (6, 3, 2), (7, 6, 7), (8, 0, None)]
+    "images, room, parts",
+    [(256, 256, 1), (256, 255, 2), (256, 60, 8), (6, 3, 2), (7, 6, 7), (8, 0, None)],
 )
 def test_a_batch_goes_in_as_few_parts_as_fit(images, room, parts):
     assert price.fewest_parts(images, room) == parts
@@ -257,12 +349,25 @@ def test_parts_are_chosen_from_the_memory_there_is():
         parts = price.parts_that_fit(config, 256, 80 * GIGABYTE, cost.is_compiled)
         assert cost.memory(256 // parts) <= 0.9 * 80 * GIGABYTE < cost.memory(2 * 256 // parts)
     assert price.parts_that_fit(config, 256, 1e15, True) == 1
-    with pytest.raises(UserError, match=r"one image at once needs 5\.\d GB, and 90% of 5\.0 GB are to be had: take a smaller"):
+    with pytest.raises(
+        UserError,
+        match=r"one image at once needs 5\.\d GB, and 90% of 5\.0 GB are to be had: take a smaller",
+    ):
         price.parts_that_fit(config, 256, 5 * GIGABYTE, True)
 
 
 def test_auto_parts_are_those_of_the_gpu(home, capsys):
-    main(["train", "imagenet100-128-tokenizer", "--dry-run", "--accumulate", "auto", "--gpu", "rtx4090"])
+    main(
+        [
+            "train",
+            "imagenet100-128-tokenizer",
+            "--dry-run",
+            "--accumulate",
+            "auto",
+            "--gpu",
+            "rtx4090",
+        ]
+    )
     said = capsys.readouterr().out
     assert "rtx4090, 24 GB: that fits" in said and "GB held + 64 images x " in said
 

@@ -1,4 +1,6 @@
-"""The probe: its numbers are those of the functions it is made of, for runs and files, and it says what cannot be compared."""
+"""The probe: its numbers are those of the functions it is made of, for runs and files, and it says
+what cannot be compared.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,14 @@ from gear.tokenizer.model import Tokenizer
 
 N, K, TAU = 12, 5, 0.05
 CONFIG = DataConfig("scenes", 32)
-SMALL = TokenizerConfig(codebook_size=64, code_dim=4, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1)
+SMALL = TokenizerConfig(
+    codebook_size=64,
+    code_dim=4,
+    channels=8,
+    channel_mult=(1, 2, 2),
+    latent_channels=16,
+    res_blocks=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,9 @@ def tokenizer_file(path, **changes):
 
 
 def generator_file(path, codebook_size=64, **changes):
-    config = GeneratorConfig(64, layers=3, heads=1, tap_layer=1, condition_rotation="zero", **changes)
+    config = GeneratorConfig(
+        64, layers=3, heads=1, tap_layer=1, condition_rotation="zero", **changes
+    )
     return write(path, "generator", Generator(config, codebook_size), (config, codebook_size))
 
 
@@ -60,7 +71,9 @@ def value(table, metric, level, layer=None):
     return (chosen if layer is None else chosen[chosen.layer == layer]).value.item()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(quantizer="lfq", backbone="magvit2", code_dim=6), dict(quantizer="ibq")])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(quantizer="lfq", backbone="magvit2", code_dim=6), dict(quantizer="ibq")]
+)
 def test_numbers_are_those_of_the_functions_they_are_made_of(changes, images):
     """Whatever the quantizer; taken a few images at a time, means are those over all."""
     torch.manual_seed(0)
@@ -70,14 +83,26 @@ def test_numbers_are_those_of_the_functions_they_are_made_of(changes, images):
     assert torch.equal(indices, tokenizer.encode(pictures))
     with torch.no_grad():
         decoded, affinity = tokenizer.decode(indices), tokenizer.affinity(pictures).flatten(0, 1)
-    assert value(table, "psnr", "image") == pytest.approx(psnr(decoded, pictures).mean().item(), rel=1e-5)
-    assert value(table, "l1", "image") == pytest.approx(l1(decoded, pictures).mean().item(), rel=1e-5)
+    assert value(table, "psnr", "image") == pytest.approx(
+        psnr(decoded, pictures).mean().item(), rel=1e-5
+    )
+    assert value(table, "l1", "image") == pytest.approx(
+        l1(decoded, pictures).mean().item(), rel=1e-5
+    )
     used = codes.usage(indices, 64)
-    assert value(table, "usage_entropy", "codes") == used.entropy and value(table, "usage_dead", "codes") == used.dead
+    assert (
+        value(table, "usage_entropy", "codes") == used.entropy
+        and value(table, "usage_dead", "codes") == used.dead
+    )
     ranks = table[table.level == "rank"]
-    assert ranks.value.tolist() == [used.top_mass[int(m) - 1].item() for m in ranks.x] and ranks.x.iloc[-1] == 64
+    assert (
+        ranks.value.tolist() == [used.top_mass[int(m) - 1].item() for m in ranks.x]
+        and ranks.x.iloc[-1] == 64
+    )
     for name, tau in (("assignment_tau", TAU), ("assignment_one", 1.0)):
-        assert value(table, name, "token") == pytest.approx(codes.assignment(affinity, tau).entropy, rel=1e-4)
+        assert value(table, name, "token") == pytest.approx(
+            codes.assignment(affinity, tau).entropy, rel=1e-4
+        )
         curve = table[(table.metric == name) & (table.level == "quantile")].set_index("x").value
         assert curve.is_monotonic_increasing and curve[0] <= value(table, name, "token") <= curve[1]
     expected = tokenizer_table(tokenizer_features(tokenizer, pictures), target, K)
@@ -88,11 +113,18 @@ def test_numbers_are_those_of_the_functions_they_are_made_of(changes, images):
 def test_a_run_and_the_file_it_is_exported_to_are_one_tokenizer_under_two_names(tiny, home, images):
     export(open_checkpoint("tiny-joint"), home / "mine.safetensors")
     run, file = probe.open_tokenizers("tiny-joint", "", str(home / "mine.safetensors"))
-    assert (run.name, run.step, run.config_hash) == ("tiny-joint", 24, Run.open("tiny-joint").config_hash)
+    assert (run.name, run.step, run.config_hash) == (
+        "tiny-joint",
+        24,
+        Run.open("tiny-joint").config_hash,
+    )
     digest = hashlib.sha256((home / "mine.safetensors").read_bytes()).hexdigest()
     assert (file.name, file.step, file.config_hash) == ("mine.safetensors", 24, digest[:12])
     assert (run.trained_on, file.trained_on, run.stride) == ("scenes", None, 4)
-    tables = [probe.probe_tokenizer(subject.tokenizer, images[0], TAU, None, K)[1] for subject in (run, file)]
+    tables = [
+        probe.probe_tokenizer(subject.tokenizer, images[0], TAU, None, K)[1]
+        for subject in (run, file)
+    ]
     pd.testing.assert_frame_equal(*tables)
 
 
@@ -122,7 +154,9 @@ def test_generator_layers_are_read_with_its_own_tokenizer_and_the_images_classes
     target = teacher_features(load_scenes_teacher(), pictures)
     table = probe.probe_generator(reader, pictures, labels, target, K)
     assert table.layer.unique().tolist() == [0, 1, 3]
-    hidden = generator_features(load_generator("tiny"), load_tokenizer("tiny"), pictures, labels, [0, 1, 3])
+    hidden = generator_features(
+        load_generator("tiny"), load_tokenizer("tiny"), pictures, labels, [0, 1, 3]
+    )
     pd.testing.assert_frame_equal(table, profile(hidden, target, K), rtol=1e-3)
 
 
@@ -137,16 +171,25 @@ def test_a_generator_from_elsewhere_is_given_no_class(tiny, home, images):
 
 def test_what_cannot_be_read_together_is_said(home, images):
     tokenizer = load_tokenizer(tokenizer_file(home / "vq.pt"))
-    with pytest.raises(UserError, match="'.*t2i.pt' is conditioned on captions, which images do not have: give a generator of"):
+    with pytest.raises(
+        UserError,
+        match="'.*t2i.pt' is conditioned on captions, which images do not have: give a generator of",
+    ):
         probe.open_generator(generator_file(home / "t2i.pt", text_slots=300, text_dim=8), tokenizer)
-    with pytest.raises(UserError, match="c2i.pt' knows 32 codes, tokenizer of vq.pt .* has 64: give the one it reads"):
+    with pytest.raises(
+        UserError,
+        match="c2i.pt' knows 32 codes, tokenizer of vq.pt .* has 64: give the one it reads",
+    ):
         probe.open_generator(generator_file(home / "c2i.pt", codebook_size=32), tokenizer)
     with pytest.raises(UserError, match="tau is 0.0: it has to be at least 1e-06"):
         probe.probe_tokenizer(tokenizer, images[0], 0.0, None, K)
     with pytest.raises(UserError, match="count is 1: it has to be at least 2"):
         probe.load_images(CONFIG, 1)
     for k in (0, 63):
-        with pytest.raises(UserError, match=f"with 64 tokens an image: k is {k}: it has to be at least 1 and at most 62"):
+        with pytest.raises(
+            UserError,
+            match=f"with 64 tokens an image: k is {k}: it has to be at least 1 and at most 62",
+        ):
             probe.teacher_targets("", CONFIG, images[0], [4], k)
 
 
@@ -154,25 +197,42 @@ def test_targets_lie_on_the_grid_of_each_tokenizer_or_the_teacher_is_refused(ima
     targets = probe.teacher_targets("scenes", CONFIG, images[0], [4, 4], K)
     assert list(targets) == [4] and torch.equal(targets[4], load_scenes_teacher()(images[0]))
     assert probe.teacher_targets("", CONFIG, images[0], [8, 4], K) == {4: None, 8: None}
-    with pytest.raises(UserError, match="the teacher sees 32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens"):
+    with pytest.raises(
+        UserError, match="the teacher sees 32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens"
+    ):
         probe.teacher_targets("scenes", CONFIG, images[0], [4, 8], K)
-    with pytest.raises(UserError, match="36 x 36 is not divisible by the tokenizer's downsampling 8"):
+    with pytest.raises(
+        UserError, match="36 x 36 is not divisible by the tokenizer's downsampling 8"
+    ):
         probe.teacher_targets("", replace(CONFIG, image_size=36), images[0], [8], K)
 
 
 def test_without_a_teacher_maps_are_described_and_nothing_is_aligned(images):
     tokenizer = Tokenizer(SMALL).eval()
     _, alone = probe.probe_tokenizer(tokenizer, images[0], TAU, None, K)
-    _, beside = probe.probe_tokenizer(tokenizer, images[0], TAU, load_scenes_teacher()(images[0]), K)
-    assert set(alone.metric) == set(beside.metric) - {"cka", "cknna"} and "teacher" not in set(alone.layer)
+    _, beside = probe.probe_tokenizer(
+        tokenizer, images[0], TAU, load_scenes_teacher()(images[0]), K
+    )
+    assert set(alone.metric) == set(beside.metric) - {"cka", "cknna"} and "teacher" not in set(
+        alone.layer
+    )
     for metric in ("moran", "high_frequency"):
         assert value(alone, metric, "map", "pre") == value(beside, metric, "map", "pre")
 
 
 def test_the_notebook_takes_a_public_file_alone(home):
-    """No other, no generator, no teacher: a figure with the file's name, step and hash, and without the panels of alignment."""
+    """No other, no generator, no teacher: a figure with the file's name, step and hash, and without
+    the panels of alignment.
+    """
     path = home / "vq.pt"
-    given = {"checkpoint": tokenizer_file(path), "other": "", "generator": "", "teacher": "", "count": 8, "k": 5}
+    given = {
+        "checkpoint": tokenizer_file(path),
+        "other": "",
+        "generator": "",
+        "teacher": "",
+        "count": 8,
+        "k": 5,
+    }
     executed = render.execute("probe", given)
     head, *_ = (home / "figures" / "data" / "probe.csv").read_text().splitlines()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -186,7 +246,11 @@ def test_a_figure_of_what_is_no_run_has_its_provenance_and_face(home):
     subject = probe.Subject("vq.pt", None, "0123456789ab", None, None)
     fig, (axis,) = figures.panels("a")
     axis.plot([1, 2])
-    figures.save(fig, "test", [subject], pd.DataFrame({"x": [1.0]}), n="8", interval="none", face="8 images")
+    figures.save(
+        fig, "test", [subject], pd.DataFrame({"x": [1.0]}), n="8", interval="none", face="8 images"
+    )
     head = (home / "figures" / "data" / "test.csv").read_text().splitlines()[0]
-    assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": None, "config": "0123456789ab"}}
+    assert json.loads(head.removeprefix("# "))["runs"] == {
+        "vq.pt": {"step": None, "config": "0123456789ab"}
+    }
     assert fig.get_supxlabel() == "8 images\nn: 8. interval: none. null: none."

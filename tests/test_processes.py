@@ -1,4 +1,6 @@
-"""A batch in parts, and in processes, is the same step as the batch whole; what is switched on beside it changes nothing."""
+"""A batch in parts, and in processes, is the same step as the batch whole; what is switched on
+beside it changes nothing.
+"""
 
 import json
 import os
@@ -28,13 +30,18 @@ IMAGES, LABELS = scenes(8)
 
 def small(name, **changes):
     """A recipe of three steps, every one logged; the adversarial term sets in at the last."""
-    return replace(recipe(name), **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes)
+    return replace(
+        recipe(name), **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes
+    )
 
 
 def logged(run):
     """Return {step: {term: value}} of what a run logged of its losses."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: {k: v for k, v in r.items() if k.endswith("_loss") and not k.startswith("val/")} for r in lines}
+    return {
+        r["step"]: {k: v for k, v in r.items() if k.endswith("_loss") and not k.startswith("val/")}
+        for r in lines
+    }
 
 
 def assert_same_losses(one, other, terms):
@@ -42,7 +49,10 @@ def assert_same_losses(one, other, terms):
     for step in range(1, STEPS + 1):
         assert one[step].keys() == other[step].keys()
         for term in one[step]:
-            assert one[step][term] == pytest.approx(other[step][term], rel=1e-5, abs=1e-6), (step, term)
+            assert one[step][term] == pytest.approx(other[step][term], rel=1e-5, abs=1e-6), (
+                step,
+                term,
+            )
 
 
 def assert_same_weights(one, other):
@@ -50,16 +60,25 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
         scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
-        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, key  # Adam's first steps are signs of the gradient
+        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, (
+            key
+        )  # Adam's first steps are signs of the gradient
 
 
 TERMS = {
     "tiny-joint": {
-        "recon_loss", "codebook_loss", "commit_loss", "entropy_loss", "gan_loss", "soft_align_loss", "disc_loss", "ntp_loss",
+        "recon_loss",
+        "codebook_loss",
+        "commit_loss",
+        "entropy_loss",
+        "gan_loss",
+        "soft_align_loss",
+        "disc_loss",
+        "ntp_loss",
         "align_loss",
     },
     "tiny": {"ntp_loss", "align_loss"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -74,10 +93,16 @@ def test_a_batch_in_parts_is_the_same_step(name, tiny):
 
 @pytest.mark.parametrize("quantizer", ("vq", "ibq", "lfq"))
 def test_gradients_of_parts_add_up(quantizer):
-    """What the optimizers are given is the same in float64; the entropy term, at a temperature of .01, magnifies rounding."""
+    """What the optimizers are given is the same in float64; the entropy term, at a temperature of
+    .01, magnifies rounding.
+    """
     got = {}
     for parts in (1, 2, 8):
-        state = tiny_state(tokenizer=dict(quantizer=quantizer, code_dim=6, codebook_size=64), batch_size=8, parts=parts)
+        state = tiny_state(
+            tokenizer=dict(quantizer=quantizer, code_dim=6, codebook_size=64),
+            batch_size=8,
+            parts=parts,
+        )
         for module in [*state.networks.values(), state.teacher_features]:
             module.double()
         for module in state.generator.modules():
@@ -86,19 +111,25 @@ def test_gradients_of_parts_add_up(quantizer):
         for batch in state.batches(IMAGES.double(), LABELS):
             for update in STAGES["joint"].updates:
                 update(state, batch)
-        got[parts] = {n: torch.cat([g.flatten() for g in o.gradients]) for n, o in state.optimizers.items()}
+        got[parts] = {
+            n: torch.cat([g.flatten() for g in o.gradients]) for n, o in state.optimizers.items()
+        }
     for parts in (2, 8):
         for name, gradient in got[1].items():
             assert (got[parts][name] - gradient).norm() < 1e-6 * gradient.norm(), (parts, name)
 
 
 def test_the_entropy_is_that_of_the_whole_batch():
-    """Without what a Batch tells of the others, the parts' own entropies are averaged, which is another number."""
+    """Without what a Batch tells of the others, the parts' own entropies are averaged, which is
+    another number.
+    """
     state = tiny_state(batch_size=8, parts=4)
     entire = entropy_loss(*state.tokenizer(IMAGES).quantized.entropies)
     batches = list(state.batches(IMAGES, LABELS))
     parts, alone = (
-        torch.stack([entropy_loss(*b.tokenized.quantized.entropies, mean_use(b)) for b in batches]).mean()
+        torch.stack(
+            [entropy_loss(*b.tokenized.quantized.entropies, mean_use(b)) for b in batches]
+        ).mean()
         for mean_use in (lambda b: b.mean_use, lambda b: None)
     )
     assert parts.item() == pytest.approx(entire.item(), abs=1e-5)
@@ -119,7 +150,9 @@ def test_parts_draw_dropout_of_their_own_and_labels_of_the_batch():
 def test_recomputing_activations_changes_no_byte(tiny):
     train(small("tiny-joint"), "kept", QUIET)
     train(small("tiny-joint"), "recomputed", replace(QUIET, checkpointing=True))
-    assert (tiny / "kept" / "metrics.jsonl").read_bytes() == (tiny / "recomputed" / "metrics.jsonl").read_bytes()
+    assert (tiny / "kept" / "metrics.jsonl").read_bytes() == (
+        tiny / "recomputed" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_recomputing_activations_keeps_less():
@@ -128,8 +161,12 @@ def test_recomputing_activations_keeps_less():
     def saved(checkpointing):
         state, kept = tiny_state(batch_size=8, checkpointing=checkpointing), []
         state.generator.train()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-            state.generator.logits(state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3])
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.append(t.numel()), t)[1], lambda t: t
+        ):
+            state.generator.logits(
+                state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3]
+            )
             state.tokenizer(IMAGES)
         return sum(kept)
 
@@ -164,7 +201,15 @@ def test_bf16_trains_and_quantises_in_float32(tiny):
 
 def torchrun(processes, *arguments):
     """Run `gear train` with these arguments, or a script."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        "0",
+    ]
     training = ["-m", "gear", "train", *arguments, "--quiet", "--device", "cpu", "--threads", "1"]
     command += ["--standalone", *(arguments if arguments[0].endswith(".py") else training)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -174,7 +219,9 @@ def torchrun(processes, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_two_processes_are_one_with_twice_the_batch(name, tiny):
-    """Over gloo, under torchrun: the same command, each process half of the rows; then it resumes, too."""
+    """Over gloo, under torchrun: the same command, each process half of the rows; then it resumes,
+    too.
+    """
     pytest.importorskip("lightning_fabric")
     config = small(name)
     changes = ["--steps", "3", "--log-every", "1", "--eval-every", "3", "--save-every", "3"]
@@ -184,16 +231,35 @@ def test_two_processes_are_one_with_twice_the_batch(name, tiny):
     assert_same_losses(logged(tiny / "alone"), logged(tiny / "two"), TERMS[name])
     one, two = (json.loads((tiny / n / "config.json").read_text()) for n in ("alone", "two"))
     assert one == two
-    assert len(logged(tiny / "two")) == len((tiny / "two" / "metrics.jsonl").read_text().splitlines())  # one writes
+    assert len(logged(tiny / "two")) == len(
+        (tiny / "two" / "metrics.jsonl").read_text().splitlines()
+    )  # one writes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, beside", [("tiny-joint", ["--accumulate", "2", "--checkpointing"]), ("tiny", [])])
+@pytest.mark.parametrize(
+    "name, beside", [("tiny-joint", ["--accumulate", "2", "--checkpointing"]), ("tiny", [])]
+)
 def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
-    """FSDP2 over gloo: losses, a checkpoint's names and shapes, weights; it goes on whole, and a whole one goes on spread."""
+    """FSDP2 over gloo: losses, a checkpoint's names and shapes, weights; it goes on whole, and a
+    whole one goes on spread.
+    """
     pytest.importorskip("lightning_fabric")
     config, runtime = small(name, save_every=1), replace(QUIET, keep=STEPS)
-    changes = ["--steps", "3", "--log-every", "1", "--eval-every", "3", "--save-every", "1", "--keep", "3", "--shard", *beside]
+    changes = [
+        "--steps",
+        "3",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "3",
+        "--save-every",
+        "1",
+        "--keep",
+        "3",
+        "--shard",
+        *beside,
+    ]
 
     def go_on(run):
         """Forget all but the first step."""
@@ -209,7 +275,9 @@ def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
     assert other["val/ntp_loss"] == pytest.approx(one["val/ntp_loss"], rel=1e-5)
     for file in ("networks", "optimizers"):
         one, other = (Run.open(run).load_checkpoint(file) for run in ("alone", "spread"))
-        assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
+        assert {k: (v.shape, v.dtype) for k, v in one.items()} == {
+            k: (v.shape, v.dtype) for k, v in other.items()
+        }
         if file == "networks":
             assert_same_weights(one, other)
             for key, value in load_generator("spread").state_dict().items():
@@ -226,7 +294,9 @@ def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
 
 @pytest.mark.slow
 def test_each_process_holds_its_share_of_the_blocks(tiny):
-    """Of weights, averages, gradients and moments; the norm of the gradient is that of the whole."""
+    """Of weights, averages, gradients and moments; the norm of the gradient is that of the
+    whole.
+    """
     pytest.importorskip("lightning_fabric")
     (tiny / "shares.py").write_text(SHARES)
     done = torchrun(2, str(tiny / "shares.py"))
@@ -263,13 +333,17 @@ for p in state.averages["generator"].module.blocks.parameters():
 
 
 def test_one_process_has_nobody_to_share_a_generator_with(tiny):
-    with pytest.raises(UserError, match="--shard spreads a generator .* torchrun --nproc-per-node 2"):
+    with pytest.raises(
+        UserError, match="--shard spreads a generator .* torchrun --nproc-per-node 2"
+    ):
         train(small("tiny"), "lonely", replace(QUIET, shard=True))
     assert not (tiny / "lonely").exists()
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny):
-    with pytest.raises(UserError, match="16 images cannot be shared out evenly to 1 processes of 3 parts each"):
+    with pytest.raises(
+        UserError, match="16 images cannot be shared out evenly to 1 processes of 3 parts each"
+    ):
         train(small("tiny"), "uneven", replace(QUIET, accumulate=3))
     assert not (tiny / "uneven").exists()
 

@@ -1,4 +1,6 @@
-"""The paper's numbers: complete, consistent with one another and, where its text is at hand, with it."""
+"""The paper's numbers: complete, consistent with one another and, where its text is at hand, with
+it.
+"""
 
 import re
 from pathlib import Path
@@ -37,7 +39,10 @@ def test_every_table_is_there_and_every_cell_once():
     assert not lines.duplicated(["table", "row", "column"]).any()
     assert set(lines.unit) == {"", "dB", "M", "epochs", "steps", "px", "tokens", "text"}
     assert ((lines.unit == "text") == ~lines.value.map(is_number)).all()
-    assert all(re.fullmatch(rf"paper, Table {n}(, citing \[\d+])?", text) for n, text in zip(lines.table, lines.citation))
+    assert all(
+        re.fullmatch(rf"paper, Table {n}(, citing \[\d+])?", text)
+        for n, text in zip(lines.table, lines.citation)
+    )
 
 
 def test_values_are_numbers_where_a_table_holds_nothing_else():
@@ -49,16 +54,29 @@ def test_values_are_numbers_where_a_table_holds_nothing_else():
 
 def test_what_names_a_row_is_its_value_too():
     lines = published()
-    for column, pattern in (("Epochs", r", (\d+) epochs"), ("Params", r", (\d+)M"), ("Steps", r", (\d+)k steps")):
+    for column, pattern in (
+        ("Epochs", r", (\d+) epochs"),
+        ("Params", r", (\d+)M"),
+        ("Steps", r", (\d+)k steps"),
+    ):
         cells = lines[(lines.column == column) & (lines.table < 3)]
-        assert len(cells) and (cells.value == cells.row.str.extract(pattern)[0] + "000" * (column == "Steps")).all()
+        assert (
+            len(cells)
+            and (
+                cells.value == cells.row.str.extract(pattern)[0] + "000" * (column == "Steps")
+            ).all()
+        )
 
 
 def test_table_4_prints_the_difference_of_its_columns():
     for when in ("pre", "post"):
-        ours, theirs = (values(4, f"{method}, {when}-quantization") for method in ("GEAR", "LlamaGen-REPA"))
+        ours, theirs = (
+            values(4, f"{method}, {when}-quantization") for method in ("GEAR", "LlamaGen-REPA")
+        )
         for column, value in theirs.items():
-            assert ours[column] - value == pytest.approx(ours[f"{column} change"], abs=1.01e-4)  # of rounded numbers
+            assert ours[column] - value == pytest.approx(
+                ours[f"{column} change"], abs=1.01e-4
+            )  # of rounded numbers
 
 
 @pytest.mark.parametrize(
@@ -73,26 +91,48 @@ def test_table_4_prints_the_difference_of_its_columns():
     ids=["GEAR-L", "LlamaGen-REPA-L", "LlamaGen-REPA-L at 100k", "GEAR-L at 100k"],
 )  # fmt: skip
 def test_one_run_has_the_same_numbers_in_every_table(cells):
-    runs = [{c.removesuffix(" w/o CFG"): v for c, v in values(*cell).items() if not c.endswith("w/ CFG")} for cell in cells]
+    runs = [
+        {
+            c.removesuffix(" w/o CFG"): v
+            for c, v in values(*cell).items()
+            if not c.endswith("w/ CFG")
+        }
+        for cell in cells
+    ]
     assert set(runs[0]) == {*GENERATION, *RECONSTRUCTION}
-    assert all(run == {column: runs[0][column] for column in run} and set(run) >= set(GENERATION) for run in runs)
+    assert all(
+        run == {column: runs[0][column] for column in run} and set(run) >= set(GENERATION)
+        for run in runs
+    )
 
 
 def test_the_frozen_tokenizer_reconstructs_the_same_whatever_is_trained_on_it():
     frozen = [values(8, "VQVAE")]
     for table in (9, 10, 11):
-        frozen += [values(table, row) for row in published(table).row.unique() if not row.endswith("+GEAR")]
+        frozen += [
+            values(table, row) for row in published(table).row.unique() if not row.endswith("+GEAR")
+        ]
     assert len(frozen) == 11
     assert len({tuple(row[column] for column in RECONSTRUCTION) for row in frozen}) == 1
 
 
-@pytest.mark.parametrize("tokenizer,model", [("VQ-16", "VQVAE"), ("LFQ-16", "LFQ"), ("IBQ-16", "IBQ")])
+@pytest.mark.parametrize(
+    "tokenizer,model", [("VQ-16", "VQVAE"), ("LFQ-16", "LFQ"), ("IBQ-16", "IBQ")]
+)
 def test_table_18_rounds_table_8(tokenizer, model):
-    for row, same in ((f"{tokenizer}, Warm-up, bicubic", model), (f"{tokenizer}, GEAR, bicubic", f"{model}, +GEAR")):
-        assert values(18, row) == pytest.approx({c: values(8, same)[c] for c in RECONSTRUCTION}, abs=0.005001)
+    for row, same in (
+        (f"{tokenizer}, Warm-up, bicubic", model),
+        (f"{tokenizer}, GEAR, bicubic", f"{model}, +GEAR"),
+    ):
+        assert values(18, row) == pytest.approx(
+            {c: values(8, same)[c] for c in RECONSTRUCTION}, abs=0.005001
+        )
 
 
-@pytest.mark.parametrize("method,of_sweep", [("LlamaGen-REPA-1.0B", "LlamaGen-REPA, non-e2e"), ("GEAR-1.0B", "GEAR, e2e")])
+@pytest.mark.parametrize(
+    "method,of_sweep",
+    [("LlamaGen-REPA-1.0B", "LlamaGen-REPA, non-e2e"), ("GEAR-1.0B", "GEAR, e2e")],
+)
 @pytest.mark.parametrize("guidance,scale", [("w/o CFG", 1), ("w/ CFG", 16)])
 def test_table_3_rounds_table_19(method, of_sweep, guidance, scale):
     for column, value in values(19, f"{of_sweep}, CFG={scale}").items():
@@ -107,19 +147,36 @@ def test_the_configurations_agree():
     studies = lines[(lines.table == 15) & ~lines.column.str.endswith("default")]
     assert (studies.groupby("row").column.nunique() == 9).all()
     for study, table in (("Temp", 5), ("Coeff", 6)):
-        swept = studies[studies.column.str.startswith(study) & studies.value.str.contains(";")].value.item()
-        assert [float(v) for v in swept.split("; ")] == [float(r.split("=")[1]) for r in published(table).row.unique()]
+        swept = studies[
+            studies.column.str.startswith(study) & studies.value.str.contains(";")
+        ].value.item()
+        assert [float(v) for v in swept.split("; ")] == [
+            float(r.split("=")[1]) for r in published(table).row.unique()
+        ]
 
 
 @pytest.mark.skipif(not PAPER.exists(), reason="needs the paper's text")
 @pytest.mark.parametrize("table", range(1, 20))
 def test_every_number_stands_in_the_paper_in_this_order(table):
-    parts = re.split(r"^\**Table (\d+) ", PAPER.read_text(), flags=re.M)  # the text between a caption and the next
-    body = [line.split("\t") for line in dict(zip(parts[1::2], parts[2::2]))[str(table)].splitlines() if "\t" in line]
+    parts = re.split(
+        r"^\**Table (\d+) ", PAPER.read_text(), flags=re.M
+    )  # the text between a caption and the next
+    body = [
+        line.split("\t")
+        for line in dict(zip(parts[1::2], parts[2::2]))[str(table)].splitlines()
+        if "\t" in line
+    ]
     name = slice(1, None, 2) if table in (16, 17) else slice(LABELS.get(table, 1), None)
-    printed = [number for cells in body[HEADERS.get(table, 1) :] for cell in cells[name] for number in numbers(cell)]
+    printed = [
+        number
+        for cells in body[HEADERS.get(table, 1) :]
+        for cell in cells[name]
+        for number in numbers(cell)
+    ]
     lines = published()
-    lines = lines[(lines.table == table) & ~lines.column.str.endswith("default")]  # a default stands in its list
+    lines = lines[
+        (lines.table == table) & ~lines.column.str.endswith("default")
+    ]  # a default stands in its list
     assert [number for value in lines.value for number in numbers(value)] == printed
 
 
@@ -128,5 +185,13 @@ def test_the_papers_rows_stand_beside_their_cells():
     assert table["LFQ", "baseline", "fd"] == 18.681 and table["LFQ", "gear", "rfd"] == 2.129
     assert table["VQ", "gear", "psnr"] == 20.779
     shared = printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
-    assert shared["LlamaGen-REPA", "baseline", "fd"] == 14.719 and shared["from nothing", "gear", "fd"] == 13.435
-    assert printed("resolution", "scenes").set_index(["cell", "role", "metric"]).value["48 px", "gear", "fd"] == 18.364
+    assert (
+        shared["LlamaGen-REPA", "baseline", "fd"] == 14.719
+        and shared["from nothing", "gear", "fd"] == 13.435
+    )
+    assert (
+        printed("resolution", "scenes")
+        .set_index(["cell", "role", "metric"])
+        .value["48 px", "gear", "fd"]
+        == 18.364
+    )

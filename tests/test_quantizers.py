@@ -1,4 +1,6 @@
-"""What LFQ and IBQ compute, against dense and literal forms, and that every stage trains with any quantizer."""
+"""What LFQ and IBQ compute, against dense and literal forms, and that every stage trains with any
+quantizer.
+"""
 
 import re
 from dataclasses import replace
@@ -32,12 +34,14 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# -- LFQ -----------------------------------------------------------------------------------------------------------
+# -- LFQ -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", (1, 4, 7, 14))
 def test_lfq_bits_are_the_dense_codebook(dim):
-    """Index, assignment and both entropies from D bits equal those of the (N, K) matrix, in value and in gradient."""
+    """Index, assignment and both entropies from D bits equal those of the (N, K) matrix, in value
+    and in gradient.
+    """
     lfq = LookupFreeQuantizer(replace(LFQ, codebook_size=2**dim, code_dim=dim))
     z = (0.02 * gaussian(2, dim, 3, 2).double()).requires_grad_()
     rows = z.flatten(2).mT
@@ -47,7 +51,9 @@ def test_lfq_bits_are_the_dense_codebook(dim):
     for fast, dense in zip(SignAffinity(rows).entropies(), Formed(affinity).entropies()):
         torch.testing.assert_close(fast, dense, rtol=1e-9, atol=1e-11)
         weights = gaussian(len(fast)).double()
-        gradients = [torch.autograd.grad(h @ weights, z, retain_graph=True)[0] for h in (fast, dense)]
+        gradients = [
+            torch.autograd.grad(h @ weights, z, retain_graph=True)[0] for h in (fast, dense)
+        ]
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
@@ -62,10 +68,14 @@ def test_lfq_index_has_bit_j_of_channel_j_and_zero_counts_as_minus():
 
 
 def test_lfq_never_forms_the_dense_matrix_unless_asked(monkeypatch):
-    """Encoding and a training forward with its losses do without the codebook; only the dense affinity needs it."""
+    """Encoding and a training forward with its losses do without the codebook; only the dense
+    affinity needs it.
+    """
     tokenizer = Tokenizer(LFQ)
     for owner in (LookupFreeQuantizer, SignAffinity):
-        monkeypatch.setattr(owner, "codes", property(lambda _: pytest.fail("the dense codebook was formed")))
+        monkeypatch.setattr(
+            owner, "codes", property(lambda _: pytest.fail("the dense codebook was formed"))
+        )
     images = scenes(2)[0]
     out = tokenizer(images)
     sum(loss_terms(out.quantized).values()).backward()
@@ -83,21 +93,33 @@ def test_lfq_soft_assignment_is_a_product_of_bits():
 
 
 def test_lfq_passes_the_decoders_gradient_straight_and_commits():
-    lfq, z, cotangent = LookupFreeQuantizer(LFQ), gaussian(2, 5, 3, 3).requires_grad_(), gaussian(2, 5, 3, 3, seed=1)
+    lfq, z, cotangent = (
+        LookupFreeQuantizer(LFQ),
+        gaussian(2, 5, 3, 3).requires_grad_(),
+        gaussian(2, 5, 3, 3, seed=1),
+    )
     out = lfq(z)
     torch.testing.assert_close(out.latents, z.detach().sign())
-    torch.testing.assert_close(torch.autograd.grad((out.latents * cotangent).sum(), z)[0], cotangent)
-    torch.testing.assert_close(loss_terms(out)["commit_loss"], (z - z.sign().detach()).square().mean())
+    torch.testing.assert_close(
+        torch.autograd.grad((out.latents * cotangent).sum(), z)[0], cotangent
+    )
+    torch.testing.assert_close(
+        loss_terms(out)["commit_loss"], (z - z.sign().detach()).square().mean()
+    )
     assert "codebook_loss" not in loss_terms(out) and not list(lfq.parameters())
 
 
 def test_lfq_has_as_many_codes_as_signs():
-    with pytest.raises(UserError, match=r"a code for every sign of 5 bits .code_dim.: 2\*\*5, not 100"):
+    with pytest.raises(
+        UserError, match=r"a code for every sign of 5 bits .code_dim.: 2\*\*5, not 100"
+    ):
         replace(LFQ, codebook_size=100)
 
 
 def test_depth_to_space_deals_the_block_index_out_first():
-    """Channel (2 a + b) C + c of the convolution's output goes to row 2 i + a, column 2 j + b of channel c."""
+    """Channel (2 a + b) C + c of the convolution's output goes to row 2 i + a, column 2 j + b of
+    channel c.
+    """
     up = Upsample(3, deals_out=True)
     x = gaussian(2, 3, 4, 5)
     dealt, got = up.conv(x), up(x)
@@ -115,7 +137,7 @@ def test_adaptive_norm_follows_the_latents_spread_and_mean():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-# -- IBQ -------------------------------------------------------------------------------------------------------------
+# -- IBQ -------------------------------------------------------------------------------------------
 
 
 def test_ibq_is_its_formula():
@@ -131,15 +153,24 @@ def test_ibq_is_its_formula():
         hard = F.one_hot(a.argmax(-1), 32).double()
         q, code = (hard + p - p.detach()) @ ibq.codebook, hard @ ibq.codebook
         losses = (
-            (q - rows).square().mean() + (code.detach() - rows).square().mean() + 0.25 * (code - rows.detach()).square().mean()
+            (q - rows).square().mean()
+            + (code.detach() - rows).square().mean()
+            + 0.25 * (code - rows.detach()).square().mean()
         )
         return q.mT.reshape(z.shape), losses
 
     got, want = [], []
-    for target, run in ((got, lambda z: (lambda o: (o.latents, loss_terms(o)["codebook_loss"]))(ibq(z))), (want, literal)):
+    for target, run in (
+        (got, lambda z: (lambda o: (o.latents, loss_terms(o)["codebook_loss"]))(ibq(z))),
+        (want, literal),
+    ):
         leaf = z.clone().requires_grad_()
         q, loss = run(leaf)
-        target += [q, loss, *torch.autograd.grad((q * cotangent).sum() + 3 * loss, [leaf, ibq.codebook])]
+        target += [
+            q,
+            loss,
+            *torch.autograd.grad((q * cotangent).sum() + 3 * loss, [leaf, ibq.codebook]),
+        ]
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
     assert (got[3].abs().amax(1) > 0).all()  # every code hears of the decoder
@@ -150,15 +181,22 @@ def test_ibq_affinity_is_a_dot_product():
     torch.testing.assert_close(ibq.affinity(z).dense, z.flatten(2).mT @ ibq.codebook.detach().T)
 
 
-# -- gradient routing (reference: which loss moves which part) -----------------------------------------------------------
+# -- gradient routing (reference: which loss moves which part) -------------------------------------
 
 ROUTES = {
-    "lfq": {"recon": {"encoder", "decoder"}, "commit_loss": {"encoder"}, "entropy_loss": {"encoder"}, "soft": {"encoder"}},
-    "ibq": {
-        "recon": {"encoder", "codebook", "decoder"}, "codebook_loss": {"encoder", "codebook"},
-        "entropy_loss": {"encoder", "codebook"}, "soft": {"encoder", "codebook"},
+    "lfq": {
+        "recon": {"encoder", "decoder"},
+        "commit_loss": {"encoder"},
+        "entropy_loss": {"encoder"},
+        "soft": {"encoder"},
     },
-}  # fmt: skip
+    "ibq": {
+        "recon": {"encoder", "codebook", "decoder"},
+        "codebook_loss": {"encoder", "codebook"},
+        "entropy_loss": {"encoder", "codebook"},
+        "soft": {"encoder", "codebook"},
+    },
+}
 OWNER = {
     "encoder": "encoder",
     "quant_conv": "encoder",
@@ -179,7 +217,11 @@ def test_gradient_routing(family, term):
     }
     names, parameters = zip(*tokenizer.named_parameters())
     gradients = torch.autograd.grad(losses[term], parameters, allow_unused=True)
-    moved = {OWNER[n.split(".")[0]] for n, g in zip(names, gradients) if g is not None and g.abs().max() > 0}
+    moved = {
+        OWNER[n.split(".")[0]]
+        for n, g in zip(names, gradients)
+        if g is not None and g.abs().max() > 0
+    }
     assert moved == ROUTES[family][term]
 
 
@@ -193,7 +235,7 @@ def test_indices_agree_under_bf16_autocast(family):
         assert torch.equal(tokenizer.encode(images).flatten(1), affinity.argmax(-1))
 
 
-# -- training --------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 SMALL = {
     "lfq": replace(TINY.tokenizer, quantizer="lfq", backbone="magvit2", code_dim=6),
@@ -213,11 +255,18 @@ def test_start_from_data_beats_a_random_start(family):
 
 
 def test_recipes_differ_in_the_tokenizer_alone():
-    """A family of tokenizers is the scenes preset with another tokenizer, and a tau in units of its A."""
+    """A family of tokenizers is the scenes preset with another tokenizer, and a tau in units of its
+    A.
+    """
     for family in ("lfq", "ibq"):
         ours = RECIPES[f"scenes-{family}-gear"]
         assert ours.tokenizer.quantizer == family
-        base = replace(RECIPES["scenes-gear"], recipe=ours.recipe, tokenizer_run=ours.tokenizer_run, tokenizer=ours.tokenizer)
+        base = replace(
+            RECIPES["scenes-gear"],
+            recipe=ours.recipe,
+            tokenizer_run=ours.tokenizer_run,
+            tokenizer=ours.tokenizer,
+        )
         assert replace(base, objective=replace(base.objective, tau=ours.objective.tau)) == ours
         assert ours.tokenizer.codebook_size == SCENES.tokenizer.codebook_size
 
@@ -229,7 +278,13 @@ def trained(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEAR_RUNS", str(folder))
         for stage, parent in (("tokenizer", ""), ("joint", "tokenizer"), ("generator", "joint")):
-            config = replace(TINY, recipe="tiny", stage=stage, tokenizer=SMALL[request.param], tokenizer_run=parent)
+            config = replace(
+                TINY,
+                recipe="tiny",
+                stage=stage,
+                tokenizer=SMALL[request.param],
+                tokenizer_run=parent,
+            )
             train(config, stage, Runtime(device="cpu", quiet=True))
     return folder
 
@@ -245,20 +300,33 @@ def test_a_run_of_another_family_is_not_taken_for_a_public_layout(trained, monke
 
 def test_every_stage_trains(trained, monkeypatch):
     monkeypatch.setenv("GEAR_RUNS", str(trained))
-    for stage, term in (("tokenizer", "disc_loss"), ("joint", "soft_align_loss"), ("generator", "ntp_loss")):
+    for stage, term in (
+        ("tokenizer", "disc_loss"),
+        ("joint", "soft_align_loss"),
+        ("generator", "ntp_loss"),
+    ):
         table = gear.Run.open(stage).metrics()
-        assert table.step.max() == TINY.steps and table[term].dropna().iloc[-1] < table[term].dropna().iloc[0]
+        assert (
+            table.step.max() == TINY.steps
+            and table[term].dropna().iloc[-1] < table[term].dropna().iloc[0]
+        )
         assert table["val/psnr"].iloc[-1] > 15 and table["val/usage_size"].iloc[-1] > 20
-    pictures = gear.sample(gear.load_generator("generator"), gear.load_tokenizer("generator"), [0, 1])
+    pictures = gear.sample(
+        gear.load_generator("generator"), gear.load_tokenizer("generator"), [0, 1]
+    )
     assert pictures.shape == (2, 32, 32, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["training_dynamics", "codebook_usage", "tokenizer_alignment", "generator_alignment"])
+@pytest.mark.parametrize(
+    "name", ["training_dynamics", "codebook_usage", "tokenizer_alignment", "generator_alignment"]
+)
 def test_notebooks_draw_them(name, trained, monkeypatch, home):
     monkeypatch.setenv("GEAR_RUNS", str(trained))
     run = {"codebook_usage": "joint", "tokenizer_alignment": "joint"}.get(name, "generator")
-    keys = {"codebook_usage": ["joint", "control", "half"]}.get(name, ["warm_up", "control", "half", "method"])
+    keys = {"codebook_usage": ["joint", "control", "half"]}.get(
+        name, ["warm_up", "control", "half", "method"]
+    )
     sample = {"images": 40, "k": 5} if "alignment" in name else {}
     render.execute(name, dict.fromkeys(keys, run) | sample)
     assert (home / "figures" / f"{name}.png").stat().st_size > 20_000
@@ -267,5 +335,9 @@ def test_notebooks_draw_them(name, trained, monkeypatch, home):
 def test_training_does_not_ask_which_quantizer():
     """But for the table of their losses."""
     files = [path for path in (ROOT / "gear" / "training").glob("*.py") if path.name != "losses.py"]
-    sources = "\n".join(path.read_text() for path in files).replace("state.config.tokenizer.quantizer", "")
-    assert not re.search(r"\.quantizer\b|LookupFree|IndexBackprop|VectorQuantizer|\"(vq|lfq|ibq)\"", sources)
+    sources = "\n".join(path.read_text() for path in files).replace(
+        "state.config.tokenizer.quantizer", ""
+    )
+    assert not re.search(
+        r"\.quantizer\b|LookupFree|IndexBackprop|VectorQuantizer|\"(vq|lfq|ibq)\"", sources
+    )

@@ -1,4 +1,6 @@
-"""Every number that a configuration, an option or a notebook takes has a range, kept where it is built: below, at, above."""
+"""Every number that a configuration, an option or a notebook takes has a range, kept where it is
+built: below, at, above.
+"""
 
 import dataclasses
 import importlib
@@ -25,7 +27,16 @@ from gear.cli.reconstruct import ReconstructOptions
 from gear.cli.sample import SampleOptions
 from gear.cli.sweep import SweepOptions
 from gear.cli.train import TrainOptions
-from gear.config import MOST, Checked, Range, UserError, check_value, from_dict, read_numbers, to_dict
+from gear.config import (
+    MOST,
+    Checked,
+    Range,
+    UserError,
+    check_value,
+    from_dict,
+    read_numbers,
+    to_dict,
+)
 from gear.data import DataConfig
 from gear.device import find_device, open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, read_metrics
@@ -54,64 +65,147 @@ SEED, PARALLEL, JOBS = (-1, 0, 2**32 - 1, 2**32), (-1, 0, 1024, 1025), (0, 1, 10
 NOT_NEGATIVE, SHARE, BELOW_ONE = (-1e-9, 0, 1e300, INF), (-1e-9, 0, 1, 1 + 1e-9), (-1e-9, 0, ALL, 1)
 SAMPLES, GUIDANCE = (1, 2, MOST, MOST + 1), (-1e-9, 0, 1e6, 1e6 + 1)
 
-# {class: (an instance, {field: (below its range, its least, its largest, above it)})}; a dict is a value with what it needs
+# {class: (an instance, {field: (below its range, its least, its largest, above it)})}; a dict is a
+# value with what it needs
 TABLE = {
-    Config: (RECIPES["tiny-joint"], {
-        "steps": (0, 1, 9_999_999, 10_000_000), "seed": SEED, "batch_size": COUNT, "log_every": COUNT, "eval_every": COUNT,
-        "save_every": COUNT, "eval_images": COUNT,
-    }),
-    TokenizerConfig: (TOKENIZER, {
-        "codebook_size": (1, 2, MOST, MOST + 1), "code_dim": COUNT, "channels": COUNT, "channel_mult": COUNT,
-        "latent_channels": COUNT, "res_blocks": (-1, {"res_blocks": 0, "channel_mult": (1, 1)}, MOST, MOST + 1),
-    }),
-    GeneratorConfig: (RECIPES["tiny"].generator, {
-        "width": (0, {"width": 4, "heads": 1}, MOST, MOST + 1), "layers": COUNT, "num_classes": COUNT,
-        "heads": (0, 1, {"heads": MOST // 4, "width": MOST}, MOST + 1), "projector_dim": COUNT,
-        "tap_layer": (-1, 0, {"tap_layer": 3, "layers": 3}, MOST + 1), "class_dropout": SHARE, "dropout": BELOW_ONE,
-        "embed_std": NOT_NEGATIVE, "text_slots": WHOLE, "text_dim": COUNT,
-        "dual_layers": (-1, 0, {"dual_layers": 3, "text_slots": 1}, MOST + 1),
-    }),
-    ObjectiveConfig: (RECIPES["tiny"].objective, {
-        "lpips_weight": NOT_NEGATIVE, "gan_weight": NOT_NEGATIVE, "gan_start": SHARE, "entropy_weight": NOT_NEGATIVE,
-        "commit_weight": NOT_NEGATIVE, "align_weight": NOT_NEGATIVE, "tau": (0, 1e-6, 1e300, INF), "disc_channels": COUNT,
-        "disc_layers": COUNT,
-    }),
-    OptimizerConfig: (OptimizerConfig(), {
-        "tokenizer_lr": NOT_NEGATIVE, "generator_lr": NOT_NEGATIVE, "beta2": BELOW_ONE, "clip": (0, 5e-324, 1e300, INF),
-        "warmup_steps": WHOLE, "decay_from": SHARE, "decay_to": SHARE, "tokenizer_ema": BELOW_ONE, "generator_ema": BELOW_ONE,
-    }),
-    Runtime: (Runtime(), {
-        "workers": PARALLEL, "threads": PARALLEL, "accumulate": COUNT, "keep": COUNT, "skip": WHOLE,
-    }),
-    Sampling: (Sampling(), {
-        "count": SAMPLES, "cfg_scale": GUIDANCE, "temperature": GUIDANCE, "top_k": WHOLE, "top_p": SHARE, "seed": SEED,
-    }),
+    Config: (
+        RECIPES["tiny-joint"],
+        {
+            "steps": (0, 1, 9_999_999, 10_000_000),
+            "seed": SEED,
+            "batch_size": COUNT,
+            "log_every": COUNT,
+            "eval_every": COUNT,
+            "save_every": COUNT,
+            "eval_images": COUNT,
+        },
+    ),
+    TokenizerConfig: (
+        TOKENIZER,
+        {
+            "codebook_size": (1, 2, MOST, MOST + 1),
+            "code_dim": COUNT,
+            "channels": COUNT,
+            "channel_mult": COUNT,
+            "latent_channels": COUNT,
+            "res_blocks": (-1, {"res_blocks": 0, "channel_mult": (1, 1)}, MOST, MOST + 1),
+        },
+    ),
+    GeneratorConfig: (
+        RECIPES["tiny"].generator,
+        {
+            "width": (0, {"width": 4, "heads": 1}, MOST, MOST + 1),
+            "layers": COUNT,
+            "num_classes": COUNT,
+            "heads": (0, 1, {"heads": MOST // 4, "width": MOST}, MOST + 1),
+            "projector_dim": COUNT,
+            "tap_layer": (-1, 0, {"tap_layer": 3, "layers": 3}, MOST + 1),
+            "class_dropout": SHARE,
+            "dropout": BELOW_ONE,
+            "embed_std": NOT_NEGATIVE,
+            "text_slots": WHOLE,
+            "text_dim": COUNT,
+            "dual_layers": (-1, 0, {"dual_layers": 3, "text_slots": 1}, MOST + 1),
+        },
+    ),
+    ObjectiveConfig: (
+        RECIPES["tiny"].objective,
+        {
+            "lpips_weight": NOT_NEGATIVE,
+            "gan_weight": NOT_NEGATIVE,
+            "gan_start": SHARE,
+            "entropy_weight": NOT_NEGATIVE,
+            "commit_weight": NOT_NEGATIVE,
+            "align_weight": NOT_NEGATIVE,
+            "tau": (0, 1e-6, 1e300, INF),
+            "disc_channels": COUNT,
+            "disc_layers": COUNT,
+        },
+    ),
+    OptimizerConfig: (
+        OptimizerConfig(),
+        {
+            "tokenizer_lr": NOT_NEGATIVE,
+            "generator_lr": NOT_NEGATIVE,
+            "beta2": BELOW_ONE,
+            "clip": (0, 5e-324, 1e300, INF),
+            "warmup_steps": WHOLE,
+            "decay_from": SHARE,
+            "decay_to": SHARE,
+            "tokenizer_ema": BELOW_ONE,
+            "generator_ema": BELOW_ONE,
+        },
+    ),
+    Runtime: (
+        Runtime(),
+        {
+            "workers": PARALLEL,
+            "threads": PARALLEL,
+            "accumulate": COUNT,
+            "keep": COUNT,
+            "skip": WHOLE,
+        },
+    ),
+    Sampling: (
+        Sampling(),
+        {
+            "count": SAMPLES,
+            "cfg_scale": GUIDANCE,
+            "temperature": GUIDANCE,
+            "top_k": WHOLE,
+            "top_p": SHARE,
+            "seed": SEED,
+        },
+    ),
     EvaluateOptions: (EvaluateOptions(), {"reference_count": SAMPLES, "steps": COUNT}),
-    TrainOptions: (TrainOptions(RECIPES["tiny"]), {"jobs": JOBS, "utilisation": (0, 5e-324, 1, 1 + 1e-9)}),
+    TrainOptions: (
+        TrainOptions(RECIPES["tiny"]),
+        {"jobs": JOBS, "utilisation": (0, 5e-324, 1, 1 + 1e-9)},
+    ),
     SweepOptions: (SweepOptions(), {"jobs": PARALLEL, "count": SAMPLES, "workers": PARALLEL}),
-    SampleOptions: (SampleOptions(), {
-        "grid": (-1, 0, 1024, 1025), "labels": WHOLE, "cfg_scale": GUIDANCE, "temperature": GUIDANCE, "top_k": WHOLE,
-        "top_p": SHARE, "seed": SEED,
-    }),
-    ReconstructOptions: (ReconstructOptions(), {"image_size": (-1, 0, 16_384, 16_385), "count": COUNT}),
+    SampleOptions: (
+        SampleOptions(),
+        {
+            "grid": (-1, 0, 1024, 1025),
+            "labels": WHOLE,
+            "cfg_scale": GUIDANCE,
+            "temperature": GUIDANCE,
+            "top_k": WHOLE,
+            "top_p": SHARE,
+            "seed": SEED,
+        },
+    ),
+    ReconstructOptions: (
+        ReconstructOptions(),
+        {"image_size": (-1, 0, 16_384, 16_385), "count": COUNT},
+    ),
     FigureOptions: (FigureOptions(), {"jobs": JOBS}),
     ClaimOptions: (ClaimOptions(), {}),
     PackOptions: (PackOptions(), {}),
-    DataConfig: (DataConfig(), {"image_size": (0, 1, 16_384, 16_385), "train_images": COUNT, "val_images": COUNT}),
+    DataConfig: (
+        DataConfig(),
+        {"image_size": (0, 1, 16_384, 16_385), "train_images": COUNT, "val_images": COUNT},
+    ),
     DataOptions: (DataOptions(), {"count": WHOLE}),
-}  # fmt: skip
+}
 ROWS = [(cls, name) for cls, (_, rows) in TABLE.items() for name in rows]
 IDS = [f"{cls.__name__}.{name}" for cls, name in ROWS]
 
 
 def bare(kind):
-    """Return (the type of a field's values or of its elements, its Range or None, whether it is a tuple)."""
+    """Return (the type of a field's values or of its elements, its Range or None, whether it is a
+    tuple).
+    """
     is_tuple = typing.get_origin(kind) is tuple
     if typing.get_origin(kind) is typing.Union:  # of a number and a word
         kind = typing.get_args(kind)[0]
     kind = typing.get_args(kind)[0] if is_tuple else kind
     bounds = next((b for b in typing.get_args(kind)[1:] if isinstance(b, Range)), None)
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind, bounds, is_tuple
+    return (
+        typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind,
+        bounds,
+        is_tuple,
+    )
 
 
 def kinds(cls):
@@ -120,8 +214,12 @@ def kinds(cls):
 
 
 def built(cls, name, value):
-    """Return the class's instance of the table with another value of a field, one element where it is a tuple."""
-    changes = value if isinstance(value, dict) else {name: (value,) if kinds(cls)[name][2] else value}
+    """Return the class's instance of the table with another value of a field, one element where it
+    is a tuple.
+    """
+    changes = (
+        value if isinstance(value, dict) else {name: (value,) if kinds(cls)[name][2] else value}
+    )
     return replace(TABLE[cls][0], **changes)
 
 
@@ -129,9 +227,13 @@ def test_the_table_has_every_number_of_every_class():
     """A new class, a new field or one without a range fails here."""
     for name in gear.__main__.COMMANDS:  # every module that has options
         importlib.import_module(f"gear.cli.{name}")
-    assert set(TABLE) == {cls for cls in Checked.__subclasses__() if cls.__module__.startswith("gear.")}
+    assert set(TABLE) == {
+        cls for cls in Checked.__subclasses__() if cls.__module__.startswith("gear.")
+    }
     for cls, (_, rows) in TABLE.items():
-        numbers = {name: bounds for name, (kind, bounds, _) in kinds(cls).items() if kind in (int, float)}
+        numbers = {
+            name: bounds for name, (kind, bounds, _) in kinds(cls).items() if kind in (int, float)
+        }
         assert set(numbers) == set(rows) and all(numbers.values()), cls
 
 
@@ -143,7 +245,13 @@ def test_a_number_below_at_and_above_its_range(cls, name):
             built(cls, name, value)
     for value in (least, largest):
         got = getattr(built(cls, name, value), name)
-        assert got == (value[name] if isinstance(value, dict) else (value,) if isinstance(got, tuple) else value)
+        assert got == (
+            value[name]
+            if isinstance(value, dict)
+            else (value,)
+            if isinstance(got, tuple)
+            else value
+        )
 
 
 @pytest.mark.parametrize("cls, name", ROWS, ids=IDS)
@@ -159,10 +267,17 @@ def test_no_number_is_infinite_or_none_or_of_another_type(cls, name):
                 replace(TABLE[cls][0], **{name: value})
 
 
-OTHERS = [(cls, name) for cls in TABLE for name, (kind, _, _) in kinds(cls).items() if kind not in (int, float)]
+OTHERS = [
+    (cls, name)
+    for cls in TABLE
+    for name, (kind, _, _) in kinds(cls).items()
+    if kind not in (int, float)
+]
 
 
-@pytest.mark.parametrize("cls, name", OTHERS, ids=[f"{cls.__name__}.{name}" for cls, name in OTHERS])
+@pytest.mark.parametrize(
+    "cls, name", OTHERS, ids=[f"{cls.__name__}.{name}" for cls, name in OTHERS]
+)
 def test_what_is_no_number_has_its_type_too(cls, name):
     for value in (None, 1, NAN, ["x"], object()):
         with pytest.raises(UserError, match=f"^{name} is .*: it has to be "):
@@ -175,7 +290,8 @@ def test_every_recipe_is_built_again_from_its_json(name):
 
 
 @pytest.mark.parametrize(
-    "section, name", [("", "steps"), ("optimizer", "clip"), ("objective", "tau"), ("tokenizer", "channels")]
+    "section, name",
+    [("", "steps"), ("optimizer", "clip"), ("objective", "tau"), ("tokenizer", "channels")],
 )
 @pytest.mark.parametrize("value", ("100", None, [1, 2], {"a": 1}, -1, NAN, True))
 def test_a_configuration_file_is_held_to_the_same(section, name, value):
@@ -189,16 +305,25 @@ def test_a_section_is_a_table_of_fields():
     for value in (None, 3, "scenes", [1]):
         with pytest.raises(UserError, match="^tokenizer is .*: it has to be a TokenizerConfig"):
             from_dict(Config, to_dict(RECIPES["tiny"]) | {"tokenizer": value})
-        with pytest.raises(UserError, match="^the configuration is .*: it has to be a table of fields"):
+        with pytest.raises(
+            UserError, match="^the configuration is .*: it has to be a table of fields"
+        ):
             from_dict(TokenizerConfig, value)
 
 
 def test_a_range_says_itself():
     assert str(Range(0)) == "at least 0" and str(Range(0, without=0)) == "above 0"
-    assert str(Range(0, 1)) == "at least 0 and at most 1" and str(Range(0, 1, without=1)) == "at least 0 and below 1"
-    with pytest.raises(UserError, match=r"^tau is 0.0: it has to be at least 1e-06 \(a finite number\)\.$"):
+    assert (
+        str(Range(0, 1)) == "at least 0 and at most 1"
+        and str(Range(0, 1, without=1)) == "at least 0 and below 1"
+    )
+    with pytest.raises(
+        UserError, match=r"^tau is 0.0: it has to be at least 1e-06 \(a finite number\)\.$"
+    ):
         ObjectiveConfig(tau=0.0)
-    with pytest.raises(UserError, match="^bridge is 'sofd': it has to be one of 'soft', .*Did you mean 'soft'"):
+    with pytest.raises(
+        UserError, match="^bridge is 'sofd': it has to be one of 'soft', .*Did you mean 'soft'"
+    ):
         ObjectiveConfig(bridge="sofd")
     with pytest.raises(UserError, match="it has to be a tuple of 2"):
         check_value("pair", (1, 2, 3), tuple[int, int])
@@ -235,24 +360,37 @@ def test_rules_between_fields(build, said):
 
 
 def test_values_that_the_rules_leave_free():
-    """Each was refused, or crashed, at one time: odd widths, a tap before the first layer, a discriminator of another size."""
+    """Each was refused, or crashed, at one time: odd widths, a tap before the first layer, a
+    discriminator of another size.
+    """
     for channels in (1, 9, 10, 136):
         assert replace(TOKENIZER, channels=channels).channels == channels
     assert replace(TINY.generator, tap_layer=0).tap_layer == 0 and recipe("tiny-s0").seed == 0
     other = replace(TINY, objective=replace(TINY.objective, disc_channels=9))
-    warm_up, joint = (config for _, config in plan(other, label="nine"))  # which goes on with the warm-up's discriminator
+    warm_up, joint = (
+        config for _, config in plan(other, label="nine")
+    )  # which goes on with the warm-up's discriminator
     assert warm_up.objective.disc_channels == joint.objective.disc_channels == 9
-    both = replace(TINY, data=replace(TINY.data, image_size=36), tokenizer=replace(TINY.tokenizer, channel_mult=(1, 2, 2)))
+    both = replace(
+        TINY,
+        data=replace(TINY.data, image_size=36),
+        tokenizer=replace(TINY.tokenizer, channel_mult=(1, 2, 2)),
+    )
     assert [config.data.image_size for _, config in plan(both, label="both")] == [36, 36]
 
 
-# -- numbers that are no fields ------------------------------------------------------------------------------------------
+# -- numbers that are no fields --------------------------------------------------------------------
 
 
 def test_every_number_of_every_notebook_has_a_range():
     for name in render.notebooks():
-        known = {key: value["inferred_type_name"] for key, value in parameters_of(render.notebooks()[name]).items()}
-        assert {key for key, kind in known.items() if kind in ("int", "float")} <= RANGES.keys(), name
+        known = {
+            key: value["inferred_type_name"]
+            for key, value in parameters_of(render.notebooks()[name]).items()
+        }
+        assert {key for key, kind in known.items() if kind in ("int", "float")} <= RANGES.keys(), (
+            name
+        )
         for key in known.keys() & READ.keys():
             assert known[key] == "str"
 
@@ -278,7 +416,9 @@ def test_papermill_itself_is_held_to_the_ranges():
 
 
 def test_lists_of_numbers_and_seeds():
-    assert seeds_of("2,0,2") == [0, 2] and read_numbers("at", " 1, 2", Annotated[int, Range(1)]) == [1, 2]
+    assert seeds_of("2,0,2") == [0, 2] and read_numbers(
+        "at", " 1, 2", Annotated[int, Range(1)]
+    ) == [1, 2]
     for text in ("", "a", "0,,1", "-1", "1.5", "nan", "4294967296", "9" * 5000):
         with pytest.raises(UserError, match="^seeds (is|are) "):
             seeds_of(text)
@@ -332,7 +472,9 @@ def test_functions_that_take_a_number_or_a_device(call, said, record):
 
 
 def test_devices(monkeypatch):
-    assert str(find_device("cpu")) == "cpu" and str(open_device("auto")) == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert str(find_device("cpu")) == "cpu" and str(open_device("auto")) == (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     for name in ("gpu", "", "meta", "cpu:0", "cuda:-1", "CPU", "cuda:99", "mps", " cpu", None):
         with pytest.raises(UserError, match=f"no device '{name}' here: there is auto, cpu"):
             open_device(name)
@@ -340,11 +482,13 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     found = {name: str(find_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")}
     assert found == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda", "cuda:1": "cuda:1"}
-    with pytest.raises(UserError, match="no device 'cuda:2' here: there is auto, cpu, cuda, cuda:0, cuda:1"):
+    with pytest.raises(
+        UserError, match="no device 'cuda:2' here: there is auto, cpu, cuda, cuda:0, cuda:1"
+    ):
         find_device("cuda:2")
 
 
-# -- the command line ----------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 COMMANDS = {
     "train tiny --tau 0 --label t": "tau is 0.0: it has to be at least 1e-06",
@@ -414,23 +558,34 @@ def test_a_command_refuses_with_one_message_and_writes_nothing(command, record, 
     with pytest.raises(SystemExit) as stop:
         main(command.split())
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.startswith("gear: ") and said.err.count("\n") == 1, said.err
+    assert stop.value.code == 2 and said.err.startswith("gear: ") and said.err.count("\n") == 1, (
+        said.err
+    )
     assert COMMANDS[command] in said.err and "Traceback" not in said.err
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
-    assert [path.name for path in (home / "runs").iterdir()] == ["tiny-joint"] and not (home / "figures").exists()
+    assert [path.name for path in (home / "runs").iterdir()] == ["tiny-joint"] and not (
+        home / "figures"
+    ).exists()
 
 
 def test_help_still_says_what_a_field_means(capsys):
     with pytest.raises(SystemExit):
         main(["train", "tiny", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "guidance temperature of the soft read-out" in said and "largest norm of a network's gradient" in said
+    assert (
+        "guidance temperature of the soft read-out" in said
+        and "largest norm of a network's gradient" in said
+    )
 
 
 def test_auto_is_a_device_of_an_evaluation_and_guidance_below_one_is_scored_as_such(tiny):
-    few = "--count 16 --network scenes --metrics fd_scenes --reference-count 30 --quiet --device auto"
+    few = (
+        "--count 16 --network scenes --metrics fd_scenes --reference-count 30 --quiet --device auto"
+    )
     main(["evaluate", "tiny", *few.split(), "--sweep", "cfg_scale=0,0.5,1"])
-    records = [record for record in read_metrics(Run.open("tiny")) if record["metric"] == "fd_scenes"]
+    records = [
+        record for record in read_metrics(Run.open("tiny")) if record["metric"] == "fd_scenes"
+    ]
     assert [record["protocol"]["cfg_scale"] for record in records] == [0.0, 0.5, 1.0]
     assert len({record["value"] for record in records}) == 3
 

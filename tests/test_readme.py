@@ -1,4 +1,6 @@
-"""What the README says is so: its commands run, its numbers are those of the tracked runs, its files exist."""
+"""What the README says is so: its commands run, its numbers are those of the tracked runs, its
+files exist.
+"""
 
 import re
 import shlex
@@ -30,38 +32,60 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-COMMANDS = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.strip()
+]
 GEAR_COMMANDS = [c for c in COMMANDS if c.startswith("gear ")]
 
 
 def on_tiny(command, home):
-    """Substitute tiny for the scenes recipes, the test's folder for the user's, the CPU for the GPU."""
+    """Substitute tiny for the scenes recipes, the test's folder for the user's, the CPU for the
+    GPU.
+    """
     command = re.sub(r"scenes-gear(-s0)?|cifar10-(smoke-)?gear-s0", "tiny", command)
     if command.startswith("gear sweep"):
         command = re.sub(r" --preset \S+", "", command) + " --preset tiny --count 100"
     command = command.replace("--count 500", "--count 70 --reference-count 100")
-    command = command.replace("~/images", str(home / "images")).replace("--device cuda", "--device cpu")
+    command = command.replace("~/images", str(home / "images")).replace(
+        "--device cuda", "--device cpu"
+    )
     return command.replace("samples.png", str(home / "samples.png"))
 
 
 @pytest.fixture
 def files(home, monkeypatch):
-    """What the README calls the user's own, small, in the working directory: photos, and files in public layouts."""
+    """What the README calls the user's own, small, in the working directory: photos, and files in
+    public layouts.
+    """
     monkeypatch.chdir(home)
     rng = np.random.default_rng(0)
     for i in range(40):
-        for path in (home / "images" / "ab"[i % 2] / f"{i}.png", *([home / "photos" / f"{i}.png"] if i < 4 else [])):
+        for path in (
+            home / "images" / "ab"[i % 2] / f"{i}.png",
+            *([home / "photos" / f"{i}.png"] if i < 4 else []),
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(path)
-    tokenizer = TokenizerConfig(codebook_size=32, channels=4, channel_mult=(1, 1, 1, 1, 2), latent_channels=4, res_blocks=1)
+    tokenizer = TokenizerConfig(
+        codebook_size=32, channels=4, channel_mult=(1, 1, 1, 1, 2), latent_channels=4, res_blocks=1
+    )
     generator = GeneratorConfig(64, 3, 1, tap_layer=1, condition_rotation="zero")
     hybrid = replace(generator, text_slots=300, dual_layers=1)
-    made = {"gear-vq": (tokenizer, "vq"), "c2i_L_256": ((generator, 32), "model"), "t2i_1b": ((hybrid, 32), "ar")}
+    made = {
+        "gear-vq": (tokenizer, "vq"),
+        "c2i_L_256": ((generator, 32), "model"),
+        "t2i_1b": ((hybrid, 32), "ar"),
+    }
     for name, (size, entry) in made.items():
         layout = public_layout("tokenizer" if entry == "vq" else "generator", size)
         module = layout.build(size)
         names = layout.public(module)
-        torch.save({entry: {names[n]: t for n, t in module.state_dict().items()}}, home / f"{name}.pt")
+        torch.save(
+            {entry: {names[n]: t for n, t in module.state_dict().items()}}, home / f"{name}.pt"
+        )
 
 
 def test_make_targets_exist():
@@ -78,7 +102,11 @@ def test_commands_run(command, tiny, home, files, monkeypatch):
     if arguments[0] == "sweep":  # what is there is not done again
         record_study(arguments[1], seeds=(0, 1, 2))
     if arguments[0] == "figures":
-        monkeypatch.setattr(gear.figures.render, "execute", lambda *_: (home / "figures" / "executed").mkdir(parents=True))
+        monkeypatch.setattr(
+            gear.figures.render,
+            "execute",
+            lambda *_: (home / "figures" / "executed").mkdir(parents=True),
+        )
     if arguments[0] == "train":
         arguments.append("--quiet")
     main(arguments)
@@ -89,21 +117,31 @@ def test_commands_run(command, tiny, home, files, monkeypatch):
 def test_python_examples_run(tiny, files):
     runs, checkpoints = blocks("python")
     names = {}
-    source = runs.replace("scenes-gear-s0", "tiny").replace("scenes-*", "tiny*").replace("[0, 2, 4]", "[0, 1, 3]")
+    source = (
+        runs.replace("scenes-gear-s0", "tiny")
+        .replace("scenes-*", "tiny*")
+        .replace("[0, 2, 4]", "[0, 1, 3]")
+    )
     exec(compile(source, "README.md", "exec"), names)
     assert names["indices"].shape == (8, 8, 8) and names["logits"].shape == (8, 64, 64)
     assert names["pictures"].shape == (8, 32, 32, 3) and set(names["hidden"]) == {0, 1, 3}
     assert not names["table"].empty and names["run"].name == "tiny"
     names = {}
     exec(compile(checkpoints.replace("[0, 8, 24]", "[0, 1, 3]"), "README.md", "exec"), names)
-    assert names["indices"].shape == (4, 16, 16) and names["A"].shape == (4, 256, 32) and names["logits"].shape == (4, 256, 32)
+    assert (
+        names["indices"].shape == (4, 16, 16)
+        and names["A"].shape == (4, 256, 32)
+        and names["logits"].shape == (4, 256, 32)
+    )
     assert names["pictures"].shape == (4, 256, 256, 3) and names["hidden"][3].shape == (4, 256, 64)
 
 
 def test_parameters_are_those_of_the_networks():
     """The README's table of networks, counted."""
     with torch.device("meta"):
-        networks = [Tokenizer(c) for c in TOKENIZERS.values()] + [Generator(c, 16_384) for c in GENERATORS.values()]
+        networks = [Tokenizer(c) for c in TOKENIZERS.values()] + [
+            Generator(c, 16_384) for c in GENERATORS.values()
+        ]
     table = README[README.index("| network | layout |") :].split("\n\n")[0]
     assert sorted(int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{8,}", table)) == sorted(
         sum(p.numel() for p in network.parameters()) for network in networks
@@ -111,7 +149,9 @@ def test_parameters_are_those_of_the_networks():
 
 
 def test_links_and_figures_exist():
-    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"`((?:notebooks|gear)/[\w/.]+)`", README):
+    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(
+        r"`((?:notebooks|gear)/[\w/.]+)`", README
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -130,7 +170,9 @@ def test_numbers_are_those_of_the_tracked_runs(monkeypatch):
     for name, cells in rows:
         last = pd.DataFrame([run.metrics().iloc[-1] for run in gear.open_runs(f"{name}-s[0-9]")])
         last["predictable"] = last["val/usage_entropy"] - last["val/ntp_loss"]
-        wanted = last[["val/ntp_loss", "val/align_loss", "val/psnr", "val/usage_entropy", "predictable"]]
+        wanted = last[
+            ["val/ntp_loss", "val/align_loss", "val/psnr", "val/usage_entropy", "predictable"]
+        ]
         for cell, (_, values) in zip(cells.split("|"), wanted.items()):
             mean, spread = (text.strip() for text in cell.split("+-"))
             tolerance = 0.51 * 10 ** -len(mean.split(".")[1])
@@ -139,7 +181,9 @@ def test_numbers_are_those_of_the_tracked_runs(monkeypatch):
 
 
 def test_claims_are_those_that_the_tracked_runs_bear_out(monkeypatch):
-    """Judged again, the tracked runs give figures/data/claims.csv, and the README's table is that file."""
+    """Judged again, the tracked runs give figures/data/claims.csv, and the README's table is that
+    file.
+    """
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
     table = pd.read_csv(ROOT / "figures" / "data" / "claims.csv")
     again = verdicts.claims()
@@ -150,8 +194,12 @@ def test_claims_are_those_that_the_tracked_runs_bear_out(monkeypatch):
 
 
 def test_ablations_are_those_that_the_tracked_runs_bear_out(monkeypatch):
-    """The README counts what each study's differences say, and names the decided ones; on the tracked runs it is that."""
+    """The README counts what each study's differences say, and names the decided ones; on the
+    tracked runs it is that.
+    """
     monkeypatch.setenv("GEAR_RUNS", str(ROOT / "runs"))
     tracked = [name for name in STUDIES if (ROOT / "figures" / f"ablations_{name}.png").exists()]
-    assert {"temperature", "weight", "components", "tokenizer", "depth", "initialisation"} <= set(tracked)
+    assert {"temperature", "weight", "components", "tokenizer", "depth", "initialisation"} <= set(
+        tracked
+    )
     assert verdicts.studies_as_markdown(tracked) in README

@@ -1,4 +1,6 @@
-"""What is read from A by blocks of its rows, against the matrix: values, every gradient, precision, and what is held."""
+"""What is read from A by blocks of its rows, against the matrix: values, every gradient, precision,
+and what is held.
+"""
 
 from dataclasses import replace
 
@@ -16,21 +18,35 @@ from gear.tokenizer.readout import Affinity
 from gear.training.validate import tokenizer_metrics
 
 DIM, K, N = 5, 32, 14  # 14 = 2 x 7 positions
-BLOCKS = {"all rows": N * K, "all but one": 13 * K, "a remainder": 4 * K, "one row": K, "less than a row": K - 5}
+BLOCKS = {
+    "all rows": N * K,
+    "all but one": 13 * K,
+    "a remainder": 4 * K,
+    "one row": K,
+    "less than a row": K - 5,
+}
 CONFIGS = {
     "vq": TokenizerConfig("vq", "vqgan", K, DIM, 8, (1, 2, 2), latent_channels=16, res_blocks=1),
     "lfq": TokenizerConfig("lfq", "magvit2", K, DIM, 8, (1, 2, 2), res_blocks=1),
     "ibq": TokenizerConfig("ibq", "vqgan", K, DIM, 8, (1, 2, 2), latent_channels=DIM, res_blocks=1),
 }
-TEMPERATURE = {"vq": 0.3, "lfq": 2.0, "ibq": 1.0}  # at which softmax(A / T) is neither hard nor flat
+TEMPERATURE = {
+    "vq": 0.3,
+    "lfq": 2.0,
+    "ibq": 1.0,
+}  # at which softmax(A / T) is neither hard nor flat
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def factors(family, dtype=torch.float64, count=N, dim=DIM, size=K):
-    """Leaves z (2, count / 2, D) and, but for LFQ, C (K, D), and a function of them to an Affinity."""
+    """Leaves z (2, count / 2, D) and, but for LFQ, C (K, D), and a function of them to an
+    Affinity.
+    """
     z = gaussian(2, count // 2, dim, dtype=dtype).requires_grad_()
     if family == "lfq":
         return [z], SignAffinity
@@ -48,13 +64,17 @@ def read(family, affinity, embedding):
 
 
 def by_blocks(monkeypatch, block):
-    """Have every A worked through in blocks of `block` elements, or, where that is None, formed whole."""
+    """Have every A worked through in blocks of `block` elements, or, where that is None, formed
+    whole.
+    """
     monkeypatch.setattr(readout, "WHOLE", 2**40 if block is None else 0)
     monkeypatch.setattr(readout, "BLOCK", {"cpu": block, "cuda": block})
 
 
 def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, **sizes):
-    """Read A by blocks (None: whole): {name: value}, and {name: gradients of a random sum of it to z, C and E}."""
+    """Read A by blocks (None: whole): {name: value}, and {name: gradients of a random sum of it to
+    z, C and E}.
+    """
     by_blocks(monkeypatch, block)
     leaves, make = factors(family, dtype, **sizes)
     embedding = gaussian(sizes.get("size", K), 7, seed=2, dtype=dtype).requires_grad_()
@@ -62,7 +82,9 @@ def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, **size
     gradients = {}
     for seed, (name, value) in enumerate(values.items(), start=3):
         loss = (value * gaussian(*value.shape, seed=seed, dtype=dtype)).sum()
-        gradients[name] = torch.autograd.grad(loss, [*leaves, embedding], retain_graph=True, allow_unused=name != "u")
+        gradients[name] = torch.autograd.grad(
+            loss, [*leaves, embedding], retain_graph=True, allow_unused=name != "u"
+        )
     return {name: value.detach() for name, value in values.items()}, gradients
 
 
@@ -71,7 +93,7 @@ def family(request):
     return request.param
 
 
-# -- equal to the matrix ------------------------------------------------------------------------------------------------------
+# -- equal to the matrix ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
@@ -80,7 +102,9 @@ def test_blocks_equal_the_matrix_in_value_and_gradient(family, block, monkeypatc
     got, got_gradients = values_and_gradients(family, block, monkeypatch)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-10)
-        pairs = [pair for pair in zip(got_gradients[name], want_gradients[name]) if pair[1] is not None]
+        pairs = [
+            pair for pair in zip(got_gradients[name], want_gradients[name]) if pair[1] is not None
+        ]
         assert len(pairs) == {"u": 3, "h": 2, "mean": 2}[name] - (family == "lfq")
         for one, other in pairs:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
@@ -96,11 +120,15 @@ def test_indices_and_top_masses_by_blocks_are_those_of_the_matrix(family, block,
     by_blocks(monkeypatch, block)
     affinity = make(*leaves)
     blocks = list(affinity.blocks())
-    assert max(b.numel() for b in blocks) <= max(block, K) and not any(b.requires_grad for b in blocks)
+    assert max(b.numel() for b in blocks) <= max(block, K) and not any(
+        b.requires_grad for b in blocks
+    )
     torch.testing.assert_close(torch.cat(blocks), dense.flatten(0, 1), rtol=0, atol=1e-12)
     assert torch.equal(affinity.argmax(), dense.argmax(-1)) and affinity.argmax().shape == (2, 7)
     got = codes.assignment(affinity.blocks(), TEMPERATURE[family])
-    assert got.entropy == pytest.approx(want.entropy, abs=1e-10) and got.top_mass == pytest.approx(want.top_mass, abs=1e-10)
+    assert got.entropy == pytest.approx(want.entropy, abs=1e-10) and got.top_mass == pytest.approx(
+        want.top_mass, abs=1e-10
+    )
 
 
 def test_assignment_of_no_block_is_refused():
@@ -134,20 +162,27 @@ def test_float32_is_as_near_float64_by_blocks_as_by_the_matrix(family, which, mo
         got = values_and_gradients(family, block, monkeypatch, torch.float32, **sizes)
         pairs = [(got[0][which], exact[0][which]), *zip(got[1][which], exact[1][which])]
         assert all(one is None or one.dtype == torch.float32 for one, _ in pairs)
-        errors.append([float((one.double() - other).abs().max()) for one, other in pairs if other is not None])
+        errors.append(
+            [float((one.double() - other).abs().max()) for one, other in pairs if other is not None]
+        )
     for dense, blocks in zip(*errors):
         assert 0 < blocks <= 2 * dense
 
 
-# -- in a tokenizer -----------------------------------------------------------------------------------------------------------
+# -- in a tokenizer --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", (None, 300), ids=("whole", "blocks"))
 def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, block, monkeypatch):
-    """In training, at inference and by the dense A, of one and the same latents; the read-out and its gradients too."""
+    """In training, at inference and by the dense A, of one and the same latents; the read-out and
+    its gradients too.
+    """
     torch.manual_seed(0)
     quantizer = Tokenizer(CONFIGS[family]).quantizer
-    z, embedding = gaussian(4, DIM, 8, 8, dtype=torch.float32).requires_grad_(), gaussian(K, 9, dtype=torch.float32)
+    z, embedding = (
+        gaussian(4, DIM, 8, 8, dtype=torch.float32).requires_grad_(),
+        gaussian(K, 9, dtype=torch.float32),
+    )
     embedding.requires_grad_()
     want = quantizer.affinity(z).dense.argmax(-1)
     by_blocks(monkeypatch, block)
@@ -162,14 +197,22 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
             assert out.affinity.dense.dtype == torch.float32
             u, loss = out.affinity.soft_readout(embedding, 0.3), sum(loss_terms(out).values())
             assert u.dtype == loss.dtype == torch.float32
-            inside = torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True) if block else []
-        results.append([u, loss, *inside, *torch.autograd.grad(u.square().sum() + loss, [z, embedding])])
+            inside = (
+                torch.autograd.grad(u.square().sum(), [z, embedding], retain_graph=True)
+                if block
+                else []
+            )
+        results.append(
+            [u, loss, *inside, *torch.autograd.grad(u.square().sum() + loss, [z, embedding])]
+        )
     for one, other in zip(*results):
         assert torch.equal(one, other)
 
 
 def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
-    """Indices equal, and every loss, the read-out and each weight's gradient near, through the whole network."""
+    """Indices equal, and every loss, the read-out and each weight's gradient near, through the
+    whole network.
+    """
     torch.manual_seed(0)
     tokenizer, images = Tokenizer(CONFIGS[family]).double(), scenes(2)[0].double()
     results = []
@@ -177,16 +220,24 @@ def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
         by_blocks(monkeypatch, block)
         out = tokenizer(images)
         u = out.quantized.affinity.soft_readout(gaussian(K, 9), 0.3)
-        total = out.reconstruction.square().sum() + u.square().sum() + sum(loss_terms(out.quantized).values())
+        total = (
+            out.reconstruction.square().sum()
+            + u.square().sum()
+            + sum(loss_terms(out.quantized).values())
+        )
         assert torch.equal(tokenizer.encode(images).flatten(1), out.quantized.indices)
-        gradients = torch.autograd.grad(total, list(tokenizer.parameters()), materialize_grads=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            total, list(tokenizer.parameters()), materialize_grads=True, allow_unused=True
+        )
         results.append([out.quantized.indices, *loss_terms(out.quantized).values(), u, *gradients])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
 class Watch(TorchDispatchMode):
-    """Records the largest tensor that an operation returns, and which operations were called with what shapes."""
+    """Records the largest tensor that an operation returns, and which operations were called with
+    what shapes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -194,18 +245,36 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        tensors = [x for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, torch.Tensor)]
+        tensors = [
+            x
+            for x in (found if isinstance(found, (tuple, list)) else [found])
+            if isinstance(x, torch.Tensor)
+        ]
         # an expanded tensor holds no more than its storage
-        self.largest = max([self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in tensors)])
-        self.calls.append((str(function), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]))
+        self.largest = max(
+            [self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in tensors)]
+        )
+        self.calls.append(
+            (str(function), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)])
+        )
         return found
 
 
 def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
-    """Through a training forward, the read-out, the backward of both and the statistics; the matrix itself would be seen."""
-    config = replace(CONFIGS[family], codebook_size=1024, code_dim=10, **(dict(latent_channels=10) if family == "ibq" else {}))
+    """Through a training forward, the read-out, the backward of both and the statistics; the matrix
+    itself would be seen.
+    """
+    config = replace(
+        CONFIGS[family],
+        codebook_size=1024,
+        code_dim=10,
+        **(dict(latent_channels=10) if family == "ibq" else {}),
+    )
     torch.manual_seed(0)
-    quantizer, embedding = Tokenizer(config).quantizer, gaussian(1024, 12, dtype=torch.float32).requires_grad_()
+    quantizer, embedding = (
+        Tokenizer(config).quantizer,
+        gaussian(1024, 12, dtype=torch.float32).requires_grad_(),
+    )
     n, largest = 2 * 16 * 32, {}
     for block in (None, 32 * 1024):
         by_blocks(monkeypatch, block)
@@ -221,7 +290,9 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
 
 
 def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
-    """E^T has a product of its own, (K, n) with (n, D), where E asks for a gradient and none where it is frozen."""
+    """E^T has a product of its own, (K, n) with (n, D), where E asks for a gradient and none where
+    it is frozen.
+    """
     by_blocks(monkeypatch, 4 * K)
     for asks in (False, True):
         leaves, make = factors(family)
@@ -229,7 +300,9 @@ def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
         u = make(*leaves).soft_readout(embedding, 0.3)
         with Watch() as watch:
             u.sum().backward()
-        to_embedding = [shapes for _, shapes in watch.calls if (K, 4) in shapes and (4, 7) in shapes]
+        to_embedding = [
+            shapes for _, shapes in watch.calls if (K, 4) in shapes and (4, 7) in shapes
+        ]
         assert bool(to_embedding) == asks == (embedding.grad is not None)
 
 

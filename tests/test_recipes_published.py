@@ -1,4 +1,6 @@
-"""The imagenet256 recipes are Tables 15 and 16 of the paper, line by line, as gear/experiments/published.csv has them."""
+"""The imagenet256 recipes are Tables 15 and 16 of the paper, line by line, as
+gear/experiments/published.csv has them.
+"""
 
 from dataclasses import replace
 
@@ -16,13 +18,22 @@ from gear.training.optim import Optimizer
 
 
 def name_of(value, named):
-    """Return the name under which `named` has a value; a generator's tap layer and projector are lines of their own."""
-    return next((name for name, other in named.items() if other == value), "none of the public ones")
+    """Return the name under which `named` has a value; a generator's tap layer and projector are
+    lines of their own.
+    """
+    return next(
+        (name for name, other in named.items() if other == value), "none of the public ones"
+    )
 
 
 def size(config):
-    lines_of_their_own = {f: getattr(config.generator, f) for f in ("tap_layer", "projector_dim", "class_dropout")}
-    return name_of(config.generator, {name: replace(other, **lines_of_their_own) for name, other in GENERATORS.items()})
+    lines_of_their_own = {
+        f: getattr(config.generator, f) for f in ("tap_layer", "projector_dim", "class_dropout")
+    }
+    return name_of(
+        config.generator,
+        {name: replace(other, **lines_of_their_own) for name, other in GENERATORS.items()},
+    )
 
 
 def adam(config):
@@ -30,7 +41,12 @@ def adam(config):
     return Optimizer([torch.nn.Linear(1, 1)], 0.0, config.optimizer).adam
 
 
-TEACHERS = {"dinov2-b": "DINOv2", "dinov3-b": "DINOv3", "siglip2-b": "SigLIPv2", "vjepa2-l": "V-JEPA2.1"}
+TEACHERS = {
+    "dinov2-b": "DINOv2",
+    "dinov3-b": "DINOv3",
+    "siglip2-b": "SigLIPv2",
+    "vjepa2-l": "V-JEPA2.1",
+}
 
 # A line of a table: the values of a run of the stage `joint` that all have to be what is printed.
 TABLE_15 = {
@@ -43,7 +59,9 @@ TABLE_15 = {
     "Align. coeff. lambda": lambda c: [c.objective.align_weight],
     "Resolution": lambda c: [c.data.image_size],
     "Training steps": lambda c: [c.steps],
-    "Tokenizer init.": lambda c: ["✓" if c.tokenizer_run == f"{c.recipe.partition('-joint')[0]}-tokenizer" else "✗"],
+    "Tokenizer init.": lambda c: [
+        "✓" if c.tokenizer_run == f"{c.recipe.partition('-joint')[0]}-tokenizer" else "✗"
+    ],
 }
 TABLE_16 = {
     "Batch size": lambda c: [c.batch_size],
@@ -68,10 +86,15 @@ TABLE_16 = {
 }
 NOT_COMPARED = {
     "torch.compile": "how a run is executed: it has no line in a configuration",
-    "NTP loss": "1 by construction: a term without a weight counts once (State.descend); see test_weights_of_one",
+    "NTP loss": (
+        "1 by construction: a term without a weight counts once (State.descend); see "
+        "test_weights_of_one"
+    ),
     "Reconstruction (L1)": "the same",
 }
-STUDIES = {  # a column of Table 15: the recipe of its default cell, and the shorter schedule that some studies have
+# a column of Table 15: the recipe of its default cell, and the shorter schedule that some studies
+# have
+STUDIES = {
     "Temp. Tab. 5": "imagenet256-l-joint",
     "Coeff. Tab. 6": "imagenet256-l-joint",
     "Comp. Tab. 7": "imagenet256-l-joint",
@@ -83,10 +106,14 @@ STUDIES = {  # a column of Table 15: the recipe of its default cell, and the sho
     "Res. Tab. 13": "imagenet256-l-joint",
 }
 SHORT = {"Enc. Tab. 10", "Depth Tab. 11", "Res. Tab. 13"}  # 100,000 steps, as in --steps 100000
-DEFAULTS = {  # of the lists in Table 15, where the default is not what the other columns have: all of them say the same
+# of the lists in Table 15, where the default is not what the other columns have: all of them say
+# the same
+DEFAULTS = {
     "Size Tab. 9, default": "Size Tab. 9",
 }
-UNPRINTED = {  # what neither table says of a run, as it is: the public code's where it has it, else ours and harmless
+# what neither table says of a run, as it is: the public code's where it has it, else ours and
+# harmless
+UNPRINTED = {
     "recipe": "imagenet256-l-joint",
     "stage": "joint",
     "seed": 0,
@@ -111,11 +138,15 @@ CELLS = {(line.row, line.column): line.value for line in published(15).itertuple
 
 
 def default(row, column):
-    """Return the default cell of a study: what its list has in common with the other studies, which all keep the default."""
+    """Return the default cell of a study: what its list has in common with the other studies, which
+    all keep the default.
+    """
     values = CELLS[row, column].split("; ")
     if len(values) == 1:
         return values[0]
-    others = {CELLS[row, other] for other in STUDIES if other != column and "; " not in CELLS[row, other]}
+    others = {
+        CELLS[row, other] for other in STUDIES if other != column and "; " not in CELLS[row, other]
+    }
     assert len(others) == 1 and others <= set(values), (row, column)
     return others.pop()
 
@@ -125,12 +156,18 @@ def same(printed, value):
 
 
 def unlike(config, column=None):
-    """List the lines in which a configuration is not what Table 16, or a column of Table 15, prints."""
+    """List the lines in which a configuration is not what Table 16, or a column of Table 15,
+    prints.
+    """
     if column is None:
         wanted, compared = {line.row: line.value for line in published(16).itertuples()}, TABLE_16
     else:
         wanted, compared = {row: default(row, column) for row in TABLE_15}, TABLE_15
-    return [row for row, values in compared.items() if not all(same(wanted[row], value) for value in values(config))]
+    return [
+        row
+        for row, values in compared.items()
+        if not all(same(wanted[row], value) for value in values(config))
+    ]
 
 
 def unpinned(config):
@@ -148,7 +185,9 @@ def test_every_line_is_compared_or_said_not_to_be():
     assert TABLE_16.keys() | NOT_COMPARED.keys() == set(published(16).row)
     assert TABLE_15.keys() == set(published(15).row)
     assert STUDIES.keys() | DEFAULTS.keys() == set(published(15).column)
-    assert {CELLS[row, column] for row, column in CELLS if column in DEFAULTS} == {default("Alignment layer", "Size Tab. 9")}
+    assert {CELLS[row, column] for row, column in CELLS if column in DEFAULTS} == {
+        default("Alignment layer", "Size Tab. 9")
+    }
 
 
 @pytest.mark.parametrize("column", STUDIES)
@@ -170,8 +209,12 @@ def test_swept_cells_with_a_preset_of_their_own():
         assert size(config) == name and config.generator.tap_layer == int(tap)
         assert set(unlike(config, "Size Tab. 9")) <= {"AR model", "Alignment layer"}
     for name in CELLS["Tokenizer", "Tok. Tab. 8"].split("; "):
-        config = RECIPES[{"VQ-16": "imagenet256-l-joint"}.get(name, f"imagenet256-l-{name[:3].lower()}-joint")]
-        assert name_of(config.tokenizer, TOKENIZERS) == name and set(unlike(config, "Tok. Tab. 8")) <= {"Tokenizer"}
+        config = RECIPES[
+            {"VQ-16": "imagenet256-l-joint"}.get(name, f"imagenet256-l-{name[:3].lower()}-joint")
+        ]
+        assert name_of(config.tokenizer, TOKENIZERS) == name and set(
+            unlike(config, "Tok. Tab. 8")
+        ) <= {"Tokenizer"}
     for gradient, variant in (("STE", "straight-through"), ("w/o L_GAN", "no-gan")):
         assert gradient in CELLS["Gradient", "Comp. Tab. 7"].split("; ")
         config = RECIPES[f"imagenet256-l-joint-{variant}"]
@@ -181,7 +224,9 @@ def test_swept_cells_with_a_preset_of_their_own():
 
 def test_every_preset_has_every_method():
     presets = [name.removesuffix("-gear") for name in RECIPES if name.endswith("-gear")]
-    methods = {name.removeprefix("scenes-ibq-") for name in RECIPES if name.startswith("scenes-ibq-")}
+    methods = {
+        name.removeprefix("scenes-ibq-") for name in RECIPES if name.startswith("scenes-ibq-")
+    }
     assert len(presets) == 15 and len(methods) == 21  # "tiny" and the short schedule among them
     assert all(f"{preset}-{method}" in RECIPES for preset in presets for method in methods)
     assert known().endswith("; and teacher-scenes, tiny")
@@ -189,17 +234,37 @@ def test_every_preset_has_every_method():
 
 def test_weights_of_one():
     """NTP and reconstruction have no weight that a configuration could change."""
-    weights = [row for row in published(16).itertuples() if row.row in ("NTP loss", "Reconstruction (L1)")]
+    weights = [
+        row for row in published(16).itertuples() if row.row in ("NTP loss", "Reconstruction (L1)")
+    ]
     assert [float(row.value) for row in weights] == [1.0, 1.0]
-    assert not [f for f in RECIPES["imagenet256-l-joint"].objective.__dict__ if f.startswith(("ntp", "recon"))]
+    assert not [
+        f
+        for f in RECIPES["imagenet256-l-joint"].objective.__dict__
+        if f.startswith(("ntp", "recon"))
+    ]
 
 
 OTHER = {  # where twice as much, or another word, is no value of the field
-    "stage": "generator", "teacher": "dinov3-b", "precision": "float32", "data.image_size": 512, "tokenizer.quantizer": "ibq",
-    "tokenizer.backbone": "magvit2", "generator.width": 2048, "generator.heads": 32, "generator.tap_layer": 9,
-    "generator.condition_rotation": "zero", "objective.bridge": "none", "objective.disc_layers": 4, "data.interpolation": "box",
-}  # fmt: skip
-FIXED = {"tokenizer.init_from_data", "generator.text_slots", "generator.dual_layers"}  # what these runs cannot have otherwise
+    "stage": "generator",
+    "teacher": "dinov3-b",
+    "precision": "float32",
+    "data.image_size": 512,
+    "tokenizer.quantizer": "ibq",
+    "tokenizer.backbone": "magvit2",
+    "generator.width": 2048,
+    "generator.heads": 32,
+    "generator.tap_layer": 9,
+    "generator.condition_rotation": "zero",
+    "objective.bridge": "none",
+    "objective.disc_layers": 4,
+    "data.interpolation": "box",
+}
+FIXED = {
+    "tokenizer.init_from_data",
+    "generator.text_slots",
+    "generator.dual_layers",
+}  # what these runs cannot have otherwise
 
 
 def changed(field, value):
@@ -220,7 +285,9 @@ FIELDS = flatten(to_dict(of_study("Temp. Tab. 5")))
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field not in FIXED])
 def test_a_changed_field_is_noticed(field):
-    """Whichever field of the recipe changes, a line of the tables differs, or what is pinned beside them."""
+    """Whichever field of the recipe changes, a line of the tables differs, or what is pinned beside
+    them.
+    """
     config = of_study("Temp. Tab. 5")
     assert unlike(config, "Temp. Tab. 5") + unlike(config) + unpinned(config) == []
     section, _, name = field.rpartition(".")
@@ -232,5 +299,10 @@ def test_a_changed_field_is_noticed(field):
 
 
 def test_lines_that_differ_are_named():
-    config = change(of_study("Temp. Tab. 5"), dict(objective=dict(tau=0.05), optimizer=dict(beta2=0.95), steps=1))
-    assert unlike(config, "Temp. Tab. 5") == ["Guidance temp. tau", "Training steps"] and unlike(config) == ["Adam beta2"]
+    config = change(
+        of_study("Temp. Tab. 5"),
+        dict(objective=dict(tau=0.05), optimizer=dict(beta2=0.95), steps=1),
+    )
+    assert unlike(config, "Temp. Tab. 5") == ["Guidance temp. tau", "Training steps"] and unlike(
+        config
+    ) == ["Adam beta2"]

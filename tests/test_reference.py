@@ -1,4 +1,6 @@
-"""A record without weights reads as its run does, to the last bit; what needs weights says what to do."""
+"""A record without weights reads as its run does, to the last bit; what needs weights says what to
+do.
+"""
 
 import json
 import os
@@ -30,20 +32,34 @@ def pack(*words):
 
 @pytest.fixture
 def runs(home):
-    """Two runs with all that a record keeps, as they read, {run: {what: value}}; and one that is not at its end."""
+    """Two runs with all that a record keeps, as they read, {run: {what: value}}; and one that is
+    not at its end.
+    """
     made = {}
     for seed in (0, 1):
         run = record_scored(f"tiny-gear-s{seed}", recipe(f"tiny-gear-s{seed}"))
         run.append({"step": 30, "b": 1 / 3 + seed, "dead": 0} | ({"a": 0.1} if seed else {}))
         run.append({"step": 30, "late": 1e-310})
-        run.table("layer_profile", {"k": 5}, lambda seed=seed: pd.DataFrame({"layer": range(6), "x": VALUES, "y": VALUES}))
+        run.table(
+            "layer_profile",
+            {"k": 5},
+            lambda seed=seed: pd.DataFrame({"layer": range(6), "x": VALUES, "y": VALUES}),
+        )
         (run.path / "samples").mkdir()
         Image.new("RGB", (12 * 34 + 2, 70)).save(run.path / "samples" / "0000024.png")
         made[run.name] = {
-            "config": run.config, "hash": run.config_hash, "step": run.step, "metrics": run.metrics(), "scores": run.scores(),
-            "score_table": scores(run), "log": load_runs(run.name), "table": run.table("layer_profile", {"k": 5}, None),
-        }  # fmt: skip
-    Run.create("tiny-half", {"recipe": "tiny-half", "seed": 0, "steps": 9}).append({"step": 8, "b": 1.0})
+            "config": run.config,
+            "hash": run.config_hash,
+            "step": run.step,
+            "metrics": run.metrics(),
+            "scores": run.scores(),
+            "score_table": scores(run),
+            "log": load_runs(run.name),
+            "table": run.table("layer_profile", {"k": 5}, None),
+        }
+    Run.create("tiny-half", {"recipe": "tiny-half", "seed": 0, "steps": 9}).append(
+        {"step": 8, "b": 1.0}
+    )
     return made
 
 
@@ -56,17 +72,31 @@ def only_records(*words):
 
 def test_a_record_reads_as_its_run_did_to_the_last_bit(runs):
     only_records()
-    assert run_names() == [run.name for run in open_runs("tiny-gear-s[01]")] == ["tiny-gear-s0", "tiny-gear-s1"]
+    assert (
+        run_names()
+        == [run.name for run in open_runs("tiny-gear-s[01]")]
+        == ["tiny-gear-s0", "tiny-gear-s1"]
+    )
     for name, run in runs.items():
         record = gear.Run.open(name)
         assert isinstance(record, Record) and not isinstance(record, Run) and record.name == name
-        assert (record.config, record.config_hash, record.step) == (run["config"], run["hash"], run["step"])
-        pd.testing.assert_frame_equal(record.metrics(), run["metrics"], check_exact=True, check_dtype=False)
+        assert (record.config, record.config_hash, record.step) == (
+            run["config"],
+            run["hash"],
+            run["step"],
+        )
+        pd.testing.assert_frame_equal(
+            record.metrics(), run["metrics"], check_exact=True, check_dtype=False
+        )
         pd.testing.assert_frame_equal(load_runs(name), run["log"], check_exact=True)
         pd.testing.assert_frame_equal(scores(record), run["score_table"], check_exact=True)
         table = record.table("layer_profile", {"k": 5}, lambda: pytest.fail("it is there"))
         pd.testing.assert_frame_equal(table, run["table"], check_exact=True)
-        assert record.scores() == run["scores"] and record.checkpoint_steps() == [] and record.metrics("timing.jsonl").empty
+        assert (
+            record.scores() == run["scores"]
+            and record.checkpoint_steps() == []
+            and record.metrics("timing.jsonl").empty
+        )
     assert metrics_table(open_runs("tiny*"))[0].index.tolist() == list(runs)
 
 
@@ -94,8 +124,12 @@ def test_a_score_keeps_its_interval(runs):
 def test_a_table_of_other_parameters_is_computed_and_not_kept(runs):
     only_records()
     before = sorted(path.name for path in runs_dir().rglob("*"))
-    made = Run.open("tiny-gear-s0").table("layer_profile", {"k": 6}, lambda: pd.DataFrame({"x": [7.0]}))
-    assert made.x.tolist() == [7.0] and sorted(path.name for path in runs_dir().rglob("*")) == before
+    made = Run.open("tiny-gear-s0").table(
+        "layer_profile", {"k": 6}, lambda: pd.DataFrame({"x": [7.0]})
+    )
+    assert (
+        made.x.tolist() == [7.0] and sorted(path.name for path in runs_dir().rglob("*")) == before
+    )
 
 
 def test_what_needs_weights_says_so_and_leaves_nothing(runs):
@@ -103,7 +137,8 @@ def test_what_needs_weights_says_so_and_leaves_nothing(runs):
     before = sorted(runs_dir().rglob("*"))
     for use in (gear.load_tokenizer, gear.load_generator, evaluate):
         with pytest.raises(
-            MissingRuns, match="^'tiny-gear-s0' is a record without weights. Train it: gear train tiny-gear-s0$"
+            MissingRuns,
+            match="^'tiny-gear-s0' is a record without weights. Train it: gear train tiny-gear-s0$",
         ):
             use("tiny-gear-s0")
     assert sorted(runs_dir().rglob("*")) == before
@@ -121,14 +156,19 @@ def test_panels_are_those_that_were_asked_for(runs):
     with_panel, without = Run.open("tiny-gear-s1"), Run.open("tiny-gear-s0")
     assert list(with_panel.panels()) == [24] and without.panels() == {}
     assert [row.shape for row in panel_rows(with_panel)] == [(12, 32, 32, 3)] * 2
-    with pytest.raises(UserError, match="'tiny-gear-s0' has no sample panel of step 0: it has none"):
+    with pytest.raises(
+        UserError, match="'tiny-gear-s0' has no sample panel of step 0: it has none"
+    ):
         panel_rows(without)
 
 
 def test_the_monitor_shows_records(runs):
     only_records()
     assert monitor.overview(["tiny-gear-s0"]).weights.tolist() == [False]
-    assert monitor.metrics("tiny-gear-s0").step.tolist() == runs["tiny-gear-s0"]["metrics"].step.tolist()
+    assert (
+        monitor.metrics("tiny-gear-s0").step.tolist()
+        == runs["tiny-gear-s0"]["metrics"].step.tolist()
+    )
     progress = monitor.progress(Run.open("tiny-gear-s0"))
     assert progress["step"] == 30 and not monitor.is_training(Run.open("tiny-gear-s0"))
 
@@ -143,7 +183,10 @@ def test_a_pack_that_is_written_again_is_read_again_and_nothing_of_the_old_one_s
     assert "1 records" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ("runs.csv", "configs.json", "metrics.parquet", "scores.parquet", "layer_profile.parquet"))
+@pytest.mark.parametrize(
+    "file",
+    ("runs.csv", "configs.json", "metrics.parquet", "scores.parquet", "layer_profile.parquet"),
+)
 def test_a_damaged_file_of_the_pack_is_one_message(file, runs):
     only_records()
     path = runs_dir() / "reference" / file
@@ -154,7 +197,10 @@ def test_a_damaged_file_of_the_pack_is_one_message(file, runs):
 
 
 def test_what_cannot_be_packed(runs, capsys):
-    for words, said in ((["pack"], "name a folder"), (["pack", "x", "tiny-half"], "none of these runs is trained to its end")):
+    for words, said in (
+        (["pack"], "name a folder"),
+        (["pack", "x", "tiny-half"], "none of these runs is trained to its end"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -16,20 +16,36 @@ from gear.runs.run import Run
 def test_scores_are_read_at_their_step_and_guidance():
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
     records = json.loads((run.path / "metrics.json").read_text())
-    wanted = {(r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"] for r in records}
+    wanted = {
+        (r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"]
+        for r in records
+    }
     found = results.measured("tiny-gear-s0", "tiny", 100, 1.5, 12)
-    assert found["fd"] == wanted[12, 1.5, "fd_scenes"] and found["precision"] == wanted[12, 1.5, "precision"]
-    assert found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
+    assert (
+        found["fd"] == wanted[12, 1.5, "fd_scenes"]
+        and found["precision"] == wanted[12, 1.5, "precision"]
+    )
+    assert (
+        found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
+    )
     assert "ntp_loss" not in found, "nothing was logged at that step"
     last = results.measured("tiny-gear-s0", "tiny", 100)
     assert last["ntp_loss"] < 5, "the log's, not the evaluation's"
     assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
-    assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), "another number of samples is another score"
+    assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), (
+        "another number of samples is another score"
+    )
     table = results.quality("tiny-gear-s[0]", 100, steps=(12, 24), scales=(1.0, 2.0))
     assert set(zip(table.step, table.cfg_scale)) == {(12, 1.0), (24, 1.0), (24, 2.0)}
     lacks = "^no run 'tiny-gear-s0' with scores of "
     for arguments, said in (
-        ((7,), "7 samples at step 24, guidance 1: gear evaluate tiny-gear-s0 --network scenes --both --count 7"),
+        (
+            (7,),
+            (
+                "7 samples at step 24, guidance 1: gear evaluate tiny-gear-s0 --network scenes "
+                "--both --count 7"
+            ),
+        ),
         ((100, (6, 24)), "100 samples at step 6, guidance 1: .*--steps 6"),
         ((100, (), (1.0, 9.0)), "100 samples at step 24, guidance 9: .*--sweep cfg_scale=1,9"),
     ):
@@ -37,16 +53,28 @@ def test_scores_are_read_at_their_step_and_guidance():
             results.quality("tiny-gear-s0", *arguments)
     record_study("size", seeds=(0,))
     table = results.by_size("tiny", (0,), 100, (1.0, 2.0))
-    assert len(table.run.unique()) == 6 and set(table.width) == {16, 32, 48} and set(table.role) == {"gear", "baseline"}
-    with pytest.raises(UserError, match="no run ('tiny-[^']*', ){5}'tiny-[^']*' with .* evaluate (tiny-[^ ]* ){6}--network"):
+    assert (
+        len(table.run.unique()) == 6
+        and set(table.width) == {16, 32, 48}
+        and set(table.role) == {"gear", "baseline"}
+    )
+    with pytest.raises(
+        UserError,
+        match="no run ('tiny-[^']*', ){5}'tiny-[^']*' with .* evaluate (tiny-[^ ]* ){6}--network",
+    ):
         results.by_size("tiny", (0,), 100, (1.0, 9.0))
 
 
-@pytest.mark.parametrize("other", ({"reference_count": 50, "images": 50}, {"reference": "zoo.zip", "split": "train"}))
+@pytest.mark.parametrize(
+    "other", ({"reference_count": 50, "images": 50}, {"reference": "zoo.zip", "split": "train"})
+)
 def test_scores_of_another_protocol_do_not_count(other):
     """Neither beside the right ones, whichever was written last, nor in their place."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
-    right, records = results.measured("tiny-gear-s0", "tiny", 100), json.loads((run.path / "metrics.json").read_text())
+    right, records = (
+        results.measured("tiny-gear-s0", "tiny", 100),
+        json.loads((run.path / "metrics.json").read_text()),
+    )
     wrong = [r | {"value": -1.0, "protocol": r["protocol"] | other} for r in records]
     for both in (records + wrong, wrong + records):
         (run.path / "metrics.json").write_text(json.dumps(both))
@@ -62,7 +90,10 @@ def test_a_missing_or_unscored_run_is_named():
     (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
         results.results("depth", "tiny", count=100)
-    said = "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth --preset tiny --seeds 0,1,2"
+    said = (
+        "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth "
+        "--preset tiny --seeds 0,1,2"
+    )
     assert f"{said} --count 100" in str(error.value)
 
 
@@ -93,4 +124,7 @@ def test_a_source_with_fewer_images_gives_all_it_has():
 
 def test_images_are_counted_from_the_scores():
     runs = [record_scored(name, recipe(name)) for name in ("tiny-gear-s0", "scenes-gear-s0")]
-    assert results.counted(runs[:1]) == ("2000", "128") and results.counted(runs) == ("2000", "128 and 2000")
+    assert results.counted(runs[:1]) == ("2000", "128") and results.counted(runs) == (
+        "2000",
+        "128 and 2000",
+    )

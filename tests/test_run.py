@@ -19,9 +19,14 @@ CONFIG = {"recipe": "r", "seed": 0, "steps": 4, "tau": 0.1, "version": "1"}
 
 def test_open_suggests_the_nearest_name():
     Run.create("scenes-gear-s0", CONFIG)
-    with pytest.raises(MissingRuns, match="(?s)^no run 'scenes-gaer-s0'.*Did you mean 'scenes-gear-s0'") as error:
+    with pytest.raises(
+        MissingRuns, match="(?s)^no run 'scenes-gaer-s0'.*Did you mean 'scenes-gear-s0'"
+    ) as error:
         Run.open("scenes-gaer-s0")
-    assert (error.value.runs, error.value.command) == (["scenes-gaer-s0"], "gear train scenes-gaer-s0")
+    assert (error.value.runs, error.value.command) == (
+        ["scenes-gaer-s0"],
+        "gear train scenes-gaer-s0",
+    )
 
 
 def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
@@ -29,7 +34,9 @@ def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
     run.check_config(CONFIG | {"version": "2"})  # the library's version is not science
     with pytest.raises(UserError, match=r"tau: 0.1 -> 0.2"):
         run.check_config(CONFIG | {"tau": 0.2})
-    run.check_config(CONFIG | {"new": 1}, complete=lambda old: {"new": 1} | old)  # written before `new` was a field
+    run.check_config(
+        CONFIG | {"new": 1}, complete=lambda old: {"new": 1} | old
+    )  # written before `new` was a field
     assert Run.open("r").config["tau"] == 0.1
 
 
@@ -42,13 +49,17 @@ def test_rewind_drops_later_lines_and_a_line_cut_short():
     run.table("t", {}, lambda: pd.DataFrame({"x": [1]}))
     run.rewind(2)
     assert not (run.path / "analysis").exists()
-    assert (run.path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2))
+    assert (run.path / "metrics.jsonl").read_text() == "".join(
+        json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 2)
+    )
 
 
 def test_checkpoint_round_trip_keeps_the_newest_two():
     run = Run.create("r", CONFIG)
     for step in (1, 2, 3):
-        run.save_checkpoint(step, {"networks": {"a.w": torch.full((2,), float(step))}}, {"step": step})
+        run.save_checkpoint(
+            step, {"networks": {"a.w": torch.full((2,), float(step))}}, {"step": step}
+        )
     assert run.checkpoint_steps() == [2, 3]
     assert torch.equal(run.load_checkpoint("networks")["a.w"], torch.full((2,), 3.0))
     assert torch.equal(run.load_checkpoint("networks", 2)["a.w"], torch.full((2,), 2.0))
@@ -95,9 +106,14 @@ def test_table_is_computed_once_and_again_when_its_parameters_change():
 
 def test_load_runs_is_tidy():
     for seed in (0, 1):
-        Run.create(f"r-s{seed}", CONFIG | {"seed": seed}).append({"step": 1, "loss": 0.5 + seed, "psnr": 20.0})
+        Run.create(f"r-s{seed}", CONFIG | {"seed": seed}).append(
+            {"step": 1, "loss": 0.5 + seed, "psnr": 20.0}
+        )
     table = load_runs("r-s*")
-    assert list(table.columns) == ["run", "recipe", "seed", "step", "metric", "value"] and len(table) == 4
+    assert (
+        list(table.columns) == ["run", "recipe", "seed", "step", "metric", "value"]
+        and len(table) == 4
+    )
     assert table.query("metric == 'loss' and seed == 1").value.item() == 1.5
     assert [run.name for run in open_runs("r-s*")] == ["r-s0", "r-s1"]
     with pytest.raises(UserError, match="no run 'q'"):
@@ -117,12 +133,18 @@ def test_a_table_cut_short_is_made_again_and_other_parameters_do_not_replace_it(
 
 def test_what_is_no_configuration_is_said():
     run = Run.create("r", {})
-    with pytest.raises(UserError, match="config.json cannot be read .it is not the configuration of a run.*Restore it"):
+    with pytest.raises(
+        UserError,
+        match="config.json cannot be read .it is not the configuration of a run.*Restore it",
+    ):
         _ = run.config
 
 
 FOREIGN = {  # what makes of a folder no run, and what is said of it
-    "of something else": (lambda p: (p / "config.json").write_text('{"model_type": "vit"}'), "has a recipe and steps"),
+    "of something else": (
+        lambda p: (p / "config.json").write_text('{"model_type": "vit"}'),
+        "has a recipe and steps",
+    ),
     "steps in words": (
         lambda p: (p / "config.json").write_text('{"recipe": "r", "steps": "4"}'),
         "'steps' is '4'",
@@ -132,23 +154,37 @@ FOREIGN = {  # what makes of a folder no run, and what is said of it
     "empty": (lambda p: (p / "config.json").touch(), "Expecting value"),
     "no JSON": (lambda p: (p / "config.json").write_text("recipe: r"), "Expecting value"),
     "no text": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\0"), "is not in UTF-16-LE"),
-    "nested without end": (lambda p: (p / "config.json").write_text("[" * 100_000), "nested too deeply"),
+    "nested without end": (
+        lambda p: (p / "config.json").write_text("[" * 100_000),
+        "nested too deeply",
+    ),
     "a folder": (lambda p: (p / "config.json").mkdir(), "Is a directory"),
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_folder_that_is_no_run_hides_none(kind, home, capsys):
-    """It is named once, nobody is told to remove what is not gear's, and by its own name it is still an error."""
+    """It is named once, nobody is told to remove what is not gear's, and by its own name it is
+    still an error.
+    """
     spoil, said = FOREIGN[kind]
     for name in ("a", "z"):
         Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
     (runs_dir() / "m").mkdir()
     spoil(runs_dir() / "m")
     for _ in range(2):
-        assert run_names() == [run.name for run in open_runs("*")] == list(load_runs().run.unique()) == ["a", "z"]
+        assert (
+            run_names()
+            == [run.name for run in open_runs("*")]
+            == list(load_runs().run.unique())
+            == ["a", "z"]
+        )
     told = capsys.readouterr().err
-    assert told.count(f"{runs_dir() / 'm'}: not a run of gear (config.json: ") == 1 and said in told and "left out" in told
+    assert (
+        told.count(f"{runs_dir() / 'm'}: not a run of gear (config.json: ") == 1
+        and said in told
+        and "left out" in told
+    )
     for open_it in (Run.open, open_runs, load_runs):
         with pytest.raises(UserError, match="config.json cannot be read") as error:
             open_it("m")
@@ -163,7 +199,10 @@ def test_what_else_lies_among_the_runs(home, capsys):
     assert run_names() == ["a"] and capsys.readouterr().err == ""
     Run.create("b", CONFIG)
     (runs_dir() / "b" / "metrics.jsonl").mkdir()
-    assert run_names() == ["a"] and "b: not a run of gear (metrics.jsonl: it is a folder)" in capsys.readouterr().err
+    assert (
+        run_names() == ["a"]
+        and "b: not a run of gear (metrics.jsonl: it is a folder)" in capsys.readouterr().err
+    )
     with pytest.raises(UserError, match="metrics.jsonl cannot be read .Is a directory"):
         Run.open("b").metrics()
     for foreign in ("old", "best", ".0000009.tmp"):
@@ -180,7 +219,12 @@ def test_a_run_may_be_called_anything(name, home):
     """Its exact name goes before what that would match as a pattern."""
     for other in ("a1", "xzy", "whats", name):
         Run.create(other, CONFIG).append({"step": 1, "loss": 0.5})
-    assert [run.name for run in open_runs(name)] == run_names(name) == list(load_runs(name).run.unique()) == [name]
+    assert (
+        [run.name for run in open_runs(name)]
+        == run_names(name)
+        == list(load_runs(name).run.unique())
+        == [name]
+    )
     assert name in run_names() and len(run_names()) == 4
     run = Run.open(name)
     run.save_checkpoint(1, {"networks": {"a.w": torch.ones(2)}}, {"step": 1})
@@ -219,7 +263,9 @@ def test_runs_may_lie_where_the_path_is_no_utf8(home, monkeypatch):
         monkeypatch.setenv("GEAR_RUNS", os.fsdecode(os.fsencode(home) + b"/" + folder))
         run = Run.create("r", CONFIG)
         run.save_checkpoint(1, tensors, {"step": 1})
-        assert torch.equal(run.load_checkpoint("networks")["a.w"], tensors["networks"]["a.w"]) and run_names() == ["r"]
+        assert torch.equal(
+            run.load_checkpoint("networks")["a.w"], tensors["networks"]["a.w"]
+        ) and run_names() == ["r"]
         written.append((run.path / "checkpoints" / "0000001" / "networks.safetensors").read_bytes())
     assert written[0] == written[1]
 
@@ -272,10 +318,25 @@ def test_a_bit_that_changed_in_a_table_is_noticed():
 
 
 BAD_LINES = (
-    "{", "[1]", "3", '"a"', "{}", '{"step": NaN}', '{"step": "2"}', '{"step": true}', '{"step": 1e3}', '{"step": -1e400}',
-    f'{{"step": {10**30}}}', f'{{"step": 2, "loss": {10**400}}}', '{"step": 2, "loss": "low"}', '{"step": 2, "loss": [1]}',
-    '{"step": 2, "\\ud800": 1}', "\0\0", "\xff", "[" * 100_000,
-)  # fmt: skip
+    "{",
+    "[1]",
+    "3",
+    '"a"',
+    "{}",
+    '{"step": NaN}',
+    '{"step": "2"}',
+    '{"step": true}',
+    '{"step": 1e3}',
+    '{"step": -1e400}',
+    f'{{"step": {10**30}}}',
+    f'{{"step": 2, "loss": {10**400}}}',
+    '{"step": 2, "loss": "low"}',
+    '{"step": 2, "loss": [1]}',
+    '{"step": 2, "\\ud800": 1}',
+    "\0\0",
+    "\xff",
+    "[" * 100_000,
+)
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
@@ -287,7 +348,8 @@ def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_none(line):
     path.write_bytes(path.read_bytes() + b'{"step": 3, "loss": 0.25}\n')
     for read in (run.metrics, lambda: run.logged_step, lambda: load_runs("r")):
         with pytest.raises(
-            UserError, match="metrics.jsonl can be read up to step 1 only: line 2 is damaged: .* Restore the file"
+            UserError,
+            match="metrics.jsonl can be read up to step 1 only: line 2 is damaged: .* Restore the file",
         ):
             read()
 
@@ -303,7 +365,9 @@ def test_a_folder_in_place_of_a_file_is_said():
 
 def test_a_log_with_a_byte_order_mark_is_read():
     run = Run.create("r", CONFIG)
-    (run.path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": NaN}\r\n{"step": 2, "loss": null}\r\n')
+    (run.path / "metrics.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"step": 1, "loss": NaN}\r\n{"step": 2, "loss": null}\r\n'
+    )
     assert run.metrics().step.tolist() == [1, 2]
 
 
@@ -312,36 +376,69 @@ def test_a_configuration_saved_by_an_editor_is_read(encoding):
     run = Run.create("r", CONFIG)
     path = run.path / "config.json"
     path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
-    assert run.config == CONFIG and run.config_hash == config_hash({k: v for k, v in CONFIG.items() if k != "version"})
+    assert run.config == CONFIG and run.config_hash == config_hash(
+        {k: v for k, v in CONFIG.items() if k != "version"}
+    )
 
 
-WRONG = (dict(steps="4"), dict(steps=True), dict(steps=float("nan")), dict(steps=10**30), dict(recipe=None), dict(data=[]),
-         dict(stage=3), dict(tokenizer="x"), dict(seed=1.5), dict(steps=0), dict(eval_images=-1))  # fmt: skip
+WRONG = (
+    dict(steps="4"),
+    dict(steps=True),
+    dict(steps=float("nan")),
+    dict(steps=10**30),
+    dict(recipe=None),
+    dict(data=[]),
+    dict(stage=3),
+    dict(tokenizer="x"),
+    dict(seed=1.5),
+    dict(steps=0),
+    dict(eval_images=-1),
+)
 
 
 @pytest.mark.parametrize("changes", WRONG, ids=str)
 def test_a_configuration_of_other_kinds_is_said(changes):
     (name,) = changes
-    with pytest.raises(UserError, match=f"config.json cannot be read .it is not the configuration of a run: '{name}' is "):
+    with pytest.raises(
+        UserError,
+        match=f"config.json cannot be read .it is not the configuration of a run: '{name}' is ",
+    ):
         _ = Run.create("r", CONFIG | changes).config
 
 
 def test_what_a_configuration_lacks_is_named():
     run = Run.create("r", CONFIG | {"data": {"image_size": 32}})
     assert run.config["data"]["image_size"] == 32 and run.config.get("stage") is None
-    for read, name in ((lambda: run.config["stage"], "stage"), (lambda: run.config["data"]["source"], "source")):
+    for read, name in (
+        (lambda: run.config["stage"], "stage"),
+        (lambda: run.config["data"]["source"], "source"),
+    ):
         with pytest.raises(UserError, match=f"config.json lacks '{name}': restore it"):
             read()
 
 
-STATES = ("[", "null", "[" * 100_000, "\0", '{"meter": 3}', '{"meter": {"sums": 3, "counts": {}}}', '{"skipped": "no"}',
-          '{"classes": 3}', '{"meter": {"sums": {"a": "b"}, "counts": {}}}')  # fmt: skip
+STATES = (
+    "[",
+    "null",
+    "[" * 100_000,
+    "\0",
+    '{"meter": 3}',
+    '{"meter": {"sums": 3, "counts": {}}}',
+    '{"skipped": "no"}',
+    '{"classes": 3}',
+    '{"meter": {"sums": {"a": "b"}, "counts": {}}}',
+)
 
 
 @pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
 def test_a_damaged_state_is_said(text):
     run = Run.create("r", CONFIG)
-    good = {"step": 1, "config": run.config_hash, "meter": {"sums": {"a": 1.0}, "counts": {"a": 1}}, "skipped": 0}
+    good = {
+        "step": 1,
+        "config": run.config_hash,
+        "meter": {"sums": {"a": 1.0}, "counts": {"a": 1}},
+        "skipped": 0,
+    }
     run.save_checkpoint(1, {"networks": {"a.w": torch.zeros(1)}}, good)
     assert run.load_state() == good
     path = run.path / "checkpoints" / "0000001" / "state.json"
@@ -355,8 +452,14 @@ def test_a_damaged_log_hides_no_other_run(capsys):
         Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
     (Run.open("b").path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     assert list(load_runs().run.unique()) == ["a"]
-    assert "left out: " in (said := capsys.readouterr().err) and "b/metrics.jsonl can be read up to step 1 only" in said
+    assert (
+        "left out: " in (said := capsys.readouterr().err)
+        and "b/metrics.jsonl can be read up to step 1 only" in said
+    )
     main(["runs"])
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["a", "1"], ["b", "?"]]
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["a", "1"],
+        ["b", "?"],
+    ]
     with pytest.raises(UserError, match="can be read up to step 1 only"):
         load_runs("b")

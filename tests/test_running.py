@@ -58,8 +58,16 @@ def test_a_gpu_compiles_large_steps_and_graphs_small_ones(arguments, options, wa
     assert way_of(config, device, Runtime(**options), is_alone) == way
 
 
-@pytest.mark.parametrize("name, way", [("scenes-joint", "graphed"), ("cifar10-joint", "graphed"), ("tiny", "graphed"),
-                                       ("imagenet256-b-joint", "compiled"), ("imagenet256-l-gear", "compiled")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("scenes-joint", "graphed"),
+        ("cifar10-joint", "graphed"),
+        ("tiny", "graphed"),
+        ("imagenet256-b-joint", "compiled"),
+        ("imagenet256-l-gear", "compiled"),
+    ],
+)
 def test_presets_are_small_or_large(name, way):
     assert way_of(recipe(name), torch.device("cuda"), Runtime(), is_alone=True) == way
 
@@ -69,7 +77,9 @@ def test_uploaded_images_are_floats(samples):
     assert samples[0].dtype == torch.uint8 and samples[0].shape == (16, 16, 16, 3)
     assert torch.equal(images, data.to_float(samples[0])) and torch.equal(labels, samples[1])
     codes = torch.empty(16, 0), samples[1], torch.zeros(16, 4)
-    assert all(a is b for a, b in zip(upload(codes, CPU), codes))  # what is looked up stays as it is
+    assert all(
+        a is b for a, b in zip(upload(codes, CPU), codes)
+    )  # what is looked up stays as it is
 
 
 def descended(state, samples, compute):
@@ -77,13 +87,17 @@ def descended(state, samples, compute):
     torch.manual_seed(step_seed(state.config.seed, state.step))
     compute(upload(samples, CPU))
     losses = state.descend()
-    weights = [p.detach().clone() for network in state.networks.values() for p in network.parameters()]
+    weights = [
+        p.detach().clone() for network in state.networks.values() for p in network.parameters()
+    ]
     return {name: value.item() for name, value in losses.items()}, weights
 
 
 @pytest.mark.parametrize("way", ("compiled", "graphed"))
 def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, monkeypatch, capsys):
-    """Half of the gradients are there when it fails, and random numbers are drawn: neither may be seen."""
+    """Half of the gradients are there when it fails, and random numbers are drawn: neither may be
+    seen.
+    """
     plain = tiny_state()
     expected = descended(plain, samples, lambda uploaded: gradients(plain, uploaded))
 
@@ -98,7 +112,11 @@ def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, mo
     compute = Running(state, way)
     with monkeypatch.context() as patch:
         if way == "compiled":
-            patch.setattr(running, "gradients", lambda *a: failing(*a) if compute.way == way else gradients(*a))
+            patch.setattr(
+                running,
+                "gradients",
+                lambda *a: failing(*a) if compute.way == way else gradients(*a),
+            )
         else:
             patch.setattr(running, "Graph", failing)
         losses, weights = descended(state, samples, compute)
@@ -122,7 +140,9 @@ def test_what_another_way_would_not_mend_is_raised(error, samples, monkeypatch):
 
 
 class Recorded:
-    """What a Graph is to `Running`: it says for which state of the adversarial term it was captured."""
+    """What a Graph is to `Running`: it says for which state of the adversarial term it was
+    captured.
+    """
 
     made = []
 
@@ -149,7 +169,9 @@ def test_the_adversarial_term_has_a_graph_of_its_own(samples, monkeypatch):
 def test_a_compiled_step_is_the_plain_one(stage, samples):
     """But for dropout, which compiled code draws in its own way."""
     plain, compiled = tiny_state(stage), tiny_state(stage)
-    for module in (m for state in (plain, compiled) for n in state.networks.values() for m in n.modules()):
+    for module in (
+        m for state in (plain, compiled) for n in state.networks.values() for m in n.modules()
+    ):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     expected, _ = descended(plain, samples, lambda uploaded: gradients(plain, uploaded))
@@ -223,11 +245,14 @@ class Capture:
         monkeypatch.setattr(torch, "Generator", lambda device: fresh)
         generator = SimpleNamespace(graphsafe_set_state=self.states.append)
         for name, value in {
-            "device": lambda device: contextlib.nullcontext(), "current_device": lambda: 1,
-            "current_stream": lambda: self.stream, "set_stream": self.set_stream, "Stream": lambda device: "aside",
+            "device": lambda device: contextlib.nullcontext(),
+            "current_device": lambda: 1,
+            "current_stream": lambda: self.stream,
+            "set_stream": self.set_stream,
+            "Stream": lambda device: "aside",
             "graph": self.graph,
             "default_generators": [None, generator],
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def set_stream(self, stream):
@@ -244,7 +269,10 @@ class Capture:
 
 def test_a_capture_that_fails_leaves_the_process_as_it_was(monkeypatch):
     capture = Capture(monkeypatch, RuntimeError("invalidated"))
-    with pytest.raises(RuntimeError, match="invalidated"), capturing("graph", torch.device("cuda:1")):
+    with (
+        pytest.raises(RuntimeError, match="invalidated"),
+        capturing("graph", torch.device("cuda:1")),
+    ):
         assert capture.stream == "aside"
     assert capture.stream == "own" and capture.states == ["fresh"]
 
@@ -257,7 +285,9 @@ def test_a_capture_that_succeeds_leaves_the_generator_alone(monkeypatch):
 
 
 def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
-    """Every process gives the same answer, whoever else is on the card; on a CPU there is one part."""
+    """Every process gives the same answer, whoever else is on the card; on a CPU there is one
+    part.
+    """
     config, cuda = recipe("imagenet256-b-joint"), torch.device("cuda")
     card = SimpleNamespace(total_memory=70e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
@@ -270,7 +300,9 @@ def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
     assert parts_of(accumulate="auto", eager=True) > parts
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert parts_of(accumulate="auto") == price.parts_that_fit(config, 128, 70e9, is_compiled=True)
-    with pytest.raises(UserError, match="--accumulate auto counts a whole generator: with --shard, give a number"):
+    with pytest.raises(
+        UserError, match="--accumulate auto counts a whole generator: with --shard, give a number"
+    ):
         parts_of(accumulate="auto", shard=True)
     with pytest.raises(UserError, match="accumulate is 'auto'"):
         loop.train(config, runtime=Runtime(accumulate="auto", device="cpu"))

@@ -36,23 +36,39 @@ def test_a_scene_is_a_function_of_its_number(size):
     assert (whole.images([70]) != whole.images([71])).mean() > 0.5
 
 
-@pytest.mark.parametrize("formulas, names", ((scenes.DISTANCES, SHAPES), (scenes.DARKNESSES, TEXTURES)))
+@pytest.mark.parametrize(
+    "formulas, names", ((scenes.DISTANCES, SHAPES), (scenes.DARKNESSES, TEXTURES))
+)
 def test_each_scene_gets_the_formula_of_its_kind(formulas, names):
     assert len(formulas) == len(names)
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, len(formulas), 20)
-    u, v, phase = (rng.random(shape, np.float32) * 3 - 1.5 for shape in ((20, 1, 7), (20, 7, 1), (20, 1, 1)))
+    u, v, phase = (
+        rng.random(shape, np.float32) * 3 - 1.5 for shape in ((20, 1, 7), (20, 7, 1), (20, 1, 1))
+    )
     coordinates = (u, v) if formulas is scenes.DISTANCES else (u, v, phase)
     every = [np.broadcast_to(formula(*coordinates), (20, 7, 7)) for formula in formulas]
-    np.testing.assert_array_equal(scenes._by_kind(formulas, kinds, *coordinates), np.choose(kinds[:, None, None], every))
+    np.testing.assert_array_equal(
+        scenes._by_kind(formulas, kinds, *coordinates), np.choose(kinds[:, None, None], every)
+    )
 
 
 def test_label_is_four_times_shape_plus_texture():
     labels = SOURCE.labels(ALL)
-    assert len(SOURCE.classes) == NUM_CLASSES == len(SHAPES) * len(TEXTURES) and labels.dtype == np.int64
-    assert SOURCE.classes[2 * 4 + 1] == "striped triangle" and SOURCE.classes[5 * 4 + 3] == "dotted cross"
-    front = [re.match(r"a \w+ \w+ (\w+) (\w+) at", caption).groups() for caption in SOURCE.captions(ALL)]
-    assert [SHAPES.index(s) * len(TEXTURES) + TEXTURES.index(t) for t, s in front] == labels.tolist()
+    assert (
+        len(SOURCE.classes) == NUM_CLASSES == len(SHAPES) * len(TEXTURES)
+        and labels.dtype == np.int64
+    )
+    assert (
+        SOURCE.classes[2 * 4 + 1] == "striped triangle"
+        and SOURCE.classes[5 * 4 + 3] == "dotted cross"
+    )
+    front = [
+        re.match(r"a \w+ \w+ (\w+) (\w+) at", caption).groups() for caption in SOURCE.captions(ALL)
+    ]
+    assert [
+        SHAPES.index(s) * len(TEXTURES) + TEXTURES.index(t) for t, s in front
+    ] == labels.tolist()
 
 
 def test_labels_cover_every_class_evenly():
@@ -66,16 +82,24 @@ def test_patch_factors_are_those_of_the_object_that_covers_most_of_it():
     factors = SOURCE.factors(ALL, 4)
     behind = 0
     for b, r, c in np.ndindex(len(ALL), 8, 8):
-        cover = np.bincount(owner[b, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].ravel(), minlength=OBJECTS + 1)
+        cover = np.bincount(
+            owner[b, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].ravel(), minlength=OBJECTS + 1
+        )
         top = cover.argmax()
-        want = (0, 0, 0) if top == 0 else tuple(draw[k][b, top - 1] + 1 for k in ("shape", "texture", "colour"))
+        want = (
+            (0, 0, 0)
+            if top == 0
+            else tuple(draw[k][b, top - 1] + 1 for k in ("shape", "texture", "colour"))
+        )
         assert tuple(factors[b, r, c]) == (*want, draw["ground"][b])
         behind += top > 1
     assert behind > 100  # objects behind the front one are there to be told apart
 
 
 def test_nothing_hides_the_front_object(images):
-    """Where it is, all of it is: the others take none of its pixels and, but for its rim, change none."""
+    """Where it is, all of it is: the others take none of its pixels and, but for its rim, change
+    none.
+    """
     draw = SOURCE._draw(ALL)
     alone, owner = SOURCE._render(draw | {"present": draw["present"] & [True, False, False]})
     front = SOURCE._render(draw)[1] == 1
@@ -87,9 +111,13 @@ def test_a_pixel_belongs_to_what_covers_half_of_it():
     """The pixels of a whole circle count its area, pi r^2, to 2 %."""
     draw = SOURCE._draw(ALL)
     x, y, radius = (draw[k][:, 0] for k in ("x", "y", "radius"))
-    whole = (draw["shape"][:, 0] == 0) & (np.minimum(x, y) > radius) & (np.maximum(x, y) < 1 - radius)
+    whole = (
+        (draw["shape"][:, 0] == 0) & (np.minimum(x, y) > radius) & (np.maximum(x, y) < 1 - radius)
+    )
     area = (SOURCE._render(draw)[1] == 1).sum((1, 2))[whole]
-    assert whole.sum() > 5 and area.mean() == pytest.approx(np.pi * (radius[whole] ** 2).mean() * 32**2, rel=0.02)
+    assert whole.sum() > 5 and area.mean() == pytest.approx(
+        np.pi * (radius[whole] ** 2).mean() * 32**2, rel=0.02
+    )
 
 
 def test_factors_of_a_pixel_are_zero_together_and_the_ground_is_one_a_scene(pixels):
@@ -100,11 +128,16 @@ def test_factors_of_a_pixel_are_zero_together_and_the_ground_is_one_a_scene(pixe
 
 
 def test_captions_name_the_objects_one_sees_and_the_ground(pixels):
-    """The (colour, texture, shape) triples of a caption are those of its scene's pixels; the first is the front object."""
+    """The (colour, texture, shape) triples of a caption are those of its scene's pixels; the first
+    is the front object.
+    """
     names = [("", *SHAPES), ("", *TEXTURES), ("", *COLOURS)]
     counts = []
     for caption, label, factors in zip(SOURCE.captions(ALL), SOURCE.labels(ALL), pixels):
-        told = re.findall(r"a (?:large|small) (\w+) (\w+) (\w+) at the (?:top|middle|bottom) (?:left|centre|right)", caption)
+        told = re.findall(
+            r"a (?:large|small) (\w+) (\w+) (\w+) at the (?:top|middle|bottom) (?:left|centre|right)",
+            caption,
+        )
         rows = np.unique(factors.reshape(-1, 4), axis=0)
         seen = {(names[2][k], names[1][t], names[0][s]) for s, t, k, _ in rows if s > 0}
         assert set(told) == seen and f"{told[0][1]} {told[0][2]}" == SOURCE.classes[label]
@@ -114,7 +147,9 @@ def test_captions_name_the_objects_one_sees_and_the_ground(pixels):
 
 
 def test_flat_patches_have_the_colour_that_their_factors_name(images):
-    """The ground is never flat; flat plain paint is its palette colour, jittered by at most 0.06 of the range."""
+    """The ground is never flat; flat plain paint is its palette colour, jittered by at most 0.06 of
+    the range.
+    """
     patches = images.reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, 16, 3)
     flat = (patches == patches[..., :1, :]).all((-1, -2))
     shape, texture, colour, _ = SOURCE.factors(ALL, 4)[flat].T

@@ -1,4 +1,6 @@
-"""Moran's I, high-frequency ratio and iREPA's similarities against esda, an explicit DFT and iREPA's code."""
+"""Moran's I, high-frequency ratio and iREPA's similarities against esda, an explicit DFT and
+iREPA's code.
+"""
 
 import json
 from itertools import permutations
@@ -49,13 +51,20 @@ def test_moran_golden(name, device):
 
 
 def test_moran_golden_map_drops_its_constant_channel():
-    want, maps = EXPECTED["moran"]["expected"]["feature_map_8x8x6"], MORAN["feature_map_8x8x6"][None]
+    want, maps = (
+        EXPECTED["moran"]["expected"]["feature_map_8x8x6"],
+        MORAN["feature_map_8x8x6"][None],
+    )
     channels = [morans_i(maps[..., [c]]).item() for c in range(6)]
     per_channel = [channel["rook_b"] for channel in want["per_channel_excluding_constant_ch5"]]
     assert channels[:5] == pytest.approx(per_channel, abs=1e-10) and np.isnan(channels[5])
     assert morans_i(maps).item() == pytest.approx(want["channel_mean_rook_b"], abs=1e-10)
-    assert morans_i(maps, "vector").item() == pytest.approx(want["vector_moran_rook_b_from_esda_channels"], abs=1e-10)
-    assert abs(morans_i(maps).item() - want["channel_mean_rook_r"]) > 0.02  # row-standardised weights: not ours
+    assert morans_i(maps, "vector").item() == pytest.approx(
+        want["vector_moran_rook_b_from_esda_channels"], abs=1e-10
+    )
+    assert (
+        abs(morans_i(maps).item() - want["channel_mean_rook_r"]) > 0.02
+    )  # row-standardised weights: not ours
 
 
 @pytest.mark.parametrize("grid", ((8, 8), (7, 9), (2, 5), (1, 5)))
@@ -72,7 +81,9 @@ def test_moran_expectation_over_all_permutations():
 def test_moran_expectation_over_random_permutations():
     tokens = blur(blur(gaussian(1, 7, 9, 5))).view(63, 5)
     generator = torch.Generator().manual_seed(0)
-    maps = torch.stack([tokens[torch.randperm(63, generator=generator)] for _ in range(800)]).view(-1, 7, 9, 5)
+    maps = torch.stack([tokens[torch.randperm(63, generator=generator)] for _ in range(800)]).view(
+        -1, 7, 9, 5
+    )
     for reduction in ("channel_mean", "vector"):
         values = morans_i(maps, reduction)
         assert abs(values.mean() + 1 / 62) < 4 * values.std() / 800**0.5
@@ -86,7 +97,9 @@ def test_moran_invariances():
             torch.testing.assert_close(morans_i(same, reduction), base)
         with_constant = torch.cat([maps, torch.full_like(maps[..., :1], 0.1)], -1)
         torch.testing.assert_close(morans_i(with_constant, reduction), base)
-        assert (morans_i(maps.reshape(4, 9, 7, 5), reduction) - base).abs().max() > 0.05  # a wrong raster order shows
+        assert (
+            morans_i(maps.reshape(4, 9, 7, 5), reduction) - base
+        ).abs().max() > 0.05  # a wrong raster order shows
     torch.testing.assert_close(morans_i(maps @ rotation(5), "vector"), morans_i(maps, "vector"))
     assert (morans_i(maps @ rotation(5)) - morans_i(maps)).abs().max() > 1e-3
     torch.testing.assert_close(morans_i(maps * torch.tensor([9, 1, 3, 1, 2])), morans_i(maps))
@@ -114,7 +127,11 @@ def test_high_frequency_golden(name, device):
     want, maps = EXPECTED["fft"]["expected"][name], FFT[name][None].to(device)
     got = high_frequency_ratio(maps).item()
     assert got == pytest.approx(want["PRIMARY radial>0.25 noDC pooled"], abs=1e-9)
-    for other in ("radial>0.25 withDC pooled", "chebyshev>0.25 noDC pooled", "radial>0.3535534 noDC pooled"):
+    for other in (
+        "radial>0.25 withDC pooled",
+        "chebyshev>0.25 noDC pooled",
+        "radial>0.3535534 noDC pooled",
+    ):
         assert abs(got - want[other]) > 0.02
     corner = high_frequency_ratio(maps, 0.3535534).item()
     assert corner == pytest.approx(want["radial>0.3535534 noDC pooled"], abs=1e-9)
@@ -124,9 +141,13 @@ def test_high_frequency_golden(name, device):
 
 def test_high_frequency_of_pure_tones():
     got = high_frequency_ratio(FFT["sines"].movedim(-1, 0)[..., None])
-    assert got.tolist() == pytest.approx(EXPECTED["fft"]["expected"]["sines_per_channel_PRIMARY"]["values"], abs=1e-9)
+    assert got.tolist() == pytest.approx(
+        EXPECTED["fft"]["expected"]["sines_per_channel_PRIMARY"]["values"], abs=1e-9
+    )
     y, x = torch.arange(20)[:, None] / 20, torch.arange(20) / 20
-    on_the_circle = (2 * torch.pi * (3 * y + 4 * x)).cos()[None, ..., None]  # |f| = 0.25 up to rounding: low
+    on_the_circle = (2 * torch.pi * (3 * y + 4 * x)).cos()[
+        None, ..., None
+    ]  # |f| = 0.25 up to rounding: low
     assert high_frequency_ratio(on_the_circle).item() < 1e-9
 
 
@@ -139,7 +160,12 @@ def test_high_frequency_of_white_noise():
 def test_high_frequency_invariances():
     maps = gaussian(4, 7, 9, 5)
     base = high_frequency_ratio(maps)
-    for same in (maps + 100 * torch.arange(5), -3 * maps, maps.roll((2, 3), (1, 2)), maps @ rotation(5)):
+    for same in (
+        maps + 100 * torch.arange(5),
+        -3 * maps,
+        maps.roll((2, 3), (1, 2)),
+        maps @ rotation(5),
+    ):
         torch.testing.assert_close(high_frequency_ratio(same), base)
     once, twice = high_frequency_ratio(blur(maps)), high_frequency_ratio(blur(blur(maps)))
     assert (0 < twice).all() and (twice < once).all() and (once < base).all() and (base <= 1).all()
@@ -154,7 +180,9 @@ def test_high_frequency_is_the_share_of_energy():
 
 
 def test_spectrum_gives_moran_on_the_torus():
-    """Two routes to one number: autocorrelation at the four neighbours = spectrum weighted by cosines."""
+    """Two routes to one number: autocorrelation at the four neighbours = spectrum weighted by
+    cosines.
+    """
     field = blur(gaussian(1, 7, 9, 1))[0, ..., 0]
     z = field - field.mean()
     power = torch.fft.fft2(z).abs().square()
@@ -162,8 +190,14 @@ def test_spectrum_gives_moran_on_the_torus():
     weight = ((2 * torch.pi * fy).cos()[:, None] + (2 * torch.pi * fx).cos()) / 2
     open_edges, torus_edges = 7 * 8 + 6 * 9, 2 * 63
     wrap = (z[0] * z[-1]).sum() + (z[:, 0] * z[:, -1]).sum()
-    torus = (morans_i(field[None, ..., None]).item() * open_edges / 63 + wrap / z.square().sum()) * 63 / torus_edges
-    assert torus.item() == pytest.approx((power * weight).sum().item() / power.sum().item(), abs=1e-12)
+    torus = (
+        (morans_i(field[None, ..., None]).item() * open_edges / 63 + wrap / z.square().sum())
+        * 63
+        / torus_edges
+    )
+    assert torus.item() == pytest.approx(
+        (power * weight).sum().item() / power.sum().item(), abs=1e-12
+    )
 
 
 def test_local_similarity_golden():
@@ -185,7 +219,9 @@ def test_local_similarity_identities():
     board = local_similarity(torch.cat([checkerboard(8, 8), 0 * checkerboard(8, 8)], -1))
     parity = (-1.0) ** torch.arange(1, 9)
     slope = np.polyfit(np.arange(1, 9), parity.numpy(), 1)[0]
-    assert board[1].item() == pytest.approx(-slope, abs=1e-9) and board[2].item() == pytest.approx(1, abs=1e-12)
+    assert board[1].item() == pytest.approx(-slope, abs=1e-9) and board[2].item() == pytest.approx(
+        1, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(

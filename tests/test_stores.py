@@ -21,7 +21,9 @@ def png(value=0):
 
 
 def grow(root, names):
-    """Make files of the names, an image each with its place in the list as its grey; returns the root."""
+    """Make files of the names, an image each with its place in the list as its grey; returns the
+    root.
+    """
     for i, name in enumerate(names):
         path = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -36,7 +38,14 @@ def opened(path, split="all", **how):
 
 def by_class(source):
     """{class name: number of images}."""
-    return dict(zip(source.classes, np.bincount(source.labels(np.arange(len(source))), minlength=len(source.classes)).tolist()))
+    return dict(
+        zip(
+            source.classes,
+            np.bincount(
+                source.labels(np.arange(len(source))), minlength=len(source.classes)
+            ).tolist(),
+        )
+    )
 
 
 NAMES = [f"{c}/{i}.png" for c in "abc" for i in range(20)]
@@ -49,7 +58,7 @@ def zipped(path, root, names, prefix=""):
     return path
 
 
-# -- links ------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("linked", (["c"], ["a", "b", "c"]))
@@ -85,9 +94,15 @@ def test_links_to_nothing_are_counted_and_too_many_are_an_error(tmp_path, capsys
     root = grow(tmp_path / "r", [f"a/{i}.png" for i in range(100)])
     (root / "a" / "x.png").symlink_to(tmp_path / "nowhere")
     assert len(opened(root)) == 100
-    assert f"{root}: 100 images; left out: 1 (a link to nothing), as a/x.png" in capsys.readouterr().err
+    assert (
+        f"{root}: 100 images; left out: 1 (a link to nothing), as a/x.png"
+        in capsys.readouterr().err
+    )
     (root / "a" / "y.png").symlink_to(root / "a" / "y.png")  # to itself
-    with pytest.raises(UserError, match="2 of 102 images in .* cannot be taken, over 1%: 1 .a link to nothing.: a/x.png"):
+    with pytest.raises(
+        UserError,
+        match="2 of 102 images in .* cannot be taken, over 1%: 1 .a link to nothing.: a/x.png",
+    ):
         opened(root)
 
 
@@ -107,14 +122,19 @@ def test_links_within_a_zip_are_followed(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
         link(archive, "b/y.png", "../a/no.png")
         link(archive, "b/z.png", "z.png")
-    with pytest.raises(UserError, match="2 of 103 images .*a link to nothing, or no plain file.: b/y.png, b/z.png"):
+    with pytest.raises(
+        UserError, match="2 of 103 images .*a link to nothing, or no plain file.: b/y.png, b/z.png"
+    ):
         opened(tmp_path / "a.zip")
 
 
-# -- what is no usual image ---------------------------------------------------------------------------------------
+# -- what is no usual image ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extension", ("tif", "tiff", "gif", "jfif", "jpe", "jp2", "tga", "ppm", "ico", "avif", "dds", ""))
+@pytest.mark.parametrize(
+    "extension",
+    ("tif", "tiff", "gif", "jfif", "jpe", "jp2", "tga", "ppm", "ico", "avif", "dds", ""),
+)
 def test_a_class_in_another_format_is_a_class(tmp_path, extension):
     root = grow(tmp_path / "m", NAMES[:40])
     kind = {"tga": "TGA", "jfif": "JPEG", "jpe": "JPEG", "": "PNG"}.get(extension)
@@ -123,7 +143,11 @@ def test_a_class_in_another_format_is_a_class(tmp_path, extension):
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(path, kind)
     assert by_class(opened(root)) == {"a": 20, "b": 20, "c": 20}
-    zipped(tmp_path / "m.zip", root, [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()])
+    zipped(
+        tmp_path / "m.zip",
+        root,
+        [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()],
+    )
     assert by_class(opened(tmp_path / "m.zip")) == {"a": 20, "b": 20, "c": 20}
     single = next((root / "c").iterdir())
     assert len(opened(single)) == 1
@@ -136,26 +160,38 @@ def test_a_class_that_pillow_does_not_open_is_an_error_and_captions_are_named(tm
     (root / "b" / ".DS_Store").write_bytes(b"x")
     assert by_class(opened(root)) == {"a": 20, "b": 20}
     said = capsys.readouterr().err
-    assert "20 (.txt, no image), as a/0.txt" in said and "1 (hidden by a system), as b/.DS_Store" in said
+    assert (
+        "20 (.txt, no image), as a/0.txt" in said
+        and "1 (hidden by a system), as b/.DS_Store" in said
+    )
     assert opened(root, "train") and not capsys.readouterr().err  # said once
     for i in range(20):
         (root / "c").mkdir(exist_ok=True)
         (root / "c" / f"{i}.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="the class 'c' of .* is lost: c/0.heic is .heic, which Pillow does not open"):
+    with pytest.raises(
+        UserError,
+        match="the class 'c' of .* is lost: c/0.heic is .heic, which Pillow does not open",
+    ):
         opened(root)
     for i in range(20):
         (root / "c" / f"{i}.heic").rename(root / "a" / f"{i}.heic")
     (root / "c").rmdir()
-    with pytest.raises(UserError, match="20 of 60 images .*over 1%: 20 ..heic, which Pillow does not open.: a/0.heic") as error:
+    with pytest.raises(
+        UserError,
+        match="20 of 60 images .*over 1%: 20 ..heic, which Pillow does not open.: a/0.heic",
+    ) as error:
         opened(root)
     assert "Save them as PNG or JPEG" in str(error.value)
 
 
-# -- names --------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_names_in_any_bytes_have_classes_and_splits(tmp_path):
-    names = [b"caf\xe9/%d.png" % i for i in range(40)] + ["caf\u00e9/x.png".encode(), "\u732b/y.png".encode()]
+    names = [b"caf\xe9/%d.png" % i for i in range(40)] + [
+        "caf\u00e9/x.png".encode(),
+        "\u732b/y.png".encode(),
+    ]
     root = grow(tmp_path / "l", names)
     assert sorted(by_class(opened(root)).values()) == [1, 1, 40]
     train, val = opened(root, "train"), opened(root, "val")
@@ -173,7 +209,10 @@ def test_a_zip_of_any_packer_parts_folders_the_same_way(tmp_path):
             entry.filename = name.replace("/", "\\")
             archive.writestr(entry, (root / name).read_bytes())
     prefixes = ("", "./", "r/", "data/r/", "/abs/")
-    for archive in [backslashes, *(zipped(tmp_path / f"{i}.zip", root, NAMES, p) for i, p in enumerate(prefixes))]:
+    for archive in [
+        backslashes,
+        *(zipped(tmp_path / f"{i}.zip", root, NAMES, p) for i, p in enumerate(prefixes)),
+    ]:
         source = opened(archive, "train")
         assert (source.names, source.classes) == (plain.names, plain.classes), archive
         np.testing.assert_array_equal(source.images([0, 5]), plain.images([0, 5]))
@@ -197,25 +236,39 @@ def test_zip_names_without_a_flag_are_the_bytes_of_the_folder(tmp_path):
             for i in range(20):
                 archive.writestr(f"{'N' * len(name)}/{i}.png", png(i))
                 archive.writestr(NAMES[i], png(20 + i))
-        (tmp_path / "z.zip").write_bytes((tmp_path / "z.zip").read_bytes().replace(b"N" * len(name), name))
+        (tmp_path / "z.zip").write_bytes(
+            (tmp_path / "z.zip").read_bytes().replace(b"N" * len(name), name)
+        )
         assert opened(tmp_path / "z.zip", "train").names == opened(root, "train").names, encoding
 
 
 def test_the_later_of_two_copies_in_a_zip_counts(tmp_path, capsys):
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as archive,
+    ):
         archive.writestr("a/0.png", png(9))
         archive.writestr("a/0.png", png(200))
         archive.writestr("a/1.png", png(3))
     source = opened(tmp_path / "a.zip")
     assert sorted(source.images([0, 1])[:, 0, 0, 0]) == [3, 200]
-    assert "1 (an earlier copy of a file that stands there twice), as a/0.png" in capsys.readouterr().err
+    assert (
+        "1 (an earlier copy of a file that stands there twice), as a/0.png"
+        in capsys.readouterr().err
+    )
 
 
-# -- splits and classes -------------------------------------------------------------------------------------------
+# -- splits and classes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "folders", (("train", "val"), ("train", "test"), ("Train", "Valid", "annotations"), ("training", "testing"))
+    "folders",
+    (
+        ("train", "val"),
+        ("train", "test"),
+        ("Train", "Valid", "annotations"),
+        ("training", "testing"),
+    ),
 )
 @pytest.mark.parametrize("flat", (False, True))
 @pytest.mark.parametrize("pack", (False, True))
@@ -223,7 +276,10 @@ def test_a_root_of_splits_is_recognised(tmp_path, folders, flat, pack):
     names = [f"{f}/{n.replace('/', '_') if flat else n}" for f in folders for n in NAMES]
     root = grow(tmp_path / "inet", names)
     path = zipped(tmp_path / "inet.zip", root, names) if pack else root
-    with pytest.raises(UserError, match="'.*inet.*' holds the splits .* no classes: give one of them, as in '.*inet.*/.rain"):
+    with pytest.raises(
+        UserError,
+        match="'.*inet.*' holds the splits .* no classes: give one of them, as in '.*inet.*/.rain",
+    ):
         opened(path)
 
 
@@ -238,7 +294,10 @@ def test_number_folders_are_in_the_order_of_their_numbers(tmp_path):
     root = grow(tmp_path / "n", [f"{c}/{i}.png" for c in range(12) for i in range(3)])
     source = opened(root)
     assert source.classes == [str(c) for c in range(12)]
-    assert all(source.classes[label] == name.split("/")[0] for name, label in zip(source.names, source.labels(np.arange(36))))
+    assert all(
+        source.classes[label] == name.split("/")[0]
+        for name, label in zip(source.names, source.labels(np.arange(36)))
+    )
     assert in_order({"10_x", "9_y", "9_a"}) == ["9_a", "9_y", "10_x"]
     assert in_order({"10", "9", "b"}) == ["10", "9", "b"]
     assert in_order({"007", "10", "9"}) == ["007", "9", "10"]
@@ -260,7 +319,10 @@ def test_a_file_of_labels_numbers_the_classes(tmp_path, kind):
     (tmp_path / "labels.txt").write_bytes(text.encode())
     source = opened(root, labels=str(tmp_path / "labels.txt"))
     assert source.classes == classes
-    assert all(classes[label] == name.split("/")[0] for name, label in zip(source.names, source.labels(np.arange(60))))
+    assert all(
+        classes[label] == name.split("/")[0]
+        for name, label in zip(source.names, source.labels(np.arange(60)))
+    )
     assert source.labels(np.arange(60)).dtype == np.int64
 
 
@@ -287,7 +349,7 @@ def test_an_unknown_split_is_an_error(tmp_path):
             open_source(DataConfig(source, 16), "vall")
 
 
-# -- the report ---------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_a_source_holds(tmp_path):
@@ -300,22 +362,36 @@ def test_the_report_says_what_a_source_holds(tmp_path):
     (root / "top" / "b" / "0.png").write_bytes(b"no image")
     said = data_report(DataConfig(str(root)), 0)
     for part in (
-        "61 images, ", "3 classes", "all of them lie in top/", "     0  a      21 images", "     2  c      20 images",
-        "1 (.txt, no image), as top/notes.txt", "1 (a folder without images), as empty/", "formats: PNG (59), JPEG (1)",
-        "modes: RGB (59), L (1)", "sizes: 16 x 16 (59), 10 x 20 (1)", "turned upright, as their cameras noted: 1",
+        "61 images, ",
+        "3 classes",
+        "all of them lie in top/",
+        "     0  a      21 images",
+        "     2  c      20 images",
+        "1 (.txt, no image), as top/notes.txt",
+        "1 (a folder without images), as empty/",
+        "formats: PNG (59), JPEG (1)",
+        "modes: RGB (59), L (1)",
+        "sizes: 16 x 16 (59), 10 x 20 (1)",
+        "turned upright, as their cameras noted: 1",
         "cannot be read: 1: b/0.png (cannot identify image file",
-    ):  # fmt: skip
+    ):
         assert part in said, part
     assert "    23  " in data_report(DataConfig())
 
 
-# -- what a stranger tried ------------------------------------------------------------------------------------------
+# -- what a stranger tried -------------------------------------------------------------------------
 
 
 OTHER_SPLITS = (
-    ("train", "test1"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train2017", "val2017"),
-    ("cars_train", "cars_test"), ("train", "unlabeled"), ("dev", "train"), ("train.X1", "val.X"),
-)  # fmt: skip
+    ("train", "test1"),
+    ("training_set", "test_set"),
+    ("seg_train", "seg_test"),
+    ("train2017", "val2017"),
+    ("cars_train", "cars_test"),
+    ("train", "unlabeled"),
+    ("dev", "train"),
+    ("train.X1", "val.X"),
+)
 
 
 @pytest.mark.parametrize("folders", OTHER_SPLITS)
@@ -326,7 +402,9 @@ def test_splits_under_other_names_are_no_classes(tmp_path, folders):
 
 def test_classes_that_sound_like_splits_are_classes(tmp_path):
     names = ("bullet_train", "steam_train", "crash_test", "bus", "validation")
-    assert set(by_class(opened(grow(tmp_path / "r", [f"{f}/{i}.png" for f in names for i in range(3)])))) == set(names)
+    assert set(
+        by_class(opened(grow(tmp_path / "r", [f"{f}/{i}.png" for f in names for i in range(3)])))
+    ) == set(names)
 
 
 def test_a_lost_class_is_an_error_however_few_its_files(tmp_path):
@@ -354,13 +432,17 @@ def test_folders_that_are_links_in_archives_are_followed(tmp_path):
 def test_an_empty_class_folder_is_said(tmp_path, capsys):
     root = grow(tmp_path / "r", NAMES)
     (root / "d").mkdir()
-    assert len(opened(root)) == 60 and "1 (a folder without images), as d/" in capsys.readouterr().err
+    assert (
+        len(opened(root)) == 60 and "1 (a folder without images), as d/" in capsys.readouterr().err
+    )
 
 
 def test_labels_need_class_folders(tmp_path):
     root = grow(tmp_path / "flat", [f"{i}.png" for i in range(8)])
     for labels in ("t.csv", "nowhere.txt"):
-        with pytest.raises(UserError, match=f"the labels '{labels}' number class folders, and '{root}' has none"):
+        with pytest.raises(
+            UserError, match=f"the labels '{labels}' number class folders, and '{root}' has none"
+        ):
             opened(root, labels=labels)
 
 
@@ -377,12 +459,24 @@ def test_two_names_that_are_one_when_composed_are_counted(tmp_path):
 
 
 def test_what_storage_boxes_add_is_no_class(tmp_path):
-    names = [*NAMES, "@eaDir/a/0.jpg", "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x.png", "lost+found/y.png"]
+    names = [
+        *NAMES,
+        "@eaDir/a/0.jpg",
+        "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "$RECYCLE.BIN/x.png",
+        "lost+found/y.png",
+    ]
     assert by_class(opened(grow(tmp_path / "r", names))) == {"a": 20, "b": 20, "c": 20}
 
 
-@pytest.mark.parametrize("source, message", (("", "no source of images is named"), ("~nouser/x", "there are no images at"),
-                                             ("{/a/x.tar,/b/y.tar}", "2 of 2 shards .* are not there")))  # fmt: skip
+@pytest.mark.parametrize(
+    "source, message",
+    (
+        ("", "no source of images is named"),
+        ("~nouser/x", "there are no images at"),
+        ("{/a/x.tar,/b/y.tar}", "2 of 2 shards .* are not there"),
+    ),
+)
 def test_sources_that_are_none(source, message):
     with pytest.raises(UserError, match=message):
         opened(source)

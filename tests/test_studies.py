@@ -1,4 +1,6 @@
-"""The ablations as data: their cells are the paper's, change one axis, share what they can, and are one command each."""
+"""The ablations as data: their cells are the paper's, change one axis, share what they can, and are
+one command each.
+"""
 
 import pytest
 
@@ -10,7 +12,12 @@ from gear.experiments.published import published
 from gear.experiments.recipes import RECIPES, plan, recipe
 from gear.experiments.studies import STUDIES, cell_name, members, seeds_of, space, study
 
-TEACHERS = {"dinov2-b": "DINOv2", "dinov3-b": "DINOv3", "siglip2-b": "SigLIPv2", "vjepa2-l": "V-JEPA2.1"}
+TEACHERS = {
+    "dinov2-b": "DINOv2",
+    "dinov3-b": "DINOv3",
+    "siglip2-b": "SigLIPv2",
+    "vjepa2-l": "V-JEPA2.1",
+}
 AXES = {  # a study: its column of Table 15, the bold line, and what a cell's joint stage has there
     "temperature": ("Temp. Tab. 5", "Guidance temp. tau", lambda c: f"{c.objective.tau:g}"),
     "weight": ("Coeff. Tab. 6", "Align. coeff. lambda", lambda c: f"{c.objective.align_weight}"),
@@ -45,7 +52,9 @@ def test_the_cells_of_the_paper_are_its_bold_lists(name):
     gear = [m for m in members(name, "imagenet256-l", [0]) if m.role == "gear"]
     assert sorted(value(joint(m)) for m in gear) == sorted(table[row, column].split("; "))
     for member in members(name, "imagenet256-l", [0]):
-        assert {c.steps for _, c in member.planned if c.stage != "tokenizer"} == {int(table["Training steps", column])}
+        assert {c.steps for _, c in member.planned if c.stage != "tokenizer"} == {
+            int(table["Training steps", column])
+        }
 
 
 @pytest.mark.parametrize("preset", ("scenes", "cifar10", "imagenet256-l", "imagenet100-128"))
@@ -72,7 +81,9 @@ def test_every_cell_has_its_row_in_the_papers_table(name):
             assert {c.published.removesuffix(", +GEAR") for c in cells if c.published} <= rows
         assert len({cell_name(c) for c in cells}) == len(cells) == len({c.title for c in cells})
     ours = {c.published for c in STUDIES[name].cells("imagenet256-l")}
-    baselines = {row for row in rows if f"{row}, +GEAR" in rows} | {STUDIES[name].published_baseline}
+    baselines = {row for row in rows if f"{row}, +GEAR" in rows} | {
+        STUDIES[name].published_baseline
+    }
     assert rows - baselines <= ours, "every row of the paper is a cell"
 
 
@@ -83,16 +94,27 @@ def test_a_cell_is_one_command(name):
         base = recipe(member.words[0])
         options = parse(TrainOptions(base), list(member.words[1:]))
         run = f"{member.words[0]}-{options.label}" if options.label else member.words[0]
-        assert run == member.name and plan(options.config, run, base, options.label or None) == member.planned
+        assert (
+            run == member.name
+            and plan(options.config, run, base, options.label or None) == member.planned
+        )
 
 
 def test_warm_ups_are_shared():
     for name in STUDIES.keys() - {"tokenizer", "resolution"}:
-        warm_ups = {n for m in members(name, "scenes", [0, 1]) for n, c in m.planned if c.stage == "tokenizer"}
+        warm_ups = {
+            n
+            for m in members(name, "scenes", [0, 1])
+            for n, c in m.planned
+            if c.stage == "tokenizer"
+        }
         assert warm_ups == {"scenes-tokenizer-s0", "scenes-tokenizer-s1"}, name
-    assert {m.name for m in members("weight", "scenes", [0])} & {m.name for m in members("temperature", "scenes", [0])} == {
-        "scenes-gear-s0", "scenes-llamagen-repa-s0",
-    }  # fmt: skip
+    assert {m.name for m in members("weight", "scenes", [0])} & {
+        m.name for m in members("temperature", "scenes", [0])
+    } == {
+        "scenes-gear-s0",
+        "scenes-llamagen-repa-s0",
+    }
 
 
 def test_mistakes_are_named():
@@ -104,7 +126,11 @@ def test_mistakes_are_named():
         members("temperature", "scenes", [0], ["tau-3"])
     with pytest.raises(UserError, match="seeds are 'a,b'"):
         seeds_of("a,b")
-    assert seeds_of("2,0") == [0, 2] and space("scenes-gear") == "scenes" and space("imagenet256-l") == "inception"
+    assert (
+        seeds_of("2,0") == [0, 2]
+        and space("scenes-gear") == "scenes"
+        and space("imagenet256-l") == "inception"
+    )
 
 
 def test_the_short_family_starts_from_the_same_warm_up():

@@ -1,4 +1,6 @@
-"""A study from one command: what is missing and nothing else, one command a cell, the same after a kill."""
+"""A study from one command: what is missing and nothing else, one command a cell, the same after a
+kill.
+"""
 
 import os
 import shlex
@@ -26,13 +28,32 @@ def test_one_command_a_cell_and_seed(capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = ["tau-0.5", "tau-0.1", "tau-0.05", "default", "tau-0.01", "tau-0.005"]
     assert [shlex.split(line)[-3] for line in lines] == [cell for cell in cells for _ in (0, 2)]
-    main(["sweep", "temperature", "--preset", "tiny", "--seeds", "0", "--cells", "tau-0.1", "--count", "50", "--list"])
+    main(
+        [
+            "sweep",
+            "temperature",
+            "--preset",
+            "tiny",
+            "--seeds",
+            "0",
+            "--cells",
+            "tau-0.1",
+            "--count",
+            "50",
+            "--list",
+        ]
+    )
     (one,) = capsys.readouterr().out.splitlines()
-    assert one == "gear sweep temperature --preset tiny --seeds 0 --cells tau-0.1 --jobs 1 --count 50"
+    assert (
+        one == "gear sweep temperature --preset tiny --seeds 0 --cells tau-0.1 --jobs 1 --count 50"
+    )
     covered = set()
     for line in lines:
         words = shlex.split(line)
-        assert words[:3] == ["gear", "sweep", "temperature"] and words[words.index("--preset") + 1] == "tiny"
+        assert (
+            words[:3] == ["gear", "sweep", "temperature"]
+            and words[words.index("--preset") + 1] == "tiny"
+        )
         seed, cell = int(words[words.index("--seeds") + 1]), words[words.index("--cells") + 1]
         covered |= {m.name for m in members("temperature", "tiny", [seed], [cell])}
     assert covered == {m.name for m in members("temperature", "tiny", [0, 2])}
@@ -57,17 +78,25 @@ def packed(*patterns):
 
 
 def planned(monkeypatch, count=100):
-    """Return what a sweep of the study depth, seed 0, would do: {task: the one it waits for}, and what is finished."""
+    """Return what a sweep of the study depth, seed 0, would do: {task: the one it waits for}, and
+    what is finished.
+    """
     seen = {}
-    monkeypatch.setattr(sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished))
+    monkeypatch.setattr(
+        sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished)
+    )
     sweep.sweep("depth", "tiny", (0,), count=count, tell=lambda _: None)
     return {task.name: task.needs for task in seen.get("tasks", ())}, seen.get("finished", set())
 
 
 def test_a_record_with_its_scores_is_settled_and_else_it_is_trained_with_its_parents(monkeypatch):
-    """Neither a record's weights nor those of its parents are there: with other scores everything is trained."""
+    """Neither a record's weights nor those of its parents are there: with other scores everything
+    is trained.
+    """
     record_study("depth", seeds=(0,))
-    recorded("tiny-tokenizer-s0", dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"])
+    recorded(
+        "tiny-tokenizer-s0", dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"]
+    )
     packed("tiny-*")
     assert planned(monkeypatch) == ({}, set())
     tasks, finished = planned(monkeypatch, count=77)
@@ -82,7 +111,11 @@ def test_a_run_goes_before_the_record_of_its_name(monkeypatch):
     config = members("depth", "tiny", [0], ["tap-0"])[1].planned[-1][1]
     recorded("tiny-gear-s0-tap-0", config)  # without scores, and without weights
     tasks, _ = planned(monkeypatch)
-    assert "scores of tiny-gear-s0-tap-0" in tasks and "tiny-gear-s0-tap-0" in tasks and "tiny-gear-s0" not in tasks
+    assert (
+        "scores of tiny-gear-s0-tap-0" in tasks
+        and "tiny-gear-s0-tap-0" in tasks
+        and "tiny-gear-s0" not in tasks
+    )
     recorded("tiny-gear-s0-tap-0", replace(config, batch_size=7))
     with pytest.raises(UserError, match="batch_size: 7 -> "):
         planned(monkeypatch)
@@ -103,43 +136,89 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     (runs_dir() / "tiny-gear-s0" / "checkpoints" / "0000024").mkdir(parents=True)  # it has weights
     seen, told = {}, []
     monkeypatch.setattr(
-        sweep, "work", lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs)
+        sweep,
+        "work",
+        lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs),
     )
     sweep.sweep("depth", "tiny", (0, 1), ["default", "tap-0"], count=100, tell=told.append)
     names = [task.name for task in seen["tasks"]]
     assert names == [
-        "tiny-tokenizer-s1", "tiny-llamagen-repa-s1-tap-0", "tiny-gear-s1-tap-0", "tiny-llamagen-repa-s1", "tiny-gear-s1",
-        "scores of tiny-llamagen-repa-s1-tap-0", "scores of tiny-gear-s1-tap-0",
-        "scores of tiny-gear-s0", "scores of tiny-llamagen-repa-s1", "scores of tiny-gear-s1",
-    ]  # fmt: skip
+        "tiny-tokenizer-s1",
+        "tiny-llamagen-repa-s1-tap-0",
+        "tiny-gear-s1-tap-0",
+        "tiny-llamagen-repa-s1",
+        "tiny-gear-s1",
+        "scores of tiny-llamagen-repa-s1-tap-0",
+        "scores of tiny-gear-s1-tap-0",
+        "scores of tiny-gear-s0",
+        "scores of tiny-llamagen-repa-s1",
+        "scores of tiny-gear-s1",
+    ]
     by_name = {task.name: task for task in seen["tasks"]}
-    chain, planned = by_name["tiny-gear-s1-tap-0"], dict(members("depth", "tiny", [1], ["tap-0"])[1].planned)
-    assert chain.command[:6] == ("train", "tiny-gear-s1", "--tap-layer", "0", "--label", "tap-0")  # its joint stage, too:
-    assert chain.images == sum(planned[n].steps * planned[n].batch_size for n in ("tiny-joint-s1-tap-0", chain.name))
-    assert chain.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs and by_name[chain.needs].needs == ""
+    chain, planned = (
+        by_name["tiny-gear-s1-tap-0"],
+        dict(members("depth", "tiny", [1], ["tap-0"])[1].planned),
+    )
+    assert chain.command[:6] == (
+        "train",
+        "tiny-gear-s1",
+        "--tap-layer",
+        "0",
+        "--label",
+        "tap-0",
+    )  # its joint stage, too:
+    assert chain.images == sum(
+        planned[n].steps * planned[n].batch_size for n in ("tiny-joint-s1-tap-0", chain.name)
+    )
+    assert (
+        chain.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs
+        and by_name[chain.needs].needs == ""
+    )
     assert by_name["scores of tiny-gear-s0"].needs in seen["finished"] and seen["jobs"] >= 1
-    every = {n: config for m in members("depth", "tiny", [1], ["default", "tap-0"]) for n, config in m.planned}
+    every = {
+        n: config
+        for m in members("depth", "tiny", [1], ["default", "tap-0"])
+        for n, config in m.planned
+    }
     images = sum(config.steps * config.batch_size for config in every.values())
-    assert "7 to train with their parents, 5 sets of scores" in told[0] and "FLOP" in told[0] and "h100" in told[0]
-    assert f"{images:,} images" in told[0] and len(every) == 7 and "not known before a run of the stage" in told[0]
+    assert (
+        "7 to train with their parents, 5 sets of scores" in told[0]
+        and "FLOP" in told[0]
+        and "h100" in told[0]
+    )
+    assert (
+        f"{images:,} images" in told[0]
+        and len(every) == 7
+        and "not known before a run of the stage" in told[0]
+    )
 
 
 def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
-    """Whatever is there: every task waits for another one or for what is finished, and a run is trained once."""
+    """Whatever is there: every task waits for another one or for what is finished, and a run is
+    trained once.
+    """
     seen = {}
-    monkeypatch.setattr(sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished))
+    monkeypatch.setattr(
+        sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished)
+    )
 
     def chains(**settled):
         for name, config in settled.items():
-            (recorded(name.replace("_", "-"), config).path / "checkpoints" / "0000024").mkdir(parents=True)
+            (recorded(name.replace("_", "-"), config).path / "checkpoints" / "0000024").mkdir(
+                parents=True
+            )
         sweep.sweep("depth", "tiny", (0,), ["tap-0"], count=100, tell=lambda _: None)
         names = {task.name for task in seen["tasks"]}
-        assert all(not task.needs or task.needs in names | set(seen["finished"]) for task in seen["tasks"])
+        assert all(
+            not task.needs or task.needs in names | set(seen["finished"]) for task in seen["tasks"]
+        )
         return {task.name: (task.images, task.needs) for task in seen["tasks"] if task.images}
 
     baseline, gear = members("depth", "tiny", [0], ["tap-0"])
     assert (baseline.name, gear.name) == ("tiny-llamagen-repa-s0-tap-0", "tiny-gear-s0-tap-0")
-    images = {name: config.steps * config.batch_size for name, config in gear.planned + baseline.planned}
+    images = {
+        name: config.steps * config.batch_size for name, config in gear.planned + baseline.planned
+    }
     both = images["tiny-joint-s0-tap-0"] + images[gear.name]
     assert chains() == {
         "tiny-tokenizer-s0": (images["tiny-tokenizer-s0"], ""),
@@ -154,7 +233,9 @@ def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
     Run.create("tiny-joint-s0-tap-0", to_dict(joint))
     assert task.at() == "at step 0 of its parent 'tiny-joint-s0-tap-0'"
     shutil.rmtree(runs_dir() / "tiny-joint-s0-tap-0")
-    assert chains(**{"tiny-joint-s0-tap-0": joint}) == {gear.name: (images[gear.name], "tiny-joint-s0-tap-0")}
+    assert chains(**{"tiny-joint-s0-tap-0": joint}) == {
+        gear.name: (images[gear.name], "tiny-joint-s0-tap-0")
+    }
 
 
 def test_mistakes_are_told_before_anything_runs(capsys, home):
@@ -171,12 +252,19 @@ def test_mistakes_are_told_before_anything_runs(capsys, home):
     assert not (home / "runs").exists()
 
 
-SWEEP = [sys.executable, "-m", "gear", *"sweep initialisation --preset tiny --seeds 0 --count 70 --jobs 2".split()]
+SWEEP = [
+    sys.executable,
+    "-m",
+    "gear",
+    *"sweep initialisation --preset tiny --seeds 0 --count 70 --jobs 2".split(),
+]
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(home):
-    """kill -9 while a run trains on a shared warm-up: it ends with it, and the same command does what is left, once."""
+    """kill -9 while a run trains on a shared warm-up: it ends with it, and the same command does
+    what is left, once.
+    """
     process = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
     while not any(Run.open(n).logged_step > 2 for n in run_names("tiny-joint-s0")):
@@ -184,7 +272,9 @@ def test_a_killed_sweep_goes_on_where_it_was(home):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.time() + 20  # long before what trains would end by itself, were the machine idle
+    deadline = (
+        time.time() + 20
+    )  # long before what trains would end by itself, were the machine idle
     while orphans := [p for p in os.listdir("/proc") if p.isdigit() and _belongs(p, str(home))]:
         assert time.time() < deadline, f"{orphans} train on"
         time.sleep(0.1)
@@ -193,26 +283,37 @@ def test_a_killed_sweep_goes_on_where_it_was(home):
     began = [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)]
     done = subprocess.run(SWEEP, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)] == began, "neither has begun again"
+    assert [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)] == began, (
+        "neither has begun again"
+    )
     assert "not testable: 1 seed" in done.stdout and "from nothing" in done.stdout
     again = subprocess.run(SWEEP, capture_output=True, text=True, timeout=100)
     assert "0 to train with their parents, 0 sets of scores" in again.stdout
-    assert recipe("tiny-joint-no-init-s0").tokenizer_run == "" and Run.open("tiny-joint-no-init-s0").is_finished
+    assert (
+        recipe("tiny-joint-no-init-s0").tokenizer_run == ""
+        and Run.open("tiny-joint-no-init-s0").is_finished
+    )
 
 
 def _belongs(process, home):
     try:
-        with open(f"/proc/{process}/environ", "rb") as environment, open(f"/proc/{process}/cmdline", "rb") as command:
+        with (
+            open(f"/proc/{process}/environ", "rb") as environment,
+            open(f"/proc/{process}/cmdline", "rb") as command,
+        ):
             return home.encode() in environment.read() and b"gear\0train" in command.read()
     except OSError:
         return False
 
 
 @pytest.mark.parametrize(
-    "cores, sizes, jobs", [(16, (32, 32), 8), (4, (32,), 2), (1, (32,), 1), (64, (32,), 8), (16, (32, 256), 1)]
+    "cores, sizes, jobs",
+    [(16, (32, 32), 8), (4, (32,), 2), (1, (32,), 1), (64, (32,), 8), (16, (32, 256), 1)],
 )
 def test_small_runs_share_a_gpu(cores, sizes, jobs, monkeypatch):
     monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: range(cores))
-    configs = [replace(TINY, batch_size=64, data=replace(TINY.data, image_size=size)) for size in sizes]
+    configs = [
+        replace(TINY, batch_size=64, data=replace(TINY.data, image_size=size)) for size in sizes
+    ]
     assert sweep._jobs(configs, on_gpu=True) == jobs
     assert sweep._jobs(configs, on_gpu=False) == cores

@@ -9,7 +9,12 @@ from helpers import scenes
 from gear import load_generator, load_tokenizer
 from gear.analysis import profiles
 from gear.analysis.features import generator_features, teacher_features, tokenizer_features
-from gear.analysis.sensitivity import ONLY, generator_sensitivity, sensitivity, tokenizer_sensitivity
+from gear.analysis.sensitivity import (
+    ONLY,
+    generator_sensitivity,
+    sensitivity,
+    tokenizer_sensitivity,
+)
 from gear.config import UserError
 from gear.measures.alignment import cka
 from gear.runs.run import Run
@@ -29,7 +34,9 @@ def noise():
 
 
 def test_position_alone_aligns_patches_and_not_content(noise):
-    """What only tells where a patch lies aligns any image with any other; without the position's mean nothing is left."""
+    """What only tells where a patch lies aligns any image with any other; without the position's
+    mean nothing is left.
+    """
     position = 3 * noise[2][:1]
     table = profile(position + noise[0], position + noise[1])
     assert table.value["patch", "cka"] > 0.7 and table.null["patch", "cka"] > 0.7
@@ -45,13 +52,19 @@ def test_content_is_not_touched_by_what_position_adds(noise):
 
 
 def test_a_collapsed_tokenizer_is_undefined_not_an_error(noise):
-    table = profile(torch.ones(N, L, 6) + noise[2][:1], noise[0])  # one answer at every position, whatever the image
+    table = profile(
+        torch.ones(N, L, 6) + noise[2][:1], noise[0]
+    )  # one answer at every position, whatever the image
     assert table.n["content", "cka"] == 0
-    assert table.value.loc[[("content", "cka"), ("content", "cknna"), ("image", "cka")]].isna().all()
+    assert (
+        table.value.loc[[("content", "cka"), ("content", "cknna"), ("image", "cka")]].isna().all()
+    )
 
 
 def test_biased_cka_is_inflated_where_nothing_is_shared(noise):
-    unbiased, biased = (profile(noise[0], noise[1], estimator=name) for name in ("unbiased", "biased"))
+    unbiased, biased = (
+        profile(noise[0], noise[1], estimator=name) for name in ("unbiased", "biased")
+    )
     for level in ("image", "patch", "content"):
         assert biased.value[level, "cka"] > 0.1 > 0.05 > abs(unbiased.value[level, "cka"])
         assert biased.null[level, "cka"] > 0.1 > 0.05 > abs(unbiased.null[level, "cka"])
@@ -59,16 +72,23 @@ def test_biased_cka_is_inflated_where_nothing_is_shared(noise):
 
 
 def test_what_a_position_sees_is_found_one_position_on(noise):
-    """Position i + 1 holds patch i, as embeddings do: only the pairing by what is seen finds it, and leaves out the last."""
+    """Position i + 1 holds patch i, as embeddings do: only the pairing by what is seen finds it,
+    and leaves out the last.
+    """
     target = noise[0]
     hidden = torch.cat([noise[1][:, :1], target[:, :-1]], 1)
     predicts, sees = (profile(hidden, target, pairing=name) for name in ("predicts", "sees"))
     for level in ("image", "patch"):
         for metric in ("cknna", "cka"):
-            assert sees.value[level, metric] == pytest.approx(1, abs=1e-9) and predicts.value[level, metric] < 0.95
+            assert (
+                sees.value[level, metric] == pytest.approx(1, abs=1e-9)
+                and predicts.value[level, metric] < 0.95
+            )
     assert abs(predicts.value["patch", "cka"]) < 0.1
     other = torch.cat([target[:, :-1], noise[2][:, :1]], 1)  # the last patch bears on nothing
-    assert profile(hidden, other, pairing="sees").value["patch", "cka"] == pytest.approx(1, abs=1e-9)
+    assert profile(hidden, other, pairing="sees").value["patch", "cka"] == pytest.approx(
+        1, abs=1e-9
+    )
     assert predicts.value["map", "moran"] == sees.value["map", "moran"]
 
 
@@ -87,21 +107,33 @@ def test_standardising_undoes_the_scale_and_offset_of_channels(noise):
 
 def test_rows_that_are_not_normalised_are_compared_as_they_are(noise):
     rows = noise[0] + noise[1]
-    assert profile(rows, noise[1], normalise="none").value["image", "cka"] == pytest.approx(cka(rows.mean(1), noise[1].mean(1)))
+    assert profile(rows, noise[1], normalise="none").value["image", "cka"] == pytest.approx(
+        cka(rows.mean(1), noise[1].mean(1))
+    )
 
 
 def test_a_constant_channel_tells_nothing_when_standardised(noise):
     wider = torch.cat([noise[0], torch.full((N, L, 1), 0.1)], -1)
-    one, other = (profile(x, noise[0] + noise[1], normalise="standard").value["patch", "cka"] for x in (noise[0], wider))
+    one, other = (
+        profile(x, noise[0] + noise[1], normalise="standard").value["patch", "cka"]
+        for x in (noise[0], wider)
+    )
     assert one == pytest.approx(other, abs=1e-6)
 
 
 def test_tables_from_before_the_choices_still_fit(tiny):
-    """A default is not named among a table's parameters; another choice is, and the tracked table stays."""
-    for name, table in (("layer_profile", profiles.layer_profile), ("tokenizer_profile", profiles.tokenizer_profile)):
+    """A default is not named among a table's parameters; another choice is, and the tracked table
+    stays.
+    """
+    for name, table in (
+        ("layer_profile", profiles.layer_profile),
+        ("tokenizer_profile", profiles.tokenizer_profile),
+    ):
         run, kept = Run.open("tiny"), pd.DataFrame({"kept": [1]})
         run.table(name, {"images": 40, "k": 5}, lambda kept=kept: kept)
-        assert table(run, 40, 5).equals(kept) and table(run, 40, 5, normalise="l2", estimator="unbiased").equals(kept)
+        assert table(run, 40, 5).equals(kept) and table(
+            run, 40, 5, normalise="l2", estimator="unbiased"
+        ).equals(kept)
         other = table(run, 40, 5, normalise="none")
         assert list(other) == profiles.COLUMNS and table(run, 40, 5).equals(kept)
     with pytest.raises(UserError, match="unknown normalise 'l1'.*Known: l2, none, standard"):
@@ -114,7 +146,9 @@ def test_tables_from_before_the_choices_still_fit(tiny):
 
 def test_sensitivity_changes_one_choice_at_a_time(noise):
     rows, target = noise[0] + noise[1], noise[0]
-    table = sensitivity({"last": rows}, target, 20, 4, profiles.CHOICES).set_index(["choice", "setting", "level", "metric"])
+    table = sensitivity({"last": rows}, target, 20, 4, profiles.CHOICES).set_index(
+        ["choice", "setting", "level", "metric"]
+    )
     base = profiles.alignments(rows[:20], target[:20], 4)
     changed = {
         ("images", "40"): profiles.alignments(rows, target, 4),
@@ -122,14 +156,21 @@ def test_sensitivity_changes_one_choice_at_a_time(noise):
         ("pairing", "sees"): profiles.alignments(rows[:20], target[:20], 4, pairing="sees"),
     } | {
         (choice, value): base
-        for choice, value in (("images", "20"), ("k", "4"), ("estimator", "unbiased"), ("pairing", "predicts"))
+        for choice, value in (
+            ("images", "20"),
+            ("k", "4"),
+            ("estimator", "unbiased"),
+            ("pairing", "predicts"),
+        )
     }
     for (choice, setting), rows in changed.items():
         for metric, level, value, _, chance, *_ in rows:
             if ONLY.get(choice, metric) == metric:
                 found = table.loc[choice, setting, level, metric]
                 assert (found.value, found.null) == pytest.approx((value, chance), nan_ok=True)
-    assert not {("k", "cka"), ("estimator", "cknna")} & {(choice, metric) for choice, _, _, metric in table.index}
+    assert not {("k", "cka"), ("estimator", "cknna")} & {
+        (choice, metric) for choice, _, _, metric in table.index
+    }
 
 
 def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
@@ -137,26 +178,40 @@ def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
     table, profile = tokenizer_sensitivity(run, 40, 5), profiles.tokenizer_profile(run, 40, 5)
     base = table[(table.choice == "images") & (table.setting == "40")][profiles.COLUMNS]
     known = profile[
-        profile.layer.isin(["pre", "post"]) & profile.level.isin(["image", "patch", "content"]) & (profile.metric != "ties")
+        profile.layer.isin(["pre", "post"])
+        & profile.level.isin(["image", "patch", "content"])
+        & (profile.metric != "ties")
     ]
     pd.testing.assert_frame_equal(base.reset_index(drop=True), known.reset_index(drop=True))
     assert "pairing" not in set(table.choice)
     generators = generator_sensitivity(Run.open("tiny"), 40, 5)
-    assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {"images", "k", *profiles.CHOICES}
+    assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {
+        "images",
+        "k",
+        *profiles.CHOICES,
+    }
     for weights in tiny.glob("*/checkpoints"):
         weights.rename(weights.with_name("gone"))
     pd.testing.assert_frame_equal(generator_sensitivity(Run.open("tiny"), 40, 5), generators)
 
 
 def test_floors_are_what_constant_answers_reach(tiny):
-    """Each by its definition, on the run's own training and validation images; more knowledge of where does not hurt here."""
+    """Each by its definition, on the run's own training and validation images; more knowledge of
+    where does not hurt here.
+    """
     table = profiles.alignment_floors(Run.open("tiny"), images=512).set_index("predictor").value
     teacher = load_scenes_teacher()
     (train, classes), (val, labels) = scenes(512), scenes(96, first=1 << 40)
     unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
     of_class = torch.stack([unit[classes == c].mean(0) for c in labels])
-    for name, answer in {"constant": unit.mean((0, 1)), "position": unit.mean(0), "class and position": of_class}.items():
-        cosine = (F.normalize(answer.expand_as(target), dim=-1) * F.normalize(target, dim=-1)).sum(-1)
+    for name, answer in {
+        "constant": unit.mean((0, 1)),
+        "position": unit.mean(0),
+        "class and position": of_class,
+    }.items():
+        cosine = (F.normalize(answer.expand_as(target), dim=-1) * F.normalize(target, dim=-1)).sum(
+            -1
+        )
         assert table[name] == pytest.approx(-cosine.mean().item(), abs=1e-6)
     assert table["position"] < table["constant"]
 
@@ -173,13 +228,25 @@ def test_profiles_of_a_gpu_are_those_of_a_cpu(tiny):
 
 
 def test_features_come_back_to_where_the_images_are(tiny, device):
-    tokenizer, generator, teacher = load_tokenizer("tiny"), load_generator("tiny"), load_scenes_teacher()
+    tokenizer, generator, teacher = (
+        load_tokenizer("tiny"),
+        load_generator("tiny"),
+        load_scenes_teacher(),
+    )
     images, labels = scenes(6, first=1 << 40)
     with torch.no_grad():
         codes = tokenizer.encode(images).flatten(1)
-        expected = [generator.hidden(codes, labels, [2])[2], tokenizer.latents(images).flatten(2).mT, teacher(images)]
+        expected = [
+            generator.hidden(codes, labels, [2])[2],
+            tokenizer.latents(images).flatten(2).mT,
+            teacher(images),
+        ]
     hidden = generator_features(generator.to(device), tokenizer.to(device), images, labels, [2])[2]
-    features = [hidden, tokenizer_features(tokenizer, images)["pre"], teacher_features(teacher.to(device), images)]
+    features = [
+        hidden,
+        tokenizer_features(tokenizer, images)["pre"],
+        teacher_features(teacher.to(device), images),
+    ]
     for mine, theirs in zip(features, expected):
         assert mine.device == images.device
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
@@ -192,24 +259,47 @@ def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
     assert torch.equal(features["pre"], tokenizer.latents(images).flatten(2).transpose(1, 2))
     assert torch.equal(features["post"], codes[tokenizer.encode(images).flatten(1)])
     table = profiles.tokenizer_profile(Run.open("tiny-joint"), images=40, k=5)
-    assert set(table.layer) == {"pre", "post", "teacher"} and set(table.level) == {"image", "patch", "content", "map"}
+    assert set(table.layer) == {"pre", "post", "teacher"} and set(table.level) == {
+        "image",
+        "patch",
+        "content",
+        "map",
+    }
     ties = table[table.metric == "ties"].value.item()
     assert 0.5 < ties <= 1  # 64 codes for 64 tokens: many are equal
 
 
 def test_twice_the_images_have_to_be_there(tiny):
     """Or two of the settings would hold the same images under two names."""
-    with pytest.raises(UserError, match="'tiny' has 128 validation images, not 2 x 65: -p images 64"):
+    with pytest.raises(
+        UserError, match="'tiny' has 128 validation images, not 2 x 65: -p images 64"
+    ):
         generator_sensitivity(Run.open("tiny"), images=65)
 
 
 def test_speedups_of_seeds_are_each_seeds_own():
-    """Baselines end at 2 after 100 steps; one seed's method is there at 50, another's at once, a third's never."""
+    """Baselines end at 2 after 100 steps; one seed's method is there at 50, another's at once, a
+    third's never.
+    """
     steps = list(range(10, 101, 10))
     ends = {0: [4 - 0.04 * s for s in steps], 1: [1.0] * 10, 2: [3.0] * 10}
-    lines = [("fd", s, v, "b", seed) for seed in ends for s, v in zip(steps, [12 - 0.1 * s for s in steps])]
-    lines += [("fd", s, v, "m", seed) for seed, values in ends.items() for s, v in zip(steps, values)]
+    lines = [
+        ("fd", s, v, "b", seed)
+        for seed in ends
+        for s, v in zip(steps, [12 - 0.1 * s for s in steps])
+    ]
+    lines += [
+        ("fd", s, v, "m", seed) for seed, values in ends.items() for s, v in zip(steps, values)
+    ]
     curves = pd.DataFrame(lines, columns=["metric", "step", "value", "method", "seed"])
     table = profiles.speedups_by_seed(curves, "b", "m", ["fd"]).set_index("seed")
-    assert table.value[0] == pytest.approx(2.0) and table.value.isna().tolist() == [False, False, True]
-    assert table.value[1] >= 10 and table.over.tolist() == [False, True, False] and set(table.target) == {2.0}
+    assert table.value[0] == pytest.approx(2.0) and table.value.isna().tolist() == [
+        False,
+        False,
+        True,
+    ]
+    assert (
+        table.value[1] >= 10
+        and table.over.tolist() == [False, True, False]
+        and set(table.target) == {2.0}
+    )

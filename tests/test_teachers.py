@@ -1,4 +1,6 @@
-"""The packaged teacher is frozen and standardised; a grid or a name that does not fit says what would."""
+"""The packaged teacher is frozen and standardised; a grid or a name that does not fit says what
+would.
+"""
 
 import json
 
@@ -24,13 +26,17 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def rows(teacher):
-    """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L, 144)."""
+    """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L,
+    144).
+    """
     with torch.no_grad():
         return teacher.channels(scenes(512, first=1 << 40)[0]).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def test_it_is_what_the_recipe_makes():
-    """The card's configuration, completed by what has become a field since, is that of the recipe."""
+    """The card's configuration, completed by what has become a field since, is that of the
+    recipe.
+    """
     card = json.loads(PACKAGED.with_suffix(".json").read_text())
     del card["config"]["version"]
     assert from_dict(Config, card["config"]) == plan(recipe("teacher-scenes"))[0][1]
@@ -52,7 +58,9 @@ def test_features_lie_on_the_grid_in_raster_order(teacher):
 
 
 def test_channels_are_standardised_over_the_scenes(teacher, rows):
-    """Mean about 0 and spread about 1 on other scenes than those that set them; raw channels have neither."""
+    """Mean about 0 and spread about 1 on other scenes than those that set them; raw channels have
+    neither.
+    """
     standard = (rows - teacher.mean) / teacher.std
     assert standard.mean(0).abs().max() < 0.1 and (standard.std(0) - 1).abs().max() < 0.15
     assert (rows.mean(0).abs() / rows.std(0)).median() > 0.3
@@ -60,7 +68,9 @@ def test_channels_are_standardised_over_the_scenes(teacher, rows):
 
 def test_features_are_principal_components(teacher, rows):
     """Orthonormal directions, uncorrelated features, largest spread first, most of the variance."""
-    torch.testing.assert_close(teacher.components @ teacher.components.T, torch.eye(64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        teacher.components @ teacher.components.T, torch.eye(64), rtol=0, atol=1e-5
+    )
     standard = (rows - teacher.mean) / teacher.std
     covariance = torch.cov((standard @ teacher.components.T).T)
     spread = covariance.diag().sqrt()
@@ -70,7 +80,9 @@ def test_features_are_principal_components(teacher, rows):
 
 
 def test_any_two_patches_are_not_alike(teacher):
-    """What the standardisation is for: patches of different scenes have a mean cosine of about 0."""
+    """What the standardisation is for: patches of different scenes have a mean cosine of about
+    0.
+    """
     features = torch.nn.functional.normalize(teacher(scenes(64)[0]), dim=-1)
     assert abs((features[:-1] * features[1:]).sum(-1).mean()) < 0.15
 
@@ -95,12 +107,16 @@ def test_standardise_whitens_the_diagonal_and_returns_the_share_kept():
     assert features.mean(0).abs().max() < 1e-3
     torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=1e-3)
     assert (covariance.diag().diff() < 1e-3).all() and 0.5 < kept < 1
-    assert covariance.diag().sum().item() / 144 == pytest.approx(kept, abs=1e-3)  # 144 channels of variance 1
+    assert covariance.diag().sum().item() / 144 == pytest.approx(
+        kept, abs=1e-3
+    )  # 144 channels of variance 1
 
 
 def test_a_grid_that_does_not_fit_says_what_would(teacher):
     check_grid(teacher, 32, 4)
-    with pytest.raises(UserError, match=r"32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens.*halves 2 times"):
+    with pytest.raises(
+        UserError, match=r"32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens.*halves 2 times"
+    ):
         check_grid(teacher, 32, 8)
 
 
@@ -127,7 +143,10 @@ def tensors_of(seed, prefix=""):
         {"state_dict": tensors_of(0), "ema": tensors_of(1)},
         {"net": tensors_of(0, "module.")},
         {"state_dict": tensors_of(0, "model.")},
-        {"teacher": tensors_of(0, "backbone.") | {"dino_head.last": torch.zeros(2)}, "student": tensors_of(1, "backbone.")},
+        {
+            "teacher": tensors_of(0, "backbone.") | {"dino_head.last": torch.zeros(2)},
+            "student": tensors_of(1, "backbone."),
+        },
         {"model": {"state_dict": tensors_of(0, "_orig_mod.image_encoder.")}},
         {n: t.double() for n, t in tensors_of(0).items()},
     ),
@@ -149,7 +168,10 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
         (tensors["stem.weight"].to(torch.int8), "stem.weight is torch.int8"),
         (tensors["stem.weight"].to_sparse(), "stem.weight is sparse"),
     ):
-        with pytest.raises(UserError, match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {said}"):
+        with pytest.raises(
+            UserError,
+            match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {said}",
+        ):
             check_fit(network, tensors | {"stem.weight": change}, "w", "teacher x")
     partly = {f"model.{name}": t for name, t in tensors.items() if name != "stem.bias"}
     with pytest.raises(UserError, match="do not fit this teacher x:\n  missing stem.weight"):
@@ -160,5 +182,7 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     with pytest.raises(UserError, match="w.pth holds no tensors by name"):
         read_tensors(tmp_path / "w.pth")
     torch.save({"a": tensors, "b": tensors_of(1)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"):
+    with pytest.raises(
+        UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"
+    ):
         read_tensors(tmp_path / "w.pth")

@@ -1,4 +1,6 @@
-"""The text-to-image hybrid: who sees what, silent and speaking keys, empty slots, cached sampling; and what sampling offers."""
+"""The text-to-image hybrid: who sees what, silent and speaking keys, empty slots, cached sampling;
+and what sampling offers.
+"""
 
 from dataclasses import replace
 
@@ -16,8 +18,13 @@ CONFIG = replace(GENERATOR, text_slots=6, text_dim=5, dual_layers=1)
 SEED = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(0, K, (3, 16), generator=SEED)
 TEXT = torch.randn(3, 6, 5, generator=SEED)
-RIGHT = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()  # padded on the right
-NONE = torch.randn(6, 5, generator=SEED), torch.tensor([1, 1, 0, 0, 0, 0]).bool()  # the features of an empty text
+RIGHT = torch.tensor(
+    [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+).bool()  # padded on the right
+NONE = (
+    torch.randn(6, 5, generator=SEED),
+    torch.tensor([1, 1, 0, 0, 0, 0]).bool(),
+)  # the features of an empty text
 MASKS = {"right": RIGHT, "left": RIGHT.flip(1)}
 
 
@@ -28,7 +35,7 @@ def hybrid(**changes):
     return generator
 
 
-# -- who sees what -------------------------------------------------------------------------------------------------
+# -- who sees what ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text_attention", ("causal", "prefix"))
@@ -54,7 +61,11 @@ def test_position_i_has_not_seen_token_i_and_text_sees_no_image(text_attention):
     for j in (0, 7, 15):
         other = TOKENS.clone()
         other[:, j] = (other[:, j] + 1) % K
-        change = (generator.hidden(other, TEXT, [3], mask, text_attention)[3] - before).abs().amax((0, 2))
+        change = (
+            (generator.hidden(other, TEXT, [3], mask, text_attention)[3] - before)
+            .abs()
+            .amax((0, 2))
+        )
         assert change[: j + 1].max() < 1e-5 and (change[j + 1 :] > 1e-4).all()
 
 
@@ -67,7 +78,9 @@ def test_what_stands_in_an_empty_slot_matters_to_nobody_else(side):
     other[:, -1] = TEXT[:, -1]
     torch.testing.assert_close(generator(TOKENS, other, mask), generator(TOKENS, TEXT, mask))
     filled = torch.where(mask[..., None], TEXT + 3, TEXT)
-    assert (generator(TOKENS, filled, mask) - generator(TOKENS, TEXT, mask)).abs().amax(-1).min() > 1e-4
+    assert (generator(TOKENS, filled, mask) - generator(TOKENS, TEXT, mask)).abs().amax(
+        -1
+    ).min() > 1e-4
 
 
 @torch.no_grad()
@@ -78,25 +91,33 @@ def test_prefix_attention_lets_a_caption_look_ahead():
     torch.testing.assert_close(causal[1], prefix[1])  # one filled slot: there is nothing ahead
 
 
-# -- condition_rotation ----------------------------------------------------------------------------------------------
+# -- condition_rotation ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rotation, speaks", (("identity", True), ("zero", False)))
 def test_text_keys_receive_gradient_unless_silenced(rotation, speaks):
-    """With the public networks' zero rotation, the query and key rows of a text stream never learn."""
+    """With the public networks' zero rotation, the query and key rows of a text stream never
+    learn.
+    """
     generator = hybrid(condition_rotation=rotation)
     generator(TOKENS, TEXT, MASKS["right"]).square().sum().backward()
     query, key, value = generator.blocks[0].attention.qkv_text.weight.grad.chunk(3)
-    assert (query.abs().max() > 0) == speaks and (key.abs().max() > 0) == speaks and value.abs().max() > 0
+    assert (
+        (query.abs().max() > 0) == speaks
+        and (key.abs().max() > 0) == speaks
+        and value.abs().max() > 0
+    )
 
 
-# -- the streams -------------------------------------------------------------------------------------------------------
+# -- the streams -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_dual_stream_layer_with_equal_streams_is_a_single_one():
     dual, single = hybrid(), hybrid(dual_layers=0)
-    single.load_state_dict({n: t for n, t in dual.state_dict().items() if "_text" not in n or n.startswith("text_")})
+    single.load_state_dict(
+        {n: t for n, t in dual.state_dict().items() if "_text" not in n or n.startswith("text_")}
+    )
     attention = dual.blocks[0].attention
     assert (dual(TOKENS, TEXT) - single(TOKENS, TEXT)).abs().max() > 1e-3
     attention.qkv_text.weight.copy_(attention.qkv.weight)
@@ -127,7 +148,10 @@ def test_a_dropped_caption_is_none():
     generator = hybrid()
     dropped = torch.tensor([True, False, True])
     with torch.no_grad():
-        none, told = generator(TOKENS, *generator.condition.none(TEXT, RIGHT)), generator(TOKENS, TEXT, RIGHT)
+        none, told = (
+            generator(TOKENS, *generator.condition.none(TEXT, RIGHT)),
+            generator(TOKENS, TEXT, RIGHT),
+        )
         assert (told - none).abs().max() > 1e-3
         got = generator.train()(TOKENS, TEXT, RIGHT, dropped=dropped)
         torch.testing.assert_close(got, torch.where(dropped[:, None, None], none, told))
@@ -141,7 +165,7 @@ def test_a_dropped_caption_takes_its_mask_with_it():
     assert torch.equal(filled[:, 0], left[:, 0, 0] > 0) and (~filled).sum() == 2 * 14
 
 
-# -- sampling --------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
@@ -166,17 +190,36 @@ def uncached(generator, text, mask, text_attention, cfg_scale, interval, none):
     ("left", "prefix", 3.0, (0, 5)),
 ))  # fmt: skip
 @torch.no_grad()
-def test_cached_generation_is_the_uncached_arg_max_loop(side, text_attention, cfg_scale, interval, rotation):
+def test_cached_generation_is_the_uncached_arg_max_loop(
+    side, text_attention, cfg_scale, interval, rotation
+):
     generator, mask = hybrid(condition_rotation=rotation), MASKS[side]
-    want = uncached(generator, TEXT, mask, text_attention, cfg_scale, interval, generator.condition.none(TEXT, mask))
+    want = uncached(
+        generator,
+        TEXT,
+        mask,
+        text_attention,
+        cfg_scale,
+        interval,
+        generator.condition.none(TEXT, mask),
+    )
     got = generate(
-        generator, TEXT, (4, 4), mask, cfg_scale=cfg_scale, cfg_interval=interval, temperature=0, text_attention=text_attention
+        generator,
+        TEXT,
+        (4, 4),
+        mask,
+        cfg_scale=cfg_scale,
+        cfg_interval=interval,
+        temperature=0,
+        text_attention=text_attention,
     )
     assert torch.equal(got, want) and len(got.unique()) > 2
 
 
 def test_what_no_caption_is_has_to_be_told():
-    """Guidance and dropping need the features of an empty text; zeros would do for no network without biases."""
+    """Guidance and dropping need the features of an empty text; zeros would do for no network
+    without biases.
+    """
     generator = hybrid()
     generator.condition.no_caption = None
     generate(generator, TEXT, (4, 4), RIGHT)  # nothing unconditional in it
@@ -194,7 +237,9 @@ def test_what_no_caption_is_has_to_be_told():
 
 
 def test_dropped_captions_leave_deep_gradients_finite():
-    """Thirty-six layers, as the 1B has: a stream of exact zeros would be multiplied by 316 in each."""
+    """Thirty-six layers, as the 1B has: a stream of exact zeros would be multiplied by 316 in
+    each.
+    """
     torch.manual_seed(0)
     generator = Generator(replace(CONFIG, layers=36, dual_layers=12), K).train()
     torch.nn.init.normal_(generator.head.weight, 0, 0.02)
@@ -226,9 +271,13 @@ def test_bfloat16_weights_and_cache_leave_the_generator_as_it_was():
     assert generator.embedding.dtype == torch.float32 and drawn.shape == (2, 4, 4)
     assert torch.equal(drawn, generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16))
     many = torch.arange(5).repeat(40)
-    exact, rounded = (generate(generator, many, (4, 4), temperature=0, dtype=d) for d in (None, torch.bfloat16))
+    exact, rounded = (
+        generate(generator, many, (4, 4), temperature=0, dtype=d) for d in (None, torch.bfloat16)
+    )
     assert not torch.equal(exact, rounded)  # it is another arithmetic
-    with torch.no_grad():  # close to float32's distribution: the first token's logits differ in the third digit
+    with (
+        torch.no_grad()
+    ):  # close to float32's distribution: the first token's logits differ in the third digit
         exact = generator(torch.zeros(2, 16, dtype=torch.long), labels)
         rounded = generator.to(torch.bfloat16)(torch.zeros(2, 16, dtype=torch.long), labels)
     assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
@@ -239,16 +288,22 @@ def test_sample_takes_captions_and_the_grid_a_generator_brings():
     generator.grid = (4, 4)
     pictures = gear.sample(generator, tokenizer, TEXT, mask=RIGHT, cfg_scale=2.0, seed=3)
     assert pictures.shape == (3, 16, 16, 3) and pictures.dtype == torch.uint8
-    assert torch.equal(pictures, gear.sample(generator, tokenizer, TEXT, (4, 4), mask=RIGHT, cfg_scale=2.0, seed=3))
+    assert torch.equal(
+        pictures, gear.sample(generator, tokenizer, TEXT, (4, 4), mask=RIGHT, cfg_scale=2.0, seed=3)
+    )
 
 
-# -- bad input -------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text, mask, said",
     [
-        (torch.zeros(3, 7, 5), None, "a caption of 7 tokens is longer than the 6 slots: cut it to 6"),
+        (
+            torch.zeros(3, 7, 5),
+            None,
+            "a caption of 7 tokens is longer than the 6 slots: cut it to 6",
+        ),
         (torch.zeros(3, 6, 4), None, r"features \(B, T, 5\) are expected, not \(3, 6, 4\)"),
         (torch.zeros(3, dtype=torch.long), None, "conditioned on captions"),
         (TEXT, RIGHT[:, :4], r"the mask is \(3, 4\) torch.bool, the captions have \(3, 6\) slots"),
@@ -269,6 +324,9 @@ def test_labels_with_a_mask_or_features_for_a_class():
 
 
 def test_an_attention_that_does_not_exist():
-    for call in (lambda g: g(TOKENS, TEXT, RIGHT, "Prefix"), lambda g: generate(g, TEXT, (4, 4), RIGHT, text_attention="full")):
+    for call in (
+        lambda g: g(TOKENS, TEXT, RIGHT, "Prefix"),
+        lambda g: generate(g, TEXT, (4, 4), RIGHT, text_attention="full"),
+    ):
         with pytest.raises(UserError, match="'causal' or 'prefix' is expected"):
             call(hybrid())

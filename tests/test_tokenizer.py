@@ -1,4 +1,6 @@
-"""The affinity, its read-outs, the gradient routing of the VQ tokenizer, and what its parts agree on."""
+"""The affinity, its read-outs, the gradient routing of the VQ tokenizer, and what its parts agree
+on.
+"""
 
 import math
 from dataclasses import replace
@@ -34,7 +36,7 @@ def quantizer():
     return vq
 
 
-# -- affinity (Eq. 6) ----------------------------------------------------------------------------------------
+# -- affinity (Eq. 6) ------------------------------------------------------------------------------
 
 
 def test_affinity_is_minus_the_squared_distance_of_unit_vectors(quantizer):
@@ -50,7 +52,9 @@ def test_affinity_lies_between_minus_four_and_zero(quantizer):
     code = quantizer.codebook.data[3]
     latents = torch.stack([7 * code, -0.1 * code, *gaussian(500, 4)]).T.view(1, 4, 1, 502)
     affinity = quantizer.affinity(latents).dense[0]
-    assert affinity[0, 3].item() == pytest.approx(0, abs=1e-6) and affinity[1, 3].item() == pytest.approx(-4, abs=1e-6)
+    assert affinity[0, 3].item() == pytest.approx(0, abs=1e-6) and affinity[
+        1, 3
+    ].item() == pytest.approx(-4, abs=1e-6)
     assert affinity.min() > -4 - 1e-6 and affinity.max() < 1e-6
 
 
@@ -60,11 +64,15 @@ def test_affinity_under_bf16_autocast_is_that_of_float32(quantizer):
     with torch.autocast("cpu", torch.bfloat16):
         cast, indices = quantizer.affinity(latents).dense, quantizer(latents).indices
         rounded = 2 * F.normalize(latents.flatten(2).mT, dim=-1) @ quantizer.codes().T - 2
-    assert cast.dtype == torch.float32 and torch.equal(cast, exact) and torch.equal(indices, exact.argmax(-1))
+    assert (
+        cast.dtype == torch.float32
+        and torch.equal(cast, exact)
+        and torch.equal(indices, exact.argmax(-1))
+    )
     assert (rounded.float() - exact).abs().max() > 1e-3  # what autocast would have done
 
 
-# -- read-outs (Eqs. 1, 7, 8) --------------------------------------------------------------------------------
+# -- read-outs (Eqs. 1, 7, 8) ----------------------------------------------------------------------
 
 
 def test_hard_index_is_the_first_of_equals():
@@ -76,7 +84,9 @@ def test_soft_readout_becomes_the_hard_one_or_the_mean(quantizer):
     hard = embedding[affinity.argmax()]
     assert torch.equal(hard[1, 5], embedding[affinity.dense[1, 5].argmax()])
     torch.testing.assert_close(affinity.soft_readout(embedding, 1e-6), hard)
-    torch.testing.assert_close(affinity.soft_readout(embedding, 1e6), embedding.mean(0).expand_as(hard), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        affinity.soft_readout(embedding, 1e6), embedding.mean(0).expand_as(hard), rtol=0, atol=1e-5
+    )
     assert (affinity.soft_readout(embedding, 0.1) - hard).abs().max() > 0.1
 
 
@@ -89,7 +99,10 @@ def test_soft_assignment_depends_on_differences_over_tau(quantizer):
 
 
 def test_straight_through_is_one_hot_in_value_and_softmax_in_gradient(quantizer):
-    affinity, cotangent = quantizer.affinity(gaussian(2, 4, 4, 4)).dense.detach().requires_grad_(), gaussian(2, 16, 32, seed=2)
+    affinity, cotangent = (
+        quantizer.affinity(gaussian(2, 4, 4, 4)).dense.detach().requires_grad_(),
+        gaussian(2, 16, 32, seed=2),
+    )
     value = Formed(affinity).straight_through_assignment(0.1)
     assert torch.equal(value, F.one_hot(affinity.argmax(-1), 32).float())
     through = torch.autograd.grad((value * cotangent).sum(), affinity)[0]
@@ -97,7 +110,7 @@ def test_straight_through_is_one_hot_in_value_and_softmax_in_gradient(quantizer)
     assert torch.equal(through, smooth) and through.abs().max() > 0.1
 
 
-# -- quantizer -----------------------------------------------------------------------------------------------
+# -- quantizer -------------------------------------------------------------------------------------
 
 
 def test_the_decoder_receives_the_unit_code_and_its_gradient_goes_to_the_unit_latent(quantizer):
@@ -119,7 +132,9 @@ def test_codebook_and_commitment_are_one_distance_seen_from_both_sides(quantizer
 
 
 def test_entropy_loss_is_its_formula():
-    """Against a plain loop: mean_i H(p_i) - H(mean_i p_i), p_i = softmax(A_i / 0.01), with 1e-5 inside the second log."""
+    """Against a plain loop: mean_i H(p_i) - H(mean_i p_i), p_i = softmax(A_i / 0.01), with 1e-5
+    inside the second log.
+    """
     affinity = -0.05 * gaussian(2, 4, 5).double().square()
     rows = []
     for row in affinity.flatten(0, 1).tolist():
@@ -134,13 +149,17 @@ def test_entropy_loss_is_its_formula():
 
 def test_entropy_loss_extremes():
     sure = torch.full((12, 6), -4.0).scatter(1, torch.arange(12)[:, None] % 6, 0.0)
-    assert entropy_of(sure).item() == pytest.approx(-math.log(6), abs=1e-4)  # sure, and all codes used alike
-    assert entropy_of(sure[:1].expand(12, -1)).item() == pytest.approx(0, abs=1e-4)  # sure of one and the same code
+    assert entropy_of(sure).item() == pytest.approx(
+        -math.log(6), abs=1e-4
+    )  # sure, and all codes used alike
+    assert entropy_of(sure[:1].expand(12, -1)).item() == pytest.approx(
+        0, abs=1e-4
+    )  # sure of one and the same code
     assert entropy_of(torch.zeros(12, 6)).item() == pytest.approx(0, abs=1e-4)  # sure of nothing
     assert entropy_of(gaussian(50, 6)).item() > -math.log(6)
 
 
-# -- gradient routing ----------------------------------------------------------------------------------------
+# -- gradient routing ------------------------------------------------------------------------------
 
 ROUTES = {  # reference/gear.md, section 1f, column VQ
     "recon_loss": {"encoder", "decoder"},
@@ -150,41 +169,64 @@ ROUTES = {  # reference/gear.md, section 1f, column VQ
     "entropy_loss": {"encoder", "codebook"},
     "soft_align_loss": {"encoder", "codebook"},
 }
-OWNER = {"encoder": "encoder", "quant_conv": "encoder", "skip_in": "encoder", "quantizer": "codebook",
-         "decoder": "decoder", "post_quant_conv": "decoder", "skip_out": "decoder"}  # fmt: skip
+OWNER = {
+    "encoder": "encoder",
+    "quant_conv": "encoder",
+    "skip_in": "encoder",
+    "quantizer": "codebook",
+    "decoder": "decoder",
+    "post_quant_conv": "decoder",
+    "skip_out": "decoder",
+}
 
 
 @pytest.mark.parametrize("skip", (False, True))
 @pytest.mark.parametrize("term", ROUTES)
 def test_gradient_routing(term, skip):
-    """Which parts of the tokenizer each loss term moves; every weight of a part it moves, but biases before a norm."""
+    """Which parts of the tokenizer each loss term moves; every weight of a part it moves, but
+    biases before a norm.
+    """
     tokenizer = tiny_tokenizer(linear_skip=skip)
     out = tokenizer(IMAGES)
     losses = loss_terms(out.quantized) | {
         "recon_loss": F.l1_loss(out.reconstruction, IMAGES),
         "gan_loss": Discriminator(8, 2)(out.reconstruction).mean(),
-        "soft_align_loss": (out.quantized.affinity.soft_readout(gaussian(32, 5), 0.1) * gaussian(6, 64, 5)).sum(),
+        "soft_align_loss": (
+            out.quantized.affinity.soft_readout(gaussian(32, 5), 0.1) * gaussian(6, 64, 5)
+        ).sum(),
     }
     names, parameters = zip(*tokenizer.named_parameters())
     gradients = torch.autograd.grad(losses[term], parameters, allow_unused=True)
     moved = {n for n, g in zip(names, gradients) if g is not None and g.abs().max() > 0}
     assert {OWNER[name.split(".")[0]] for name in moved} == ROUTES[term]
-    weights = {n for n, p in tokenizer.named_parameters() if p.dim() > 1 and OWNER[n.split(".")[0]] in ROUTES[term]}
+    weights = {
+        n
+        for n, p in tokenizer.named_parameters()
+        if p.dim() > 1 and OWNER[n.split(".")[0]] in ROUTES[term]
+    }
     assert weights <= moved
 
 
-# -- the whole tokenizer -------------------------------------------------------------------------------------
+# -- the whole tokenizer ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("skip", (False, True))
 def test_encode_affinity_and_forward_agree_and_decode_undoes_encode(skip):
     tokenizer = tiny_tokenizer(linear_skip=skip)
     with torch.no_grad():
-        indices, affinity, out = tokenizer.encode(IMAGES), tokenizer.affinity(IMAGES), tokenizer(IMAGES)
+        indices, affinity, out = (
+            tokenizer.encode(IMAGES),
+            tokenizer.affinity(IMAGES),
+            tokenizer(IMAGES),
+        )
         assert indices.shape == (6, 8, 8) and len(indices.unique()) > 3
-        assert torch.equal(indices.flatten(1), out.quantized.indices) and torch.equal(indices.flatten(1), affinity.argmax(-1))
+        assert torch.equal(indices.flatten(1), out.quantized.indices) and torch.equal(
+            indices.flatten(1), affinity.argmax(-1)
+        )
         assert torch.equal(affinity, out.quantized.affinity.dense)
-        torch.testing.assert_close(tokenizer.decode(indices), out.reconstruction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            tokenizer.decode(indices), out.reconstruction, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_indices_agree_under_bf16_autocast():
@@ -197,7 +239,9 @@ def test_indices_agree_under_bf16_autocast():
 
 
 def test_positions_are_in_raster_order():
-    """At one pixel a token, changing the pixel of row 20, column 7 moves the affinity of position 20 * 32 + 7 only."""
+    """At one pixel a token, changing the pixel of row 20, column 7 moves the affinity of position
+    20 * 32 + 7 only.
+    """
     tokenizer = tiny_tokenizer(channel_mult=(1,), res_blocks=0, linear_skip=True)
     for module in (tokenizer.quant_conv, tokenizer.encoder):
         for parameter in module.parameters():
@@ -210,7 +254,10 @@ def test_positions_are_in_raster_order():
 
 @pytest.mark.parametrize("method", ("encode", "affinity", "forward"))
 def test_an_image_size_that_does_not_divide_says_so(method):
-    with pytest.raises(UserError, match="image size 32 x 30 is not divisible by the tokenizer's downsampling 4.*multiple of 4"):
+    with pytest.raises(
+        UserError,
+        match="image size 32 x 30 is not divisible by the tokenizer's downsampling 4.*multiple of 4",
+    ):
         getattr(tiny_tokenizer(), method)(torch.zeros(1, 3, 32, 30))
 
 
@@ -221,17 +268,25 @@ def test_vq16_has_the_public_number_of_parameters():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(tokenizer) == 71_883_403
     assert (count(tokenizer.encoder), count(tokenizer.decoder)) == (29_298_176, 42_449_795)
-    assert count(tokenizer.quantizer) + count(tokenizer.quant_conv) + count(tokenizer.post_quant_conv) == 135_432
+    assert (
+        count(tokenizer.quantizer) + count(tokenizer.quant_conv) + count(tokenizer.post_quant_conv)
+        == 135_432
+    )
 
 
 @pytest.mark.parametrize("mult", ((1, 2), (1, 2, 2), (1, 1, 1, 2)))
 def test_decoder_gives_back_what_the_encoder_divided(mult):
     config = replace(TOKENIZER, channel_mult=mult)
     latents = Encoder(config)(IMAGES[:1])
-    assert latents.shape[-1] * config.downsampling == 32 and Decoder(config)(latents).shape == (1, 3, 32, 32)
+    assert latents.shape[-1] * config.downsampling == 32 and Decoder(config)(latents).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
-# -- start from data -----------------------------------------------------------------------------------------
+# -- start from data -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +302,9 @@ def l1(tokenizer, images):
 
 
 def test_start_from_data_beats_a_random_start_and_a_flat_image(started):
-    """On images it has not seen: well below half of the random start's L1, and below each image's own mean colour."""
+    """On images it has not seen: well below half of the random start's L1, and below each image's
+    own mean colour.
+    """
     unseen = scenes(100, first=1000)[0]
     random = l1(tiny_tokenizer(linear_skip=True, codebook_size=64, code_dim=8), unseen)
     flat = F.l1_loss(F.interpolate(F.avg_pool2d(unseen, 32), scale_factor=32), unseen).item()
@@ -258,8 +315,14 @@ def test_start_from_data_is_all_linear(started):
     """Both ways are affine, f((x + y) / 2) = (f(x) + f(y)) / 2, which a random start is not."""
     grids = gaussian(2, 2, 8, 8, 8)
     with torch.no_grad():
-        for tokenizer, is_linear in ((started, True), (tiny_tokenizer(linear_skip=True, code_dim=8), False)):
-            for f, (x, y) in ((tokenizer.latents, (IMAGES[:3], IMAGES[3:])), (tokenizer.decode_latents, grids)):
+        for tokenizer, is_linear in (
+            (started, True),
+            (tiny_tokenizer(linear_skip=True, code_dim=8), False),
+        ):
+            for f, (x, y) in (
+                (tokenizer.latents, (IMAGES[:3], IMAGES[3:])),
+                (tokenizer.decode_latents, grids),
+            ):
                 bend = (f((x + y) / 2) - (f(x) + f(y)) / 2).abs().max()
                 assert (bend < 1e-5) == is_linear
 
@@ -268,23 +331,27 @@ def test_start_from_data_has_unit_principal_components_and_a_constant(started):
     with torch.no_grad():
         z = started.latents(scenes(200)[0])
     torch.testing.assert_close(z[:, -1], torch.ones_like(z[:, -1]))
-    assert z[:, :-1].mean((0, 2, 3)).abs().max() < 1e-3 and z[:, :-1].square().sum(1).mean().item() == pytest.approx(
-        1, abs=1e-3
-    )
+    assert z[:, :-1].mean((0, 2, 3)).abs().max() < 1e-3 and z[:, :-1].square().sum(
+        1
+    ).mean().item() == pytest.approx(1, abs=1e-3)
     covariance = torch.cov(z[:, :-1].transpose(0, 1).flatten(1))
     off = covariance - covariance.diag().diag()
-    assert off.abs().max() < 1e-3 and (covariance.diag().diff() < 1e-6).all()  # uncorrelated, largest first
+    assert (
+        off.abs().max() < 1e-3 and (covariance.diag().diff() < 1e-6).all()
+    )  # uncorrelated, largest first
     assert len(started.encode(scenes(200)[0]).unique()) > 50  # of 64 codes
 
 
 def test_start_from_data_learns_in_both_networks(started):
     """The first gradient reaches the zero layers, so both networks grow from the linear start."""
     loss = F.l1_loss(started(IMAGES).reconstruction, IMAGES)
-    for gradient in torch.autograd.grad(loss, [started.quant_conv.weight, started.decoder.conv_out.weight]):
+    for gradient in torch.autograd.grad(
+        loss, [started.quant_conv.weight, started.decoder.conv_out.weight]
+    ):
         assert gradient.abs().max() > 0
 
 
-# -- discriminator -------------------------------------------------------------------------------------------
+# -- discriminator ---------------------------------------------------------------------------------
 
 
 def test_logits_of_an_image_do_not_depend_on_its_batch():
@@ -301,11 +368,13 @@ def test_discriminator_sees_patches():
         assert Discriminator()(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
-# -- values that are none --------------------------------------------------------------------------------------
+# -- values that are none --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-@pytest.mark.parametrize("family", ({}, {"quantizer": "ibq"}, {"quantizer": "lfq", "codebook_size": 16}))
+@pytest.mark.parametrize(
+    "family", ({}, {"quantizer": "ibq"}, {"quantizer": "lfq", "codebook_size": 16})
+)
 def test_latents_that_are_no_numbers_have_no_index(family, value):
     tokenizer, latents = tiny_tokenizer(**family).eval(), gaussian(2, 4, 3, 3)
     latents[1, 2, 0, 1] = value
@@ -320,7 +389,9 @@ def test_weights_that_are_no_numbers_give_neither_codes_nor_images():
     indices = tokenizer.encode(IMAGES)
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias[1] = math.nan
-        with pytest.raises(UserError, match="decoded images hold values that are not finite.*weights"):
+        with pytest.raises(
+            UserError, match="decoded images hold values that are not finite.*weights"
+        ):
             tokenizer.decode(indices)
         tokenizer.encoder.conv_in.bias[0] = math.nan
         with pytest.raises(UserError, match="latents hold values that are not finite.*weights"):

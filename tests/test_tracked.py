@@ -1,4 +1,6 @@
-"""What is tracked is enough: every product comes from runs/reference, the same bytes each time, and misses what is missing."""
+"""What is tracked is enough: every product comes from runs/reference, the same bytes each time, and
+misses what is missing.
+"""
 
 import json
 import shutil
@@ -11,7 +13,11 @@ from gear.files import ROOT
 from gear.runs.reference import Pack
 
 SUFFIXES = ("png", "pdf", "csv", "json")
-DRAWN = [p for p in render.products() if p not in render.NEEDS_WEIGHTS and (ROOT / "figures" / f"{p}.png").exists()]
+DRAWN = [
+    p
+    for p in render.products()
+    if p not in render.NEEDS_WEIGHTS and (ROOT / "figures" / f"{p}.png").exists()
+]
 
 
 def files(folder):
@@ -19,7 +25,9 @@ def files(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEAR_FIGURES", str(folder))
         paths = [figure_path(product, suffix) for product in DRAWN for suffix in SUFFIXES]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in [*paths, folder / "index.html"]}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in [*paths, folder / "index.html"]
+    }
 
 
 def test_figures_are_tracked_with_all_their_parts(monkeypatch):
@@ -39,7 +47,9 @@ def test_the_pack_is_small():
 
 @pytest.mark.slow
 def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
-    """All of them, byte for byte as tracked, and the page that shows them; then without one record, whose products miss it."""
+    """All of them, byte for byte as tracked, and the page that shows them; then without one record,
+    whose products miss it.
+    """
     shutil.copytree(ROOT / "runs" / "reference", home / "runs" / "reference")
     render.render(jobs=2)
     write_gallery()
@@ -50,11 +60,22 @@ def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
     assert drawn == set(DRAWN), "what else could be drawn is not tracked"
 
     gone, index = "scenes-naive-inputs-s1", home / "runs" / "reference" / "runs.csv"
-    index.write_text("".join(line for line in index.read_text().splitlines(True) if not line.startswith(f"{gone},")))
+    index.write_text(
+        "".join(
+            line for line in index.read_text().splitlines(True) if not line.startswith(f"{gone},")
+        )
+    )
     capsys.readouterr()
     render.render(jobs=2)
     told = [line for line in capsys.readouterr().out.splitlines() if gone in line]
-    assert [line.partition(":")[0] for line in told] == ["ablations_components"] and "gear sweep components" in told[0]
-    assert gone in json.loads((home / "figures" / "data" / "ablations_components.json").read_text())["needs"]
+    assert [line.partition(":")[0] for line in told] == [
+        "ablations_components"
+    ] and "gear sweep components" in told[0]
+    assert (
+        gone
+        in json.loads((home / "figures" / "data" / "ablations_components.json").read_text())[
+            "needs"
+        ]
+    )
     for path in (home / "figures").glob("*.png"):
         assert path.read_bytes() == (ROOT / "figures" / path.name).read_bytes(), path.name

@@ -1,4 +1,6 @@
-"""A run meets its data again with the checks it was trained under, wherever one stands and wherever the data moved."""
+"""A run meets its data again with the checks it was trained under, wherever one stands and wherever
+the data moved.
+"""
 
 import json
 import os
@@ -34,7 +36,14 @@ def pets(tmp_path):
 
 def short(source, **changes):
     config = recipe("tiny-tokenizer")
-    config = replace(config, steps=4, eval_every=2, save_every=2, eval_images=4, data=replace(config.data, source=str(source)))
+    config = replace(
+        config,
+        steps=4,
+        eval_every=2,
+        save_every=2,
+        eval_images=4,
+        data=replace(config.data, source=str(source)),
+    )
     return replace(config, tokenizer=replace(config.tokenizer, init_from_data=False), **changes)
 
 
@@ -52,7 +61,10 @@ def test_a_run_finds_its_images_from_any_folder(pets, monkeypatch, tmp_path):
     shutil.copy(pets / "b" / "0.png", tmp_path / "x" / "pets" / "k" / "0.png")
     before = data.load(trained_on(run), "val")[0]
     monkeypatch.chdir(tmp_path / "x")
-    assert trained_on(run).source == str(pets) and (data.load(trained_on(run), "val")[0] == before).all()
+    assert (
+        trained_on(run).source == str(pets)
+        and (data.load(trained_on(run), "val")[0] == before).all()
+    )
 
 
 @pytest.mark.parametrize("change", ("added", "removed", "renamed"))
@@ -72,7 +84,10 @@ def test_classes_that_changed_are_an_error_for_whoever_asks(pets, change):
 def test_images_that_moved_are_the_same_run(pets, tmp_path, capsys):
     run = trained(pets)
     moved = pets.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="the images of run 'pets' are not at '.*/pets' any more.*gear data NEW --moved pets"):
+    with pytest.raises(
+        UserError,
+        match="the images of run 'pets' are not at '.*/pets' any more.*gear data NEW --moved pets",
+    ):
         trained_on(run)
     assert trained_on(run, str(moved)).source == str(moved)
     assert trained_on(run).source == str(moved)  # it is remembered
@@ -102,7 +117,9 @@ def test_other_images_elsewhere_are_not_the_run(pets, tmp_path, change):
         (other / "b" / "0.png").unlink()
         Image.new("RGB", (32, 32)).save(other / "b" / name)
     for ask in (lambda: trained_on(run, str(other)), lambda: trained(other)):
-        with pytest.raises(UserError, match=f"run 'pets' was trained on '{pets}', and '{other}' holds other images"):
+        with pytest.raises(
+            UserError, match=f"run 'pets' was trained on '{pets}', and '{other}' holds other images"
+        ):
             ask()
     assert trained_on(run).source == str(pets)
 
@@ -111,7 +128,10 @@ def test_images_that_changed_in_their_place_are_said_to(pets, capsys):
     run = trained(pets)
     shutil.copy(pets / "b" / "0.png", pets / "b" / "new.png")
     trained_on(run)
-    said = f"'{pets}' has changed since run 'pets' was trained: 61 images, 60 images when the run was trained"
+    said = (
+        f"'{pets}' has changed since run 'pets' was trained: 61 images, 60 images when the run was "
+        "trained"
+    )
     assert said.replace("60 images when", "60 when") in capsys.readouterr().err
 
 
@@ -138,8 +158,15 @@ def test_the_command_line_says_where_data_moved_to(pets, tmp_path, capsys, monke
     main(["data", "moved", "--moved", "pets-*"])
     said = capsys.readouterr().out
     assert "moved: 60 images" in said and said.count(f"its images lie in {tmp_path / 'moved'}") == 2
-    assert json.loads((tmp_path / "runs" / "pets-b" / "data.json").read_text())["source"] == str(tmp_path / "moved")
-    for words in (["data", "nowhere"], ["data", "moved", "--moved", "none"], ["data"], ["data", "moved", "--labels", "no.txt"]):
+    assert json.loads((tmp_path / "runs" / "pets-b" / "data.json").read_text())["source"] == str(
+        tmp_path / "moved"
+    )
+    for words in (
+        ["data", "nowhere"],
+        ["data", "moved", "--moved", "none"],
+        ["data"],
+        ["data", "moved", "--labels", "no.txt"],
+    ):
         with pytest.raises(SystemExit) as end:
             main(words)
         assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
@@ -150,13 +177,26 @@ def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, m
     base = recipe("tiny")
     config = replace(base, data=replace(base.data, source=str(pets)), eval_images=4)
     train_with_parents(config, "tiny-pets", base, "pets", QUIET)
-    words = ["evaluate", "tiny-pets", "--count", "8", "--quiet", "--network", "scenes", "--metrics", "fd_scenes"]
+    words = [
+        "evaluate",
+        "tiny-pets",
+        "--count",
+        "8",
+        "--quiet",
+        "--network",
+        "scenes",
+        "--metrics",
+        "fd_scenes",
+    ]
     main(words)
     first = capsys.readouterr().out
     shutil.copytree(pets / "b", pets / "a")
     with pytest.raises(SystemExit) as end:
         main(words)
-    assert end.value.code == 2 and "4 (a, b, c, d); this run has 3 (b, c, d)" in capsys.readouterr().err
+    assert (
+        end.value.code == 2
+        and "4 (a, b, c, d); this run has 3 (b, c, d)" in capsys.readouterr().err
+    )
     shutil.rmtree(pets / "a")
     pets.rename(tmp_path / "moved")
     with pytest.raises(SystemExit) as end:
@@ -173,15 +213,21 @@ def test_another_order_of_classes_is_another_run(pets, tmp_path):
 
     def with_labels(labels):
         config = short(pets)
-        config = replace(config, data=replace(config.data, labels=str(tmp_path / labels) if labels else "class"))
+        config = replace(
+            config, data=replace(config.data, labels=str(tmp_path / labels) if labels else "class")
+        )
         return train(plan(config, "x")[-1][1], "x", QUIET)
 
     run = with_labels("a.txt")
-    with pytest.raises(UserError, match="classes in '.*pets': 3 .d, c, b.; this run has 3 .b, c, d."):
+    with pytest.raises(
+        UserError, match="classes in '.*pets': 3 .d, c, b.; this run has 3 .b, c, d."
+    ):
         with_labels("z.txt")
     assert with_labels("").name == "x"  # the same numbers
     (tmp_path / "a.txt").rename(tmp_path / "moved.txt")
-    assert with_labels("moved.txt").name == "x" and trained_on(run).labels == str(tmp_path / "moved.txt")
+    assert with_labels("moved.txt").name == "x" and trained_on(run).labels == str(
+        tmp_path / "moved.txt"
+    )
 
 
 def test_images_of_the_same_names_and_other_sizes_are_said_to_have_changed(pets, capsys):
@@ -189,7 +235,10 @@ def test_images_of_the_same_names_and_other_sizes_are_said_to_have_changed(pets,
     for path in (pets / "b").iterdir():
         Image.new("RGB", (32, 32)).save(path)
     trained_on(run)
-    assert f"'{pets}' has changed since run 'pets' was trained: 60 images, 60 when" in capsys.readouterr().err
+    assert (
+        f"'{pets}' has changed since run 'pets' was trained: 60 images, 60 when"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_flat_folder_moves_too(tmp_path):

@@ -45,7 +45,9 @@ def test_verdict(claim, differences, verdict):
 
 
 def test_a_verdict_is_that_of_the_interval():
-    """Whatever the differences: reproduced where the interval lies where it is claimed to, and so on."""
+    """Whatever the differences: reproduced where the interval lies where it is claimed to, and so
+    on.
+    """
     claims_and_ranges = ((1, 0.0, (0, np.inf)), (-1, 0.5, (-np.inf, -0.5)), (0, 0.5, (-0.5, 0.5)))
     rng = np.random.default_rng(0)
     seen = set()
@@ -70,7 +72,9 @@ def test_what_the_paper_does_not_print_has_no_verdict():
 
 
 def test_a_family_is_corrected_for_its_size():
-    """p = 0.0025, 0.035, 0.38: the second stands of two tests (0.035 x 1), of three not (0.035 x 2)."""
+    """p = 0.0025, 0.035, 0.38: the second stands of two tests (0.035 x 1), of three not (0.035 x
+    2).
+    """
     rows = [
         compare(pd.Series(differences), sign)
         for differences, sign in (
@@ -92,7 +96,9 @@ def test_a_family_is_corrected_for_its_size():
 
 
 def record(recipe, seed, ntp):
-    run = Run.create(f"scenes-{recipe}-s{seed}", {"recipe": f"scenes-{recipe}", "seed": seed, "steps": 1})
+    run = Run.create(
+        f"scenes-{recipe}-s{seed}", {"recipe": f"scenes-{recipe}", "seed": seed, "steps": 1}
+    )
     (run.path / "metrics.jsonl").unlink(missing_ok=True)
     run.append({"step": 1, "val/ntp_loss": ntp})
 
@@ -120,7 +126,9 @@ def test_without_runs_nothing_is_testable():
 
 
 def test_a_claim_stands_alone():
-    """Its sentence begins with the statistic and names what it is compared with; none is there twice."""
+    """Its sentence begins with the statistic and names what it is compared with; none is there
+    twice.
+    """
     table = verdicts.claims()
     assert table.claim.is_unique and not table.claim.str.contains("[{}]").any()
     assert all(against in sentence for sentence, against in zip(table.claim, table.against))
@@ -143,7 +151,10 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
     assert lines[2] == f"| Loss is lower than the warm-up's | {lower}"
     above = f" | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
     assert lines[3] == f"| Loss is above the floor | {above}"
-    assert lines[4:] == ["", "2 of 2 reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."]
+    assert lines[4:] == [
+        "",
+        "2 of 2 reproduced, 2 after Holm's correction; 0 contradicted, 0 after it.",
+    ]
     words = verdicts.claims_in_words(table).splitlines()
     assert words[0].startswith("reproduced  ")
     assert words[0].endswith("  Loss is lower than the warm-up's (Fig. 3)")
@@ -152,7 +163,9 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
 
 
 def test_statistics_read_the_layer_and_the_level_they_name():
-    """The last layer above its null; how far its maps are from the teacher's; the tokenizer after quantisation; the floor."""
+    """The last layer above its null; how far its maps are from the teacher's; the tokenizer after
+    quantisation; the floor.
+    """
     run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1})
     run.append({"step": 1, "val/align_loss": -0.7})
     rows = [
@@ -176,17 +189,29 @@ def test_statistics_read_the_layer_and_the_level_they_name():
         )
     ]
     columns = ["layer", "metric", "level", "value", "null", "n"]
-    run.table("layer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(rows, columns=columns))
-    own = [(layer, "cka", "patch", value, 0.1, 10) for layer, value in (("pre", 0.6), ("post", 0.3), ("teacher", 9.9))]
-    run.table("tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns))
+    run.table(
+        "layer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(rows, columns=columns)
+    )
+    own = [
+        (layer, "cka", "patch", value, 0.1, 10)
+        for layer, value in (("pre", 0.6), ("post", 0.3), ("teacher", 9.9))
+    ]
+    run.table(
+        "tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns)
+    )
     floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.2, -0.3]})
     run.table("alignment_floors", {"images": 4000}, lambda: floors)
     expected = {
-        "patch CKA above null": 0.55, "image CKA above null": 0.85, "content CKA above null": 0.45,
+        "patch CKA above null": 0.55,
+        "image CKA above null": 0.85,
+        "content CKA above null": 0.45,
         "patch CKNNA above null": 0.35,
-        "Moran's I, distance to teacher": 0.3, "high-frequency ratio, distance to teacher": 0.3,
-        "tokenizer's patch CKA, before": 0.5, "tokenizer's patch CKA, after": 0.2, "alignment loss minus the floor": -0.4,
-    }  # fmt: skip
+        "Moran's I, distance to teacher": 0.3,
+        "high-frequency ratio, distance to teacher": 0.3,
+        "tokenizer's patch CKA, before": 0.5,
+        "tokenizer's patch CKA, after": 0.2,
+        "alignment loss minus the floor": -0.4,
+    }
     for name, value in expected.items():
         assert STATISTICS[name](run) == pytest.approx(value), name
 
@@ -196,7 +221,9 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
         record("gear", seed, 3.0)
         record("llamagen-repa", seed, 3.1)
     Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
-    Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append({"step": 1, "val/ntp_loss": 9.0})
+    Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append(
+        {"step": 1, "val/ntp_loss": 9.0}
+    )
     assert list(verdicts._by_seed(RunName("scenes", "gear"))) == [0]
     assert list(verdicts._by_seed(RunName("scenes", "llamagen-repa"))) == [0, 10]
     assert verdicts._by_seed(RunName("scenes", "gear", "mine"))[0].name == "scenes-gear-s0-mine"
@@ -208,13 +235,17 @@ def study_verdicts(name, **options):
 
 
 def test_directions_follow_the_numbers():
-    """GEAR a whole unit below its baseline on each seed, as in the paper: reproduced; above it: contradicted."""
+    """GEAR a whole unit below its baseline on each seed, as in the paper: reproduced; above it:
+    contradicted.
+    """
     for effect, said in ((-1.0, "reproduced"), (1.0, "contradicted")):
         record_study("depth", effect=effect)
         found = study_verdicts("depth").query("metric == 'fd'")
         assert set(found.verdict) == {said} and len(found) == 3 and set(found.seeds) == {3}
         assert np.allclose(found.paper, [16.961 - 23.102, 16.837 - 22.371, 17.988 - 22.455])
-        assert (found.agree == (3 if effect < 0 else 0)).all() and (np.sign(found.difference) == effect).all()
+        assert (found.agree == (3 if effect < 0 else 0)).all() and (
+            np.sign(found.difference) == effect
+        ).all()
 
 
 def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
@@ -222,7 +253,9 @@ def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
     found = study_verdicts("temperature")
     assert set(found.against) == {"tau = 0.1"} and "tau = 0.1" not in set(found.cell)
     ours = found[found.cell == "tau = 0.02"]
-    assert len(ours) and ours.paper.isna().all() and set(ours.verdict) == {""}, "the paper has no such row"
+    assert len(ours) and ours.paper.isna().all() and set(ours.verdict) == {""}, (
+        "the paper has no such row"
+    )
     row = found[(found.cell == "tau = 0.5") & (found.metric == "fd")].iloc[0]
     assert row.paper == pytest.approx(9.153 - 10.630)
     assert set(found[found.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
@@ -233,15 +266,19 @@ def test_from_nothing_is_compared_with_the_frozen_baseline_too():
     record_study("initialisation")
     found = study_verdicts("initialisation").query("metric == 'fd'").set_index(["cell", "against"])
     assert set(found.index) == {
-        ("from nothing", "from the warm-up"), ("from nothing", "LlamaGen-REPA"), ("from the warm-up", "LlamaGen-REPA"),
-    }  # fmt: skip
+        ("from nothing", "from the warm-up"),
+        ("from nothing", "LlamaGen-REPA"),
+        ("from the warm-up", "LlamaGen-REPA"),
+    }
     assert found.paper["from nothing", "LlamaGen-REPA"] == pytest.approx(13.435 - 14.719)
     assert found.verdict["from nothing", "LlamaGen-REPA"] == "reproduced"
 
 
 def test_two_seeds_are_no_verdict():
     record_study("depth")
-    assert set(study_verdicts("depth", seeds=(0, 1)).query("metric == 'fd'").verdict) == {"not testable: 2 seeds"}
+    assert set(study_verdicts("depth", seeds=(0, 1)).query("metric == 'fd'").verdict) == {
+        "not testable: 2 seeds"
+    }
 
 
 def test_a_study_in_words_and_in_markdown():
@@ -256,6 +293,9 @@ def test_a_study_in_words_and_in_markdown():
     cells = text.splitlines()[2].split(" | ")
     assert cells[0] == "| `depth`" and cells[1] == "Table 11"
     assert cells[4] == f"{(table.verdict == 'undecided').sum()} |"
-    agreed, corrected = table[table.verdict == "reproduced"], sum(table.verdict_holm == "reproduced")
+    agreed, corrected = (
+        table[table.verdict == "reproduced"],
+        sum(table.verdict_holm == "reproduced"),
+    )
     assert len(agreed) and cells[2].startswith(f"{len(agreed)}, {corrected} after Holm (")
     assert all(cell in cells[2] for cell in agreed.cell)

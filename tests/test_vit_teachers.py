@@ -1,6 +1,8 @@
-"""Public vision transformers as teachers: their library's own features, of an input made by hand, on the token grid.
+"""Public vision transformers as teachers: their library's own features, of an input made by hand,
+on the token grid.
 
-Weights are random, seeded and of the true architecture, in files of the true layout: none is on this machine.
+Weights are random, seeded and of the true architecture, in files of the true layout: none is on
+this machine.
 """
 
 import functools
@@ -38,17 +40,24 @@ def needs(name):
 
 
 def stirred(network, seed=0):
-    """Give every tensor of a network seeded random values: every token, scale and bias then matters."""
+    """Give every tensor of a network seeded random values: every token, scale and bias then
+    matters.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in network.state_dict().items():
         ones = re.search(r"norm\w*\.weight$|gamma|lambda1", name) is not None
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.02 if tensor.dim() > 1 else 0.1) + ones)
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=generator) * (0.02 if tensor.dim() > 1 else 0.1)
+            + ones
+        )
     return network.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A function name -> (library's network, its weight file, the teacher of 256 px loaded from there), each made once."""
+    """A function name -> (library's network, its weight file, the teacher of 256 px loaded from
+    there), each made once.
+    """
     folder = tmp_path_factory.mktemp("weights")
 
     @functools.cache
@@ -87,14 +96,16 @@ def meta_teacher(name, size, stride=16):
     """A teacher of the true architecture without values: shapes alone."""
     needs(name)
     with torch.device("meta"):
-        return ViTTeacher(name, build(name, input_side(name, size, stride)), "0" * 64, size, stride).eval()
+        return ViTTeacher(
+            name, build(name, input_side(name, size, stride)), "0" * 64, size, stride
+        ).eval()
 
 
 def pictures(count=1, size=256, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# -- the input -------------------------------------------------------------------------------------------------------
+# -- the input -------------------------------------------------------------------------------------
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -105,7 +116,9 @@ def normalised(pixels, mean, std):
 
 
 def bicubic(side):
-    """The plain bicubic resize, a = -0.75, edges repeated, no antialias, as matrices: (B, C, n, n) -> (B, C, side, side)."""
+    """The plain bicubic resize, a = -0.75, edges repeated, no antialias, as matrices: (B, C, n, n)
+    -> (B, C, side, side).
+    """
 
     def resize(pixels):
         n, a = pixels.shape[-1], -0.75
@@ -115,7 +128,9 @@ def bicubic(side):
             source = centre.floor() + offset
             d = (centre - source).abs()
             near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-            matrix[torch.arange(side), source.clamp(0, n - 1).long()] += torch.where(d <= 1, near, far)
+            matrix[torch.arange(side), source.clamp(0, n - 1).long()] += torch.where(
+                d <= 1, near, far
+            )
         return matrix @ pixels @ matrix.T
 
     return resize
@@ -133,7 +148,9 @@ ORACLES = {  # gear.md, section 4: pixels in [0, 1] -> the network's input
     "vjepa2-l": lambda pixels: normalised(pixels, *IMAGENET),
     "clip-l": lambda pixels: normalised(bicubic(224)(pixels), *CLIP),
 }
-SIZES = [(name, size) for name in VITS for size in (256, 384, 512) if name != "clip-l" or size == 256]
+SIZES = [
+    (name, size) for name in VITS for size in (256, 384, 512) if name != "clip-l" or size == 256
+]
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
@@ -147,12 +164,16 @@ def test_the_input_is_made_as_by_hand(name, size):
     made = teacher.preprocess(integers / 127.5 - 1)
     assert made.dtype == torch.float32 and made.shape == want.shape
     torch.testing.assert_close(made.double(), want, rtol=0, atol=5e-4)
-    torch.testing.assert_close(teacher.double().preprocess(integers.double() / 127.5 - 1), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        teacher.double().preprocess(integers.double() / 127.5 - 1), want, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_one_feature_a_token(name, size):
-    """At 256, 384 and 512 px the true network, without values, hands out a feature of its width a token of stride 16."""
+    """At 256, 384 and 512 px the true network, without values, hands out a feature of its width a
+    token of stride 16.
+    """
     teacher = meta_teacher(name, size)
     check_grid(teacher, size, 16)
     features = teacher(torch.empty(2, 3, size, size, device="meta"))
@@ -165,25 +186,57 @@ def test_dinov2_resizes_to_any_grid():
     for size, stride in ((32, 4), (256, 8), (128, 16)):
         teacher = meta_teacher("dinov2-b", size, stride)
         check_grid(teacher, size, stride)
-        assert teacher(torch.empty(1, 3, size, size, device="meta")).shape == (1, (size // stride) ** 2, 768)
+        assert teacher(torch.empty(1, 3, size, size, device="meta")).shape == (
+            1,
+            (size // stride) ** 2,
+            768,
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "size", "stride", "takes"),
     (
-        ("clip-l", 512, 16, "512 px images at stride 16, 32 x 32 tokens: it resizes every image to 224 px, 16 x 16 patches"),
+        (
+            "clip-l",
+            512,
+            16,
+            (
+                "512 px images at stride 16, 32 x 32 tokens: it resizes every image to 224 px, 16 "
+                "x "
+                ""
+                ""
+                "16 patches"
+            ),
+        ),
         ("clip-l", 256, 8, "it resizes every image to 224 px"),
-        ("siglip2-b", 128, 16, "it takes images of 256, 384 or 512 px as they are, in patches of 16 px"),
+        (
+            "siglip2-b",
+            128,
+            16,
+            "it takes images of 256, 384 or 512 px as they are, in patches of 16 px",
+        ),
         ("siglip2-b", 256, 8, "it takes images of 256, 384 or 512 px as they are"),
         ("dinov3-b", 256, 8, "it takes images as they are, in patches of 16 px"),
         ("vjepa2-l", 32, 4, "it takes images as they are, in patches of 16 px"),
-        ("dinov2-b", 250, 16, "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px a token"),
+        (
+            "dinov2-b",
+            250,
+            16,
+            (
+                "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px a "
+                "token"
+            ),
+        ),
     ),
 )
-def test_a_grid_that_cannot_match_says_what_the_teacher_takes(name, size, stride, takes, no_network):
+def test_a_grid_that_cannot_match_says_what_the_teacher_takes(
+    name, size, stride, takes, no_network
+):
     """Before any weight is looked for."""
     for action in (load_teacher, check_installed):
-        with pytest.raises(UserError, match=rf"the teacher {name} cannot match the grid of .*{re.escape(takes)}"):
+        with pytest.raises(
+            UserError, match=rf"the teacher {name} cannot match the grid of .*{re.escape(takes)}"
+        ):
             action(name, DataConfig(image_size=size), stride)
     assert not no_network
 
@@ -194,15 +247,19 @@ def test_another_image_size_than_the_teacher_was_loaded_for_is_an_error():
         meta_teacher("dinov3-b", 256)(torch.empty(1, 3, 384, 384))
 
 
-# -- features --------------------------------------------------------------------------------------------------------
+# -- features --------------------------------------------------------------------------------------
 
 
 def library_tokens(name, network, pixels):
-    """The library's own forward: {-1: the tokens it returns, n: what a hook on block n, counted from 1, sees}."""
+    """The library's own forward: {-1: the tokens it returns, n: what a hook on block n, counted
+    from 1, sees}.
+    """
     kept = {}
 
     def keep(n):
-        return lambda module, inputs, output: kept.update({n: output[0] if isinstance(output, tuple) else output})
+        return lambda module, inputs, output: kept.update(
+            {n: output[0] if isinstance(output, tuple) else output}
+        )
 
     handles = [block.register_forward_hook(keep(n)) for n, block in enumerate(blocks(network), 1)]
     if name == "vjepa2-l":
@@ -221,25 +278,48 @@ def z_scored(z):
     return (z - 0.6 * mean) / (variance.sqrt() + 1e-6)
 
 
-SPECIAL = {"dinov2-b": 1, "dinov2-l": 1, "dinov3-b": 5, "siglip2-b": 0, "vjepa2-l": 0, "clip-l": 1}  # tokens that are no patch
+SPECIAL = {
+    "dinov2-b": 1,
+    "dinov2-l": 1,
+    "dinov3-b": 5,
+    "siglip2-b": 0,
+    "vjepa2-l": 0,
+    "clip-l": 1,
+}  # tokens that are no patch
 
 
 def check_features(name, stored):
-    """Compare a teacher's features, of its last layer and of two others, with the library's on the same input."""
+    """Compare a teacher's features, of its last layer and of two others, with the library's on the
+    same input.
+    """
     network, path, teacher = stored(name)
-    assert not any(p.requires_grad for p in teacher.parameters()) and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters()) and not any(
+        m.training for m in teacher.modules()
+    )
     images = pictures()
-    tokens = {n: t[:, SPECIAL[name] :] for n, t in library_tokens(name, network, teacher.preprocess(images)).items()}
+    tokens = {
+        n: t[:, SPECIAL[name] :]
+        for n, t in library_tokens(name, network, teacher.preprocess(images)).items()
+    }
     depth = len(blocks(network))
     want = tokens[depth if name == "clip-l" else -1]  # CLIP's norm is its class token's
-    assert want.shape == (1, 256, teacher.dim) and want.std() > 0.1 and (want[:, 0] - want[:, -1]).abs().mean() > 0.01
+    assert (
+        want.shape == (1, 256, teacher.dim)
+        and want.std() > 0.1
+        and (want[:, 0] - want[:, -1]).abs().mean() > 0.01
+    )
     assert torch.equal(teacher.raw(images), want)
     spatial = name in ("siglip2-b", "vjepa2-l", "clip-l")
-    torch.testing.assert_close(teacher.features(images), z_scored(want) if spatial else want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        teacher.features(images), z_scored(want) if spatial else want, rtol=1e-4, atol=1e-4
+    )
     for layer in (1, depth // 2):
         at = ViTTeacher(name, teacher.network, teacher.sha256, 256, 16, layer)
         assert torch.equal(at.raw(images), tokens[layer])
-    assert teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and teacher.sha256 in teacher.identity
+    assert (
+        teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        and teacher.sha256 in teacher.identity
+    )
 
 
 @pytest.mark.parametrize("name", BASE)
@@ -255,17 +335,31 @@ def test_features_are_the_librarys_for_large_networks(name, stored):
 
 @pytest.mark.slow
 def test_siglip_is_the_one_of_transformers(stored, tmp_path):
-    """Google's own file, text tower and all, gives what SiglipVisionModel gives: the GELU by tanh, the norm at the end."""
+    """Google's own file, text tower and all, gives what SiglipVisionModel gives: the GELU by tanh,
+    the norm at the end.
+    """
     transformers = pytest.importorskip("transformers")
     with torch.no_grad():
-        network = stirred(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(image_size=256, patch_size=16)))
-    tensors = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in network.state_dict().items()}
-    tensors |= {"text_model.embeddings.token_embedding.weight": torch.ones(4, 4), "logit_scale": torch.ones(1)}
+        network = stirred(
+            transformers.SiglipVisionModel(
+                transformers.SiglipVisionConfig(image_size=256, patch_size=16)
+            )
+        )
+    tensors = {
+        f"vision_model.{n.removeprefix('vision_model.')}": t
+        for n, t in network.state_dict().items()
+    }
+    tensors |= {
+        "text_model.embeddings.token_embedding.weight": torch.ones(4, 4),
+        "logit_scale": torch.ones(1),
+    }
     save_file(tensors, tmp_path / FILE)
     teacher = load_teacher(f"siglip2-b={tmp_path}", PIXELS, 16)  # the folder will do
     (tmp_path / FILE).unlink()
     images = pictures()
-    torch.testing.assert_close(teacher.raw(images), network(images).last_hidden_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        teacher.raw(images), network(images).last_hidden_state, rtol=1e-4, atol=1e-4
+    )
 
 
 def facebook_names(name, tensors):
@@ -290,28 +384,44 @@ def test_the_original_files_names_are_read(name, stored, tmp_path):
     network, _, _ = stored(name)
     tensors = network.state_dict()
     path = tmp_path / "original.pth"
-    torch.save(facebook_names(name, {n: t.half() for n, t in tensors.items()}) | {"head.weight": torch.ones(2, 2)}, path)
+    torch.save(
+        facebook_names(name, {n: t.half() for n, t in tensors.items()})
+        | {"head.weight": torch.ones(2, 2)},
+        path,
+    )
     again = load_teacher(f"{name}={path}", PIXELS, 16).network.state_dict()
     path.unlink()
     assert again.keys() == tensors.keys()
-    assert all(t.dtype == torch.float32 and torch.equal(t, tensors[n].half().float()) for n, t in again.items())
+    assert all(
+        t.dtype == torch.float32 and torch.equal(t, tensors[n].half().float())
+        for n, t in again.items()
+    )
 
 
 def test_spatial_normalisation_is_its_formula():
-    z = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 2
+    z = (
+        torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+        + 2
+    )
     z[0, :, 0] = 5.0  # no spread at all
     torch.testing.assert_close(spatially_normalised(z), z_scored(z))
     normal = spatially_normalised(z)[1:]
     torch.testing.assert_close(normal.std(1), torch.ones(2, 7).double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(normal.mean(1), 0.4 * z[1:].mean(1) / z[1:].std(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        normal.mean(1), 0.4 * z[1:].mean(1) / z[1:].std(1), rtol=1e-5, atol=0
+    )
 
 
 def test_features_are_kept_by_content_weights_layer_and_size(stored):
-    """On a CPU: the second look computes nothing, and no two teachers of different features share a key."""
+    """On a CPU: the second look computes nothing, and no two teachers of different features share a
+    key.
+    """
     teacher = stored("dinov2-b")[2]
     small, images = ViTTeacher("dinov2-b", teacher.network, teacher.sha256, 32, 4), scenes(3)[0]
     first = small(images)
-    torch.testing.assert_close(first, small.features(images), rtol=1e-2, atol=1e-2)  # kept in half precision
+    torch.testing.assert_close(
+        first, small.features(images), rtol=1e-2, atol=1e-2
+    )  # kept in half precision
     small.cached.compute = None  # would raise
     assert torch.equal(small(images), first) and first.dtype == torch.float32
     others = [
@@ -319,14 +429,21 @@ def test_features_are_kept_by_content_weights_layer_and_size(stored):
         for sha256 in ("a", "b") for size in (256, 384) for layer in (-1, 3)
     ]  # fmt: skip
     assert len({other.identity for other in others}) == 8
-    assert "z-score 0.6" in meta_teacher("siglip2-b", 256).identity and "normalisation none" in teacher.identity
+    assert (
+        "z-score 0.6" in meta_teacher("siglip2-b", 256).identity
+        and "normalisation none" in teacher.identity
+    )
 
 
 @pytest.mark.parametrize(("others", "widths"), (("", [768]), ("scenes,", [64, 768])))
 def test_training_looks_at_such_a_teacher(others, widths, stored):
-    """A state of the preset `tiny`, a grid of 8 x 8 at 32 px, alone and beside another: the losses are finite cosines."""
+    """A state of the preset `tiny`, a grid of 8 x 8 at 32 px, alone and beside another: the losses
+    are finite cosines.
+    """
     teacher = f"{others}dinov2-b@2={stored('dinov2-b')[1]}"
-    state = State(replace(TINY, stage="joint", tokenizer_run="", teacher=teacher), torch.device("cpu"))
+    state = State(
+        replace(TINY, stage="joint", tokenizer_run="", teacher=teacher), torch.device("cpu")
+    )
     batch, losses = state.observe(*scenes(2)), {}
     assert batch.target.shape == (2, 64, sum(widths)) and state.widths == widths
     for update in STAGES["joint"].updates:
@@ -334,7 +451,7 @@ def test_training_looks_at_such_a_teacher(others, widths, stored):
     assert abs(losses["align_loss"]) <= 1 and abs(losses["soft_align_loss"]) <= 1
 
 
-# -- names, weights, the hub -----------------------------------------------------------------------------------------
+# -- names, weights, the hub -----------------------------------------------------------------------
 
 
 def test_a_name_carries_layer_and_path():
@@ -347,13 +464,28 @@ def test_a_name_carries_layer_and_path():
 @pytest.mark.parametrize(
     ("name", "message"),
     (
-        ("dinov2-b@last", "the layer of the teacher 'dinov2-b@last' is 'last': a number is expected, as in dinov2-b@8"),
+        (
+            "dinov2-b@last",
+            (
+                "the layer of the teacher 'dinov2-b@last' is 'last': a number is expected, as in "
+                "dinov2-b@8"
+            ),
+        ),
         ("dinov2-b@0", "has no layer 0: it has 1 to 12, and -1"),
         ("dinov2-b@13", "has no layer 13: it has 1 to 12"),
         ("dino2-b", "unknown teacher 'dino2-b'.*Did you mean 'dinov2-b'"),
-        ("scenes=/w.pth", "the teacher scenes comes with its weights and has one layer: say scenes, not scenes=/w.pth"),
+        (
+            "scenes=/w.pth",
+            (
+                "the teacher scenes comes with its weights and has one layer: say scenes, not "
+                "scenes=/w.pth"
+            ),
+        ),
         ("efficientnet-lite0@3", "say efficientnet-lite0, not efficientnet-lite0@3"),
-        ("dinov2-b=/no/such/file.pth", "the network dinov2-b is given a file that is not there: /no/such/file.pth"),
+        (
+            "dinov2-b=/no/such/file.pth",
+            "the network dinov2-b is given a file that is not there: /no/such/file.pth",
+        ),
     ),
 )
 def test_a_name_that_says_nothing_is_an_error(name, message, no_network):
@@ -366,7 +498,9 @@ def test_a_name_that_says_nothing_is_an_error(name, message, no_network):
 def test_several_teachers_are_a_list():
     assert [t.dim for t in load_teachers("scenes, scenes", DataConfig(), 4)] == [64, 64]
     check_installed("scenes,scenes")
-    with pytest.raises(UserError, match="'scenes,dinov2-b' names several teachers where one is expected"):
+    with pytest.raises(
+        UserError, match="'scenes,dinov2-b' names several teachers where one is expected"
+    ):
         load_teacher("scenes,dinov2-b", PIXELS, 16)
     with pytest.raises(UserError, match="/no/file"):
         check_installed("scenes,dinov2-b=/no/file")
@@ -376,11 +510,17 @@ def test_several_teachers_are_a_list():
 
 @pytest.mark.parametrize("name", VITS)
 def test_missing_weights_say_what_and_where_and_nothing_is_fetched(name, no_network, monkeypatch):
-    """Offline by $HF_HUB_OFFLINE or by argument: one message with file, size, project and the way to give a path."""
+    """Offline by $HF_HUB_OFFLINE or by argument: one message with file, size, project and the way
+    to give a path.
+    """
     needs(name)
     vit = VITS[name]
-    where = re.escape(f"{FILE} of huggingface.co/{vit.repo.format(side=256)}, about {vit.megabytes} MB, from ")
-    message = rf"of {name} are not on this machine: {where}.*offline\. .*--teacher {name}=/path/to/{FILE}"
+    where = re.escape(
+        f"{FILE} of huggingface.co/{vit.repo.format(side=256)}, about {vit.megabytes} MB, from "
+    )
+    message = (
+        rf"of {name} are not on this machine: {where}.*offline\. .*--teacher {name}=/path/to/{FILE}"
+    )
     for action in (load_teacher, check_installed):
         with pytest.raises(UserError, match=message):
             action(name, PIXELS, 16, offline=True)
@@ -395,13 +535,22 @@ def test_a_download_that_fails_says_why(no_network, monkeypatch):
         raise OSError("the host is down\nand more")
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(UserError, match=r"could not be fetched: OSError, the host is down\. Give the file by its path"):
+    with pytest.raises(
+        UserError,
+        match=r"could not be fetched: OSError, the host is down\. Give the file by its path",
+    ):
         load_teacher("dinov2-b", PIXELS, 16)
 
 
-def test_a_path_goes_before_the_cache_and_the_cache_before_a_download(no_network, monkeypatch, tmp_path):
+def test_a_path_goes_before_the_cache_and_the_cache_before_a_download(
+    no_network, monkeypatch, tmp_path
+):
     asked = []
-    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(tmp_path / "fetched"))
+    monkeypatch.setattr(
+        hub,
+        "hf_hub_download",
+        lambda repo, file: asked.append((repo, file)) or str(tmp_path / "fetched"),
+    )
     find = functools.partial(find_weights, "dinov2-b", "timm/some-repo", "a file")
     assert find() == tmp_path / "fetched" and asked == [("timm/some-repo", FILE)]
     cached = in_cache(tmp_path, b"weights")
@@ -415,14 +564,19 @@ def test_a_cached_file_whose_hash_is_not_its_name_is_damaged(no_network, tmp_pat
     path = in_cache(tmp_path, b"weights")
     assert file_hash(path) == hashlib.sha256(b"weights").hexdigest()
     path.resolve().write_bytes(b"weight")
-    with pytest.raises(UserError, match=r"the cached file .*blobs.* is damaged: its hash is not its name"):
+    with pytest.raises(
+        UserError, match=r"the cached file .*blobs.* is damaged: its hash is not its name"
+    ):
         file_hash(path)
 
 
 def in_cache(folder, content):
     """Put a file into the hub's cache as the hub does; returns its path there."""
     repo = folder / "hub" / "models--timm--some-repo"
-    blob, snapshot = repo / "blobs" / hashlib.sha256(content).hexdigest(), repo / "snapshots" / "abc"
+    blob, snapshot = (
+        repo / "blobs" / hashlib.sha256(content).hexdigest(),
+        repo / "snapshots" / "abc",
+    )
     for place in (blob.parent, snapshot, repo / "refs"):
         place.mkdir(parents=True)
     blob.write_bytes(content)
@@ -432,9 +586,13 @@ def in_cache(folder, content):
 
 
 def hollow(name, path, **changes):
-    """Write a file of the right names and shapes and of zeros, with `changes`: {name: shape, or None to leave it out}."""
+    """Write a file of the right names and shapes and of zeros, with `changes`: {name: shape, or
+    None to leave it out}.
+    """
     shapes = {n: t.shape for n, t in meta_teacher(name, 256).network.state_dict().items()} | changes
-    torch.save({n: torch.zeros(()).expand(shape) for n, shape in shapes.items() if shape is not None}, path)
+    torch.save(
+        {n: torch.zeros(()).expand(shape) for n, shape in shapes.items() if shape is not None}, path
+    )
     return path
 
 
@@ -457,10 +615,16 @@ def test_another_models_file_does_not_fit(tmp_path):
     file = {name: hollow(name, tmp_path / f"{name}.pth") for name in BASE}
     with pytest.raises(UserError, match=r"do not fit this teacher dinov2-b:\n  missing pos_embed"):
         check_installed(f"dinov2-b={file['dinov3-b']}")
-    patches = hollow("dinov2-b", tmp_path / "patches.pth", **{"patch_embed.proj.weight": (768, 3, 16, 16)})
-    with pytest.raises(UserError, match=r"proj.weight has shape \(768, 3, 16, 16\), expected \(768, 3, 14, 14\)"):
+    patches = hollow(
+        "dinov2-b", tmp_path / "patches.pth", **{"patch_embed.proj.weight": (768, 3, 16, 16)}
+    )
+    with pytest.raises(
+        UserError, match=r"proj.weight has shape \(768, 3, 16, 16\), expected \(768, 3, 14, 14\)"
+    ):
         check_installed(f"dinov2-b={patches}")
-    with pytest.raises(UserError, match=r"pos_embed has shape \(1, 256, 768\), expected \(1, 1024, 768\)"):
+    with pytest.raises(
+        UserError, match=r"pos_embed has shape \(1, 256, 768\), expected \(1, 1024, 768\)"
+    ):
         check_installed(f"siglip2-b={file['siglip2-b']}", DataConfig(image_size=512), 16)
     for name in BASE:
         check_installed(f"{name}={file[name]}", PIXELS, 16)
@@ -498,7 +662,10 @@ def test_wrapped_tensors_are_found(tmp_path):
 def test_a_missing_library_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, VITS[name].library, None)
     for action in (load_teacher, check_installed):
-        with pytest.raises(UserError, match=rf"the teacher {name} needs {VITS[name].library}.*pip install timm transformers"):
+        with pytest.raises(
+            UserError,
+            match=rf"the teacher {name} needs {VITS[name].library}.*pip install timm transformers",
+        ):
             action(name, PIXELS, 16)
 
 

@@ -1,7 +1,7 @@
 """Analyses of runs: from a run's networks to a table, kept beside the run.
 
-The measures that stood here, `alignment`, `codes`, `spatial` and `dynamics`, are in gear.measures; their old import paths work
-until the next release.
+The measures that stood here, `alignment`, `codes`, `spatial` and `dynamics`, are in gear.measures;
+their old import paths work until the next release.
 """
 
 import sys

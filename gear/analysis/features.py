@@ -1,4 +1,5 @@
-"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can be compared.
+"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can
+be compared.
 
 A network's device computes them, some images at a time; what is returned lies where the images do.
 """
@@ -10,10 +11,11 @@ BATCH = 128
 
 @torch.no_grad()
 def generator_features(generator, tokenizer, images, labels, layers):
-    """Return the generator's raw residual stream per layer, {layer: (N, L, D)} (Fig. 5; 0 is the embedding output).
+    """Return the generator's raw residual stream per layer, {layer: (N, L, D)} (Fig. 5; 0 is the
+    embedding output).
 
-    Teacher-forced on the images' hard indices with their true labels, evaluation mode. Row i is the position that predicts
-    token i and has not seen it: the one that alignment pairs with patch i.
+    Teacher-forced on the images' hard indices with their true labels, evaluation mode. Row i is the
+    position that predicts token i and has not seen it: the one that alignment pairs with patch i.
     """
     parts, device = [], _device(generator)
     for x, y in zip(images.split(BATCH), labels.split(BATCH)):
@@ -24,7 +26,8 @@ def generator_features(generator, tokenizer, images, labels, layers):
 
 @torch.no_grad()
 def tokenizer_features(tokenizer, images):
-    """Return the tokenizer's own features before and after quantisation, {"pre", "post"}: (N, L, code_dim) (Table 4).
+    """Return the tokenizer's own features before and after quantisation, {"pre", "post"}: (N, L,
+    code_dim) (Table 4).
 
     "pre" is the latent as the encoder gives it, "post" the code that is looked up for it.
     """
@@ -34,13 +37,17 @@ def tokenizer_features(tokenizer, images):
         indices = tokenizer.quantizer.indices(z).unflatten(1, z.shape[-2:])
         parts["pre"].append(z.to(images.device))
         parts["post"].append(tokenizer.quantizer.lookup(indices).to(images.device))
-    return {name: torch.cat(maps).flatten(2).transpose(1, 2).float() for name, maps in parts.items()}
+    return {
+        name: torch.cat(maps).flatten(2).transpose(1, 2).float() for name, maps in parts.items()
+    }
 
 
 @torch.no_grad()
 def teacher_features(teacher, images):
     """Return the teacher's patch features, (N, L, C)."""
-    return torch.cat([teacher(x.to(_device(teacher))).float().to(images.device) for x in images.split(BATCH)])
+    return torch.cat(
+        [teacher(x.to(_device(teacher))).float().to(images.device) for x in images.split(BATCH)]
+    )
 
 
 def _device(network):

@@ -1,4 +1,6 @@
-"""Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the weights where not."""
+"""Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the
+weights where not.
+"""
 
 from functools import partial
 from typing import Annotated
@@ -21,75 +23,116 @@ from gear.tokenizer.autoencoder import TokenizerConfig, token_grid
 FOLDS = 5
 NAN = float("nan")
 CHOICES = {  # what the paper leaves open about Table 4 and Fig. 5, the default first
-    "normalise": ("l2", "none", "standard"),  # of rows: unit length, as they are, each channel's mean 0 and deviation 1
+    "normalise": (
+        "l2",
+        "none",
+        "standard",
+    ),  # of rows: unit length, as they are, each channel's mean 0 and deviation 1
     "estimator": ("unbiased", "biased"),  # CKA's; the reference's CKNNA has but one
-    "pairing": ("predicts", "sees"),  # patch i with the generator's position that predicts token i, or whose input it is
+    "pairing": (
+        "predicts",
+        "sees",
+    ),  # patch i with the generator's position that predicts token i, or whose input it is
 }
 COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
 
 
-def layer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts", device="auto"):
-    """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached with it.
+def layer_profile(
+    run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts", device="auto"
+):
+    """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached
+    with it.
 
-    Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n (what was averaged; an image
-    whose value is undefined is left out). Levels:
-      "image"   compares mean tokens over all `images`; its spread is that of five disjoint folds (smaller samples, so a wider
+    Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n
+    (what was averaged; an image whose value is undefined is left out). Levels:
+      "image"   compares mean tokens over all `images`; its spread is that of five disjoint folds
+                (smaller samples, so a wider
                 band than the value's own), its null 20 draws of permuted images;
-      "patch"   compares tokens within each image; its spread is that of images, its null mismatched images;
-      "content" the same after every position's mean over the images is taken away from both sides, since position alone aligns
+      "patch"   compares tokens within each image; its spread is that of images, its null mismatched
+                images;
+      "content" the same after every position's mean over the images is taken away from both sides,
+      since position alone aligns
                 mismatched images (a teacher's padding shows where a patch lies);
       "map"     describes a layer's maps, its spread that of images.
-    Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in the form `estimator`; with
-    the `pairing` "sees" they leave out the last patch, which no position sees (`CHOICES`). Maps are of raw rows. `device` is
-    what computes, see `open_device`; a table does not say which.
-    UserError for a choice that is not there, and for an image, or images, without k neighbours.
+    Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in
+    the form `estimator`; with the `pairing` "sees" they leave out the last patch, which no position
+    sees (`CHOICES`). Maps are of raw rows. `device` is what computes, see `open_device`; a table
+    does not say which. UserError for a choice that is not there, and for an image, or images,
+    without k neighbours.
     """
-    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator, pairing=pairing)
-    return run.table("layer_profile", parameters, lambda: _layer_profile(run, images, k, open_device(device), **choices))
+    parameters, choices = _parameters(
+        images, k, normalise=normalise, estimator=estimator, pairing=pairing
+    )
+    return run.table(
+        "layer_profile",
+        parameters,
+        lambda: _layer_profile(run, images, k, open_device(device), **choices),
+    )
 
 
 def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", device="auto"):
-    """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached with it.
+    """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached
+    with it.
 
-    The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or "teacher". The metric "ties" is
-    the share of tokens whose k-th and (k + 1)-th neighbours are equally near: above one half, CKNNA measures little.
+    The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or
+    "teacher". The metric "ties" is the share of tokens whose k-th and (k + 1)-th neighbours are
+    equally near: above one half, CKNNA measures little.
     """
     parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
     return run.table(
-        "tokenizer_profile", parameters, lambda: _tokenizer_profile(run, images, k, open_device(device), **choices)
+        "tokenizer_profile",
+        parameters,
+        lambda: _tokenizer_profile(run, images, k, open_device(device), **choices),
     )
 
 
 def alignment_floors(run, images=4_000, device="auto"):
-    """Measure the alignment loss that needs no look at the image: a table of the run, cached with it.
+    """Measure the alignment loss that needs no look at the image: a table of the run, cached with
+    it.
 
-    Columns: predictor, value. A predictor answers with the mean of the teacher's unit features over `images` training images:
-    one "constant", one a "position", one a "class and position"; the value is minus the mean cosine on the run's validation
-    images. What a generator reaches beyond these is content.
+    Columns: predictor, value. A predictor answers with the mean of the teacher's unit features over
+    `images` training images: one "constant", one a "position", one a "class and position"; the
+    value is minus the mean cosine on the run's validation images. What a generator reaches beyond
+    these is content.
     """
     check_value("images", images, Count)
-    return run.table("alignment_floors", {"images": images}, lambda: _alignment_floors(run, images, open_device(device)))
+    return run.table(
+        "alignment_floors",
+        {"images": images},
+        lambda: _alignment_floors(run, images, open_device(device)),
+    )
 
 
 def check_neighbours(k, tokens):
-    """Raise UserError unless a token of an image has a k-th neighbour among the others, and one after it to tell ties by."""
+    """Raise UserError unless a token of an image has a k-th neighbour among the others, and one
+    after it to tell ties by.
+    """
     with given_by(f"with {tokens} tokens an image"):
         check_value("k", k, Annotated[int, Range(1, tokens - 2)])
 
 
 def check_observed(run, images, k, least=4):
-    """Raise UserError unless `images`, `least` of them or more, and their tokens have k neighbours each."""
+    """Raise UserError unless `images`, `least` of them or more, and their tokens have k neighbours
+    each.
+    """
     h, w = token_grid(run.config)
     check_neighbours(k, h * w)
     check_value("images", images, Annotated[int, Range(max(least, k + 1), MOST)])
 
 
 def _parameters(images, k, **choices):
-    """Return the parameters that name a table, and the choices; a default is not named: tables from before it still fit."""
+    """Return the parameters that name a table, and the choices; a default is not named: tables from
+    before it still fit.
+    """
     for name, value in choices.items():
         if value not in CHOICES[name]:
-            raise UserError(f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: {', '.join(CHOICES[name])}.")
-    return {"images": images, "k": k} | {name: value for name, value in choices.items() if value != CHOICES[name][0]}, choices
+            raise UserError(
+                f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: "
+                f"{', '.join(CHOICES[name])}."
+            )
+    return {"images": images, "k": k} | {
+        name: value for name, value in choices.items() if value != CHOICES[name][0]
+    }, choices
 
 
 def _layer_profile(run, images, k, device, **choices):
@@ -104,48 +147,68 @@ def _layer_profile(run, images, k, device, **choices):
 def _tokenizer_profile(run, images, k, device, **choices):
     check_observed(run, images, k)
     pictures, _, target = observed(run, "val", images, device)
-    return tokenizer_table(tokenizer_features(load_tokenizer(run.name).to(device), pictures), target, k, device, **choices)
+    return tokenizer_table(
+        tokenizer_features(load_tokenizer(run.name).to(device), pictures),
+        target,
+        k,
+        device,
+        **choices,
+    )
 
 
 def tokenizer_table(features, target, k, device="cpu", **choices):
-    """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as `tokenizer_profile` does."""
-    ties = torch.tensor([tie_fraction(rows, k) for rows in l2_normalise(features["post"].to(device))])
+    """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as
+    `tokenizer_profile` does.
+    """
+    ties = torch.tensor(
+        [tie_fraction(rows, k) for rows in l2_normalise(features["post"].to(device))]
+    )
     row = ("post", "ties", "patch", *_mean_std(ties), NAN, NAN, len(ties))
-    table = profile(features if target is None else {"teacher": None, **features}, target, k, device, **choices)
+    table = profile(
+        features if target is None else {"teacher": None, **features}, target, k, device, **choices
+    )
     return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
 
 
 def _alignment_floors(run, images, device):
     _, labels, target = observed(run, "train", images, device)
-    unit = F.normalize(target, dim=-1)  # (N, L, C); the best answer to a cosine is the mean direction
+    unit = F.normalize(
+        target, dim=-1
+    )  # (N, L, C); the best answer to a cosine is the mean direction
     position = unit.mean(0)
     of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
     _, labels, target = observed(run, "val", run.config["eval_images"], device)
     both = torch.stack([of_class.get(int(c), position) for c in labels])
     answers = {"constant": position.mean(0), "position": position, "class and position": both}
     losses = [
-        (name, -float(F.cosine_similarity(answer.expand_as(target), target, dim=-1).mean())) for name, answer in answers.items()
+        (name, -float(F.cosine_similarity(answer.expand_as(target), target, dim=-1).mean()))
+        for name, answer in answers.items()
     ]
     return pd.DataFrame(losses, columns=["predictor", "value"])
 
 
 def observed(run, split, count, device="cpu"):
-    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher, the first of several.
+    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher,
+    the first of several.
 
     All three lie on the CPU; `device` computes.
     """
     config = run.config
-    source, stride = data.open_trained(run), from_dict(TokenizerConfig, config["tokenizer"]).downsampling
+    source, stride = (
+        data.open_trained(run),
+        from_dict(TokenizerConfig, config["tokenizer"]).downsampling,
+    )
     images, labels = data.load(source, split, count)
     teacher = load_teachers(config["teacher"], source.config, stride)[0].to(device)
     return images, labels, teacher_features(teacher, images)
 
 
 def profile(features, target, k, device="cpu", **choices):
-    """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see `layer_profile`.
+    """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see
+    `layer_profile`.
 
-    Rows of None stand for the teacher itself, whose maps are described; with a target of None all are described alone. A
-    layer at a time is on the `device` that compares.
+    Rows of None stand for the teacher itself, whose maps are described; with a target of None all
+    are described alone. A layer at a time is on the `device` that compares.
     """
     table, target = [], None if target is None else target.to(device)
     for layer, rows in features.items():
@@ -157,7 +220,9 @@ def profile(features, target, k, device="cpu", **choices):
 
 
 def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="predicts"):
-    """Return the rows of `COLUMNS`, less the layer, of rows (N, L, D) beside the teacher's (N, L, C): see `layer_profile`."""
+    """Return the rows of `COLUMNS`, less the layer, of rows (N, L, D) beside the teacher's (N, L,
+    C): see `layer_profile`.
+    """
     if pairing == "sees":  # position i + 1 has token i for its input; none sees the last
         rows, target = rows[:, 1:], target[:, :-1]
     rows, target, unbiased = rows.double(), target.double(), estimator == "unbiased"
@@ -169,7 +234,9 @@ def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="p
 
 
 def _normalised(rows, how):
-    """Normalise (.., D), a channel's mean and deviation over all rows. A zero row, a constant channel stay zero."""
+    """Normalise (.., D), a channel's mean and deviation over all rows. A zero row, a constant
+    channel stay zero.
+    """
     if how == "standard":
         every = rows.flatten(0, -2)
         return (rows - every.mean(0)) / every.std(0).clamp(min=1e-12)
@@ -177,23 +244,36 @@ def _normalised(rows, how):
 
 
 def _image_level(x, y, k, unbiased):
-    """Compare mean tokens: pooled first, then normalised. Missing where every image is alike, as after a collapse."""
+    """Compare mean tokens: pooled first, then normalised. Missing where every image is alike, as
+    after a collapse.
+    """
     table = []
     for name, metric in (("cknna", partial(cknna, k=k)), ("cka", partial(cka, unbiased=unbiased))):
-        value, chance = _or_missing(NAN, metric, x, y), _or_missing(Null(NAN, NAN), null, x, y, metric)
+        value, chance = (
+            _or_missing(NAN, metric, x, y),
+            _or_missing(Null(NAN, NAN), null, x, y, metric),
+        )
         folds = min(FOLDS, len(x) // (k + 4))  # a fold needs more images than neighbours
         parts = zip(x.chunk(folds), y.chunk(folds)) if folds > 1 else ()
-        spread = float(torch.tensor([_or_missing(NAN, metric, *part) for part in parts]).std()) if folds > 1 else 0.0
+        spread = (
+            float(torch.tensor([_or_missing(NAN, metric, *part) for part in parts]).std())
+            if folds > 1
+            else 0.0
+        )
         table.append((name, "image", value, spread, chance.mean, chance.std, len(x)))
     return table
 
 
 def _patch_level(level, x, y, k, unbiased):
-    """Compare tokens within each image. The first token of layer 0 is the class alone, equal in every image of a class."""
+    """Compare tokens within each image. The first token of layer 0 is the class alone, equal in
+    every image of a class.
+    """
     result, table = within_image(x, y, k, unbiased=unbiased), []
     for name in ("cknna", "cka"):
         value, chance = getattr(result, name), getattr(result, f"null_{name}")
-        table.append((name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum())))
+        table.append(
+            (name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum()))
+        )
     return table
 
 
@@ -217,15 +297,20 @@ def _mean_std(values):
 
 
 def speedups(curves, baseline, method, metrics):
-    """Say how much sooner `method` reaches `baseline`'s end, per metric, from a tidy table (run, metric, step, value, method).
+    """Say how much sooner `method` reaches `baseline`'s end, per metric, from a tidy table (run,
+    metric, step, value, method).
 
-    Seeds are averaged first. Returns a table: metric, value, low, high, all missing where it is never reached, and target,
-    the baseline's end: its mean over the last 2 % of its steps.
+    Seeds are averaged first. Returns a table: metric, value, low, high, all missing where it is
+    never reached, and target, the baseline's end: its mean over the last 2 % of its steps.
     """
     rows, tail = [], 0.02
     for metric in metrics:
-        one = curves[curves.metric == metric].pivot_table(index="step", columns="method", values="value")
-        result = speedup(one.index.to_numpy(), one[baseline].to_numpy(), one[method].to_numpy(), tail)
+        one = curves[curves.metric == metric].pivot_table(
+            index="step", columns="method", values="value"
+        )
+        result = speedup(
+            one.index.to_numpy(), one[baseline].to_numpy(), one[method].to_numpy(), tail
+        )
         target = one[baseline][one.index > (1 - tail) * one.index[-1]].mean()
         rows.append((metric, result.value, result.low, result.high, target))
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "target"]).astype(
@@ -234,11 +319,16 @@ def speedups(curves, baseline, method, metrics):
 
 
 def speedups_by_seed(curves, baseline, method, metrics):
-    """Return `speedups` of each seed, from a tidy table with a column seed: seed, metric, value, target, over.
+    """Return `speedups` of each seed, from a tidy table with a column seed: seed, metric, value,
+    target, over.
 
-    `over` says that the end is reached at the first step there is or before: the value is a lower bound.
+    `over` says that the end is reached at the first step there is or before: the value is a lower
+    bound.
     """
-    tables = [speedups(group, baseline, method, metrics).assign(seed=seed) for seed, group in curves.groupby("seed")]
+    tables = [
+        speedups(group, baseline, method, metrics).assign(seed=seed)
+        for seed, group in curves.groupby("seed")
+    ]
     table = pd.concat(tables, ignore_index=True)
     most = curves.step.max() / curves.step.min()
     return table.assign(over=table.value >= most)[["seed", "metric", "value", "target", "over"]]

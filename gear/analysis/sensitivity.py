@@ -1,4 +1,6 @@
-"""How far the alignments of Table 4 and Fig. 5 hang on what the paper leaves open: one choice changed at a time."""
+"""How far the alignments of Table 4 and Fig. 5 hang on what the paper leaves open: one choice
+changed at a time.
+"""
 
 import pandas as pd
 
@@ -12,21 +14,33 @@ ONLY = {"k": "cknna", "estimator": "cka"}  # the metric that a choice bears on, 
 
 
 def generator_sensitivity(run, images=1_000, k=10, device="auto"):
-    """Align a generator's tap and last layer with its teacher under other choices: a table of the run, cached with it.
+    """Align a generator's tap and last layer with its teacher under other choices: a table of the
+    run, cached with it.
 
-    Columns: choice, setting, then those of `layer_profile` (levels image, patch, content), `layer` "tap" or "last". The base
-    is `layer_profile`'s: `images`, `k` and the first of each of `CHOICES`. One choice at a time is changed: images to an
-    eighth, a quarter, half and twice as many (of the validation images, from the first on), k to half, twice and four times
-    as many where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and only the metrics
-    that it bears on. `device` is what computes, see `open_device`. Raises UserError where there are not twice as many images,
-    or an eighth is fewer than two.
+    Columns: choice, setting, then those of `layer_profile` (levels image, patch, content), `layer`
+    "tap" or "last". The base is `layer_profile`'s: `images`, `k` and the first of each of
+    `CHOICES`. One choice at a time is changed: images to an eighth, a quarter, half and twice as
+    many (of the validation images, from the first on), k to half, twice and four times as many
+    where an image has more tokens, and each of `CHOICES`. A choice's lines hold its base too, and
+    only the metrics that it bears on. `device` is what computes, see `open_device`. Raises
+    UserError where there are not twice as many images, or an eighth is fewer than two.
     """
-    return run.table("generator_sensitivity", {"images": images, "k": k}, lambda: _of_generator(run, images, k, device))
+    return run.table(
+        "generator_sensitivity",
+        {"images": images, "k": k},
+        lambda: _of_generator(run, images, k, device),
+    )
 
 
 def tokenizer_sensitivity(run, images=1_000, k=10, device="auto"):
-    """The same of a tokenizer's features, `layer` "pre" or "post" quantisation, for which there is no choice of pairing."""
-    return run.table("tokenizer_sensitivity", {"images": images, "k": k}, lambda: _of_tokenizer(run, images, k, device))
+    """The same of a tokenizer's features, `layer` "pre" or "post" quantisation, for which there is
+    no choice of pairing.
+    """
+    return run.table(
+        "tokenizer_sensitivity",
+        {"images": images, "k": k},
+        lambda: _of_tokenizer(run, images, k, device),
+    )
 
 
 def _of_generator(run, images, k, device):
@@ -34,8 +48,12 @@ def _of_generator(run, images, k, device):
     pictures, labels, target = _twice(run, images, k, device)
     generator, tokenizer = (load(run.name).to(device) for load in (load_generator, load_tokenizer))
     layers = {"tap": generator.config.tap_layer, "last": generator.config.layers}
-    hidden = generator_features(generator, tokenizer, pictures, labels, sorted(set(layers.values())))
-    return sensitivity({name: hidden[layer] for name, layer in layers.items()}, target, images, k, CHOICES, device)
+    hidden = generator_features(
+        generator, tokenizer, pictures, labels, sorted(set(layers.values()))
+    )
+    return sensitivity(
+        {name: hidden[layer] for name, layer in layers.items()}, target, images, k, CHOICES, device
+    )
 
 
 def _of_tokenizer(run, images, k, device):
@@ -47,27 +65,47 @@ def _of_tokenizer(run, images, k, device):
 
 
 def _twice(run, images, k, device):
-    """Return twice as many validation images as asked for, as `observed` does: UserError if there are not as many."""
+    """Return twice as many validation images as asked for, as `observed` does: UserError if there
+    are not as many.
+    """
     check_observed(run, images, k, least=16)
     seen = observed(run, "val", 2 * images, device)
     if len(seen[0]) < 2 * images:
-        raise UserError(f"'{run.name}' has {len(seen[0])} validation images, not 2 x {images}: -p images {len(seen[0]) // 2}.")
+        raise UserError(
+            f"'{run.name}' has {len(seen[0])} validation images, not 2 x {images}: -p images "
+            f"{len(seen[0]) // 2}."
+        )
     return seen
 
 
 def sensitivity(features, target, images, k, choices, device="cpu"):
-    """Compare {layer: rows (2 images, L, D)} with the teacher's rows (2 images, L, C): see `generator_sensitivity`."""
+    """Compare {layer: rows (2 images, L, D)} with the teacher's rows (2 images, L, C): see
+    `generator_sensitivity`.
+    """
     base = {"images": images, "k": k} | {name: values[0] for name, values in choices.items()}
-    neighbours = [n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1]  # with one token left out
-    settings = {"images": [images // 8, images // 4, images // 2, images, 2 * images], "k": neighbours} | choices
+    neighbours = [
+        n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1
+    ]  # with one token left out
+    settings = {
+        "images": [images // 8, images // 4, images // 2, images, 2 * images],
+        "k": neighbours,
+    } | choices
     table, target = [], target.to(device)
     for layer, rows in features.items():
         rows = rows.to(device)
         known = _aligned(rows, target, **base)
         for choice, values in settings.items():
             for value in values:
-                found = known if value == base[choice] else _aligned(rows, target, **base | {choice: value})
-                table += [(choice, str(value), layer, *row) for row in found if ONLY.get(choice, row[0]) == row[0]]
+                found = (
+                    known
+                    if value == base[choice]
+                    else _aligned(rows, target, **base | {choice: value})
+                )
+                table += [
+                    (choice, str(value), layer, *row)
+                    for row in found
+                    if ONLY.get(choice, row[0]) == row[0]
+                ]
     return pd.DataFrame(table, columns=["choice", "setting", *COLUMNS])
 
 

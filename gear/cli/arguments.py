@@ -9,4 +9,6 @@ def parse(default, arguments):
     Ends the process with tyro's message, exit code 2, for an unknown option or a value of another
     type. Raises UserError for a value out of its range.
     """
-    return tyro.cli(type(default), default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(
+        type(default), default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )

@@ -1,4 +1,6 @@
-"""How a command meets the terminal: names of any bytes can be printed, and every end has one message and an exit code."""
+"""How a command meets the terminal: names of any bytes can be printed, and every end has one
+message and an exit code.
+"""
 
 import contextlib
 import io
@@ -9,7 +11,9 @@ from gear.config import Interrupted, TrainingStopped, UserError
 
 @contextlib.contextmanager
 def console():
-    """Run a command: a user's mistake prints one message and exits with code 2, a stopped run with code 1."""
+    """Run a command: a user's mistake prints one message and exits with code 2, a stopped run with
+    code 1.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that no encoding has
             stream.reconfigure(errors="backslashreplace")

@@ -17,7 +17,9 @@ class FigureOptions(Checked):
     force: bool = False  # redraw what is up to date too
     jobs: Jobs = 1  # notebooks executed at once
     seeds: str = ""  # of the runs that are drawn, as in 0 or 0,1; "": those that the notebooks name
-    parameters: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])] = ()
+    parameters: Annotated[
+        tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])
+    ] = ()
     # ^ KEY VALUE of the one notebook that is named; may be repeated
 
 

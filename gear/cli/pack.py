@@ -18,9 +18,16 @@ class PackOptions(Checked):
 
 def command(names, arguments):
     if not names:
-        raise UserError("name a folder to write and runs, by name or pattern: gear pack FOLDER ['RUN' ...].")
+        raise UserError(
+            "name a folder to write and runs, by name or pattern: gear pack FOLDER ['RUN' ...]."
+        )
     panels, folder = parse(PackOptions(), arguments).panels, Path(names[0])
-    opened = {run.name: run for name in names[1:] or ["*"] for run in open_runs(name) if isinstance(run, Run)}
+    opened = {
+        run.name: run
+        for name in names[1:] or ["*"]
+        for run in open_runs(name)
+        if isinstance(run, Run)
+    }
     runs = [run for _, run in sorted(opened.items()) if run.logged_step >= run.config["steps"]]
     if not runs:
         raise UserError("none of these runs is trained to its end: there is nothing to pack.")

@@ -18,9 +18,11 @@ from gear.runs.run import Run
 
 @dataclass(frozen=True)
 class ReconstructOptions(Checked):
-    images: str = ""  # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
+    # a folder, a zip, one image, "scenes" or "cifar10"; none given: the run's own validation images
+    images: str = ""
     image_size: Annotated[int, Range(0, 16_384)] = 0  # pixels; 0: the run's, and 256 for a file
-    interpolation: Literal["", "bicubic", "bilinear", "box"] = ""  # of the resize; "": the run's, else bicubic
+    # of the resize; "": the run's, else bicubic
+    interpolation: Literal["", "bicubic", "bilinear", "box"] = ""
     count: Count = 16
     ema: bool = True  # averaged weights, where there are any
     device: str = "auto"  # "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one
@@ -42,7 +44,9 @@ def command(names, arguments):
         run = Run.open(names[0])  # where other images are looked at, its own need not be there
         config = from_dict(DataConfig, run.config["data"]) if options.images else trained_on(run)
     if not (options.images or config.source):
-        raise UserError("a file has no images of its own: give --images a folder, a zip or an image.")
+        raise UserError(
+            "a file has no images of its own: give --images a folder, a zip or an image."
+        )
     split = "all" if options.images else "val"
     size = options.image_size or config.image_size
     images_of = replace(
@@ -55,14 +59,20 @@ def command(names, arguments):
         images, _ = load(images_of, split, options.count)
     sheet, metrics = reconstruction_sheet(tokenizer, images)
     protocol = {
-        "weights": tokenizer.source, "source": images_of.source, "split": split, "image_size": size, "crop": "centre",
-        "interpolation": images_of.interpolation, "l1": "[0, 1] units",
+        "weights": tokenizer.source,
+        "source": images_of.source,
+        "split": split,
+        "image_size": size,
+        "crop": "centre",
+        "interpolation": images_of.interpolation,
+        "l1": "[0, 1] units",
         "psnr": "dB, mean over images, clamped, not rounded",
-    }  # fmt: skip
+    }
     text = json.dumps(metrics | {"protocol": protocol}, indent=1) + "\n"
     write_atomically(out, lambda temporary: sheet.save(temporary, "PNG"))
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(
-        f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage {metrics['usage_entropy']:.2f} "
+        f"{tokenizer.source}: PSNR {metrics['psnr']:.2f} dB, L1 {metrics['l1']:.4f}, usage "
+        f"{metrics['usage_entropy']:.2f} "
         f"nats, {len(images)} images of {size} px: {out.resolve()}, {path.name}"
     )

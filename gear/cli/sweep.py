@@ -18,7 +18,8 @@ class SweepOptions(Checked):
     preset: str = "scenes"  # scenes, cifar10, cifar10-smoke, imagenet100-128, imagenet256-l
     seeds: str = "0,1,2"
     cells: str = ""  # some of the study's, with commas between; "": all
-    jobs: Parallel = 0  # at once; 0: one a core, on a GPU one, and there small runs one for two cores
+    # at once; 0: one a core, on a GPU one, and there small runs one for two cores
+    jobs: Parallel = 0
     count: Samples = 1_000  # samples that a cell is scored by
     list: bool = False  # print one command a cell and seed for a scheduler, and run nothing
     device: str = "auto"  # or "cpu", "cuda", "cuda:1"
@@ -34,7 +35,12 @@ def command(names, arguments):
     cells = [c for c in options.cells.split(",") if c] or None
     if options.list:
         values = {"count": options.count, "device": options.device, "workers": options.workers}
-        more = [w for key, value in values.items() if value != getattr(SweepOptions, key) for w in (f"--{key}", str(value))]
+        more = [
+            w
+            for key, value in values.items()
+            if value != getattr(SweepOptions, key)
+            for w in (f"--{key}", str(value))
+        ]
         print("\n".join(commands(names[0], options.preset, seeds, cells, more)))
         return
     runtime = Runtime(device=options.device, workers=options.workers)
@@ -44,5 +50,12 @@ def command(names, arguments):
         print(f"\n{summary(table).to_string(na_rep='')}\n")
         print(directions_in_words(directions(table, names[0], options.preset)))
         values = {"preset": options.preset, "seeds": options.seeds, "count": options.count}
-        more = "".join(f" -p {key} {value}" for key, value in values.items() if value != getattr(SweepOptions, key))
-        print(f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study {names[0]}{more}")
+        more = "".join(
+            f" -p {key} {value}"
+            for key, value in values.items()
+            if value != getattr(SweepOptions, key)
+        )
+        print(
+            f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study "
+            f"{names[0]}{more}"
+        )

@@ -31,7 +31,8 @@ class TrainOptions(Checked):
     wait: bool = False  # for the end of another process that trains this run; else that is an error
     dry_run: bool = False  # print what it would cost, and train nothing
     gpu: str = "h100"  # of a dry run: h100, h200, a100, rtx4090, or cpu
-    utilisation: Utilisation = 0.4  # of a dry run: the share of the GPU's data sheet that is assumed
+    # of a dry run: the share of the GPU's data sheet that is assumed
+    utilisation: Utilisation = 0.4
 
 
 def command(names, arguments):
@@ -41,7 +42,10 @@ def command(names, arguments):
     options = parse(TrainOptions(base), arguments)
     if options.config.seed != base.seed:  # the seed is part of the name
         if named := [name for name in names if name not in RECIPES]:
-            raise UserError(f"--seed {options.config.seed}: '{named[0]}' names a seed already. Give one of the two.")
+            raise UserError(
+                f"--seed {options.config.seed}: '{named[0]}' names a seed already. Give one of the "
+                "two."
+            )
         return command([with_parts(name, seed=options.config.seed) for name in names], arguments)
     if len(names) > 1:
         if options.config != base:
@@ -49,8 +53,12 @@ def command(names, arguments):
         if options.name or options.label:
             raise UserError("--name and --label name one run: name a single recipe.")
         if options.dry_run:
-            planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}  # a shared parent once
-            return dry_run(planned.items(), options.gpu, options.utilisation, options.runtime.accumulate)
+            planned = {
+                n: c for name in names for n, c in plan(recipe(name), name, dry=True)
+            }  # a shared parent once
+            return dry_run(
+                planned.items(), options.gpu, options.utilisation, options.runtime.accumulate
+            )
         return train_many(names, options.jobs, options.runtime)
     name = options.name or with_parts(names[0], cell=options.label)
     with given_by("--name" if options.name else "--label"):
@@ -62,7 +70,9 @@ def command(names, arguments):
     if options.config.teacher != base.teacher:
         with given_by("--teacher"):
             check_teachers([options.config])
-    run = train_with_parents(options.config, name, base, options.label, options.runtime, options.wait)
+    run = train_with_parents(
+        options.config, name, base, options.label, options.runtime, options.wait
+    )
     print(f"{run.name}: step {run.step}, {run.path}")
 
 

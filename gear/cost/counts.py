@@ -1,7 +1,8 @@
-"""FLOPs, activations and parameters of each part of a model for one image, on fake tensors: shapes and types, no memory.
+"""FLOPs, activations and parameters of each part of a model for one image, on fake tensors: shapes
+and types, no memory.
 
-Every part runs the code that trains. Products are counted as torch.utils.flop_counter counts them: a multiplication and an
-addition are two, attention is counted in full though causal.
+Every part runs the code that trains. Products are counted as torch.utils.flop_counter counts them:
+a multiplication and an addition are two, attention is counted in full though causal.
 """
 
 import contextlib
@@ -27,9 +28,13 @@ from gear.tokenizer.readout import Affinity
 from gear.training.losses import QUANTIZER_LOSSES, next_token_loss
 
 aten = torch.ops.aten
-UNCOUNTED = {  # by torch's counter: sums in place, and the fused attention of the device that fake tensors claim to be on
+# by torch's counter: sums in place, and the fused attention of the device that fake tensors claim
+# to be on
+UNCOUNTED = {
     aten.addmm_: lambda into, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
     ),
@@ -37,10 +42,11 @@ UNCOUNTED = {  # by torch's counter: sums in place, and the fused attention of t
 
 
 class Count(NamedTuple):
-    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd keeps between them.
+    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd
+    keeps between them.
 
-    Of these bytes, `fused` go into a SiLU: compiled code does not keep them, it computes them again. The `largest` tensor
-    has so many.
+    Of these bytes, `fused` go into a SiLU: compiled code does not keep them, it computes them
+    again. The `largest` tensor has so many.
     """
 
     forward: int
@@ -53,14 +59,17 @@ class Count(NamedTuple):
 def count(work, arguments, mode, precision):
     """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
 
-    `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no gradient), `precision`
-    "float32" or "bf16". An image is what three take more than two, so that what is done once a batch drops out. The blocks
-    of a generator are alike: one is counted, the difference of two generators.
+    `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no
+    gradient), `precision` "float32" or "bf16". An image is what three take more than two, so that
+    what is done once a batch drops out. The blocks of a generator are alike: one is counted, the
+    difference of two generators.
     """
     if work is not generator:
         return _image(work, arguments, mode, precision)
     config, codes, side, tap, soft = arguments
-    shallow = [(replace(config, layers=n, tap_layer=n), codes, side, tap and n, soft) for n in (1, 2)]
+    shallow = [
+        (replace(config, layers=n, tap_layer=n), codes, side, tap and n, soft) for n in (1, 2)
+    ]
     one, two = (_image(work, arguments, mode, precision) for arguments in shallow)
     return Count(*(a + ((tap or config.layers) - 1) * (b - a) for a, b in zip(one, two)))
 
@@ -76,9 +85,10 @@ def _image(work, arguments, mode, precision):
 def _batch(work, arguments, mode, precision, batch):
     """Run `work` on a batch of fake images, forward and backward.
 
-    Returns the FLOPs of both, the bytes of each tensor kept between them, and those that go into a SiLU.
+    Returns the FLOPs of both, the bytes of each tensor kept between them, and those that go into a
+    SiLU.
     """
-    kept, fused, counter = {}, {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)  # noqa: E731
+    kept, fused, counter = {}, {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -94,7 +104,11 @@ def _batch(work, arguments, mode, precision, batch):
         module.requires_grad_(mode == "train")
         if mode == "fixed":
             given.requires_grad_()
-        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor), _noting_silu(fused):
+        with (
+            counter() as forward,
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            _noting_silu(fused),
+        ):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 out = call(given)
             out = sum(part.float().mean() for part in (out if isinstance(out, list) else [out]))
@@ -102,7 +116,12 @@ def _batch(work, arguments, mode, precision, batch):
             if mode != "forward":
                 out.backward()
     again = sum(kept[number].nbytes() for number in kept.keys() & fused.keys())
-    return forward.get_total_flops(), backward.get_total_flops(), [s.nbytes() for s in kept.values()], again
+    return (
+        forward.get_total_flops(),
+        backward.get_total_flops(),
+        [s.nbytes() for s in kept.values()],
+        again,
+    )
 
 
 @contextlib.contextmanager
@@ -136,12 +155,16 @@ def parameters(work, arguments):
 
 
 def limit(whole):
-    """Return the limit with which an Affinity is formed whole, or by blocks, however small it is: as the batch that trains."""
+    """Return the limit with which an Affinity is formed whole, or by blocks, however small it is:
+    as the batch that trains.
+    """
     return 2**62 if whole else 0
 
 
-# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the image's side `size` in
-# pixels or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is called, its input).
+# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the
+# image's side `size` in
+# pixels or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is
+# called, its input).
 
 
 def encoder(batch, config, size):
@@ -153,7 +176,9 @@ def encoder(batch, config, size):
 
 
 def quantizer(batch, config, side, whole):
-    """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a gradient."""
+    """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a
+    gradient.
+    """
     quantizer, losses = Tokenizer(config).quantizer, QUANTIZER_LOSSES[config.quantizer]
 
     def call(latents):
@@ -162,7 +187,11 @@ def quantizer(batch, config, side, whole):
         found = quantizer(latents, limit(whole))
         return [found.latents, *losses(found).values(), *found.entropies]
 
-    return quantizer, call, torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled())
+    return (
+        quantizer,
+        call,
+        torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled()),
+    )
 
 
 def decoder(batch, config, side):
@@ -178,7 +207,11 @@ def lpips(batch, size):
     import torchvision.models  # it loads torch's compiler, which a training run has no use for
 
     network, images = torchvision.models.vgg16().features[:30], _images(batch, size)
-    return network, lambda reconstruction: [network(reconstruction), network(images)], _images(batch, size)
+    return (
+        network,
+        lambda reconstruction: [network(reconstruction), network(images)],
+        _images(batch, size),
+    )
 
 
 def discriminator(batch, channels, layers, size):
@@ -188,25 +221,37 @@ def discriminator(batch, channels, layers, size):
 
 
 def readout(batch, soft, tau, config, side, width, whole):
-    """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where they learn, codes."""
-    codes = torch.empty(config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq")
+    """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where
+    they learn, codes.
+    """
+    codes = torch.empty(
+        config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq"
+    )
     embedding = torch.empty(len(codes), width)
 
     def call(rows):
         affinity = Affinity(rows, codes, limit=limit(whole))
-        return (affinity.soft_readout if soft else affinity.straight_through_readout)(embedding, tau)
+        return (affinity.soft_readout if soft else affinity.straight_through_readout)(
+            embedding, tau
+        )
 
     return nn.Identity(), call, torch.empty(batch, side**2, config.code_dim)
 
 
 def generator(batch, config, codes, side, tap, soft):
-    """To the block `tap`, or with None to the next-token loss; from `soft` embeddings or from indices."""
+    """To the block `tap`, or with None to the next-token loss; from `soft` embeddings or from
+    indices.
+    """
     module, labels = Generator(config, codes), torch.zeros(batch, dtype=torch.long)
     targets = torch.zeros(batch, side**2, dtype=torch.long)
     given = torch.empty(batch, side**2, config.width) if soft else targets
 
     def call(tokens):
-        return module.hidden(tokens, labels, [tap])[tap] if tap else next_token_loss(module(tokens, labels), targets)
+        return (
+            module.hidden(tokens, labels, [tap])[tap]
+            if tap
+            else next_token_loss(module(tokens, labels), targets)
+        )
 
     return module, call, given
 
@@ -229,7 +274,9 @@ def scenes_teacher(batch, size):
 
 
 def teacher(batch, spec, size, stride):
-    """Images to a teacher's features, by NAME[@LAYER]; raises UserError where its grid or its library does not fit."""
+    """Images to a teacher's features, by NAME[@LAYER]; raises UserError where its grid or its
+    library does not fit.
+    """
     name, layer, _ = parse(spec)
     if name == "scenes":
         teacher = ScenesTeacher()
@@ -238,7 +285,10 @@ def teacher(batch, spec, size, stride):
         teacher = efficientnet.EfficientNetTeacher(efficientnet.build_network(), "", stride)
         call = teacher.raw
     else:
-        with unset_fake_temporarily(), torch.device("meta"):  # the libraries look at values while they build
+        with (
+            unset_fake_temporarily(),
+            torch.device("meta"),
+        ):  # the libraries look at values while they build
             network = build(name, input_side(name, size, stride))
         teacher = ViTTeacher(name, network.to_empty(device="cpu"), "", size, stride, layer)
         call = teacher.features
@@ -248,7 +298,11 @@ def teacher(batch, spec, size, stride):
 def teacher_dim(spec):
     """Return the width of a teacher's features; raises UserError for one that is unknown."""
     name = bare_name(spec)
-    return VITS[name].dim if name in VITS else {"scenes": DIM, efficientnet.NAME: efficientnet.DIM}[name]
+    return (
+        VITS[name].dim
+        if name in VITS
+        else {"scenes": DIM, efficientnet.NAME: efficientnet.DIM}[name]
+    )
 
 
 def _images(batch, size):

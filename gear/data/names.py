@@ -7,13 +7,23 @@ import unicodedata
 from gear.config import UserError
 
 SPLITS = {  # words in names of folders, and what they mean
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test", "eval": "test", "unlabeled": "unlabelled", "unlabelled": "unlabelled",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "unlabeled": "unlabelled",
+    "unlabelled": "unlabelled",
+}
 
 
 def tidy(path, separators="/"):
-    """Return a path within an archive as a folder's walk would name it: no ".", no "..", composed letters.
+    """Return a path within an archive as a folder's walk would name it: no ".", no "..", composed
+    letters.
 
     Letters come composed (NFC), for a Mac packs them in two parts.
     """
@@ -22,7 +32,8 @@ def tidy(path, separators="/"):
 
 
 def named(entries, source):
-    """Return ({name: entry}, top) of {tidy path: entry}: a folder that holds all class folders does not count.
+    """Return ({name: entry}, top) of {tidy path: entry}: a folder that holds all class folders does
+    not count.
 
     Raises UserError where the folders are splits, which hold the same classes.
     """
@@ -35,7 +46,8 @@ def named(entries, source):
             first = min(splits, key=lambda folder: (not folder.lower().startswith("train"), folder))
             inside = posixpath.join(str(source), top, first)
             raise UserError(
-                f"'{source}' holds the splits {', '.join(sorted(splits))}, which are no classes: give "
+                f"'{source}' holds the splits {', '.join(sorted(splits))}, which are no classes: "
+                "give "
                 f"one of them, as in '{inside}' (an archive: unpacked)."
             )
         if len(folders) != 1 or any(path.count("/") < 2 for path in rest):
@@ -54,7 +66,11 @@ def follow(files, links, census, prefix=""):
         if target in files:
             files[path] = files[target]
             continue
-        inside = {path + name[len(target) :]: entry for name, entry in files.items() if name.startswith(f"{target}/")}
+        inside = {
+            path + name[len(target) :]: entry
+            for name, entry in files.items()
+            if name.startswith(f"{target}/")
+        }
         if not inside or path.startswith(f"{target}/"):
             census.leave_out(f"{prefix}{path}", "a link to nothing, or no plain file", is_loss=True)
         else:
@@ -62,7 +78,9 @@ def follow(files, links, census, prefix=""):
 
 
 def _splits(folders):
-    """Return those folders that are splits of one data set: `train` and `val`, `cars_train` and `cars_test`."""
+    """Return those folders that are splits of one data set: `train` and `val`, `cars_train` and
+    `cars_test`.
+    """
     alike = {}
     for folder in folders:
         words = re.findall(r"[^\W\d_]+", folder.lower())

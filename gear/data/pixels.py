@@ -1,8 +1,9 @@
-"""Pixels as a viewer shows them: which files are images, and how any of them becomes a uint8 RGB square.
+"""Pixels as a viewer shows them: which files are images, and how any of them becomes a uint8 RGB
+square.
 
-The rules, for folders, zips and shards alike: the orientation that a camera noted is applied; 16 bits
-become 8 by v / 257; floats in [0, 1] by 255 v; what is transparent lies over white; of several frames
-the first is read. A colour profile is not applied: `gear data` names it.
+The rules, for folders, zips and shards alike: the orientation that a camera noted is applied; 16
+bits become 8 by v / 257; floats in [0, 1] by 255 v; what is transparent lies over white; of several
+frames the first is read. A colour profile is not applied: `gear data` names it.
 """
 
 import functools
@@ -32,20 +33,105 @@ UPRIGHT = {  # what undoes an orientation, by its number in EXIF
 }
 COMMON = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SYSTEM = {  # what Macs, Windows and storage boxes put among images
-    "__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
-}  # fmt: skip
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names and cannot read them here
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
+STUBS = {
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # Pillow knows their names and cannot read them here
 UNOPENED = {  # images, and Pillow has no decoder for them
-    ".heic", ".heif", ".jxl", ".svg", ".svgz", ".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef",
-    ".arw", ".orf", ".rw2", ".raf", ".xcf", ".psb", ".ai", ".wmf", ".emf", ".dcm",
-}  # fmt: skip
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".svgz",
+    ".exr",
+    ".hdr",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".orf",
+    ".rw2",
+    ".raf",
+    ".xcf",
+    ".psb",
+    ".ai",
+    ".wmf",
+    ".emf",
+    ".dcm",
+}
 OTHER = {  # no images: taken for what they are called, without a look at millions of captions
-    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".htm", ".cls",
-    ".npy", ".npz", ".pt", ".pth", ".ckpt", ".safetensors", ".parquet", ".mat", ".pkl", ".db", ".sqlite",
-    ".ini", ".py", ".ipynb", ".sh", ".log", ".lock", ".tmp", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz",
-    ".zst", ".7z", ".rar", ".pdf", ".doc", ".docx", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg",
-    ".mpeg", ".wav", ".mp3", ".flac", ".h5", ".hdf", ".hdf5", ".grib", ".bufr",
-}  # fmt: skip
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".md",
+    ".html",
+    ".htm",
+    ".cls",
+    ".npy",
+    ".npz",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".safetensors",
+    ".parquet",
+    ".mat",
+    ".pkl",
+    ".db",
+    ".sqlite",
+    ".ini",
+    ".py",
+    ".ipynb",
+    ".sh",
+    ".log",
+    ".lock",
+    ".tmp",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".tgz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+    ".rar",
+    ".pdf",
+    ".doc",
+    ".docx",
+    ".mp4",
+    ".mov",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mpg",
+    ".mpeg",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".h5",
+    ".hdf",
+    ".hdf5",
+    ".grib",
+    ".bufr",
+}
 
 
 @functools.cache
@@ -92,12 +178,15 @@ def _is_image(open_file):
 
 
 def to_rgb(image):
-    """Return an image that Pillow opened as RGB, 8 bits, upright, over white where it is transparent.
+    """Return an image that Pillow opened as RGB, 8 bits, upright, over white where it is
+    transparent.
 
     Raises ValueError for floats outside [0, 1] and for integers whose white is not known.
     """
     image.load()
-    upright = UPRIGHT.get(_orientation(image))  # asked once it is loaded: Pillow turns a TIFF itself
+    upright = UPRIGHT.get(
+        _orientation(image)
+    )  # asked once it is loaded: Pillow turns a TIFF itself
     image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
@@ -124,7 +213,9 @@ def _eight_bits(image):
         if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0 there
             values = white - values
         grey = Image.fromarray(_scaled(values, white))
-        if isinstance(clear := image.info.get("transparency"), int):  # a grey that stands for nothing
+        if isinstance(
+            clear := image.info.get("transparency"), int
+        ):  # a grey that stands for nothing
             grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         return grey
     if image.mode == "I":
@@ -160,18 +251,26 @@ def square(image, side, resample, draw=None):
 
 
 def _square_of_sliver(image, side, resample, x, y, resized):
-    """Cut out what the square at (x, y), shares of the image, is made of; resize that, as Pillow would: across, then down."""
+    """Cut out what the square at (x, y), shares of the image, is made of; resize that, as Pillow
+    would: across, then down.
+    """
     begins = [x * image.width, y * image.height]
     ends = [begin + side * length / new for begin, length, new in zip(begins, image.size, resized)]
     left, top = (max(0, int(begin) - MARGIN) for begin in begins)
     right, bottom = (min(length, int(end) + 1 + MARGIN) for length, end in zip(image.size, ends))
     part = image.crop((left, top, right, bottom))
-    part = part.resize((side, part.height), resample, box=(begins[0] - left, 0, ends[0] - left, part.height))
-    return np.asarray(part.resize((side, side), resample, box=(0, begins[1] - top, side, ends[1] - top)))
+    part = part.resize(
+        (side, part.height), resample, box=(begins[0] - left, 0, ends[0] - left, part.height)
+    )
+    return np.asarray(
+        part.resize((side, side), resample, box=(0, begins[1] - top, side, ends[1] - top))
+    )
 
 
 def resized_to(size, side):
-    """Return the width and height to which an image of `size` is resized: its short side is `side`."""
+    """Return the width and height to which an image of `size` is resized: its short side is
+    `side`.
+    """
     scale = side / min(size)
     return [max(side, round(length * scale)) for length in size]
 

@@ -1,8 +1,10 @@
-"""The procedural source `scenes`: coloured, textured shapes on 1/f backgrounds, with everything that made them.
+"""The procedural source `scenes`: coloured, textured shapes on 1/f backgrounds, with everything
+that made them.
 
-Each scene is a function of its number alone, so any part of the stream can be made anywhere, at any time. One object stands
-in front and names the class (shape x texture); up to two others stand behind it and the class says nothing of them, so
-that class and position do not determine what a patch shows.
+Each scene is a function of its number alone, so any part of the stream can be made anywhere, at any
+time. One object stands in front and names the class (shape x texture); up to two others stand
+behind it and the class says nothing of them, so that class and position do not determine what a
+patch shows.
 """
 
 import numpy as np
@@ -10,9 +12,15 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 COLOURS = {
-    "red": (214, 48, 49), "orange": (235, 137, 28), "yellow": (240, 210, 50), "green": (52, 168, 83),
-    "cyan": (40, 190, 200), "blue": (45, 95, 215), "purple": (146, 62, 190), "white": (236, 236, 236),
-}  # fmt: skip
+    "red": (214, 48, 49),
+    "orange": (235, 137, 28),
+    "yellow": (240, 210, 50),
+    "green": (52, 168, 83),
+    "cyan": (40, 190, 200),
+    "blue": (45, 95, 215),
+    "purple": (146, 62, 190),
+    "white": (236, 236, 236),
+}
 GROUNDS = {
     "grey": (120, 122, 126), "brown": (112, 84, 62), "teal": (52, 98, 98),
     "olive": (104, 108, 58), "navy": (48, 58, 98), "rose": (150, 106, 112),
@@ -20,13 +28,19 @@ GROUNDS = {
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
 OBJECTS = 3  # the front one, which names the class, and at most two behind it
 PRESENCE = (1.0, 0.8, 0.4)  # probability that an object is there
-FACTORS = {"shape": len(SHAPES) + 1, "texture": len(TEXTURES) + 1, "colour": len(COLOURS) + 1, "ground": len(GROUNDS)}
+FACTORS = {
+    "shape": len(SHAPES) + 1,
+    "texture": len(TEXTURES) + 1,
+    "colour": len(COLOURS) + 1,
+    "ground": len(GROUNDS),
+}
 
 
 class Scenes:
     """Scenes number `first` to `first + length` at `size` pixels.
 
-    `images`, `labels`, `factors` and `captions` take an array of positions in [0, length) and answer for just those.
+    `images`, `labels`, `factors` and `captions` take an array of positions in [0, length) and
+    answer for just those.
     """
 
     def __init__(self, first, length, size):
@@ -46,7 +60,9 @@ class Scenes:
         return False
 
     def labels(self, positions):
-        """Return the class of each scene, (B,) int64 in [0, 24): shape * 4 + texture of the front object."""
+        """Return the class of each scene, (B,) int64 in [0, 24): shape * 4 + texture of the front
+        object.
+        """
         front = self._draw(positions, noise=False)
         return front["shape"][:, 0] * len(TEXTURES) + front["texture"][:, 0]
 
@@ -55,55 +71,88 @@ class Scenes:
         return self._render(self._draw(positions))[0]
 
     def factors(self, positions, patch):
-        """Return what each patch shows, (B, size/patch, size/patch, 4) int64: shape, texture, colour, ground colour.
+        """Return what each patch shows, (B, size/patch, size/patch, 4) int64: shape, texture,
+        colour, ground colour.
 
-        An object's factors count from 1, 0 is background; a patch belongs to whatever covers most of it.
+        An object's factors count from 1, 0 is background; a patch belongs to whatever covers most
+        of it.
         """
         draw = self._draw(positions)
         owner = self._render(draw)[1]  # (B, S, S): 0 background, i + 1 for object i
         b, g = len(owner), self.size // patch
         cover = np.stack([owner == i for i in range(OBJECTS + 1)], -1)  # (B, S, S, 4)
         top = cover.reshape(b, g, patch, g, patch, -1).mean((2, 4)).argmax(-1)  # (B, g, g)
-        pick = [np.take_along_axis(np.pad(draw[k] + 1, ((0, 0), (1, 0))), top.reshape(b, -1), 1).reshape(b, g, g)
-                for k in ("shape", "texture", "colour")]  # fmt: skip
+        pick = [
+            np.take_along_axis(
+                np.pad(draw[k] + 1, ((0, 0), (1, 0))), top.reshape(b, -1), 1
+            ).reshape(b, g, g)
+            for k in ("shape", "texture", "colour")
+        ]
         ground = np.broadcast_to(draw["ground"][:, None, None], (b, g, g))
         return np.stack([*pick, ground], -1).astype(np.int64)
 
     def captions(self, positions):
-        """Describe scenes exactly, one sentence each: every object one sees, front to back, with its place, and the ground."""
+        """Describe scenes exactly, one sentence each: every object one sees, front to back, with
+        its place, and the ground.
+        """
         draw, sentences = self._draw(positions), []
         owner = self._render(draw)[1]
-        shapes, textures, colours, grounds = list(SHAPES), list(TEXTURES), list(COLOURS), list(GROUNDS)
+        shapes, textures, colours, grounds = (
+            list(SHAPES),
+            list(TEXTURES),
+            list(COLOURS),
+            list(GROUNDS),
+        )
         for b in range(len(draw["ground"])):
             parts = []
             for i in (i for i in range(OBJECTS) if (owner[b] == i + 1).any()):
                 column = ("left", "centre", "right")[min(int(draw["x"][b, i] * 3), 2)]
                 row = ("top", "middle", "bottom")[min(int(draw["y"][b, i] * 3), 2)]
                 size = "large" if draw["radius"][b, i] > 0.24 else "small"
-                thing = f"{colours[draw['colour'][b, i]]} {textures[draw['texture'][b, i]]} {shapes[draw['shape'][b, i]]}"
+                thing = (
+                    f"{colours[draw['colour'][b, i]]} {textures[draw['texture'][b, i]]} "
+                    f"{shapes[draw['shape'][b, i]]}"
+                )
                 parts.append(f"a {size} {thing} at the {row} {column}")
-            sentences.append(f"{', behind it '.join(parts)}, on a {grounds[draw['ground'][b]]} ground")
+            sentences.append(
+                f"{', behind it '.join(parts)}, on a {grounds[draw['ground'][b]]} ground"
+            )
         return sentences
 
     def _draw(self, positions, noise=True):
-        """Draw the factors of scenes: dict of arrays (B, OBJECTS), or (B,) for the ground, and unless told not to, noise."""
-        generators = [np.random.Generator(np.random.Philox(key=self.first + int(p))) for p in np.atleast_1d(positions)]
+        """Draw the factors of scenes: dict of arrays (B, OBJECTS), or (B,) for the ground, and
+        unless told not to, noise.
+        """
+        generators = [
+            np.random.Generator(np.random.Philox(key=self.first + int(p)))
+            for p in np.atleast_1d(positions)
+        ]
         u = np.stack([g.random((OBJECTS, 9)) for g in generators])  # (B, OBJECTS, 9)
         integer = lambda column, n: (u[..., column] * n).astype(np.int64)  # noqa: E731
         radius = np.array([0.23, 0.18, 0.15]) + u[..., 4] * np.array([0.11, 0.10, 0.09])
         draw = {
-            "shape": integer(0, len(SHAPES)), "texture": integer(1, len(TEXTURES)), "colour": integer(2, len(COLOURS)),
-            "present": u[..., 3] < PRESENCE, "radius": radius,
-            "x": 0.18 + 0.64 * u[..., 5], "y": 0.18 + 0.64 * u[..., 6], "phase": u[..., 7],
-            "ground": (u[:, 0, 8] * len(GROUNDS)).astype(np.int64), "light": u[:, 1, 8],
-        }  # fmt: skip
+            "shape": integer(0, len(SHAPES)),
+            "texture": integer(1, len(TEXTURES)),
+            "colour": integer(2, len(COLOURS)),
+            "present": u[..., 3] < PRESENCE,
+            "radius": radius,
+            "x": 0.18 + 0.64 * u[..., 5],
+            "y": 0.18 + 0.64 * u[..., 6],
+            "phase": u[..., 7],
+            "ground": (u[:, 0, 8] * len(GROUNDS)).astype(np.int64),
+            "light": u[:, 1, 8],
+        }
         if noise:
-            draw["noise"] = np.stack([g.standard_normal((2, self.size, self.size // 2 + 1)) for g in generators])
+            draw["noise"] = np.stack(
+                [g.standard_normal((2, self.size, self.size // 2 + 1)) for g in generators]
+            )
             draw["jitter"] = np.stack([g.random((OBJECTS + 1, 3)) for g in generators]) - 0.5
         return draw
 
     def _render(self, draw):
-        """Paint scenes back to front; returns uint8 images (B, S, S, 3) and the owner of each pixel (B, S, S)."""
+        """Paint scenes back to front; returns uint8 images (B, S, S, 3) and the owner of each pixel
+        (B, S, S).
+        """
         size, b = self.size, len(draw["ground"])
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
         image = self._ground(draw, axis)
@@ -112,12 +161,17 @@ class Scenes:
         for i in reversed(range(OBJECTS)):
             rows = np.flatnonzero(draw["present"][:, i])
             of_rows = {key: draw[key][rows, i] for key in ("shape", "texture", "colour", "jitter")}
-            x, y, radius, phase = (draw[k][rows, i].astype(np.float32)[:, None, None] for k in ("x", "y", "radius", "phase"))
+            x, y, radius, phase = (
+                draw[k][rows, i].astype(np.float32)[:, None, None]
+                for k in ("x", "y", "radius", "phase")
+            )
             u = (axis[None, None, :] - x) / radius  # object coordinates, radius 1
             v = (axis[None, :, None] - y) / radius
             shadow = 1 / (1 + np.exp(np.minimum(6 * (np.hypot(u - 0.2, v - 0.3) - 1), 30)))
             below = image[rows] * (1 - 0.35 * shadow)[..., None]
-            distance = _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size  # signed, in pixels
+            distance = (
+                _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size
+            )  # signed, in pixels
             mask = np.clip(0.5 - distance, 0, 1)
             darkness = _by_kind(DARKNESSES, of_rows["texture"], u, v, phase)
             colour = palette[of_rows["colour"]] + 0.12 * of_rows["jitter"]
@@ -130,17 +184,30 @@ class Scenes:
         """Paint backgrounds: a colour, a slope of light and 1/f noise; (B, S, S, 3) in [0, 1]."""
         size = self.size
         frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
-        spectrum = (draw["noise"][:, 0] + 1j * draw["noise"][:, 1]) / np.maximum(frequency, 1 / size) * (frequency > 0)
+        spectrum = (
+            (draw["noise"][:, 0] + 1j * draw["noise"][:, 1])
+            / np.maximum(frequency, 1 / size)
+            * (frequency > 0)
+        )
         field = np.fft.irfft2(spectrum, s=(size, size))
         field /= field.std(axis=(1, 2), keepdims=True)
         angle = 2 * np.pi * draw["light"][:, None, None]
-        slope = np.cos(angle) * (axis[None, None, :] - 0.5) + np.sin(angle) * (axis[None, :, None] - 0.5)
-        colour = np.array(list(GROUNDS.values()), np.float32)[draw["ground"]] / 255 + 0.08 * draw["jitter"][:, -1]
-        return (colour[:, None, None] * (1 + 0.05 * field + 0.35 * slope)[..., None]).astype(np.float32)
+        slope = np.cos(angle) * (axis[None, None, :] - 0.5) + np.sin(angle) * (
+            axis[None, :, None] - 0.5
+        )
+        colour = (
+            np.array(list(GROUNDS.values()), np.float32)[draw["ground"]] / 255
+            + 0.08 * draw["jitter"][:, -1]
+        )
+        return (colour[:, None, None] * (1 + 0.05 * field + 0.35 * slope)[..., None]).astype(
+            np.float32
+        )
 
 
 def _by_kind(formulas, kinds, *coordinates):
-    """Apply to each scene the formula of its kind, (B,): coordinates (B, 1 or S, 1 or S) -> (B, S, S) float64."""
+    """Apply to each scene the formula of its kind, (B,): coordinates (B, 1 or S, 1 or S) -> (B, S,
+    S) float64.
+    """
     values = np.empty(np.broadcast_shapes(*(c.shape for c in coordinates)))
     for kind, formula in enumerate(formulas):
         rows = np.flatnonzero(kinds == kind)

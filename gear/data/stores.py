@@ -1,8 +1,9 @@
-"""Where images lie: a folder, a zip, a download. A store names its images, and counts what it leaves out.
+"""Where images lie: a folder, a zip, a download. A store names its images, and counts what it
+leaves out.
 
-A name is the path of an image within its source, with "/" between, the same for a folder and for any
-archive of it. A store answers `open(name)`, a binary file; `length(name)`, its bytes; `stamp(name)`,
-which changes when the image does.
+A name is the path of an image within its source, with "/" between, the same for a folder and for
+any archive of it. A store answers `open(name)`, a binary file; `length(name)`, its bytes;
+`stamp(name)`, which changes when the image does.
 """
 
 import io
@@ -19,7 +20,10 @@ from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
 from gear.files import cache_dir
 
-DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision's class, classes
+DOWNLOADS = {
+    "cifar10": ("CIFAR10", 10),
+    "cifar100": ("CIFAR100", 100),
+}  # name: torchvision's class, classes
 
 
 class Directory:
@@ -32,7 +36,9 @@ class Directory:
         taken = {}
         for path in filter(self._is_taken, paths):
             if tidy(path) in taken:
-                self.census.leave_out(path, "of the same name as another, its letters composed", is_loss=True)
+                self.census.leave_out(
+                    path, "of the same name as another, its letters composed", is_loss=True
+                )
             taken[tidy(path)] = path
         self.entries, self.top = named(taken, root) if root.is_dir() else (taken, "")
         self.names = list(self.entries)
@@ -121,12 +127,16 @@ class Zip:
         """Return the path to which a link leads, "" where it cannot be read."""
         try:
             with self._open(member) as file:
-                return posixpath.normpath(posixpath.join(posixpath.dirname(path), os.fsdecode(file.read())))
+                return posixpath.normpath(
+                    posixpath.join(posixpath.dirname(path), os.fsdecode(file.read()))
+                )
         except Exception:  # a damaged member raises whatever its decoder likes
             return ""
 
     def _zip(self):
-        """Return this process's handle: one shared with worker processes would share its position in the file."""
+        """Return this process's handle: one shared with worker processes would share its position
+        in the file.
+        """
         if os.getpid() not in self._handles:
             self._handles[os.getpid()] = zipfile.ZipFile(self.path)
         return self._handles[os.getpid()]
@@ -145,7 +155,9 @@ class Zip:
 
 
 def _path_in_zip(member):
-    """Return a member's path as a file system would have it: without a flag its bytes are read as code page 437."""
+    """Return a member's path as a file system would have it: without a flag its bytes are read as
+    code page 437.
+    """
     if member.flag_bits & 0x800:  # UTF-8
         return member.orig_filename
     try:
@@ -155,7 +167,9 @@ def _path_in_zip(member):
 
 
 class Download:
-    """The training images of a torchvision data set, named CLASS/NUMBER and kept in the cache folder."""
+    """The training images of a torchvision data set, named CLASS/NUMBER and kept in the cache
+    folder.
+    """
 
     def __init__(self, name):
         import torchvision.datasets  # it loads torch's compiler, which takes 2 s
@@ -168,7 +182,8 @@ class Download:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"'{name}' is not in {root}, and could not be downloaded from {kind.url} "
-                f"({getattr(error, 'reason', error)}). A folder or a zip of class folders will do instead."
+                f"({getattr(error, 'reason', error)}). A folder or a zip of class folders will do "
+                "instead."
             ) from None
         self.census, self.folders, self.top = Census(), [], ""
         classes, targets = self._data.classes, self._data.targets

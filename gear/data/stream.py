@@ -1,7 +1,8 @@
 """A source of images, which of them training may see, and a stream that can start at any sample.
 
-A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and `order(rng)`, that of an epoch.
-Sample n of the stream is a function of (seed, n) alone, whatever the batch size, the workers or the sample one starts from.
+A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and
+`order(rng)`, that of an epoch. Sample n of the stream is a function of (seed, n) alone, whatever
+the batch size, the workers or the sample one starts from.
 """
 
 import functools
@@ -28,13 +29,18 @@ SPLITS = ("train", "val", "all")
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    source: str = "scenes"  # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar shards
+    # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar
+    # shards
+    source: str = "scenes"
     image_size: Pixels = 32  # of a side
     train_images: Count = 12_000  # scenes only
     val_images: Count = 2_000  # scenes only
-    interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"  # of the resize of the short side
-    flip: bool = True  # mirror half of a folder's training images; scenes stay, their captions say left and right
-    labels: str = "class"  # a sub-folder a class; or a file that numbers them: a folder a line, or "folder,number";
+    # of the resize of the short side
+    interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"
+    # mirror half of a folder's training images; scenes stay, their captions say left and right
+    flip: bool = True
+    # a sub-folder a class; or a file that numbers them: a folder a line, or "folder,number";
+    labels: str = "class"
     # or "factors": what each patch shows (scenes; trains the teacher)
 
 
@@ -51,19 +57,28 @@ class Source:
     def split(self, split):
         """Return the "train" or "val" split, no image being in both, or "all".
 
-        "all" is a folder's two splits together; of scenes, which have no end, those of "val". Raises UserError for
-        another split, and where there is no such source.
+        "all" is a folder's two splits together; of scenes, which have no end, those of "val".
+        Raises UserError for another split, and where there is no such source.
         """
         config = self.config
         if split not in SPLITS:
-            raise UserError(f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
+            raise UserError(
+                f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}."
+            )
         if config.source == "scenes":  # disjoint ranges of scene numbers
             if config.labels not in LABELS:
-                raise UserError(f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for folders.")
-            first, length = (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
+                raise UserError(
+                    f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for "
+                    "folders."
+                )
+            first, length = (
+                (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
+            )
             return Scenes(first, length, config.image_size)
         if config.labels == "factors":
-            raise UserError(f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only.")
+            raise UserError(
+                f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only."
+            )
         return self._folder.split(split)
 
 
@@ -89,31 +104,51 @@ def absolute(config):
 
 
 def num_classes(config, absent=None):
-    """Return the number of classes of a DataConfig's source; what would have to be downloaded is not.
+    """Return the number of classes of a DataConfig's source; what would have to be downloaded is
+    not.
 
     `absent`, where given, is the answer for a folder or zip that is not there.
     """
     if config.source == "scenes":
         return NUM_CLASSES
-    if absent is not None and config.source not in DOWNLOADS and not Path(config.source).expanduser().exists():
+    if (
+        absent is not None
+        and config.source not in DOWNLOADS
+        and not Path(config.source).expanduser().exists()
+    ):
         return absent
-    return DOWNLOADS[config.source][1] if config.source in DOWNLOADS else len(open_source(config, "train").classes)
+    return (
+        DOWNLOADS[config.source][1]
+        if config.source in DOWNLOADS
+        else len(open_source(config, "train").classes)
+    )
 
 
 def check_classes(config, classes, expected):
-    """Raise UserError unless the `classes` found in a source are the `expected` ones: their names, or their number."""
-    if expected in (classes, len(classes)) or not isinstance(expected, int) and len(expected) == len(classes) == 1:
+    """Raise UserError unless the `classes` found in a source are the `expected` ones: their names,
+    or their number.
+    """
+    if (
+        expected in (classes, len(classes))
+        or not isinstance(expected, int)
+        and len(expected) == len(classes) == 1
+    ):
         return  # what a single class is called changes no label
-    tell = lambda names: f"{len(names)} ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"  # noqa: E731
+    tell = lambda names: (
+        f"{len(names)} ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"
+    )  # noqa: E731
     wanted = expected if isinstance(expected, int) else tell(expected)
     raise UserError(
         f"classes in '{config.source}': {tell(classes)}; this run has {wanted} "
-        f"(generator.num_classes). Put the class folders back as they were, or train a run of another name (--label)."
+        "(generator.num_classes). Put the class folders back as they were, or train a run of "
+        "another name (--label)."
     )
 
 
 class Stream(Dataset):
-    """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded crops and flips."""
+    """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded
+    crops and flips.
+    """
 
     def __init__(self, source, seed):
         opened = opened_source(source)
@@ -124,13 +159,18 @@ class Stream(Dataset):
     def _position(self, n):
         epoch, offset = divmod(n, len(self.source))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self.source.order(np.random.default_rng((self.seed, epoch)))
+            self._epoch, self._order = (
+                epoch,
+                self.source.order(np.random.default_rng((self.seed, epoch))),
+            )
         return self._order[offset]
 
     def __getitems__(self, numbers):
         try:
             return self._samples(numbers)
-        except UserError as error:  # handed over, because a worker process would wrap it in its traceback
+        except (
+            UserError
+        ) as error:  # handed over, because a worker process would wrap it in its traceback
             return error
 
     def _samples(self, numbers):
@@ -138,14 +178,18 @@ class Stream(Dataset):
         return torch.from_numpy(self.render(positions, crops, mirrored)), self.labels(positions)
 
     def choose(self, numbers):
-        """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are mirrored (B,)."""
+        """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are
+        mirrored (B,).
+        """
         positions = np.array([self._position(n) for n in numbers])
         draws = np.stack([np.random.default_rng((self.seed, 1, n + 1)).random(3) for n in numbers])
         return positions, draws[:, :2], (draws[:, 2] < 0.5) & self.mirrors
 
     def render(self, positions, crops, mirrored):
         """Return what `choose` chose: (B, H, W, 3) uint8."""
-        images = self.source.images(positions, **({} if isinstance(self.source, Scenes) else {"draws": crops}))
+        images = self.source.images(
+            positions, **({} if isinstance(self.source, Scenes) else {"draws": crops})
+        )
         images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         return np.ascontiguousarray(images)
 
@@ -154,11 +198,13 @@ class Stream(Dataset):
 
 
 def stream(source, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
-    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)) of a DataConfig or Source, from a sample on.
+    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)) of a DataConfig or
+    Source, from a sample on.
 
-    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default Stream(source, seed), may be another
-    Stream, which answers with more. Nothing is drawn from torch's global generator. Raises UserError, when it gets there, for
-    an image that cannot be read.
+    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default
+    Stream(source, seed), may be another Stream, which answers with more. Nothing is drawn from
+    torch's global generator. Raises UserError, when it gets there, for an image that cannot be
+    read.
     """
 
     def numbers():
@@ -171,16 +217,24 @@ def stream(source, seed, batch_size, start=0, workers=0, rows=slice(None), sampl
 
 
 def loaded(samples, batches, workers=0):
-    """Return an iterator of what a Stream answers to each list of numbers in `batches`, in that order."""
+    """Return an iterator of what a Stream answers to each list of numbers in `batches`, in that
+    order.
+    """
     loader = DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
         worker_init_fn=_leave_interrupts_to_the_parent,
-    )  # fmt: skip
+    )
     return map(_raised, iter(loader))
 
 
 def _leave_interrupts_to_the_parent(worker):
-    """A terminal's Ctrl-C reaches workers too, and the parent needs them to finish its step; they end when it does."""
+    """A terminal's Ctrl-C reaches workers too, and the parent needs them to finish its step; they
+    end when it does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -196,14 +250,17 @@ def _raised(batch):
 
 def _labels(source, config, positions):
     """Return classes (B,), or what each patch shows (B, h, w, 4), as the configuration asks."""
-    return source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
+    return (
+        source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
+    )
 
 
 def load(source, split="val", count=None):
-    """Return the first `count` images of a split of a DataConfig or Source, centre-cropped, never flipped, and their labels.
+    """Return the first `count` images of a split of a DataConfig or Source, centre-cropped, never
+    flipped, and their labels.
 
-    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for factors. Raises UserError
-    for a count below 1.
+    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for
+    factors. Raises UserError for a count below 1.
     """
     source = opened_source(source)
     if count is not None:

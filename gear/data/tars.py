@@ -1,7 +1,8 @@
-"""Tar shards, read in place: where each image lies is looked up once, by Python's `tarfile`, and kept.
+"""Tar shards, read in place: where each image lies is looked up once, by Python's `tarfile`, and
+kept.
 
-Any sample of a shard can then be read by its number, so that sample n of the stream stays a function
-of (seed, n) and a run resumes at any sample without reading what went before.
+Any sample of a shard can then be read by its number, so that sample n of the stream stays a
+function of (seed, n) and a run resumes at any sample without reading what went before.
 
 An image and the files that go with it share their name up to the extension: KEY.png, KEY.cls,
 KEY.json. They may lie apart. What follows the first dot may be the extension, too: KEY.seg.png goes
@@ -33,10 +34,11 @@ BLOCK = 512  # bytes: a tar consists of such blocks
 
 
 class Shards:
-    """The images of shards, named LABEL/SHARD/KEY; without labels as in a zip, several shards' SHARD:KEY.
+    """The images of shards, named LABEL/SHARD/KEY; without labels as in a zip, several shards'
+    SHARD:KEY.
 
-    A label is what KEY.cls holds, or "label" in KEY.json. Raises UserError where a shard is missing or
-    cut short, and where only some images have a label.
+    A label is what KEY.cls holds, or "label" in KEY.json. Raises UserError where a shard is missing
+    or cut short, and where only some images have a label.
     """
 
     def __init__(self, source):
@@ -44,16 +46,23 @@ class Shards:
         self._descriptors = functools.lru_cache(2 * GROUP)(_Descriptor)
         bar = tqdm(self.paths, "reading shards", delay=2, leave=False)
         listings = [_Listing(path, self.census) for path in bar]
-        self.numbered = any(label is not None for listing in listings for label in listing.labels.values())
+        self.numbered = any(
+            label is not None for listing in listings for label in listing.labels.values()
+        )
         if self.numbered:
             groups = [listing.by_label() for listing in listings]
         else:
             groups = [listing.by_path(len(listings) > 1) for listing in listings]
-        entries = {name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()}
+        entries = {
+            name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()
+        }
         if not self.numbered:
             entries, self.top = named(entries, source)
         if not self.numbered and len(listings) > 1 and not any("/" in name for name in entries):
-            say_once(f"{source}: {len(listings)} shards with neither labels nor class folders are one class")
+            say_once(
+                f"{source}: {len(listings)} shards with neither labels nor class folders are one "
+                "class"
+            )
         self.entries, self.names = entries, list(entries)
 
     def open(self, name):
@@ -67,7 +76,9 @@ class Shards:
         return _stamp(self.paths[self.entries[name][0]])
 
     def order(self, names, rng):
-        """Return an epoch's order of `names`: shards in a random order, samples mixed among GROUP of them at a time."""
+        """Return an epoch's order of `names`: shards in a random order, samples mixed among GROUP
+        of them at a time.
+        """
         shards = np.array([self.entries[name][0] for name in names])
         turn = rng.permutation(len(self.paths))[shards] // GROUP
         return np.lexsort((rng.random(len(names)), turn))
@@ -84,15 +95,22 @@ class _Descriptor:
 
 
 class _Listing:
-    """The images of one shard, {tidy path: (offset, length)}, and their labels, {tidy path: number or None}."""
+    """The images of one shard, {tidy path: (offset, length)}, and their labels, {tidy path: number
+    or None}.
+    """
 
     def __init__(self, path, census):
         self.path, self.images = path, {}
         files = _files(path, census)
-        aside = {_stem(name) + posixpath.splitext(name)[1].lower(): place for name, place in files.items()}
+        aside = {
+            _stem(name) + posixpath.splitext(name)[1].lower(): place
+            for name, place in files.items()
+        }
         read = _Descriptor(path, os.getpid()).read
         take = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
-        images = [name for name in files if not name.lower().endswith((".cls", ".json")) and take(name)]
+        images = [
+            name for name in files if not name.lower().endswith((".cls", ".json")) and take(name)
+        ]
         stems = {_stem(name) for name in images}
         for name in images:
             if _stem(name) != _key(name) and _key(name) in stems:
@@ -116,35 +134,47 @@ class _Listing:
                     if label is not None:
                         return _class_number(label)
             except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
-                raise UserError(f"{self.path}: the label of sample '{stem}' is no number ({error}).") from None
+                raise UserError(
+                    f"{self.path}: the label of sample '{stem}' is no number ({error})."
+                ) from None
         return None
 
     def by_label(self):
-        """Return {LABEL/SHARD/KEY: place} of every image; raises UserError for one without a label."""
+        """Return {LABEL/SHARD/KEY: place} of every image; raises UserError for one without a
+        label.
+        """
         places = {}
         for path, label in self.labels.items():
             if label is None:
                 raise UserError(
-                    f"{self.path}: sample '{_stem(path)}' has no label, others have. Add {_stem(path)}.cls, the number "
+                    f"{self.path}: sample '{_stem(path)}' has no label, others have. Add "
+                    f"{_stem(path)}.cls, the number "
                     f"of its class."
                 )
             if not 0 <= label < MOST_CLASSES:
                 raise UserError(
-                    f"{self.path}: the label of sample '{_stem(path)}' is {label}: 0 to {MOST_CLASSES - 1:,} can be."
+                    f"{self.path}: the label of sample '{_stem(path)}' is {label}: 0 to "
+                    f"{MOST_CLASSES - 1:,} can be."
                 )
             shard = f"{label:05d}/{self.path.name}"
-            key = _stem(path) if f"{shard}/{_stem(path)}" not in places else path  # 0.png beside 0.jpg
+            key = (
+                _stem(path) if f"{shard}/{_stem(path)}" not in places else path
+            )  # 0.png beside 0.jpg
             places[f"{shard}/{key}"] = self.images[path]
         return places
 
     def by_path(self, several):
-        """Return {name: place} of images without labels: their paths, of `several` shards with the shard's name."""
+        """Return {name: place} of images without labels: their paths, of `several` shards with the
+        shard's name.
+        """
         if not several:
             return self.images
         places = {}
         for path, place in self.images.items():
             folder, _, file = path.rpartition("/")
-            name, whole = (posixpath.join(folder, f"{self.path.name}:{part}") for part in (_stem(file), file))
+            name, whole = (
+                posixpath.join(folder, f"{self.path.name}:{part}") for part in (_stem(file), file)
+            )
             places[name if name not in places else whole] = place
         return places
 
@@ -180,11 +210,14 @@ def _paths(source):
             paths = [Path(path).expanduser() for path in braceexpand.braceexpand(str(source))]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise UserError(
-            f"{len(missing)} of {len(paths)} shards of '{source}' are not there ({', '.join(missing[:3])}): a folder of "
+            f"{len(missing)} of {len(paths)} shards of '{source}' are not there "
+            f"({', '.join(missing[:3])}): a folder of "
             f".tar files or a list of them is expected, as in 'shards/{{000000..000009}}.tar'."
         )
     if len({path.name for path in paths}) < len(paths):
-        raise UserError(f"shards of '{source}' share a file name, by which samples are told apart: rename one.")
+        raise UserError(
+            f"shards of '{source}' share a file name, by which samples are told apart: rename one."
+        )
     return paths
 
 
@@ -194,7 +227,9 @@ def _stamp(path):
 
 
 def _files(path, census):
-    """Return the files of a shard, {tidy path: (offset, length)}: links stand for what they link to, later copies win."""
+    """Return the files of a shard, {tidy path: (offset, length)}: links stand for what they link
+    to, later copies win.
+    """
     files, links = {}, {}
     for name, *place in _members(path, *_stamp(path)):
         name = tidy(name)
@@ -215,7 +250,9 @@ def _files(path, census):
 
 @functools.lru_cache(None)
 def _members(path, size, mtime):
-    """List a shard's files, (name, offset, length), and links, (name, target); kept in the cache folder."""
+    """List a shard's files, (name, offset, length), and links, (name, target); kept in the cache
+    folder.
+    """
     key = hashlib.sha256(f"{os.fsencode(path.resolve())} {size} {mtime}".encode()).hexdigest()[:24]
     cached = cache_dir() / "shards" / f"{key}.json"
     try:
@@ -241,7 +278,10 @@ def _read_members(path, size):
         file.seek(-min(2 * BLOCK, size), os.SEEK_END)
         end = file.read()
         if len(end) < 2 * BLOCK or any(end):  # a tar ends with two blocks of zeros
-            raise UserError(f"the shard {path} is cut short, or is no plain tar: it has no end mark. Copy or write it again.")
+            raise UserError(
+                f"the shard {path} is cut short, or is no plain tar: it has no end mark. Copy or "
+                "write it again."
+            )
         while start < size:
             file.seek(start)
             try:
@@ -252,7 +292,10 @@ def _read_members(path, size):
             start = _next_archive(file, archive.offset)
             if start == archive.offset:  # tarfile ends without a word at what is no header
                 raise _unreadable(path, f"no header at byte {start}")
-    if any(offset < 0 or length < 0 or offset + length > size for _, offset, length in filter(_is_file, members)):
+    if any(
+        offset < 0 or length < 0 or offset + length > size
+        for _, offset, length in filter(_is_file, members)
+    ):
         raise _unreadable(path, "a file in it is longer than the shard")
     return members
 
@@ -272,7 +315,9 @@ def _member(info):
     if info.isreg() and not info.issparse():
         return info.name, info.offset_data, info.size
     if info.issym():
-        return info.name, posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+        return info.name, posixpath.normpath(
+            posixpath.join(posixpath.dirname(info.name), info.linkname)
+        )
     return info.name, info.linkname  # a hard link; of a device or a sparse file it is empty
 
 

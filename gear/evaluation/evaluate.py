@@ -1,4 +1,6 @@
-"""Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json with its protocol."""
+"""Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json
+with its protocol.
+"""
 
 import functools
 import json
@@ -18,7 +20,15 @@ from gear.evaluation.clip import CLIP, read_captions
 from gear.evaluation.lpips import LPIPS_BACKBONE, load_lpips, lpips_backbone
 from gear.evaluation.networks import load_network_by_name
 from gear.evaluation.scores import compare, extract, protocol_id, record
-from gear.evaluation.sources import balanced_labels, draw_samples, drawing, open_images, reference, samples_folder, write_npz
+from gear.evaluation.sources import (
+    balanced_labels,
+    draw_samples,
+    drawing,
+    open_images,
+    reference,
+    samples_folder,
+    write_npz,
+)
 from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature
 from gear.measures.codes import usage
@@ -44,33 +54,41 @@ class Sampling(Checked):
 @dataclass(frozen=True)
 class EvaluateOptions(Checked):
     sampling: Sampling = Sampling()
-    network: str = ""  # feature network: inception, dinov2-l, efficientnet-lite0, scenes; "": the run's teacher's
+    # feature network: inception, dinov2-l, efficientnet-lite0, scenes; "": the run's teacher's
+    network: str = ""
     weights: str = ""  # the network's weight file, if not in a cache
     offline: bool = False  # make no network call
     metrics: tuple[str, ...] = ()  # none named: all that can be had
     reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
     reference_count: Samples = 2_000  # of images taken from a folder, a zip or the run
-    samples: str = ""  # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
+    # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
+    samples: str = ""
     captions: str = ""  # a text file, a caption a line in the samples' order: adds the CLIP score
     clip: str = ""  # the folder of CLIP's files, if not in the hub's cache
     export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
     sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
-    reconstruction: bool = False  # the tokenizer on the run's validation images, in place of samples
+    # the tokenizer on the run's validation images, in place of samples
+    reconstruction: bool = False
     both: bool = False  # samples and reconstruction
-    steps: tuple[Count, ...] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
+    steps: tuple[
+        Count, ...
+    ] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
     source: str = ""  # where the run's own images lie, if they have moved
     device: str = "auto"  # the GPU if there is one; or "cpu", "cuda", "cuda:1"
     quiet: bool = False
 
 
 def evaluate(name, options=EvaluateOptions()):
-    """Evaluate the run `name`; returns the records of this call and keeps them in runs/NAME/metrics.json.
+    """Evaluate the run `name`; returns the records of this call and keeps them in
+    runs/NAME/metrics.json.
 
-    Killed at any moment, the same call goes on from the samples that are there; twice with one seed it writes the same bytes.
+    Killed at any moment, the same call goes on from the samples that are there; twice with one seed
+    it writes the same bytes.
     """
     run, settings = Run.open(name), _swept(options)
     if isinstance(run, Record):
-        run.load_checkpoint()  # raises: there is nothing to draw with, and no place for what is measured
+        # raises: there is nothing to draw with, and no place for what is measured
+        run.load_checkpoint()
     options = replace(options, device=str(open_device(options.device)))
     clip = _check_options(run, options, settings)
     with given_by(options.source and "--source"):
@@ -86,17 +104,28 @@ def evaluate(name, options=EvaluateOptions()):
     space = options.network or teacher
     records = []
     if options.reconstruction or options.both:
-        resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
+        resize = (
+            {"resize": "torch"} if space == "inception" else {}
+        )  # rFID's: of floats, not of uint8
         network = _network(space, options, **resize)
-        records += _reconstruction(run, load_network(load_tokenizer, run.step), source, network, options)
+        records += _reconstruction(
+            run, load_network(load_tokenizer, run.step), source, network, options
+        )
     if not options.reconstruction:
         network, split = _network(space, options), "all" if options.reference else "train"
-        own = config.source if config.source == "scenes" else source  # of scenes as many as are asked for
+        own = (
+            config.source if config.source == "scenes" else source
+        )  # of scenes as many as are asked for
         with given_by(options.reference and "--reference"):
             real = reference(
-                options.reference or own, network, config.image_size, options.reference_count, split, options.device,
+                options.reference or own,
+                network,
+                config.image_size,
+                options.reference_count,
+                split,
+                options.device,
                 config.interpolation,
-            )  # fmt: skip
+            )
         if not options.reference:
             real.name = run.config["data"]["source"]  # wherever its images have moved
         for step in options.steps or (run.step,):
@@ -104,7 +133,9 @@ def evaluate(name, options=EvaluateOptions()):
                 networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
                 likelihood = _likelihood(run, step, networks, source, options.device)
             for sampling in settings:
-                records += _generation(run, step, networks, config, network, real, options, sampling, clip)
+                records += _generation(
+                    run, step, networks, config, network, real, options, sampling, clip
+                )
             records += likelihood
     _keep(run, records)
     for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
@@ -113,18 +144,25 @@ def evaluate(name, options=EvaluateOptions()):
 
 
 def _check_options(run, options, settings):
-    """Say what is wrong with any option before anything is drawn; returns the CLIP that captions ask for, or None."""
+    """Say what is wrong with any option before anything is drawn; returns the CLIP that captions
+    ask for, or None.
+    """
     read_metrics(run)  # a damaged file is said before anything is drawn
     if options.steps and (options.samples or options.reconstruction):
-        raise UserError("--steps are checkpoints to draw samples from: not with --samples or --reconstruction.")
+        raise UserError(
+            "--steps are checkpoints to draw samples from: not with --samples or --reconstruction."
+        )
     if gone := set(options.steps) - set(run.checkpoint_steps()):
         there = ", ".join(map(str, run.checkpoint_steps())) or "none"
         raise UserError(
-            f"run '{run.name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it has {there}. A run keeps its "
+            f"run '{run.name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it "
+            f"has {there}. A run keeps its "
             f"newest two and the best while it trains, more with --keep."
         )
     if options.export and len(settings) * max(1, len(options.steps)) > 1:
-        raise UserError("--export writes one file, and a sweep draws several sets: export them one by one.")
+        raise UserError(
+            "--export writes one file, and a sweep draws several sets: export them one by one."
+        )
     clip = None
     if options.captions:
         for sampling in settings:
@@ -140,12 +178,16 @@ def _check_options(run, options, settings):
 
 def _network(name, options, **settings):
     with given_by("--weights" if options.weights else "--network"):
-        return load_network_by_name(name, options.weights, options.offline, **settings).to(options.device)
+        return load_network_by_name(name, options.weights, options.offline, **settings).to(
+            options.device
+        )
 
 
 def unlike_sizes(protocol):
     """Say that a protocol's samples and reference are of different size, "" where they are not."""
-    samples, reference = (protocol.get(f"{of}_size", "not stated") for of in ("samples", "reference"))
+    samples, reference = (
+        protocol.get(f"{of}_size", "not stated") for of in ("samples", "reference")
+    )
     if samples == reference or "not stated" in (samples, reference):
         return ""
     return f"samples of {samples} px are compared with a reference of {reference} px"
@@ -158,7 +200,10 @@ def _swept(options):
     key, _, values = options.sweep.partition("=")
     known = {f.name: f.type for f in fields(Sampling)}
     if key not in known or not values:
-        raise UserError(f"--sweep {options.sweep}: one of {', '.join(known)}, as in cfg_scale=1,1.25,1.5.{nearest(key, known)}")
+        raise UserError(
+            f"--sweep {options.sweep}: one of {', '.join(known)}, as in "
+            f"cfg_scale=1,1.25,1.5.{nearest(key, known)}"
+        )
     kind = type(getattr(Sampling, key))
     try:
         numbers = [kind(value) for value in values.split(",")]
@@ -169,33 +214,62 @@ def _swept(options):
 
 
 def _generation(run, step, networks, config, network, real, options, sampling, clip):
-    """Draw samples with `networks`, a generator and a tokenizer (or take someone else's), and compare with the reference."""
+    """Draw samples with `networks`, a generator and a tokenizer (or take someone else's), and
+    compare with the reference.
+    """
     if options.samples:
         drawn = {"samples": Path(options.samples).name}
         batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
     else:
         generator, tokenizer = networks
-        drawn = {**asdict(sampling), "labels": "balanced, shuffled", "weights_of": run.name, "step": step} | drawing(generator)
+        drawn = {
+            **asdict(sampling),
+            "labels": "balanced, shuffled",
+            "weights_of": run.name,
+            "step": step,
+        } | drawing(generator)
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
         how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
         folder = samples_folder(run, drawn)
         batches = lambda: draw_samples(  # noqa: E731
-            folder, generator, tokenizer, labels, sampling.seed, options.quiet, grid=generator.grid, **how
+            folder,
+            generator,
+            tokenizer,
+            labels,
+            sampling.seed,
+            options.quiet,
+            grid=generator.grid,
+            **how,
         )
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
     if options.export:
-        write_atomically(Path(options.export).expanduser(), lambda temporary: write_npz(temporary, batches(), fake.count))
+        write_atomically(
+            Path(options.export).expanduser(),
+            lambda temporary: write_npz(temporary, batches(), fake.count),
+        )
     protocol = {
-        **network.protocol, **drawn, "rounding": "uint8", "samples_count": fake.count, "samples_hash": fake.pixels,
-        "reference": Path(real.name).name, "reference_count": real.count, "reference_hash": real.pixels,
-        "resize": config.interpolation, "samples_size": fake.size, "reference_size": real.size,
-    }  # fmt: skip
-    if fake.size == f"{config.image_size} x {config.image_size}":  # the run's own; another's samples are what they are
+        **network.protocol,
+        **drawn,
+        "rounding": "uint8",
+        "samples_count": fake.count,
+        "samples_hash": fake.pixels,
+        "reference": Path(real.name).name,
+        "reference_count": real.count,
+        "reference_hash": real.pixels,
+        "resize": config.interpolation,
+        "samples_size": fake.size,
+        "reference_size": real.size,
+    }
+    if (
+        fake.size == f"{config.image_size} x {config.image_size}"
+    ):  # the run's own; another's samples are what they are
         protocol["image_size"] = config.image_size
     with given_by("--metrics" if options.metrics else ""):
         found = compare(fake, real, network, options.metrics or None)
-    records = [record(metric, value, protocol | details) for metric, (value, details) in found.items()]
+    records = [
+        record(metric, value, protocol | details) for metric, (value, details) in found.items()
+    ]
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
 
@@ -205,14 +279,18 @@ def _clip_score(batches, protocol, options, network):
     for images in batches:
         cosines.append(network(images, captions[: len(images)]).cpu())
         captions = captions[len(images) :]
-    told = {key: value for key, value in protocol.items() if not key.startswith("reference")} | network.protocol
+    told = {
+        key: value for key, value in protocol.items() if not key.startswith("reference")
+    } | network.protocol
     digest = file_hash(Path(options.captions).expanduser())
     return [record("clip_score", 100 * torch.cat(cosines), told | {"captions": digest[:12]})]
 
 
 @torch.no_grad()
 def _likelihood(run, step, networks, source, device):
-    """Next-token loss on validation images, the entropy of their codes, and what of it is predicted (H - NTP)."""
+    """Next-token loss on validation images, the entropy of their codes, and what of it is predicted
+    (H - NTP).
+    """
     generator, tokenizer = networks
     images, labels = load(source, "val", run.config["eval_images"])
     indices = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(32)]).flatten(1)
@@ -220,64 +298,122 @@ def _likelihood(run, step, networks, source, device):
         F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none").cpu()
         for i, c in zip(indices.split(32), labels.to(device).split(32))
     ]
-    ntp, entropy = torch.cat(losses).double().mean(1), usage(indices.cpu(), tokenizer.config.codebook_size).entropy
-    protocol = {"weights_of": run.name, "step": step, "split": "val", "images": len(images), "unit": "nats a token"}
+    ntp, entropy = (
+        torch.cat(losses).double().mean(1),
+        usage(indices.cpu(), tokenizer.config.codebook_size).entropy,
+    )
+    protocol = {
+        "weights_of": run.name,
+        "step": step,
+        "split": "val",
+        "images": len(images),
+        "unit": "nats a token",
+    }
     values = {"ntp_loss": ntp, "usage_entropy": entropy, "predictable": entropy - float(ntp.mean())}
     return [record(metric, value, protocol) for metric, value in values.items()]
 
 
 def _reconstruction(run, tokenizer, source, network, options):
-    """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to the same images."""
+    """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to
+    the same images.
+    """
     config = source.config
     images, _ = load(source, "val", options.reference_count)
     decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
     protocol = {
-        "weights_of": run.name, "step": run.step, "split": "val", "images": len(images), "image_size": config.image_size,
-        "resize": config.interpolation, "rounding": "none",
-    }  # fmt: skip
+        "weights_of": run.name,
+        "step": run.step,
+        "split": "val",
+        "images": len(images),
+        "image_size": config.image_size,
+        "resize": config.interpolation,
+        "rounding": "none",
+    }
     each = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    records = [record(name, measure(f, decoded, images, options.device), protocol) for name, f in each.items()]
+    records = [
+        record(name, measure(f, decoded, images, options.device), protocol)
+        for name, f in each.items()
+    ]
     if lpips := load_lpips(options.device):
         values = measure(lpips, decoded, images, options.device)
-        records.append(record("lpips", values, protocol | {"network": "lpips, vgg16", "weights": LPIPS_BACKBONE}))
+        records.append(
+            record(
+                "lpips", values, protocol | {"network": "lpips, vgg16", "weights": LPIPS_BACKBONE}
+            )
+        )
     elif not options.quiet:
-        print(f"without LPIPS: VGG16's weights ({lpips_backbone()}) are not on this machine.", file=sys.stderr)
-    sets = [extract(run.name, x.split(64), network, options.device, keep_rows=False) for x in (decoded, images)]
-    distance = compare(*sets, network, ["gfid" if network.name == "inception" else f"fd_{network.name}"])
+        print(
+            f"without LPIPS: VGG16's weights ({lpips_backbone()}) are not on this machine.",
+            file=sys.stderr,
+        )
+    sets = [
+        extract(run.name, x.split(64), network, options.device, keep_rows=False)
+        for x in (decoded, images)
+    ]
+    distance = compare(
+        *sets, network, ["gfid" if network.name == "inception" else f"fd_{network.name}"]
+    )
     name = "rfid" if network.name == "inception" else f"rfd_{network.name}"
-    return records + [record(name, value, protocol | network.protocol) for value, _ in distance.values()]
+    return records + [
+        record(name, value, protocol | network.protocol) for value, _ in distance.values()
+    ]
 
 
 def _keep(run, records):
-    """Merge records into metrics.json: one of a metric and a protocol replaces the one before it."""
+    """Merge records into metrics.json: one of a metric and a protocol replaces the one before
+    it.
+    """
     path = run.path / "metrics.json"
-    kept = {(r["metric"], json.dumps(r["protocol"], sort_keys=True)): r for r in [*read_metrics(run), *records]}
+    kept = {
+        (r["metric"], json.dumps(r["protocol"], sort_keys=True)): r
+        for r in [*read_metrics(run), *records]
+    }
     ordered = [kept[key] for key in sorted(kept)]
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n"))
+    write_atomically(
+        path,
+        lambda temporary: temporary.write_text(
+            json.dumps(ordered, indent=1, sort_keys=True) + "\n"
+        ),
+    )
 
 
 def read_metrics(run):
-    """Return the records of a run's evaluations, none if there are none; raises UserError if they cannot be read."""
+    """Return the records of a run's evaluations, none if there are none; raises UserError if they
+    cannot be read.
+    """
     return run.scores()
 
 
 def scores(run):
-    """Return the records of a run's metrics.json as a table: metric, value, and a column for every field of a protocol."""
-    lines = [{"metric": r["metric"], "value": r["value"], **r["protocol"]} for r in read_metrics(run)]
+    """Return the records of a run's metrics.json as a table: metric, value, and a column for every
+    field of a protocol.
+    """
+    lines = [
+        {"metric": r["metric"], "value": r["value"], **r["protocol"]} for r in read_metrics(run)
+    ]
     return pd.DataFrame(lines, columns=None if lines else ["metric", "value"])
 
 
 def metrics_table(runs):
-    """Return the metrics of runs as a table, a row each and a column for every metric and protocol: (table, {id: protocol}).
+    """Return the metrics of runs as a table, a row each and a column for every metric and protocol:
+    (table, {id: protocol}).
 
-    Two numbers share a column only if their protocols are equal but for the run's own name, step and samples.
+    Two numbers share a column only if their protocols are equal but for the run's own name, step
+    and samples.
     """
     rows, protocols = {}, {}
     for run in runs:
-        for entry in sorted(read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)):  # the newest stays
+        for entry in sorted(
+            read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)
+        ):  # the newest stays
             key = protocol_id(entry["protocol"])
             protocols.setdefault(
-                key, {k: v for k, v in entry["protocol"].items() if k not in ("weights_of", "step", "samples_hash")}
+                key,
+                {
+                    k: v
+                    for k, v in entry["protocol"].items()
+                    if k not in ("weights_of", "step", "samples_hash")
+                },
             )
             rows.setdefault(run.name, {})[f"{entry['metric']} [{key}]"] = entry["value"]
     table = pd.DataFrame.from_dict(rows, orient="index")
@@ -294,6 +430,8 @@ def report(runs):
 
 
 def measure(distance, reconstructions, images, device="cpu"):
-    """Return distance(reconstruction, image) of each image, (N,), on a CPU; it is computed on `device`, a few at a time."""
+    """Return distance(reconstruction, image) of each image, (N,), on a CPU; it is computed on
+    `device`, a few at a time.
+    """
     pairs = zip(reconstructions.split(16), images.split(16))
     return torch.cat([distance(x.to(device), y.to(device)).cpu() for x, y in pairs])

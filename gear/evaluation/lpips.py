@@ -1,4 +1,6 @@
-"""LPIPS, the perceptual distance: a loss of the tokenizer (Eq. 2), and a score of its reconstructions."""
+"""LPIPS, the perceptual distance: a loss of the tokenizer (Eq. 2), and a score of its
+reconstructions.
+"""
 
 from pathlib import Path
 
@@ -24,8 +26,8 @@ class LPIPS(nn.Module):
     def forward(self, reconstruction, images):
         """Return the distance of each pair.
 
-        Images are looked at as for `psnr`, unless the reconstruction has a gradient: a step of training
-        must not wait for the device.
+        Images are looked at as for `psnr`, unless the reconstruction has a gradient: a step of
+        training must not wait for the device.
         """
         if not reconstruction.requires_grad:
             check_pair(reconstruction, images)
@@ -35,18 +37,25 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(device="cpu", precision="float32"):
-    """Return an LPIPS of VGG16, or None without its backbone on this machine; with "bf16" its products on a GPU are bfloat16.
+    """Return an LPIPS of VGG16, or None without its backbone on this machine; with "bf16" its
+    products on a GPU are bfloat16.
 
-    The package would download the backbone at construction; a random one would run and mean nothing.
+    The package would download the backbone at construction; a random one would run and mean
+    nothing.
     """
     if not lpips_backbone().exists():
         return None
     if not file_hash(lpips_backbone()).startswith("397923af"):
-        raise UserError(f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and fetch it again.")
+        raise UserError(
+            f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and "
+            "fetch it again."
+        )
     try:
         import lpips
     except ImportError:
-        raise UserError("LPIPS, of which lpips_weight is not 0, needs its package: pip install lpips") from None
+        raise UserError(
+            "LPIPS, of which lpips_weight is not 0, needs its package: pip install lpips"
+        ) from None
     network = LPIPS(lpips.LPIPS(net="vgg", verbose=False), precision).eval().requires_grad_(False)
     layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
     return network.to(device, memory_format=layout)

@@ -1,6 +1,8 @@
-"""From images to numbers: features of two sets, the metrics their features allow, and the protocol that travels with each.
+"""From images to numbers: features of two sets, the metrics their features allow, and the protocol
+that travels with each.
 
-Outside Inception nothing is called FID, KID or IS: those are `fd_NETWORK`, `mmd_NETWORK` and `score_NETWORK`.
+Outside Inception nothing is called FID, KID or IS: those are `fd_NETWORK`, `mmd_NETWORK` and
+`score_NETWORK`.
 """
 
 import hashlib
@@ -15,8 +17,14 @@ from gear.measures.frechet import IS_SPLIT, InceptionScore, Moments, frechet_dis
 from gear.measures.neighbours import polynomial_mmd, prdc, precision_recall
 
 BATCH = 64
-OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")  # what two numbers of one protocol may differ in
-SPATIAL_SAMPLES = 2_024  # sFID's 2,023 features need more samples than that for a covariance of full rank
+OF_ONE_RUN = (
+    "weights_of",
+    "step",
+    "samples_hash",
+    "spread",
+)  # what two numbers of one protocol may differ in
+# sFID's 2,023 features need more samples than that for a covariance of full rank
+SPATIAL_SAMPLES = 2_024
 
 
 class Unavailable(UserError):
@@ -25,7 +33,9 @@ class Unavailable(UserError):
 
 @dataclass
 class FeatureSet:
-    """What is kept of a set of images: rows for neighbours, moments for Fréchet distances, the score of its logits."""
+    """What is kept of a set of images: rows for neighbours, moments for Fréchet distances, the
+    score of its logits.
+    """
 
     name: str
     pixels: str  # SHA-256 of what was looked at, in order: 12 hex digits
@@ -38,54 +48,86 @@ class FeatureSet:
 
 
 def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT):
-    """Run a feature network over batches of images (uint8 (B, H, W, 3), or float (B, 3, H, W)): a FeatureSet.
+    """Run a feature network over batches of images (uint8 (B, H, W, 3), or float (B, 3, H, W)): a
+    FeatureSet.
 
-    Moments and the score are streamed; rows are kept for the metrics from neighbours unless `keep_rows` is false. Raises
-    UserError for no images, images of mixed size, and features that are not finite.
+    Moments and the score are streamed; rows are kept for the metrics from neighbours unless
+    `keep_rows` is false. Raises UserError for no images, images of mixed size, and features that
+    are not finite.
     """
-    moments, rows, score, digest, count, size = {}, [], InceptionScore(split), hashlib.sha256(), 0, None
+    moments, rows, score, digest, count, size = (
+        {},
+        [],
+        InceptionScore(split),
+        hashlib.sha256(),
+        0,
+        None,
+    )
     for images in batches:
         if size not in (None, images.shape[1:]):
-            raise UserError(f"'{name}' holds images of mixed size: {tuple(size)} and {tuple(images.shape[1:])}.")
+            raise UserError(
+                f"'{name}' holds images of mixed size: {tuple(size)} and {tuple(images.shape[1:])}."
+            )
         size, count = images.shape[1:], count + len(images)
         digest.update(np.ascontiguousarray(images.cpu().numpy()).tobytes())
         for part in images.split(BATCH):
             features = network(part.to(device))
             for kind in ("pool", "spatial"):
                 if kind in features:
-                    moments.setdefault(kind, Moments(features[kind].shape[1], device)).update(features[kind])
+                    moments.setdefault(kind, Moments(features[kind].shape[1], device)).update(
+                        features[kind]
+                    )
             if "logits" in features:
                 score.update(features["logits"].cpu())
             if keep_rows:
                 rows.append(features["pool"].float())
     if not count:
         raise UserError(f"'{name}' holds no images.")
-    moments = {kind: (m.mean.cpu(), m.covariance.cpu()) for kind, m in moments.items()} if count > 1 else {}
+    moments = (
+        {kind: (m.mean.cpu(), m.covariance.cpu()) for kind, m in moments.items()}
+        if count > 1
+        else {}
+    )
     kept = torch.cat(rows) if rows else None
     height, width = size[:2] if images.dtype == torch.uint8 else size[1:]
     score = score.value() if score.seen else None
-    return FeatureSet(name, digest.hexdigest()[:12], count, moments, kept, score, size=f"{height} x {width}")
+    return FeatureSet(
+        name, digest.hexdigest()[:12], count, moments, kept, score, size=f"{height} x {width}"
+    )
 
 
 def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0):
-    """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a reference.
+    """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a
+    reference.
 
-    `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that cannot be had raises
-    UserError saying why, and one that was not is left out, unless none is left. So does one that comes out not finite.
+    `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that
+    cannot be had raises UserError saying why, and one that was not is left out, unless none is
+    left. So does one that comes out not finite.
     """
     inception = network.name == "inception"
     fid, kernel = ("gfid", "kid") if inception else (f"fd_{network.name}", f"mmd_{network.name}")
     possible = {
         fid: lambda: (frechet_distance(_moments(fake, "pool"), _moments(real, "pool")), {}),
-        "precision_recall": lambda: _pairs(precision_recall, ("precision", "recall"), fake, real, k or 3),
+        "precision_recall": lambda: _pairs(
+            precision_recall, ("precision", "recall"), fake, real, k or 3
+        ),
         "prdc": lambda: _pairs(prdc, None, fake, real, k or 5),
         kernel: lambda: _mmd(fake, real, subsets, subset_size, seed),
     }
     if inception:
-        possible["sfid"] = lambda: (frechet_distance(_moments(fake, "spatial"), _moments(real, "spatial")), {})
-    possible["inception_score" if inception else f"score_{network.name}"] = lambda: (_score(fake), {"is_split": IS_SPLIT})
+        possible["sfid"] = lambda: (
+            frechet_distance(_moments(fake, "spatial"), _moments(real, "spatial")),
+            {},
+        )
+    possible["inception_score" if inception else f"score_{network.name}"] = lambda: (
+        _score(fake),
+        {"is_split": IS_SPLIT},
+    )
     if unknown := set(wanted or ()) - possible.keys():
-        raise UserError(f"unknown metrics {', '.join(sorted(unknown))} in this feature space. Known: {', '.join(possible)}.")
+        raise UserError(
+            f"unknown metrics {', '.join(sorted(unknown))} in this feature space. Known: "
+            f"{', '.join(possible)}."
+        )
     found, reasons = {}, []
     for name in wanted or possible:
         try:
@@ -95,19 +137,32 @@ def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1
                 raise
             reasons.append(str(reason))
             continue
-        found |= {key: (v, details) for key, v in value.items()} if isinstance(value, dict) else {name: (value, details)}
+        found |= (
+            {key: (v, details) for key, v in value.items()}
+            if isinstance(value, dict)
+            else {name: (value, details)}
+        )
     for name, (value, _) in found.items():
         if not np.isfinite(value):
-            raise UserError(f"{name} of '{fake.name}' is {value}, which is no number: look at the images and the reference.")
+            raise UserError(
+                f"{name} of '{fake.name}' is {value}, which is no number: look at the images and "
+                "the reference."
+            )
     if not found:
-        raise UserError(f"nothing can be measured of '{fake.name}' against '{real.name}': {' '.join(dict.fromkeys(reasons))}")
+        raise UserError(
+            f"nothing can be measured of '{fake.name}' against '{real.name}': "
+            f"{' '.join(dict.fromkeys(reasons))}"
+        )
     return found
 
 
 def _moments(features, kind):
     least = SPATIAL_SAMPLES if kind == "spatial" else 2
     if kind not in features.given and features.count and features.count < least:
-        raise Unavailable(f"'{features.name}' has {features.count} samples: {least} at least are needed for {kind} statistics.")
+        raise Unavailable(
+            f"'{features.name}' has {features.count} samples: {least} at least are needed for "
+            f"{kind} statistics."
+        )
     if kind not in features.moments:
         raise Unavailable(f"'{features.name}' brings no {kind} statistics of this feature network.")
     return features.moments[kind]
@@ -121,7 +176,10 @@ def _score(features):
 
 def _rows(features):
     if features.rows is None:
-        raise Unavailable(f"'{features.name}' brings statistics, but no images or features: neighbours need those.")
+        raise Unavailable(
+            f"'{features.name}' brings statistics, but no images or features: neighbours need "
+            "those."
+        )
     return features.rows
 
 
@@ -129,28 +187,37 @@ def _pairs(function, names, fake, real, k):
     sets = _rows(real), _rows(fake)
     for features in (real, fake):
         if 0 < features.count <= k:
-            raise Unavailable(f"k = {k} neighbours of {features.count} samples of '{features.name}': more are needed.")
+            raise Unavailable(
+                f"k = {k} neighbours of {features.count} samples of '{features.name}': more are "
+                "needed."
+            )
     values = function(*sets, k)
     if names is None:
-        return {f"prdc_{name}": value for name, value in values.items()}, {"k": k, "distance": "float64, d < r"}
+        return {f"prdc_{name}": value for name, value in values.items()}, {
+            "k": k,
+            "distance": "float64, d < r",
+        }
     return dict(zip(names, values)), {"k": k, "distance": "squared, float16, d <= r"}
 
 
 def _mmd(fake, real, subsets, size, seed):
     sets, size = (_rows(real), _rows(fake)), min(size, fake.count, real.count)
     if size < 2:
-        raise Unavailable("one sample has no distance to others of its set: two at least are needed.")
+        raise Unavailable(
+            "one sample has no distance to others of its set: two at least are needed."
+        )
     mean, std = polynomial_mmd(*sets, subsets, size, seed)
     return mean, {"subsets": subsets, "subset_size": size, "subset_seed": seed, "spread": std}
 
 
-# -- what travels with a number ------------------------------------------------------------------------------------------
+# -- what travels with a number --------------------------------------------------------------------
 
 
 def record(metric, value, protocol):
     """Return one entry of metrics.json: the value and everything it depends on.
 
-    A tensor (N,) of the values of images or samples is their mean with its 95 % interval: normal, two standard errors or so.
+    A tensor (N,) of the values of images or samples is their mean with its 95 % interval: normal,
+    two standard errors or so.
     """
     interval = {}
     if isinstance(value, torch.Tensor):
@@ -168,6 +235,8 @@ def _rounded(value):
 
 
 def protocol_id(protocol):
-    """Return eight hex digits that tell protocols apart: two numbers share a column only if theirs are equal."""
+    """Return eight hex digits that tell protocols apart: two numbers share a column only if theirs
+    are equal.
+    """
     kept = {key: value for key, value in protocol.items() if key not in OF_ONE_RUN}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]

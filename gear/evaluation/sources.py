@@ -1,4 +1,6 @@
-"""Where the images of an evaluation come from: a run's samples, someone else's, a reference. All uint8 (N, H, W, 3)."""
+"""Where the images of an evaluation come from: a run's samples, someone else's, a reference. All
+uint8 (N, H, W, 3).
+"""
 
 import hashlib
 import json
@@ -18,8 +20,14 @@ from gear.images import to_uint8
 from gear.measures.frechet import check_statistics
 from gear.tokenizer.model import images_at_once
 
-CHUNKS = {"cpu": 64, "cuda": 256}  # samples drawn at once, always: what is drawn must not depend on where a kill fell
-PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}  # how they are drawn where a protocol does not say it
+CHUNKS = {
+    "cpu": 64,
+    "cuda": 256,
+}  # samples drawn at once, always: what is drawn must not depend on where a kill fell
+PLAIN = {
+    "dtype": "float32",
+    "chunk": CHUNKS["cpu"],
+}  # how they are drawn where a protocol does not say it
 STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
     "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
     "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
@@ -27,51 +35,74 @@ STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, 
 
 
 def balanced_labels(count, classes, seed):
-    """Return `count` labels, each class as often as another (but for the remainder), in a seeded order: (N,) int64."""
+    """Return `count` labels, each class as often as another (but for the remainder), in a seeded
+    order: (N,) int64.
+    """
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(count) % classes))
 
 
 def drawing(generator):
-    """Return what a protocol says of how `draw_samples` draws on a generator's device: dtype and chunk if not as in PLAIN."""
+    """Return what a protocol says of how `draw_samples` draws on a generator's device: dtype and
+    chunk if not as in PLAIN.
+    """
     dtype = str(sampling_dtype(generator)).removeprefix("torch.")
     how = {"dtype": dtype, "chunk": CHUNKS[generator.embedding.device.type]}
     return {key: value for key, value in how.items() if value != PLAIN[key]}
 
 
 def filled_up(labels, size):
-    """Return labels (N,) in chunks of `size`, N if there are fewer; the last is filled up with the first labels."""
+    """Return labels (N,) in chunks of `size`, N if there are fewer; the last is filled up with the
+    first labels.
+    """
     size = min(size, len(labels))
     return torch.cat([labels, labels[: -len(labels) % size]]).split(size)
 
 
 def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, **sampling):
-    """Yield uint8 chunks (64, H, W, 3), on a GPU of 256, of samples for labels (N,), each kept in `folder` as it is drawn.
+    """Yield uint8 chunks (64, H, W, 3), on a GPU of 256, of samples for labels (N,), each kept in
+    `folder` as it is drawn.
 
-    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was, to the same samples. One
-    that is not what was written, or comes without its hash, is drawn again.
+    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was,
+    to the same samples. One that is not what was written, or comes without its hash, is drawn
+    again.
     """
     device = generator.embedding.device
     size = CHUNKS[device.type]
     chunks = labels.split(size)
-    conditions = filled_up(labels, size) if device.type == "cuda" else chunks  # there, chunks of one size are one graph
-    for i, part in enumerate(tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)):
+    conditions = (
+        filled_up(labels, size) if device.type == "cuda" else chunks
+    )  # there, chunks of one size are one graph
+    for i, part in enumerate(
+        tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)
+    ):
         path = folder / f"{i:05d}.npy"
         images = read_array(path)
         if images is None or len(images) != len(part):
-            indices = generate(generator, conditions[i], seed=seed * 1_000_003 + i, **sampling)[: len(part)]
-            grids = indices.split(images_at_once(device, indices[0].numel() * tokenizer.config.downsampling**2))
+            indices = generate(generator, conditions[i], seed=seed * 1_000_003 + i, **sampling)[
+                : len(part)
+            ]
+            grids = indices.split(
+                images_at_once(device, indices[0].numel() * tokenizer.config.downsampling**2)
+            )
             images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in grids]).numpy()
             write_array(path, images)
         yield torch.from_numpy(images)
 
 
 def samples_folder(run, protocol):
-    """Return the folder in which a run's samples of a protocol are kept: its name is the protocol's hash."""
-    return run.path / "evaluation" / hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    """Return the folder in which a run's samples of a protocol are kept: its name is the protocol's
+    hash.
+    """
+    return (
+        run.path
+        / "evaluation"
+        / hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    )
 
 
 def read_images(source, image_size, count=None, split="all", interpolation="bicubic"):
-    """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and centre-cropped.
+    """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and
+    centre-cropped.
 
     A Source, which is open, may stand for all but `count` and `split`.
     """
@@ -95,13 +126,16 @@ def is_npz(source):
 
 def _one_array(source):
     return UserError(
-        f"'{source}' cannot be read as .npz: a .npy holds one array. Save images as numpy.savez(PATH, images), statistics as "
+        f"'{source}' cannot be read as .npz: a .npy holds one array. Save images as "
+        "numpy.savez(PATH, images), statistics as "
         f"numpy.savez(PATH, mu=mean, sigma=covariance), or give a folder of images."
     )
 
 
 def read_npz(path):
-    """Return the arrays of a .npz as {name: array}; raises UserError for what is none, or cut short. No pickle is read."""
+    """Return the arrays of a .npz as {name: array}; raises UserError for what is none, or cut
+    short. No pickle is read.
+    """
     try:
         content = np.load(Path(path).expanduser(), allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -112,29 +146,53 @@ def read_npz(path):
         raise UserError(f"there is no file {path}.") from None
     except UserError:
         raise
-    except Exception as error:  # headers are read as Python's literals, by its tokenizer: many types
+    except (
+        Exception
+    ) as error:  # headers are read as Python's literals, by its tokenizer: many types
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{path}' cannot be read as .npz ({why}): it is cut short, or another file.") from None
+        raise UserError(
+            f"'{path}' cannot be read as .npz ({why}): it is cut short, or another file."
+        ) from None
 
 
 def npz_images(path, arrays=None):
-    """Yield uint8 batches of `arr_0` (N, H, W, 3) in a .npz, ADM's format; raises UserError for another kind."""
+    """Yield uint8 batches of `arr_0` (N, H, W, 3) in a .npz, ADM's format; raises UserError for
+    another kind.
+    """
     arrays = read_npz(path) if arrays is None else arrays
     if "arr_0" not in arrays:
-        raise UserError(f"'{path}' has no arr_0, which holds the images: it has {', '.join(arrays) or 'nothing'}.")
+        raise UserError(
+            f"'{path}' has no arr_0, which holds the images: it has "
+            f"{', '.join(arrays) or 'nothing'}."
+        )
     images = arrays["arr_0"]
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise UserError(f"arr_0 of '{path}' is {images.shape} {images.dtype}: uint8 (N, H, W, 3) in [0, 255] is expected.")
+        raise UserError(
+            f"arr_0 of '{path}' is {images.shape} {images.dtype}: uint8 (N, H, W, 3) in [0, 255] "
+            "is "
+            ""
+            ""
+            "expected."
+        )
     for start in range(0, len(images), BATCH):
         yield torch.from_numpy(images[start : start + BATCH])
 
 
 def write_npz(path, batches, count):
-    """Write `count` uint8 images, batch by batch, as `arr_0` (N, H, W, 3) of a .npz that the ADM evaluator reads."""
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    """Write `count` uint8 images, batch by batch, as `arr_0` (N, H, W, 3) of a .npz that the ADM
+    evaluator reads.
+    """
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         for i, images in enumerate(batches):
             if i == 0:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                header = {
+                    "descr": "|u1",
+                    "fortran_order": False,
+                    "shape": (count, *images.shape[1:]),
+                }
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(images.contiguous().numpy().tobytes())
 
@@ -161,25 +219,44 @@ def _statistics(source, arrays, names):
         return check_statistics(*pair)
 
 
-def reference(source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"):
-    """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or images.
+def reference(
+    source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"
+):
+    """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or
+    images.
 
-    Statistics in a file stand as they are (ADM's are of the whole training set); its images serve the metrics from neighbours.
-    Raises UserError for a file that has neither, and for statistics that are none.
+    Statistics in a file stand as they are (ADM's are of the whole training set); its images serve
+    the metrics from neighbours. Raises UserError for a file that has neither, and for statistics
+    that are none.
     """
     if not is_npz(source):
         batches = read_images(source, image_size, count, split, interpolation)
-        return extract(source.config.source if isinstance(source, Source) else str(source), batches, network, device)
+        return extract(
+            source.config.source if isinstance(source, Source) else str(source),
+            batches,
+            network,
+            device,
+        )
     arrays = read_npz(source)
     names = STATISTICS.get(network.name, {})
-    found = {kind: _statistics(source, arrays, pair) for kind, pair in names.items() if set(pair) <= arrays.keys()}
+    found = {
+        kind: _statistics(source, arrays, pair)
+        for kind, pair in names.items()
+        if set(pair) <= arrays.keys()
+    }
     if "arr_0" in arrays:
         features = extract(Path(source).name, npz_images(source, arrays), network, device)
     elif found:
         features = FeatureSet(Path(source).name, "", 0, {})
     else:
-        wanted = ", ".join(n for pair in names.values() for n in pair) or "statistics of this feature network"
-        raise UserError(f"'{source}' has neither images (arr_0) nor {wanted}: it has {', '.join(arrays) or 'nothing'}.")
+        wanted = (
+            ", ".join(n for pair in names.values() for n in pair)
+            or "statistics of this feature network"
+        )
+        raise UserError(
+            f"'{source}' has neither images (arr_0) nor {wanted}: it has "
+            f"{', '.join(arrays) or 'nothing'}."
+        )
     features.moments |= found
     features.given = tuple(found)
     digest = hashlib.sha256()

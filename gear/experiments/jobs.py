@@ -1,4 +1,6 @@
-"""Several commands at once: each a process of its own, nothing before what it needs, what is shared once."""
+"""Several commands at once: each a process of its own, nothing before what it needs, what is shared
+once.
+"""
 
 import ctypes
 import signal
@@ -19,14 +21,21 @@ from gear.runs.run import Run
 from gear.training.guard import deferred_signals
 from gear.training.loop import Runtime, is_trained
 
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit codes of what a signal ended
+STOPPED = {
+    128 + signal.SIGINT,
+    128 + signal.SIGTERM,
+    -signal.SIGINT,
+    -signal.SIGTERM,
+}  # exit codes of what a signal ended
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One command of gear: its name, its words, the name of the task it waits for ("" for none), its size and how far it is."""
+    """One command of gear: its name, its words, the name of the task it waits for ("" for none),
+    its size and how far it is.
+    """
 
     name: str
     command: tuple
@@ -37,7 +46,8 @@ class Task:
 
 
 def training(planned, words, runtime=Runtime()):
-    """Return the Task that trains `planned`, a run after such of its ancestors as nothing else waits for: `gear train WORDS`.
+    """Return the Task that trains `planned`, a run after such of its ancestors as nothing else
+    waits for: `gear train WORDS`.
 
     planned: (name, Config) each, in the order of `recipes.plan`.
     """
@@ -58,10 +68,12 @@ def training(planned, words, runtime=Runtime()):
 
 
 def train_many(names, jobs, runtime=Runtime()):
-    """Train the runs `names` and their missing ancestors, at most `jobs` at a time, one CPU thread each.
+    """Train the runs `names` and their missing ancestors, at most `jobs` at a time, one CPU thread
+    each.
 
-    A run that fails takes only its descendants with it; raises TrainingStopped naming the failures when the rest is done,
-    and after SIGINT or SIGTERM, when every run under way is saved, Interrupted.
+    A run that fails takes only its descendants with it; raises TrainingStopped naming the failures
+    when the rest is done, and after SIGINT or SIGTERM, when every run under way is saved,
+    Interrupted.
     """
     if runtime.shard:
         raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
@@ -76,17 +88,27 @@ def train_many(names, jobs, runtime=Runtime()):
 
 
 def work(tasks, finished, jobs, done=lambda name: None):
-    """Do `tasks`, at most `jobs` at a time and none before what it needs is among the `finished` (names).
+    """Do `tasks`, at most `jobs` at a time and none before what it needs is among the `finished`
+    (names).
 
     `done(name)` is called after each that succeeded. Raises as `train_many` does.
     """
     check_value("jobs", jobs, Jobs)
-    waiting, finished, running, failures = {task.name: task for task in tasks}, set(finished), {}, {}
+    waiting, finished, running, failures = (
+        {task.name: task for task in tasks},
+        set(finished),
+        {},
+        {},
+    )
     ours = dict(waiting)
     bar = tqdm(
-        total=sum(task.images for task in tasks), unit=" images", dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0, desc=f"{len(tasks)} runs", disable=not tasks,
-    )  # fmt: skip
+        total=sum(task.images for task in tasks),
+        unit=" images",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        desc=f"{len(tasks)} runs",
+        disable=not tasks,
+    )
     with deferred_signals() as signals:
         while running or (waiting and not signals):
             # A task waits for at most one other: graphlib's sorter took more lines, not fewer.
@@ -99,7 +121,8 @@ def work(tasks, finished, jobs, done=lambda name: None):
                 running[task.name] = _start(task.command)
                 del waiting[task.name]
             time.sleep(0.5)
-            if signals:  # a terminal's Ctrl-C has reached the runs, too; a signal to this process alone has not
+            # a terminal's Ctrl-C has reached the runs, too; a signal to this process alone has not
+            if signals:
                 for process, _ in running.values():
                     process.terminate()
             for name in [n for n, (process, _) in running.items() if process.poll() is not None]:
@@ -110,16 +133,26 @@ def work(tasks, finished, jobs, done=lambda name: None):
                     done(name)
                 elif not (signals and process.returncode in STOPPED):
                     log.seek(0)
-                    failures[name] = log.read().decode().strip() or f"exit code {process.returncode}"
-            bar.n = sum(t.images if n in finished else t.seen() for n, t in ours.items() if n not in waiting)
+                    failures[name] = (
+                        log.read().decode().strip() or f"exit code {process.returncode}"
+                    )
+            bar.n = sum(
+                t.images if n in finished else t.seen() for n, t in ours.items() if n not in waiting
+            )
             bar.set_postfix_str(", ".join(running), refresh=False)
             bar.update(0)
         bar.close()
         failed = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
         if signals:
-            halted = [t for n, t in ours.items() if n not in (waiting.keys() | finished | failures.keys())]
-            stands = ", ".join(f"'{t.name}' stands {t.at()}" for t in halted) or "no run was under way"
-            raise Interrupted(f"{stands}. The same command goes on from there.\n{failed}".strip(), signals[0])
+            halted = [
+                t for n, t in ours.items() if n not in (waiting.keys() | finished | failures.keys())
+            ]
+            stands = (
+                ", ".join(f"'{t.name}' stands {t.at()}" for t in halted) or "no run was under way"
+            )
+            raise Interrupted(
+                f"{stands}. The same command goes on from there.\n{failed}".strip(), signals[0]
+            )
     if failed:
         raise TrainingStopped(failed)
 
@@ -127,17 +160,23 @@ def work(tasks, finished, jobs, done=lambda name: None):
 def _start(command):
     log, words = tempfile.TemporaryFile(), [sys.executable, "-m", "gear", *command]
     environment = child_environment() | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=log, stderr=log, env=environment, preexec_fn=_end_with_parent), log
+    return subprocess.Popen(
+        words, stdout=log, stderr=log, env=environment, preexec_fn=_end_with_parent
+    ), log
 
 
 def _end_with_parent():
-    """Have the kernel send SIGTERM to this child when its parent dies, even by kill -9: no run goes on that nobody sees."""
+    """Have the kernel send SIGTERM to this child when its parent dies, even by kill -9: no run goes
+    on that nobody sees.
+    """
     if LIBC:
         LIBC.prctl(1, signal.SIGTERM)
 
 
 def _flags(runtime):
-    """Spell what of a Runtime is not as it is by default, for one of several at once: quiet, and one thread."""
+    """Spell what of a Runtime is not as it is by default, for one of several at once: quiet, and
+    one thread.
+    """
     words = []
     for key, value in asdict(replace(runtime, quiet=True, threads=runtime.threads or 1)).items():
         if value != getattr(Runtime, key):

@@ -20,8 +20,8 @@ def published(table=None):
 
     Columns: table, row, column, value, unit, citation. `table` (1 to 19) keeps that one, whose
     values are floats where every one is a number; all others are text as printed, lists separated
-    by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens, text.
-    UserError if the paper has no such table.
+    by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens,
+    text. UserError if the paper has no such table.
     """
     lines = pd.read_csv(FILE, dtype=str, keep_default_na=False).astype({"table": int})
     if table is None:

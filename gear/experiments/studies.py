@@ -1,8 +1,10 @@
-"""The paper's ablations (Tables 5 to 13) as data: each study's cells, derived from a preset by changing one axis only.
+"""The paper's ablations (Tables 5 to 13) as data: each study's cells, derived from a preset by
+changing one axis only.
 
-A cell is a fresh generator on a tokenizer that GEAR trained, at one setting of the axis; the same name with a label (or a
-recipe of its own) trains it: `gear train scenes-gear-s0 --tau 0.05 --label tau-0.05`. Where the setting concerns the baseline
-too, the cell has a LlamaGen-REPA of its own; else all cells share the preset's.
+A cell is a fresh generator on a tokenizer that GEAR trained, at one setting of the axis; the same
+name with a label (or a recipe of its own) trains it: `gear train scenes-gear-s0 --tau 0.05 --label
+tau-0.05`. Where the setting concerns the baseline too, the cell has a LlamaGen-REPA of its own;
+else all cells share the preset's.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,11 @@ from gear.generator.model import GENERATORS
 from gear.runs.names import RunName
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")
-SPACES = {"scenes": "scenes", "tiny": "scenes", "cifar10": "efficientnet-lite0"}  # for Fréchet distances; else Inception
+SPACES = {
+    "scenes": "scenes",
+    "tiny": "scenes",
+    "cifar10": "efficientnet-lite0",
+}  # for Fréchet distances; else Inception
 SAMPLES = 1_000  # drawn for a cell's scores, unless told otherwise
 
 
@@ -38,8 +44,10 @@ class Study:
     table: int
     axis: str
     cells: Callable[[str], list]
-    reference: str = ""  # the published row with which others are compared; "": each with its own baseline
-    published_baseline: str = ""  # the row of LlamaGen-REPA that all cells share, where the table prints it
+    # the published row with which others are compared; "": each with its own baseline
+    reference: str = ""
+    # the row of LlamaGen-REPA that all cells share, where the table prints it
+    published_baseline: str = ""
     short: bool = False  # the paper trains these for 100,000 steps
 
     @property
@@ -49,7 +57,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a study: `gear train WORDS` trains it, and what is missing of its ancestors, which are `planned` before it."""
+    """One run of a study: `gear train WORDS` trains it, and what is missing of its ancestors, which
+    are `planned` before it.
+    """
 
     cell: Cell
     role: str  # "gear" or "baseline"
@@ -73,10 +83,14 @@ def _values(preset, section, name, label, printed, rows):
     """Return a cell a value: the paper's, and the preset's own among them."""
     own = getattr(getattr(_gear(preset), section), name)
     return [
-        Cell(f"{rows} = {v:g}", "" if v == own else f"{label}-{v:g}", f"{rows}={v:g}" if v in printed else "",
-             {} if v == own else {section: {name: v}})
+        Cell(
+            f"{rows} = {v:g}",
+            "" if v == own else f"{label}-{v:g}",
+            f"{rows}={v:g}" if v in printed else "",
+            {} if v == own else {section: {name: v}},
+        )
         for v in sorted({*printed, own}, reverse=True)
-    ]  # fmt: skip
+    ]
 
 
 def _temperature(preset):
@@ -107,13 +121,21 @@ def _tokenizer(preset):
     ]
 
 
-SIZES = {  # three of a preset, aligned at a third of the depth or so, as the paper's are; elsewhere the public ones
-    "scenes": {"B": dict(width=64, layers=3, heads=2, tap_layer=1, projector_dim=128), "L": {},
-               "XL": dict(width=144, layers=6, heads=3, tap_layer=3, projector_dim=288)},
-    "cifar10": {"B": dict(width=256, layers=6, heads=4, tap_layer=2, projector_dim=512), "L": {},
-                "XL": dict(width=512, layers=12, heads=8, tap_layer=4, projector_dim=1024)},
+# three of a preset, aligned at a third of the depth or so, as the paper's are; elsewhere the public
+# ones
+SIZES = {
+    "scenes": {
+        "B": dict(width=64, layers=3, heads=2, tap_layer=1, projector_dim=128),
+        "L": {},
+        "XL": dict(width=144, layers=6, heads=3, tap_layer=3, projector_dim=288),
+    },
+    "cifar10": {
+        "B": dict(width=256, layers=6, heads=4, tap_layer=2, projector_dim=512),
+        "L": {},
+        "XL": dict(width=512, layers=12, heads=8, tap_layer=4, projector_dim=1024),
+    },
     "tiny": {"B": dict(width=16, layers=2), "L": {}, "XL": dict(width=48)},
-}  # fmt: skip
+}
 SIZES["cifar10-smoke"] = SIZES["scenes"]
 
 
@@ -121,26 +143,44 @@ def _size(preset):
     own = _gear(preset).generator
     public = {name: _difference(own, GENERATORS[name]) for name in ("B", "L", "XL")}
     return [
-        Cell(f"size {name}", f"size-{name}" if changes else "", f"LlamaGen-REPA-{name}, +GEAR", dict(generator=changes))
+        Cell(
+            f"size {name}",
+            f"size-{name}" if changes else "",
+            f"LlamaGen-REPA-{name}, +GEAR",
+            dict(generator=changes),
+        )
         for name, changes in SIZES.get(preset, public).items()
     ]
 
 
 def _difference(own, other):
     names = ("width", "layers", "heads", "tap_layer", "projector_dim")
-    return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(own, name)}
+    return {
+        name: getattr(other, name) for name in names if getattr(other, name) != getattr(own, name)
+    }
 
 
 def _teacher(preset):
-    printed = {"dinov2-b": "DINOv2-B", "dinov3-b": "DINOv3-B", "siglip2-b": "SigLIPv2-B", "vjepa2-l": "V-JEPA2.1-B"}
+    printed = {
+        "dinov2-b": "DINOv2-B",
+        "dinov3-b": "DINOv3-B",
+        "siglip2-b": "SigLIPv2-B",
+        "vjepa2-l": "V-JEPA2.1-B",
+    }
     own = _gear(preset).teacher
-    names = ("scenes", "efficientnet-lite0") if preset == "scenes" else dict.fromkeys([own, *printed])
+    names = (
+        ("scenes", "efficientnet-lite0") if preset == "scenes" else dict.fromkeys([own, *printed])
+    )
     titles = {"vjepa2-l": "vjepa2-l (the paper: V-JEPA 2.1 B)"}  # whose weights we can open
     return [
-        Cell(titles.get(name, name), "" if name == own else name, f"{printed[name]}, +GEAR" if name in printed else "",
-             {} if name == own else dict(teacher=name))
+        Cell(
+            titles.get(name, name),
+            "" if name == own else name,
+            f"{printed[name]}, +GEAR" if name in printed else "",
+            {} if name == own else dict(teacher=name),
+        )
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def _depth(preset):
@@ -148,10 +188,14 @@ def _depth(preset):
     step = max(1, generator.layers // 12)  # 2 of 24 layers
     rows = {-step: "6th layer, +GEAR", 0: "8th layer, +GEAR", step: "10th layer, +GEAR"}
     return [
-        Cell(f"layer {generator.tap_layer + d} of {generator.layers}", f"tap-{generator.tap_layer + d}" if d else "", row,
-             dict(generator=dict(tap_layer=generator.tap_layer + d)) if d else {})
+        Cell(
+            f"layer {generator.tap_layer + d} of {generator.layers}",
+            f"tap-{generator.tap_layer + d}" if d else "",
+            row,
+            dict(generator=dict(tap_layer=generator.tap_layer + d)) if d else {},
+        )
         for d, row in rows.items()
-    ]  # fmt: skip
+    ]
 
 
 def _initialisation(preset):
@@ -161,11 +205,20 @@ def _initialisation(preset):
 
 def _resolution(preset):
     own = _gear(preset).data.image_size
-    sizes = {own: "resolution 256, +GEAR", own * 3 // 2: "resolution 384, +GEAR", own * 2: "resolution 512, +GEAR"}
+    sizes = {
+        own: "resolution 256, +GEAR",
+        own * 3 // 2: "resolution 384, +GEAR",
+        own * 2: "resolution 512, +GEAR",
+    }
     return [
-        Cell(f"{size} px", f"{size}px" if size != own else "", row, dict(data=dict(image_size=size)) if size != own else {})
+        Cell(
+            f"{size} px",
+            f"{size}px" if size != own else "",
+            row,
+            dict(data=dict(image_size=size)) if size != own else {},
+        )
         for size, row in sizes.items()
-    ]  # fmt: skip
+    ]
 
 
 STUDIES = {
@@ -176,7 +229,9 @@ STUDIES = {
     "size": Study(9, "generator size", _size),
     "teacher": Study(10, "representation encoder", _teacher, short=True),
     "depth": Study(11, "alignment depth", _depth, short=True),
-    "initialisation": Study(12, "tokenizer initialisation", _initialisation, "GEAR, w/ init.", "LlamaGen-REPA-L"),
+    "initialisation": Study(
+        12, "tokenizer initialisation", _initialisation, "GEAR, w/ init.", "LlamaGen-REPA-L"
+    ),
     "resolution": Study(13, "resolution", _resolution, short=True),
 }
 
@@ -184,13 +239,17 @@ STUDIES = {
 def study(name):
     """Return the Study `name`; raises UserError with the nearest one where there is none."""
     if name not in STUDIES:
-        raise UserError(f"unknown study '{name}'.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}.")
+        raise UserError(
+            f"unknown study '{name}'.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}."
+        )
     return STUDIES[name]
 
 
 def space(preset):
     """Return the feature network in which a preset's samples are compared."""
-    return next((network for prefix, network in SPACES.items() if preset.startswith(prefix)), "inception")
+    return next(
+        (network for prefix, network in SPACES.items() if preset.startswith(prefix)), "inception"
+    )
 
 
 def seeds_of(text):
@@ -199,22 +258,30 @@ def seeds_of(text):
 
 
 def members(name, preset, seeds, labels=None):
-    """List the Members of a study: of every cell (or those of `labels`) and seed, GEAR's run and its baseline's.
+    """List the Members of a study: of every cell (or those of `labels`) and seed, GEAR's run and
+    its baseline's.
 
     Raises UserError for an unknown study, preset or label.
     """
     chosen = study(name)
     if preset not in PRESETS:
-        raise UserError(f"no study of preset '{preset}'.{nearest(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
+        raise UserError(
+            f"no study of preset '{preset}'.{nearest(preset, PRESETS)} Known: {', '.join(PRESETS)}."
+        )
     cells = {cell_name(cell): cell for cell in chosen.cells(preset)}
     if unknown := set(labels or ()) - cells.keys():
-        raise UserError(f"study '{name}' has no cell {', '.join(sorted(unknown))}. It has: {', '.join(cells)}.")
+        raise UserError(
+            f"study '{name}' has no cell {', '.join(sorted(unknown))}. It has: {', '.join(cells)}."
+        )
     stem = f"{preset}-100k" if chosen.short and _has(f"{preset}-100k") else preset
     found = {}
     for key, cell in cells.items():
         for seed in seeds if labels is None or key in labels else ():
             baseline = cell if chosen.own_baseline else Cell("LlamaGen-REPA")
-            for role, one, method in (("baseline", baseline, "llamagen-repa"), ("gear", cell, cell.variant)):
+            for role, one, method in (
+                ("baseline", baseline, "llamagen-repa"),
+                ("gear", cell, cell.variant),
+            ):
                 member = _member(one, role, RunName(f"{stem}{one.family}", method, one.label, seed))
                 found.setdefault(member.name, member)
     return list(found.values())
@@ -222,7 +289,11 @@ def members(name, preset, seeds, labels=None):
 
 def cell_name(cell):
     """Return what a cell is called on the command line."""
-    return cell.label or cell.family.lstrip("-") or (cell.variant if cell.variant != "gear" else "default")
+    return (
+        cell.label
+        or cell.family.lstrip("-")
+        or (cell.variant if cell.variant != "gear" else "default")
+    )
 
 
 def _member(cell, role, name):
@@ -234,6 +305,9 @@ def _member(cell, role, name):
 
 def words(base_name, cell):
     """Return what follows `gear train` for a recipe at a cell's setting."""
-    flags = {key.rpartition(".")[2].replace("_", "-"): value for key, value in flatten(cell.changes).items()}
+    flags = {
+        key.rpartition(".")[2].replace("_", "-"): value
+        for key, value in flatten(cell.changes).items()
+    }
     changed = [word for key, value in flags.items() for word in (f"--{key}", f"{value}")]
     return (base_name, *changed, *(("--label", cell.label) if cell.label else ()))

@@ -109,7 +109,11 @@ def _claim(claim, baseline, preset, label):
 def _by_seed(unseeded):
     """Return {seed: run} of the finished runs whose name is a RunName, but for its seed."""
     names = {name: run_name(name) for name in run_names()}
-    seeded = [name for name, parts in names.items() if parts.seed is not None and replace(parts, seed=None) == unseeded]
+    seeded = [
+        name
+        for name, parts in names.items()
+        if parts.seed is not None and replace(parts, seed=None) == unseeded
+    ]
     runs = [Run.open(name) for name in seeded]
     return {run.config["seed"]: run for run in runs if run.logged_step >= run.config["steps"]}
 

@@ -1,4 +1,6 @@
-"""Figures: how they look and are kept (`style`), the notebooks that draw them (`render`), the page of all (`gallery`)."""
+"""Figures: how they look and are kept (`style`), the notebooks that draw them (`render`), the page
+of all (`gallery`).
+"""
 
 from gear.figures.style import (
     METHODS,

@@ -1,7 +1,8 @@
-"""One page of every figure: its claim, its numbers, the runs it was drawn from and the command that draws it.
+"""One page of every figure: its claim, its numbers, the runs it was drawn from and the command that
+draws it.
 
-It is made of what stands in the folder of figures (PNG, PDF, CSV with provenance, JSON with words), opens from a disk without
-a network, and has the same bytes each time.
+It is made of what stands in the folder of figures (PNG, PDF, CSV with provenance, JSON with words),
+opens from a disk without a network, and has the same bytes each time.
 """
 
 import re
@@ -24,7 +25,9 @@ ELSEWHERE = "Not in the paper"
 
 
 def write_gallery():
-    """Write figures_dir()/index.html: every product with its figure, in the paper's order, then those without; returns it."""
+    """Write figures_dir()/index.html: every product with its figure, in the paper's order, then
+    those without; returns it.
+    """
     entries = [_words(product) | _files(product) for product in products()]
     entries.sort(key=lambda entry: (_order(entry["place"]), entry["product"]))
     figures = [entry for entry in entries if entry["size"]]
@@ -37,7 +40,9 @@ def write_gallery():
         needs_weights=NEEDS_WEIGHTS,
     )
     path = figures_dir() / "index.html"
-    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
+    write_atomically(
+        path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace")
+    )
     return path
 
 
@@ -62,8 +67,16 @@ def _ending_in_code(needs):
 
 
 def _words(product):
-    """Return what was kept beside a figure; of one that `gear figures` has not tried, what its notebook says."""
-    plain = {"command": f"gear figures {product}", "parameters": {}, "said": [], "scale": "", "needs": ""}
+    """Return what was kept beside a figure; of one that `gear figures` has not tried, what its
+    notebook says.
+    """
+    plain = {
+        "command": f"gear figures {product}",
+        "parameters": {},
+        "said": [],
+        "scale": "",
+        "needs": "",
+    }
     words = kept_words(product) or about(product) | plain
     place = ", ".join(sorted(words["place"].split(", "), key=_order)) or ELSEWHERE
     return words | {"product": product, "place": place, "said": _blocks(words["said"])}
@@ -71,7 +84,10 @@ def _words(product):
 
 def _order(place):
     """Return what sorts places in the paper: figures, tables, and what the paper does not have."""
-    return min(((kind, int(number)) for kind, number in re.findall(r"(Fig|Table)\D*(\d+)", place)), default=("~", 0))
+    return min(
+        ((kind, int(number)) for kind, number in re.findall(r"(Fig|Table)\D*(\d+)", place)),
+        default=("~", 0),
+    )
 
 
 def _blocks(lines):
@@ -81,9 +97,11 @@ def _blocks(lines):
 
 
 def _files(product):
-    """Return a figure's size in pixels, None before it is drawn, its files, and its CSV's provenance.
+    """Return a figure's size in pixels, None before it is drawn, its files, and its CSV's
+    provenance.
 
-    The runs that the CSV names are listed by recipe and step; there are none where a figure draws the paper's numbers alone.
+    The runs that the CSV names are listed by recipe and step; there are none where a figure draws
+    the paper's numbers alone.
     """
     paths = [figure_path(product, suffix) for suffix in ("png", "pdf", "csv")]
     size = None
@@ -93,11 +111,15 @@ def _files(product):
     runs, recipes = runs_of(product), {}
     for name, run in runs.items():
         recipe, seed = with_parts(name, seed=None), run_name(name).seed
-        recipes.setdefault((recipe, run["step"]), []).append(run | {"seed": "" if seed is None else str(seed)})
+        recipes.setdefault((recipe, run["step"]), []).append(
+            run | {"seed": "" if seed is None else str(seed)}
+        )
     return {
         "size": size,
         "files": [str(path.relative_to(figures_dir())) for path in paths if path.exists()],
         "num_runs": len(runs),
         "recipes": sorted(recipes.items()),
-        "seeds": sorted({int(run["seed"]) for same in recipes.values() for run in same if run["seed"]}),
+        "seeds": sorted(
+            {int(run["seed"]) for same in recipes.values() for run in same if run["seed"]}
+        ),
     }

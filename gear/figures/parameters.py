@@ -6,9 +6,15 @@ from gear.experiments.studies import seeds_of
 from gear.generator.sampling import Guidance
 
 RANGES = {
-    "cfg_scale": Guidance, "count": Samples, "image_size": Pixels, "images": Count, "k": Count, "smooth": NonNegative,
-    "tau": Tau, "window": Count,
-}  # fmt: skip
+    "cfg_scale": Guidance,
+    "count": Samples,
+    "image_size": Pixels,
+    "images": Count,
+    "k": Count,
+    "smooth": NonNegative,
+    "tau": Tau,
+    "window": Count,
+}
 READ = {  # what raises UserError for a text that says no numbers, or no device
     "at": lambda text: read_numbers("at", text, Count),
     "device": find_device,
@@ -18,7 +24,9 @@ READ = {  # what raises UserError for a text that says no numbers, or no device
 
 
 def check_parameter(key, value):
-    """Raise UserError unless the value of a notebook's parameter is in the range that its name tells."""
+    """Raise UserError unless the value of a notebook's parameter is in the range that its name
+    tells.
+    """
     if isinstance(value, str) and key in READ:
         READ[key](value)
     elif not isinstance(value, str) and key in RANGES:

@@ -1,4 +1,6 @@
-"""Execute notebooks with papermill: one call a figure and the words that go with it, nothing repeated that is up to date."""
+"""Execute notebooks with papermill: one call a figure and the words that go with it, nothing
+repeated that is up to date.
+"""
 
 import ast
 import hashlib
@@ -41,7 +43,9 @@ NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: r
 
 
 class NeedsRuns(TrainingStopped):
-    """Say where a notebook stopped for want of runs; `needs` is the first line of the MissingRuns that it met."""
+    """Say where a notebook stopped for want of runs; `needs` is the first line of the MissingRuns
+    that it met.
+    """
 
     def __init__(self, message, needs):
         super().__init__(message)
@@ -59,7 +63,9 @@ def figure_notebooks():
 
 
 def products():
-    """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what draws it."""
+    """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what
+    draws it.
+    """
     found = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
     if found.pop("ablations", None):  # drawn once for each of the paper's studies
         found |= {f"ablations_{study}": ("ablations", {"study": study}) for study in STUDIES}
@@ -67,7 +73,9 @@ def products():
 
 
 def about(product):
-    """Return a product's title, place in the paper ("" for none) and claim, from the head of its notebook."""
+    """Return a product's title, place in the paper ("" for none) and claim, from the head of its
+    notebook.
+    """
     notebook, own = products()[product]
     heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
     title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
@@ -77,7 +85,8 @@ def about(product):
 
 
 def _targets(names, parameters):
-    """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which stand for all their own.
+    """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which
+    stand for all their own.
 
     Raises UserError for an unknown name, and for `parameters` of more than one notebook.
     """
@@ -87,7 +96,10 @@ def _targets(names, parameters):
         own = {product: target for product, target in known.items() if name in (product, target[0])}
         if not own:
             known_names = dict.fromkeys([*notebooks(), *known])
-            raise UserError(f"unknown notebook '{name}'.{nearest(name, known_names)} Known: {', '.join(known_names)}.")
+            raise UserError(
+                f"unknown notebook '{name}'.{nearest(name, known_names)} Known: "
+                f"{', '.join(known_names)}."
+            )
         chosen |= own
     if parameters and len({notebook for notebook, _ in chosen.values()}) != 1:
         raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
@@ -102,13 +114,16 @@ def _targets(names, parameters):
 
 
 def execute(name, parameters=None):
-    """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`; returns its path.
+    """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`;
+    returns its path.
 
-    What it says is kept beside its figure, PRODUCT.json. A value may be text, as from a command line, if it reads as the
-    parameter's type. Raises UserError for an unknown name or parameter and for a value of another type, before anything runs;
-    TrainingStopped naming the cell that failed, NeedsRuns if it did for want of runs.
+    What it says is kept beside its figure, PRODUCT.json. A value may be text, as from a command
+    line, if it reads as the parameter's type. Raises UserError for an unknown name or parameter and
+    for a value of another type, before anything runs; TrainingStopped naming the cell that failed,
+    NeedsRuns if it did for want of runs.
     """
-    import papermill  # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
+    # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
+    import papermill
 
     product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
     source = notebooks()[notebook]
@@ -121,15 +136,25 @@ def execute(name, parameters=None):
     try:
         run_notebook(source, out, parameters)
     except papermill.PapermillExecutionError as error:
-        asked = "".join(f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue)
-        what = f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: {error.evalue}\n  executed as {out}"
+        asked = "".join(
+            f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue
+        )
+        what = (
+            f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: "
+            f"{error.evalue}\n "
+            ""
+            ""
+            f" executed as {out}"
+        )
         if error.ename == MissingRuns.__name__:
             needs = error.evalue.partition("\n")[0]  # the lines after it are about this machine
             _keep_words(product, known, parameters, needs=needs)
             raise NeedsRuns(what, needs) from None
         raise TrainingStopped(what) from None
     except Exception as error:  # a kernel that died, say: the other notebooks shall still run
-        raise TrainingStopped(f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}") from None
+        raise TrainingStopped(
+            f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}"
+        ) from None
     _keep_words(product, known, parameters, _printed(out))
     return out
 
@@ -140,23 +165,38 @@ def _cells(path):
 
 def _printed(path):
     """Return the lines that an executed notebook printed."""
-    outputs = (output for cell in _cells(path) for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    outputs = (
+        output
+        for cell in _cells(path)
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stdout"
+    )
     return "".join("".join(output["text"]) for output in outputs).splitlines()
 
 
 def _keep_words(product, known, parameters, said=(), needs=""):
-    """Write data/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no date, no path.
+    """Write data/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no
+    date, no path.
 
-    `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not again, what it `needs`.
+    `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not
+    again, what it `needs`.
     """
     if product in INTERACTIVE:
         return
     own = products()[product][1]
-    given = [word for key, value in parameters.items() if key not in own for word in ("-p", key, str(value))]
+    given = [
+        word
+        for key, value in parameters.items()
+        if key not in own
+        for word in ("-p", key, str(value))
+    ]
     words = about(product) | {
         "command": shlex.join(["gear", "figures", product, *given]),
         "parameters": {
-            key: {"value": parameters.get(key, ast.literal_eval(value["default"])), "about": value["help"]}
+            key: {
+                "value": parameters.get(key, ast.literal_eval(value["default"])),
+                "about": value["help"],
+            }
             for key, value in known.items()
         },
         "said": list(said),
@@ -164,36 +204,55 @@ def _keep_words(product, known, parameters, said=(), needs=""):
         "needs": needs,
     }
     drawn = kept_words(product)
-    if needs and drawn and figure_path(product, "png").exists():  # the figure stands, and so does what was said of it
+    if (
+        needs and drawn and figure_path(product, "png").exists()
+    ):  # the figure stands, and so does what was said of it
         words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
-    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"  # a byte of a path that is no UTF-8 becomes JSON's escape
+    text = (
+        json.dumps(words, indent=1, ensure_ascii=False) + "\n"
+    )  # a byte of a path that is no UTF-8 becomes JSON's escape
     path = figure_path(product, "json")
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+    write_atomically(
+        path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace")
+    )
 
 
 def _scale(product):
-    """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no run."""
+    """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no
+    run.
+    """
     names = runs_of(product)
     runs = [Run.open(name) for name in run_names() if name in names]
     return scale(runs) if runs else ""
 
 
 def seeded(notebook, seeds):
-    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, and its `seeds`."""
+    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, and
+    its `seeds`.
+    """
     known = parameters_of(notebooks()[notebook])
     defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
-    changed = {k: reseeded(v, seeds) for k, v in defaults.items() if isinstance(v, str) and SEEDS in v}
+    changed = {
+        k: reseeded(v, seeds) for k, v in defaults.items() if isinstance(v, str) and SEEDS in v
+    }
     return changed | ({"seeds": ",".join(map(str, seeds))} if "seeds" in known else {})
 
 
 def check_parameters(namespace):
-    """Raise UserError unless the parameters that papermill gave a notebook are its own and of their annotated types.
+    """Raise UserError unless the parameters that papermill gave a notebook are its own and of their
+    annotated types.
 
-    A notebook calls it with its `globals()`: `papermill -p` itself takes any name and any value, and a name that is no
-    parameter would leave the default in force without a word.
+    A notebook calls it with its `globals()`: `papermill -p` itself takes any name and any value,
+    and a name that is no parameter would leave the default in force without a word.
     """
-    types = {key: kind for key, kind in namespace.get("__annotations__", {}).items() if kind in TYPES.values()}
-    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")]  # papermill's cell
+    types = {
+        key: kind
+        for key, kind in namespace.get("__annotations__", {}).items()
+        if kind in TYPES.values()
+    }
+    injected = [
+        cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")
+    ]  # papermill's cell
     for node in (node for cell in injected for node in ast.parse(cell).body):
         for target in node.targets if isinstance(node, ast.Assign) else ():
             _check_known("this notebook", types, target.id)
@@ -212,39 +271,56 @@ def _typed(notebook, types, key, value):
             pass  # still text, and said to be
     _check_value(notebook, key, kind, value)
     if kind is str and not is_utf8(value):
-        raise UserError(f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, which notebooks are written in.")
+        raise UserError(
+            f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, which notebooks are "
+            "written in."
+        )
     return value
 
 
 def _check_value(notebook, key, kind, value):
     if not _is_of(value, kind):
-        raise UserError(f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}.")
+        raise UserError(
+            f"notebook '{notebook}', parameter '{key}': expected {kind.__name__}, given {value!r}."
+        )
     with given_by(f"notebook '{notebook}', parameter '{key}'"):
         check_parameter(key, value)
 
 
 def _check_known(notebook, types, key):
     if key not in types:
-        raise UserError(f"notebook '{notebook}' has no parameter '{key}'.{nearest(key, types)} It has: {', '.join(types)}.")
+        raise UserError(
+            f"notebook '{notebook}' has no parameter '{key}'.{nearest(key, types)} It has: "
+            f"{', '.join(types)}."
+        )
 
 
 def _is_of(value, kind):
     """An int will do for a float; a bool is no number."""
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, (int, float) if kind is float else kind) and (
+        kind is bool or not isinstance(value, bool)
+    )
 
 
 def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
-    """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose inputs have not changed.
+    """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose
+    inputs have not changed.
 
-    `parameters` {name: value} take the place of one notebook's defaults (UserError where several notebooks are named), and
-    `seeds` of theirs. One that fails does not keep the others from running; raises TrainingStopped with all failures at the
-    end. Runs that are missing are a failure of what is named; where all are drawn, it is said what needs them.
+    `parameters` {name: value} take the place of one notebook's defaults (UserError where several
+    notebooks are named), and `seeds` of theirs. One that fails does not keep the others from
+    running; raises TrainingStopped with all failures at the end. Runs that are missing are a
+    failure of what is named; where all are drawn, it is said what needs them.
     """
     targets = _targets(names or figure_notebooks(), parameters or {})
     check_value("jobs", jobs, Jobs)
     if seeds:
-        targets = {product: (notebook, seeded(notebook, seeds) | given) for product, (notebook, given) in targets.items()}
-    with ThreadPoolExecutor(jobs) as pool:  # a kernel is a process of its own; the threads wait for theirs
+        targets = {
+            product: (notebook, seeded(notebook, seeds) | given)
+            for product, (notebook, given) in targets.items()
+        }
+    with ThreadPoolExecutor(
+        jobs
+    ) as pool:  # a kernel is a process of its own; the threads wait for theirs
         ends = list(pool.map(lambda product: _render(product, *targets[product], force), targets))
     failures = [str(end) for end in ends if end and (names or not isinstance(end, NeedsRuns))]
     if failures:
@@ -252,7 +328,9 @@ def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
 
 
 def _render(product, notebook, parameters, force):
-    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it failed."""
+    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it
+    failed.
+    """
     stamp = figures_dir() / "executed" / f"{product}.json"
     inputs = _inputs(notebook, parameters)
     drawn = figure_path(product, "png").exists() or product in INTERACTIVE
@@ -277,20 +355,29 @@ def _render(product, notebook, parameters, force):
 
 
 def _inputs(name, parameters):
-    """Identify everything a notebook's figure is made of: the notebook, its parameters, the code that draws, the runs.
+    """Identify everything a notebook's figure is made of: the notebook, its parameters, the code
+    that draws, the runs.
 
-    Of a file that a parameter names, size and time stand for its content, and a folder's own time for what it holds. Not the
-    analysis tables: they follow from the runs, and drawing writes them.
+    Of a file that a parameter names, size and time stand for its content, and a folder's own time
+    for what it holds. Not the analysis tables: they follow from the runs, and drawing writes them.
     """
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))
-    files = [f"*/{file}" for file in ("config.json", "metrics.json*", "samples/*.png")] + [f"{REFERENCE}/*"]
+    files = [f"*/{file}" for file in ("config.json", "metrics.json*", "samples/*.png")] + [
+        f"{REFERENCE}/*"
+    ]
     runs = [path for pattern in files for path in sorted(runs_dir().glob(pattern))]
     for path in [*filter(None, [notebooks().get(name)]), published.FILE, *sources, *runs]:
         if path.is_file():  # and not a folder among the runs that is none
             digest.update(os.fsencode("/".join(path.parts[-3:])) + path.read_bytes())
-    for path in (os.path.expanduser(value) for value in parameters.values() if isinstance(value, str) and value):
+    for path in (
+        os.path.expanduser(value)
+        for value in parameters.values()
+        if isinstance(value, str) and value
+    ):
         if os.path.exists(path):
             there = os.stat(path)
-            digest.update(os.fsencode(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}"))
+            digest.update(
+                os.fsencode(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}")
+            )
     return {"inputs": digest.hexdigest(), "parameters": parameters}

@@ -56,7 +56,12 @@ def repeated(function, settings, network, dtype, inputs, seed):
     no capture, and what is captured has run: every kernel is loaded. A network has one graph at
     most, which is freed with it. A capture that fails is said once, and `launched` takes over.
     """
-    kind = (function, settings, dtype, *[None if t is None else (t.shape, t.dtype, t.device) for t in inputs])
+    kind = (
+        function,
+        settings,
+        dtype,
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in inputs],
+    )
     if _LAST.get(network, (None,))[0] != kind:
         _LAST.pop(network, None)  # frees the memory of the graph before it
         outputs = launched(function, settings, network, dtype, inputs, seed)
@@ -68,7 +73,13 @@ def repeated(function, settings, network, dtype, inputs, seed):
             graph = Graph(function, settings, network, dtype, inputs)
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
-            say_once(f"No CUDA graph could be captured ({why}): sampling goes on without, more slowly.")
+            say_once(
+                f"No CUDA graph could be captured ({why}): sampling goes on without, more slowly."
+            )
             graph = False
         _LAST[network] = kind, graph
-    return graph(network, inputs, seed) if graph else launched(function, settings, network, dtype, inputs, seed)
+    return (
+        graph(network, inputs, seed)
+        if graph
+        else launched(function, settings, network, dtype, inputs, seed)
+    )

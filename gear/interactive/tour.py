@@ -1,6 +1,8 @@
-"""What one can turn in the notebook `tour`: an index grid, the soft read-out at any tau, nearest codes, guided samples.
+"""What one can turn in the notebook `tour`: an index grid, the soft read-out at any tau, nearest
+codes, guided samples.
 
-The `draw_*` functions are plain, tensors in and a figure out; the functions after them put controls beside those.
+The `draw_*` functions are plain, tensors in and a figure out; the functions after them put controls
+beside those.
 """
 
 import math
@@ -25,22 +27,30 @@ BRIGHT = 50  # codes in a mixture that a map of exp H shows as white
 NUMBERED = 12  # tokens a side, up to which numbers are legible
 
 
-# -- what is seen ------------------------------------------------------------------------------------------------
+# -- what is seen ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def code_colours(tokenizer, indices):
-    """Return the colour of each index, (h, w) -> (h, w, 3) in [0, 1]: the middle of what a field of that code decodes to."""
+    """Return the colour of each index, (h, w) -> (h, w, 3) in [0, 1]: the middle of what a field of
+    that code decodes to.
+    """
     codes, inverse = indices.unique(return_inverse=True)
     f = tokenizer.config.downsampling
-    fields = codes[:, None, None].expand(-1, 3, 3).split(32)  # a few at a time: a large grid may hold a code a token
-    middles = [tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields]  # (n, 3)
+    fields = (
+        codes[:, None, None].expand(-1, 3, 3).split(32)
+    )  # a few at a time: a large grid may hold a code a token
+    middles = [
+        tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields
+    ]  # (n, 3)
     return (torch.cat(middles) / 2 + 0.5).clamp(0, 1)[inverse]
 
 
 @torch.no_grad()
 def decode_mixture(tokenizer, affinity, tau):
-    """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W); tau = 0 reads it hard."""
+    """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W); tau
+    = 0 reads it hard.
+    """
     codes, side = tokenizer.quantizer.codes().to(affinity.device), math.isqrt(len(affinity))
     rows = (affinity / tau).softmax(-1) @ codes if tau else codes[affinity.argmax(-1)]  # (L, D)
     return tokenizer.decode_latents(rows.T.reshape(1, -1, side, side))[0]
@@ -48,26 +58,38 @@ def decode_mixture(tokenizer, affinity, tau):
 
 @torch.no_grad()
 def variants(tokenizer, indices, position, codes):
-    """Decode an index grid (h, w) with each of `codes` (n,) at `position`, cut to that patch and those around it."""
+    """Decode an index grid (h, w) with each of `codes` (n,) at `position`, cut to that patch and
+    those around it.
+    """
     row, column = divmod(position, indices.shape[1])
     grids = indices.repeat(len(codes), 1, 1)
     grids[:, row, column] = codes
     f = tokenizer.config.downsampling
-    return tokenizer.decode(grids)[:, :, max(row - 1, 0) * f : (row + 2) * f, max(column - 1, 0) * f : (column + 2) * f]
+    return tokenizer.decode(grids)[
+        :, :, max(row - 1, 0) * f : (row + 2) * f, max(column - 1, 0) * f : (column + 2) * f
+    ]
 
 
 def changed_tokens(tokenizer, before, images):
-    """Say which tokens another tokenizer `before` reads otherwise: images (B, 3, H, W) -> (B, h, w) bool.
+    """Say which tokens another tokenizer `before` reads otherwise: images (B, 3, H, W) -> (B, h, w)
+    bool.
 
-    Means something where one was trained on from the other: a code keeps its number. UserError for codebooks unlike in size.
+    Means something where one was trained on from the other: a code keeps its number. UserError for
+    codebooks unlike in size.
     """
     if tokenizer.config.codebook_size != before.config.codebook_size:
-        raise UserError("these tokenizers number different codes: compare one with the tokenizer it was trained on from.")
+        raise UserError(
+            "these tokenizers number different codes: compare one with the tokenizer it was "
+            "trained "
+            ""
+            ""
+            "on from."
+        )
     with torch.no_grad():
         return tokenizer.encode(images) != before.encode(images)
 
 
-# -- how it is drawn ---------------------------------------------------------------------------------------------
+# -- how it is drawn -------------------------------------------------------------------------------
 
 
 def draw_images(rows):
@@ -83,10 +105,15 @@ def draw_images(rows):
 
 @torch.no_grad()
 def draw_tokens(tokenizer, before, images, image):
-    """Draw one of `images` by its number, its index grid, its reconstruction, and the tokens that `before` reads otherwise."""
+    """Draw one of `images` by its number, its index grid, its reconstruction, and the tokens that
+    `before` reads otherwise.
+    """
     picture = images[image : image + 1]
     indices = tokenizer.encode(picture)
-    changed, colours = changed_tokens(tokenizer, before, picture)[0], code_colours(tokenizer, indices[0])
+    changed, colours = (
+        changed_tokens(tokenizer, before, picture)[0],
+        code_colours(tokenizer, indices[0]),
+    )
     fig, axes = _grid(1, 4, width=9.4, height=2.6)
     _picture(axes[0, 0], picture[0], "image")
     _show(axes[0, 1], colours, "indices, in their codes' colours")
@@ -96,17 +123,23 @@ def draw_tokens(tokenizer, before, images, image):
     for row, line in enumerate(indices[0].tolist() if len(colours) <= NUMBERED else []):
         for column, index in enumerate(line):
             size, colour = 56 / len(colours), ink(colours[row, column])
-            axes[0, 1].text(column, row, index, ha="center", va="center", fontsize=size, color=colour)
+            axes[0, 1].text(
+                column, row, index, ha="center", va="center", fontsize=size, color=colour
+            )
     return fig
 
 
 @torch.no_grad()
 def draw_taus(tokenizer, image, position, taus):
-    """Draw the soft read-out of an image (3, H, W) at several tau and the hard one: decoded, and one patch's masses."""
+    """Draw the soft read-out of an image (3, H, W) at several tau and the hard one: decoded, and
+    one patch's masses.
+    """
     affinity = tokenizer.affinity(image[None])[0]  # (L, K)
     fig, axes = _grid(2, len(taus) + 1, width=10, height=2.7, left=0.05, bottom=0.1)
     for (above, below), tau in zip(axes.T, [*taus, 0]):
-        _picture(above, decode_mixture(tokenizer, affinity, tau), rf"$\tau$ = {tau:g}" if tau else "hard")
+        _picture(
+            above, decode_mixture(tokenizer, affinity, tau), rf"$\tau$ = {tau:g}" if tau else "hard"
+        )
         _outline(above, position, tokenizer.config.downsampling)
         masses, size = _masses(affinity[position], tau or HARD)
         _bars(below, masses.values, PALETTE["GEAR"] if tau else PALETTE["teacher"])
@@ -118,7 +151,9 @@ def draw_taus(tokenizer, image, position, taus):
 
 @torch.no_grad()
 def draw_readout(tokenizer, images, image, position, tau):
-    """Draw how one patch is read at `tau`: the masses of its nearest codes, how each would look, and the image decoded."""
+    """Draw how one patch is read at `tau`: the masses of its nearest codes, how each would look,
+    and the image decoded.
+    """
     picture, f = images[image : image + 1], tokenizer.config.downsampling
     affinity = tokenizer.affinity(picture)[0]  # (L, K)
     indices = tokenizer.encode(picture)[0]
@@ -128,7 +163,10 @@ def draw_readout(tokenizer, images, image, position, tau):
     axis, strip = fig.add_axes([0.1, 0.7, 0.89, 0.23]), fig.add_axes([0.1, 0.49, 0.89, 0.155])
     _bars(axis, masses.values, PALETTE["GEAR"])
     axis.set_ylabel(r"$\pi_k$")
-    axis.set_title(rf"nearest codes of the patch: H = {math.log(size):.3g} nats, exp H = {size:.3g} codes", y=1.0)
+    axis.set_title(
+        rf"nearest codes of the patch: H = {math.log(size):.3g} nats, exp H = {size:.3g} codes",
+        y=1.0,
+    )
     for i, look in enumerate(to_uint8(variants(tokenizer, indices, position, masses.indices))):
         strip.imshow(look.numpy(), extent=(i - 0.44, i + 0.44, 0, 1))
     strip.set(xlim=axis.get_xlim(), yticks=[], aspect="auto", frame_on=False)
@@ -148,30 +186,48 @@ def draw_readout(tokenizer, images, image, position, tau):
 
 @torch.no_grad()
 def draw_samples(generator, tokenizer, grid, label, cfg_scale, temperature, seed):
-    """Draw samples of a class, guided and not, from the same random numbers, and what of the guided was hard to predict."""
+    """Draw samples of a class, guided and not, from the same random numbers, and what of the guided
+    was hard to predict.
+    """
     labels, options = torch.full((SAMPLES,), label), dict(temperature=temperature, seed=seed)
     guided = generate(generator, labels, grid, cfg_scale=cfg_scale, **options)
     plain = generate(generator, labels, grid, cfg_scale=1.0, **options)
     entropy = entropies(generator(guided, labels), 1.0).view(guided.shape)
     top = math.log(generator.codebook_size)
     fig, axes = _grid(3, SAMPLES, width=6.4, height=3.2)
-    for column, one, other, surprise in zip(axes.T, tokenizer.decode(guided), tokenizer.decode(plain), entropy):
+    for column, one, other, surprise in zip(
+        axes.T, tokenizer.decode(guided), tokenizer.decode(plain), entropy
+    ):
         _picture(column[0], one)
         _picture(column[1], other)
         _show(column[2], surprise, vmin=0, vmax=top, cmap="magma")
     axes[0, 0].set_title(f"guided, cfg_scale = {cfg_scale:g}")
     axes[1, 0].set_title("the same random numbers without guidance")
-    axes[2, 0].set_title(f"entropy of the first row's tokens given those before: 0 to ln K = {top:.2f} nats")
+    axes[2, 0].set_title(
+        f"entropy of the first row's tokens given those before: 0 to ln K = {top:.2f} nats"
+    )
     return fig
 
 
 def _grid(rows, columns, width, height, left=0.005, bottom=0.005):
-    """Make axes that fill a figure: several times quicker than a layout engine, which is felt under a slider."""
+    """Make axes that fill a figure: several times quicker than a layout engine, which is felt under
+    a slider.
+    """
     use_style()
     return plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False,
-        gridspec_kw=dict(left=left, right=0.995, bottom=bottom, top=1 - 0.27 / height, wspace=0.06, hspace=0.3 * rows / height),
-    )  # fmt: skip
+        rows,
+        columns,
+        figsize=(width, height),
+        squeeze=False,
+        gridspec_kw=dict(
+            left=left,
+            right=0.995,
+            bottom=bottom,
+            top=1 - 0.27 / height,
+            wspace=0.06,
+            hspace=0.3 * rows / height,
+        ),
+    )
 
 
 def _picture(axis, image, title=""):
@@ -182,14 +238,20 @@ def _picture(axis, image, title=""):
 def _show(axis, image, title="", **options):
     """Put a grid, (h, w) or (h, w, 3), on an axis without ticks or frame."""
     axis.imshow(image.numpy(), **options)
-    axis.set_title(title, y=1.0)  # a place of its own spares matplotlib the search for one, half the time of drawing
+    axis.set_title(
+        title, y=1.0
+    )  # a place of its own spares matplotlib the search for one, half the time of drawing
     axis.set_axis_off()
 
 
 def _outline(axis, position, f):
     """Frame the patch at `position` of the square image an axis shows, `f` pixels a token."""
     row, column = divmod(position, axis.get_images()[0].get_array().shape[1] // f)
-    axis.add_patch(Rectangle((column * f - 0.5, row * f - 0.5), f, f, fill=False, edgecolor=PALETTE["GEAR"], lw=1.5))
+    axis.add_patch(
+        Rectangle(
+            (column * f - 0.5, row * f - 0.5), f, f, fill=False, edgecolor=PALETTE["GEAR"], lw=1.5
+        )
+    )
 
 
 def _masses(affinity, tau):
@@ -205,20 +267,26 @@ def _bars(axis, masses, colour):
     axis.minorticks_off()
 
 
-# -- what can be turned ------------------------------------------------------------------------------------------
+# -- what can be turned ----------------------------------------------------------------------------
 
 
 def tokens(tokenizer, before, images):
     """Show any of `images` as tokens: a Panel with the control `image`."""
-    return Panel(lambda image: draw_tokens(tokenizer, before, images, image), {"image": _image(images)})
+    return Panel(
+        lambda image: draw_tokens(tokenizer, before, images, image), {"image": _image(images)}
+    )
 
 
 def readout(tokenizer, images, tau, position=0):
-    """Show the soft read-out of any patch at any tau: a Panel with the controls `image`, `tau` and `position`."""
+    """Show the soft read-out of any patch at any tau: a Panel with the controls `image`, `tau` and
+    `position`.
+    """
     h, w = tokenizer.encode(images[:1]).shape[1:]
     controls = {
         "image": _image(images),
-        "tau": widgets.FloatLogSlider(tau, min=-3, max=0.5, step=0.05, description="τ", readout_format=".3g"),
+        "tau": widgets.FloatLogSlider(
+            tau, min=-3, max=0.5, step=0.05, description="τ", readout_format=".3g"
+        ),
         "position": TokenGrid(h, w, position),
     }
 
@@ -232,13 +300,21 @@ def readout(tokenizer, images, tau, position=0):
 
 
 def samples(generator, tokenizer, grid, classes, cfg_scale=1.5):
-    """Show samples of any class: a Panel with the controls `label`, `cfg_scale`, `temperature` and `seed`."""
+    """Show samples of any class: a Panel with the controls `label`, `cfg_scale`, `temperature` and
+    `seed`.
+    """
     check_value("cfg_scale", cfg_scale, Guidance)
     scales = dict(min=0, max=max(6, cfg_scale), step=0.25)
     controls = {
-        "label": widgets.Dropdown(options=[(name, i) for i, name in enumerate(classes)], description="class c"),
-        "cfg_scale": widgets.FloatSlider(cfg_scale, **scales, description="cfg_scale", continuous_update=False),
-        "temperature": widgets.FloatSlider(1, min=0, max=1.5, step=0.05, description="temp.", continuous_update=False),
+        "label": widgets.Dropdown(
+            options=[(name, i) for i, name in enumerate(classes)], description="class c"
+        ),
+        "cfg_scale": widgets.FloatSlider(
+            cfg_scale, **scales, description="cfg_scale", continuous_update=False
+        ),
+        "temperature": widgets.FloatSlider(
+            1, min=0, max=1.5, step=0.05, description="temp.", continuous_update=False
+        ),
         "seed": widgets.BoundedIntText(0, min=0, max=2**31, description="seed"),
     }
     panel = Panel(lambda **values: draw_samples(generator, tokenizer, grid, **values), controls)

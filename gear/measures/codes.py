@@ -1,6 +1,8 @@
-"""Which codes are used (marginal), and how surely a token is assigned to one (posterior): two different statistics.
+"""Which codes are used (marginal), and how surely a token is assigned to one (posterior): two
+different statistics.
 
-Figure 4 of the paper most likely shows the posterior family; both are kept, under names that cannot be confused.
+Figure 4 of the paper most likely shows the posterior family; both are kept, under names that cannot
+be confused.
 """
 
 import math
@@ -23,7 +25,9 @@ class Usage:
 
     @property
     def miller_madow(self) -> float:
-        """Entropy with the first-order correction (used - 1) / 2n for the finite sample, in nats (Miller, 1955)."""
+        """Entropy with the first-order correction (used - 1) / 2n for the finite sample, in nats
+        (Miller, 1955).
+        """
         return self.entropy + (len(self.top_mass) - self.dead - 1) / (2 * self.n)
 
 
@@ -35,7 +39,8 @@ class Assignment:
 
 
 def entropies(scores: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    """Return the entropy of each row of softmax(scores / tau) in nats: (..., K) -> (...), in [0, ln K].
+    """Return the entropy of each row of softmax(scores / tau) in nats: (..., K) -> (...), in [0, ln
+    K].
 
     Affinity.entropies is the same with gradients, for matrices that are not formed.
     """
@@ -52,22 +57,35 @@ def usage(indices: torch.Tensor, codebook_size: int) -> Usage:
         raise ValueError(f"indices must be non-empty and lie in [0, {codebook_size})")
     counts = torch.bincount(indices, minlength=codebook_size).sort(descending=True).values  # (K,)
     entropy = torch.special.entr(counts.double() / len(indices)).sum().item()
-    return Usage(entropy, math.exp(entropy), counts.cumsum(0).double() / len(indices), int((counts == 0).sum()), len(indices))
+    return Usage(
+        entropy,
+        math.exp(entropy),
+        counts.cumsum(0).double() / len(indices),
+        int((counts == 0).sum()),
+        len(indices),
+    )
 
 
 def assignment(affinity, tau: float) -> Assignment:
-    """Describe the soft assignment p_i = softmax(A_i / tau) of Eq. 8, averaged over tokens (Fig. 4).
+    """Describe the soft assignment p_i = softmax(A_i / tau) of Eq. 8, averaged over tokens (Fig.
+    4).
 
-    affinity: (N, K), larger is nearer (A = -d), or an iterable of its blocks of rows, one of which is held at a time.
-    top_mass has m = 1, 10, 100, 1000; an m above K counts all K codes. ValueError if tau is not positive, affinity is not a
-    non-empty (N, K), or an entry is NaN or +inf.
+    affinity: (N, K), larger is nearer (A = -d), or an iterable of its blocks of rows, one of which
+    is held at a time. top_mass has m = 1, 10, 100, 1000; an m above K counts all K codes.
+    ValueError if tau is not positive, affinity is not a non-empty (N, K), or an entry is NaN or
+    +inf.
     """
     totals, count = 0, 0
     for block in [affinity] if isinstance(affinity, torch.Tensor) else affinity:
         if not 0 < tau < math.inf or block.ndim != 2 or block.numel() == 0:
-            raise ValueError(f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(block.shape)}")
+            raise ValueError(
+                f"need tau > 0 and a non-empty (N, K) affinity, got tau={tau}, {tuple(block.shape)}"
+            )
         for rows in block.split(max(1, CHUNK // block.shape[1])):
-            totals, count = totals + _row_totals((rows.double() / tau).softmax(1)), count + len(rows)
+            totals, count = (
+                totals + _row_totals((rows.double() / tau).softmax(1)),
+                count + len(rows),
+            )
     if count == 0:
         raise ValueError("need a non-empty (N, K) affinity, got no block of one")
     entropy, *top_mass = (totals / count).tolist()

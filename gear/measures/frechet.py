@@ -1,4 +1,6 @@
-"""Statistics of features, streamed: Fréchet distance and Inception Score (Tables 1, 5 to 14). Float64 throughout."""
+"""Statistics of features, streamed: Fréchet distance and Inception Score (Tables 1, 5 to 14).
+Float64 throughout.
+"""
 
 import torch
 
@@ -11,7 +13,9 @@ IS_SPLIT = 5_000  # samples a split of the Inception Score, in the order of the 
 
 
 def gram(rows):
-    """Return all products of rows, X X^T: (N, D) -> (N, N). On a CPU by NumPy, which does half of a symmetric product."""
+    """Return all products of rows, X X^T: (N, D) -> (N, N). On a CPU by NumPy, which does half of a
+    symmetric product.
+    """
     if rows.device.type != "cpu":
         return rows @ rows.T
     array = rows.numpy()
@@ -19,14 +23,17 @@ def gram(rows):
 
 
 class Moments:
-    """Mean and covariance of feature rows, from sums alone: memory does not grow with what has been seen.
+    """Mean and covariance of feature rows, from sums alone: memory does not grow with what has been
+    seen.
 
     Of sets seen by several processes, or at several times, `merge` gives those of the whole.
     """
 
     def __init__(self, dim, device="cpu"):
         self.count = 0
-        self.shift = torch.zeros(dim, dtype=torch.float64, device=device)  # becomes the first rows' mean
+        self.shift = torch.zeros(
+            dim, dtype=torch.float64, device=device
+        )  # becomes the first rows' mean
         self.sum = torch.zeros_like(self.shift)  # of x - shift: squares about it do not cancel
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._waiting = []
@@ -35,7 +42,9 @@ class Moments:
         """Take in features (N, D). Raises UserError for a value that is not finite."""
         check_finite(features, "the features", "look at the images, or at the feature network")
         self._waiting.append(features.detach().to(self.sum.device, torch.float64))
-        if sum(map(len, self._waiting)) >= ROWS:  # the product of many rows costs little more than that of few
+        if (
+            sum(map(len, self._waiting)) >= ROWS
+        ):  # the product of many rows costs little more than that of few
             self._fold()
         return self
 
@@ -80,15 +89,21 @@ class Moments:
 
 
 def frechet_distance(one, other):
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D, D)): a float >= 0.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D,
+    D)):
+    a float >= 0.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which are real. Raises UserError
-    for what are no statistics, for those of another width, and for a covariance with an eigenvalue clearly below zero.
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which
+    are real. Raises UserError for what are no statistics, for those of another width, and for a
+    covariance with an eigenvalue clearly below zero.
     """
     (m1, s1), (m2, s2) = (check_statistics(*pair) for pair in (one, other))
     if m1.shape != m2.shape:
         widths = f"{len(m1)} and {len(m2)} features"
-        raise UserError(f"statistics of {widths} cannot be compared: both have to come from one feature network.")
+        raise UserError(
+            f"statistics of {widths} cannot be compared: both have to come from one feature "
+            "network."
+        )
     root = _root(s1)
     values = _non_negative(torch.linalg.eigvalsh(root.T @ s2 @ root))
     distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * values.sqrt().sum()
@@ -100,15 +115,23 @@ def check_statistics(mean, covariance):
     mean, covariance = (torch.as_tensor(t, dtype=torch.float64) for t in (mean, covariance))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
-        raise UserError(f"a mean and a covariance of shapes {shapes}: (D,) and (D, D) are expected.")
-    check_finite(torch.cat([mean[None], covariance]), "a mean and a covariance", "look at what they were computed from")
+        raise UserError(
+            f"a mean and a covariance of shapes {shapes}: (D,) and (D, D) are expected."
+        )
+    check_finite(
+        torch.cat([mean[None], covariance]),
+        "a mean and a covariance",
+        "look at what they were computed from",
+    )
     if (covariance - covariance.T).abs().max() > ASYMMETRY * covariance.abs().max():
         raise UserError("a covariance is not symmetric: it is not that of any features.")
     return mean, covariance
 
 
 def _root(covariance):
-    """Return R with R R^T = S: Cholesky's, which costs a tenth, or where S is singular the one of its eigenvectors."""
+    """Return R with R R^T = S: Cholesky's, which costs a tenth, or where S is singular the one of
+    its eigenvectors.
+    """
     factor, singular = torch.linalg.cholesky_ex(covariance)
     if not singular:
         return factor
@@ -117,16 +140,23 @@ def _root(covariance):
 
 
 def _non_negative(values):
-    """Clip eigenvalues that rounding made negative; raises UserError for one that is negative by more."""
+    """Clip eigenvalues that rounding made negative; raises UserError for one that is negative by
+    more.
+    """
     if values.min() < -1e-6 * values.abs().max():
-        raise UserError(f"a covariance has the eigenvalue {float(values.min()):.3g}: it is not that of any features.")
+        raise UserError(
+            f"a covariance has the eigenvalue {float(values.min()):.3g}: it is not that of any "
+            "features."
+        )
     return values.clamp_min(0)
 
 
 class InceptionScore:
-    """exp(mean KL of a sample's class probabilities from their mean) of each split of `split` samples in order, averaged.
+    """exp(mean KL of a sample's class probabilities from their mean) of each split of `split`
+    samples in order, averaged.
 
-    Order matters: class-sorted samples give each split fewer classes. Probabilities are streamed; only sums are kept.
+    Order matters: class-sorted samples give each split fewer classes. Probabilities are streamed;
+    only sums are kept.
     """
 
     def __init__(self, split=IS_SPLIT):
@@ -152,11 +182,15 @@ class InceptionScore:
 
     def _close(self):
         mean = self.mean / self.count
-        self.scores.append(float((self.negentropy / self.count + torch.special.entr(mean).sum()).exp()))
+        self.scores.append(
+            float((self.negentropy / self.count + torch.special.entr(mean).sum()).exp())
+        )
         self._begin()
 
     def value(self):
-        """Return the mean over splits, the last one however short; raises UserError where there was no sample."""
+        """Return the mean over splits, the last one however short; raises UserError where there was
+        no sample.
+        """
         if self.count:
             self._close()
         if not self.scores:

@@ -1,6 +1,8 @@
-"""How smooth a feature map is over the token grid: Moran's I, high-frequency ratio, local-versus-distant similarity.
+"""How smooth a feature map is over the token grid: Moran's I, high-frequency ratio,
+local-versus-distant similarity.
 
-All take finite (N, h, w, C) of any float dtype, on any device, else ValueError, and give one float64 value an image, on a CPU.
+All take finite (N, h, w, C) of any float dtype, on any device, else ValueError, and give one
+float64 value an image, on a CPU.
 """
 
 from collections.abc import Iterator
@@ -16,12 +18,14 @@ DISTANCES = 8  # iREPA's code: the decay is fitted over distances 1..8
 
 
 def morans_i(features: torch.Tensor, reduction: str = "channel_mean") -> torch.Tensor:
-    """Measure spatial autocorrelation by Moran's I, binary rook weights, open boundary (Moran 1950; Fig. 5 c).
+    """Measure spatial autocorrelation by Moran's I, binary rook weights, open boundary (Moran 1950;
+    Fig. 5 c).
 
-    I = (n / E) sum_edges z_i z_j / sum_i z_i^2, n cells, E edges, z centred over the grid. "channel_mean" averages I
-    over the channels that vary; "vector" pools numerator and denominator over channels, so massive channels own it.
-    (N, h, w, C) -> (N,); 1 is smooth, -1 / (n - 1) random, -1 a checkerboard; NaN where the image is constant.
-    ValueError for another reduction or a grid without edges.
+    I = (n / E) sum_edges z_i z_j / sum_i z_i^2, n cells, E edges, z centred over the grid.
+    "channel_mean" averages I over the channels that vary; "vector" pools numerator and denominator
+    over channels, so massive channels own it. (N, h, w, C) -> (N,); 1 is smooth, -1 / (n - 1)
+    random, -1 a checkerboard; NaN where the image is constant. ValueError for another reduction or
+    a grid without edges.
     """
     if reduction not in ("channel_mean", "vector"):
         raise ValueError(f'reduction must be "channel_mean" or "vector", got {reduction!r}')
@@ -29,11 +33,13 @@ def morans_i(features: torch.Tensor, reduction: str = "channel_mean") -> torch.T
 
 
 def high_frequency_ratio(features: torch.Tensor, cutoff: float = 0.25) -> torch.Tensor:
-    """Give the share of non-constant spectral power above a radial frequency (Fig. 5 f; the definition is ours).
+    """Give the share of non-constant spectral power above a radial frequency (Fig. 5 f; the
+    definition is ours).
 
-    sum_{|f| > cutoff} P / sum_{f != 0} P, P(f) = sum_c |FFT_c(f)|^2, f in cycles per token (Nyquist 0.5), strict >.
-    (N, h, w, C) -> (N,) in [0, 1]; white noise on 16 x 16 gives 207 / 255; NaN where the image is constant.
-    ValueError if the cutoff is outside [0, 0.71) or the grid is a single token.
+    sum_{|f| > cutoff} P / sum_{f != 0} P, P(f) = sum_c |FFT_c(f)|^2, f in cycles per token (Nyquist
+    0.5), strict >. (N, h, w, C) -> (N,) in [0, 1]; white noise on 16 x 16 gives 207 / 255; NaN
+    where the image is constant. ValueError if the cutoff is outside [0, 0.71) or the grid is a
+    single token.
     """
     if not 0 <= cutoff < 0.5**0.5:
         raise ValueError(f"cutoff={cutoff} is outside [0, 0.71)")
@@ -43,14 +49,17 @@ def high_frequency_ratio(features: torch.Tensor, cutoff: float = 0.25) -> torch.
 def local_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contrast near with distant tokens by iREPA's LDS, CDS and RMSC (released code's constants).
 
-    With s(d) the mean cosine of tokens d rook steps apart: LDS = s(1) - mean over pairs with d >= 6; CDS = minus the
-    least-squares slope of s over d = 1..8; RMSC = rms distance of unit tokens from their mean, in [0, 1].
-    (N, h, w, C) -> three (N,). ValueError if h + w < 10 or a token is zero.
+    With s(d) the mean cosine of tokens d rook steps apart: LDS = s(1) - mean over pairs with d >=
+    6; CDS = minus the least-squares slope of s over d = 1..8; RMSC = rms distance of unit tokens
+    from their mean, in [0, 1]. (N, h, w, C) -> three (N,). ValueError if h + w < 10 or a token is
+    zero.
     """
     maps = _maps(features)
     if sum(features.shape[1:3]) < DISTANCES + 2:
         raise ValueError(f"grid {tuple(features.shape[1:3])} has no tokens {DISTANCES} steps apart")
-    return tuple(torch.cat(parts).cpu() for parts in zip(*(_local_similarity(chunk) for chunk in maps)))
+    return tuple(
+        torch.cat(parts).cpu() for parts in zip(*(_local_similarity(chunk) for chunk in maps))
+    )
 
 
 def _maps(features: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -58,12 +67,16 @@ def _maps(features: torch.Tensor) -> Iterator[torch.Tensor]:
         raise ValueError(f"need (N, h, w, C) with at least two tokens, got {tuple(features.shape)}")
     if not features.isfinite().all():
         raise ValueError("features are not finite")
-    size = max(features[0].numel(), (features.shape[1] * features.shape[2]) ** 2)  # local_similarity makes (L, L)
+    size = max(
+        features[0].numel(), (features.shape[1] * features.shape[2]) ** 2
+    )  # local_similarity makes (L, L)
     return (maps.double() for maps in features.split(max(1, CHUNK // size)))
 
 
 def _centred(maps: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    """Subtract the mean over the grid, and zero exactly what does not vary: its residue is rounding."""
+    """Subtract the mean over the grid, and zero exactly what does not vary: its residue is
+    rounding.
+    """
     centred = maps - maps.mean((1, 2), keepdim=True)
     energy, raw = (z.square().sum(axes, keepdim=True) for z in (centred, maps))
     return centred.masked_fill(energy <= ROUNDING * raw, 0)
@@ -79,8 +92,12 @@ def _morans_i(maps: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def _high_frequency_ratio(maps: torch.Tensor, cutoff: float) -> torch.Tensor:
-    power = torch.fft.fft2(_centred(maps, (1, 2, 3)), dim=(1, 2)).abs().square().sum(-1)  # (N, h, w), 0 at f = 0
-    fy, fx = (torch.fft.fftfreq(n, dtype=torch.float64, device=maps.device) for n in maps.shape[1:3])
+    power = (
+        torch.fft.fft2(_centred(maps, (1, 2, 3)), dim=(1, 2)).abs().square().sum(-1)
+    )  # (N, h, w), 0 at f = 0
+    fy, fx = (
+        torch.fft.fftfreq(n, dtype=torch.float64, device=maps.device) for n in maps.shape[1:3]
+    )
     high = torch.hypot(fy[:, None], fx) > cutoff
     return (power * high).sum((1, 2)) / power.sum((1, 2))
 

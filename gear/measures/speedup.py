@@ -5,31 +5,50 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-BLOCK = 0.02  # of the curve: residuals are correlated, so they are resampled in blocks of this length
+# of the curve: residuals are correlated, so they are resampled in blocks of this length
+BLOCK = 0.02
 DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """value, and its 95 % bootstrap interval; all None when the method never reaches the baseline's end."""
+    """value, and its 95 % bootstrap interval; all None when the method never reaches the baseline's
+    end.
+    """
 
     value: float | None
-    low: float | None  # never below 1: a draw that does not reach its target counts as 1, the most it can be
-    high: float | None  # inf when the crossing may lie before the first logged point; value is then a lower bound
+    low: (
+        float | None
+    )  # never below 1: a draw that does not reach its target counts as 1, the most it can be
+    high: (
+        float | None
+    )  # inf when the crossing may lie before the first logged point; value is then a lower bound
 
 
-def speedup(steps: ArrayLike, baseline: ArrayLike, method: ArrayLike, tail: float = 0.02) -> Speedup:
-    """Divide the baseline's last step by the step at which the method reaches the baseline's final loss.
+def speedup(
+    steps: ArrayLike, baseline: ArrayLike, method: ArrayLike, tail: float = 0.02
+) -> Speedup:
+    """Divide the baseline's last step by the step at which the method reaches the baseline's final
+    loss.
 
-    The final loss is the mean over the last `tail` of the steps (0: the last point only). The method's curve is
-    first made non-increasing (isotonic least squares: the first crossing of a noisy curve is far too early), then
-    interpolated linearly. The interval is a seeded moving-block bootstrap of the residuals of both curves.
-    steps, baseline, method: (n,), one logged stride, losses that fall. Definition ours, the paper gives none.
-    ValueError if they differ in length, are not finite, steps are not positive and increasing, or tail not in [0, 1).
+    The final loss is the mean over the last `tail` of the steps (0: the last point only). The
+    method's curve is first made non-increasing (isotonic least squares: the first crossing of a
+    noisy curve is far too early), then interpolated linearly. The interval is a seeded moving-block
+    bootstrap of the residuals of both curves. steps, baseline, method: (n,), one logged stride,
+    losses that fall. Definition ours, the paper gives none. ValueError if they differ in length,
+    are not finite, steps are not positive and increasing, or tail not in [0, 1).
     """
-    steps, baseline, method = curves = [np.asarray(curve, dtype=np.float64) for curve in (steps, baseline, method)]
-    if steps.ndim != 1 or len(steps) < 2 or any(c.shape != steps.shape or not np.isfinite(c).all() for c in curves):
-        raise ValueError(f"need three finite curves of one length >= 2, got {[c.shape for c in curves]}")
+    steps, baseline, method = curves = [
+        np.asarray(curve, dtype=np.float64) for curve in (steps, baseline, method)
+    ]
+    if (
+        steps.ndim != 1
+        or len(steps) < 2
+        or any(c.shape != steps.shape or not np.isfinite(c).all() for c in curves)
+    ):
+        raise ValueError(
+            f"need three finite curves of one length >= 2, got {[c.shape for c in curves]}"
+        )
     if steps[0] <= 0 or (np.diff(steps) <= 0).any() or not 0 <= tail < 1:
         raise ValueError("steps must be positive and increasing, and tail in [0, 1)")
 
@@ -62,7 +81,9 @@ def _ratio(steps: np.ndarray, target: float, curve: np.ndarray) -> float | None:
     i = int(np.argmax(fit <= target))
     if fit[i] > target:
         return None
-    t = steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])  # interp wants ascending x
+    t = (
+        steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])
+    )  # interp wants ascending x
     return float(steps[-1] / t)
 
 

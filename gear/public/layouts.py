@@ -1,7 +1,8 @@
-"""The layouts of the public checkpoints: how each names our tensors, and which configuration its shapes speak of.
+"""The layouts of the public checkpoints: how each names our tensors, and which configuration its
+shapes speak of.
 
-Three tokenizers, one generator, class- or text-conditioned, the projectors and the discriminator. A layout is recognised by
-its names; loading is strict in shape and name.
+Three tokenizers, one generator, class- or text-conditioned, the projectors and the discriminator. A
+layout is recognised by its names; loading is strict in shape and name.
 """
 
 import re
@@ -12,19 +13,39 @@ from gear.public.tokenizers import TOKENIZER_LAYOUTS
 
 LAYOUTS = (*TOKENIZER_LAYOUTS, *GENERATOR_LAYOUTS)
 UNSUPPORTED = {
-    r"(^|\.)cls_embedding\.uncond_embedding$": "LlamaGen's own text-to-image model, another network than GEAR's hybrid"
-}
-ARCHITECTURE = {  # the fields that a public file tells by its shapes or its layout; the others concern training
-    "tokenizer": (
-        "quantizer", "backbone", "codebook_size", "code_dim", "channels", "channel_mult", "res_blocks", "linear_skip",
+    r"(^|\.)cls_embedding\.uncond_embedding$": (
+        "LlamaGen's own text-to-image model, another network than GEAR's hybrid"
     ),
-    "generator": ("width", "layers", "heads", "num_classes", "condition_rotation", "text_dim", "dual_layers"),
-}  # fmt: skip
+}
+# the fields that a public file tells by its shapes or its layout; the others concern training
+ARCHITECTURE = {
+    "tokenizer": (
+        "quantizer",
+        "backbone",
+        "codebook_size",
+        "code_dim",
+        "channels",
+        "channel_mult",
+        "res_blocks",
+        "linear_skip",
+    ),
+    "generator": (
+        "width",
+        "layers",
+        "heads",
+        "num_classes",
+        "condition_rotation",
+        "text_dim",
+        "dual_layers",
+    ),
+}
 
 
 def public_layout(kind, size):
-    """Return the Layout from which a network of our own would be read back as it is, or None: no linear skip, say."""
-    family = lambda size: (getattr(size, "quantizer", None), getattr(size, "backbone", None))  # noqa: E731
+    """Return the Layout from which a network of our own would be read back as it is, or None: no
+    linear skip, say.
+    """
+    family = lambda size: (getattr(size, "quantizer", None), getattr(size, "backbone", None))
     for layout in (layout for layout in LAYOUTS if layout.kind == kind and kind in ARCHITECTURE):
         if family(layout.sizes[0]) == family(size):
             try:
@@ -38,7 +59,8 @@ def public_layout(kind, size):
 
 
 def prefixes(names, source):
-    """Return {prefix: Layout} of the public networks among tensor names: what stands before the names that a layout has.
+    """Return {prefix: Layout} of the public networks among tensor names: what stands before the
+    names that a layout has.
 
     Raises UserError for a network that is known and has no counterpart here.
     """

@@ -1,4 +1,5 @@
-"""Files of tensors that others wrote: their tensors by name, or what such a file is instead. No code in it is run.
+"""Files of tensors that others wrote: their tensors by name, or what such a file is instead. No
+code in it is run.
 
 A file is told by its content, not by the ending of its name.
 """
@@ -19,10 +20,16 @@ from gear.files import is_utf8, read_text
 
 ZIP = b"PK\x03\x04"
 ARCHIVES = {  # first bytes of what weights are packed in
-    b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd", b"PK\x05\x06": "empty zip",
-}  # fmt: skip
-FORMATS = (  # patterns of the first bytes of files that hold other things, or weights for other libraries
+    b"\x1f\x8b": "gzip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x05\x06": "empty zip",
+}
+# patterns of the first bytes of files that hold other things, or weights for other libraries
+FORMATS = (
     (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
     (rb"(GGUF|ggml|lmgg|tjgg)", "a GGUF file of quantised weights"),
     (rb".{4}TFL3", "a TensorFlow Lite file"),
@@ -34,7 +41,8 @@ FORMATS = (  # patterns of the first bytes of files that hold other things, or w
     (rb"SQLite format 3", "a SQLite database"),
     (rb"%PDF", "a PDF document"),
 )
-TENSORFLOW = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the last bytes of its checkpoints and of their indices
+# the last bytes of its checkpoints and of their indices
+TENSORFLOW = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 PICKLE = rb"\x80[\x02-\x05]|\([dl]p|c[\w.]+\n\w+\n|[\]}]"  # an old file is a bare pickle
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".h5")
 WEB_PAGE = "text (a web page?), not weights: fetch it again, from the address of the file itself"
@@ -52,7 +60,9 @@ def is_safetensors(path):
 
 
 def read_safetensors(path):
-    """Return ({name: tensor}, {key: text of the metadata}) of a safetensors file; raises NotWeights."""
+    """Return ({name: tensor}, {key: text of the metadata}) of a safetensors file; raises
+    NotWeights.
+    """
     try:
         if not is_utf8(path):
             content = path.read_bytes()
@@ -61,31 +71,48 @@ def read_safetensors(path):
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except Exception as error:  # safetensors raises its own Rust exception type
-        raise NotWeights(f"is cut short, or damaged: fetch it again ({first_line(error)})") from None
+        raise NotWeights(
+            f"is cut short, or damaged: fetch it again ({first_line(error)})"
+        ) from None
 
 
 def read_content(path):
-    """Return what a file of PyTorch or safetensors holds, tensors in nested dictionaries as a rule; raises NotWeights."""
+    """Return what a file of PyTorch or safetensors holds, tensors in nested dictionaries as a rule;
+    raises NotWeights.
+    """
     if is_safetensors(path):
         return read_safetensors(path)[0]
     if what := what_else(path):
         raise NotWeights(f"is not a checkpoint. It is {what}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's arguments: names and values, no code
-            if path.suffix == ".safetensors" or not is_utf8(path):  # torch.load is misled by that suffix, and asks for UTF-8
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # LlamaGen's arguments: names and values, no code
+            if path.suffix == ".safetensors" or not is_utf8(
+                path
+            ):  # torch.load is misled by that suffix, and asks for UTF-8
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_head(path).startswith(ZIP))
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=_head(path).startswith(ZIP)
+            )
     except pickle.UnpicklingError as error:
         held = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"Python objects ({held[1]})" if held else "what no checkpoint of tensors holds"
-        raise NotWeights(f"holds {what}, and nothing of that is run: save its tensors alone") from None
+        raise NotWeights(
+            f"holds {what}, and nothing of that is run: save its tensors alone"
+        ) from None
     except Exception as error:  # torch has no one type for this
-        raise NotWeights(f"is not a checkpoint. It is cut short, or damaged: fetch it again ({first_line(error)})") from None
+        raise NotWeights(
+            "is not a checkpoint. It is cut short, or damaged: fetch it again "
+            f"({first_line(error)})"
+        ) from None
 
 
 def what_else(path):
-    """Say what a file is that is neither PyTorch's nor safetensors', and what to do; "" where it may be one of those."""
+    """Say what a file is that is neither PyTorch's nor safetensors', and what to do; "" where it
+    may be one of those.
+    """
     head = _head(path)
     if not head:
         return "empty: fetch it again"
@@ -100,13 +127,17 @@ def what_else(path):
         file.seek(max(0, path.stat().st_size - len(TENSORFLOW)))
         if file.read() == TENSORFLOW or re.search(r"\.data-\d+-of-\d+$", path.name):
             return f"a part of a TensorFlow checkpoint: {ADVICE}"
-    if other := next((what for pattern, what in FORMATS if re.match(pattern, head, re.DOTALL)), None):
+    if other := next(
+        (what for pattern, what in FORMATS if re.match(pattern, head, re.DOTALL)), None
+    ):
         return f"{other}: {ADVICE}"
     if re.match(PICKLE, head):
         return ""
     if re.match(rb"\s*<[!?A-Za-z]", head):  # in whatever encoding
         return WEB_PAGE
-    is_text = head.startswith((b"\xff\xfe", b"\xfe\xff")) or not re.search(rb"[\0-\x08\x0e-\x1a]", head)
+    is_text = head.startswith((b"\xff\xfe", b"\xfe\xff")) or not re.search(
+        rb"[\0-\x08\x0e-\x1a]", head
+    )
     return _what_text(path) if is_text else f"of an unknown kind: {ADVICE}"
 
 
@@ -123,7 +154,10 @@ def _what_zip(path):
         raise NotWeights("is cut short: fetch it again") from None
     ends = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in ends:
-        return "a TorchScript archive, which is code: save the state_dict() of what torch.jit.load makes of it"
+        return (
+            "a TorchScript archive, which is code: save the state_dict() of what torch.jit.load "
+            "makes of it"
+        )
     if "data.pkl" in ends:
         return ""
     if "model.weights.h5" in ends:
@@ -145,20 +179,28 @@ def _what_text(path):
     try:
         shards = sorted(set(dict(json.loads(text))["weight_map"].values()))
         return (
-            f"the index of a checkpoint in {len(shards)} parts ({', '.join(shards[:3])}, ...): join their tensors in one file"
+            f"the index of a checkpoint in {len(shards)} parts ({', '.join(shards[:3])}, ...): "
+            "join "
+            ""
+            ""
+            "their tensors in one file"
         )
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         begins = " ".join(text[:40].split())
         return f"text, not weights (it begins with '{begins}'): fetch it again"
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def tensors_of(content):
     """Return the tensors by name in a dictionary; none in anything else."""
     items = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    return {
+        name: value
+        for name, value in items
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
 
 
 def first_line(error):

@@ -42,8 +42,8 @@ class RunName:
     def parse(cls, text, recipes):
         """Read a run's name, which may begin with a recipe; `str` gives the text back.
 
-        recipes: {name: RunName}, of which the longest that fits counts. In any other name, what stands
-        before the seed is the preset.
+        recipes: {name: RunName}, of which the longest that fits counts. In any other name, what
+        stands before the seed is the preset.
         """
         words = text.split("-")
         for count in range(len(words), 0, -1):
@@ -67,7 +67,9 @@ def reseeded(pattern, seeds):
     Raises UserError where there are several of them and one has two digits.
     """
     if len(seeds) > 1 and max(seeds) > 9:
-        raise UserError(f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one.")
+        raise UserError(
+            f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one."
+        )
     digits = "".join(map(str, seeds))
     return pattern.replace(SEEDS, f"-s[{digits}]" if len(seeds) > 1 else f"-s{digits}")
 
@@ -75,14 +77,19 @@ def reseeded(pattern, seeds):
 def run_path(name):
     """Return the folder of the run `name`.
 
-    Raises UserError for a path, for what cannot be a folder's name in UTF-8, and for the name of the
-    folder of records.
+    Raises UserError for a path, for what cannot be a folder's name in UTF-8, and for the name of
+    the folder of records.
     """
     name = str(name)
     if name == REFERENCE:
-        raise UserError(f"'{name}' is no name of a run: that folder holds the records without weights.")
+        raise UserError(
+            f"'{name}' is no name of a run: that folder holds the records without weights."
+        )
     is_path = name in ("", "..") or name != Path(name).name
     if is_path or len(os.fsencode(name)) > NAME_BYTES or not is_utf8(name):
         what = "a path" if name in (".", "..") or "/" in name else "no name of a folder, in UTF-8"
-        raise UserError(f"'{name}' is {what}; a run is opened by name, that of its folder in {runs_dir()} ($GEAR_RUNS).")
+        raise UserError(
+            f"'{name}' is {what}; a run is opened by name, that of its folder in {runs_dir()} "
+            "($GEAR_RUNS)."
+        )
     return runs_dir() / name

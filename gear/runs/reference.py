@@ -1,13 +1,16 @@
 """Records: what is left of finished runs without their weights, many in one folder of a few files.
 
-runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config hash
+runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config
+                                hash
                configs.json     {run: configuration}
                metrics.parquet  what metrics.jsonl holds: run, step, one column per metric
-               scores.parquet   what metrics.json holds: run, metric, value, interval, protocol as JSON
+               scores.parquet   what metrics.json holds: run, metric, value, interval, protocol as
+                                JSON
                TABLE.parquet    one analysis: run, and the columns of its table
                samples/         RUN.STEP.png, sample panels of a few runs
 
-The metadata of metrics.parquet list the metrics of each run; those of TABLE.parquet, what made each table.
+The metadata of metrics.parquet list the metrics of each run; those of TABLE.parquet, what made each
+table.
 """
 
 import functools
@@ -73,7 +76,9 @@ class Record:
         return self.pack.scores.get(self.name, [])
 
     def table(self, name, parameters, compute):
-        """Return the analysis `name` if it was made with `parameters`, else `compute()`, not kept."""
+        """Return the analysis `name` if it was made with `parameters`, else `compute()`, not
+        kept.
+        """
         made_by, frame = self.pack.analyses.get(name, {}).get(self.name, ({}, None))
         fits = made_by == {"parameters": parameters, "step": self.step, "config": self.config_hash}
         return frame.copy() if fits else compute()
@@ -144,7 +149,9 @@ class Pack:
 
 
 def reference():
-    """Return the Pack among the user's runs; what was read of it is kept until it is written again."""
+    """Return the Pack among the user's runs; what was read of it is kept until it is written
+    again.
+    """
     folder = runs_dir() / REFERENCE
     index = folder / "runs.csv"  # the last file that is written
     return _pack(folder, index.stat().st_mtime_ns if index.exists() else 0)
@@ -161,7 +168,9 @@ def _records(table):
     for line in table.itertuples():
         interval = {} if math.isnan(line.low) else {"interval": [line.low, line.high]}
         protocol = json.loads(line.protocol)
-        records.append({"metric": line.metric, "value": line.value, **interval, "protocol": protocol})
+        records.append(
+            {"metric": line.metric, "value": line.value, **interval, "protocol": protocol}
+        )
     return records
 
 
@@ -169,7 +178,8 @@ def _records(table):
 
 
 def write_pack(folder, runs, names, with_panels=()):
-    """Write the records of `runs`, Runs, into `folder`, in place of all that an earlier pack wrote there.
+    """Write the records of `runs`, Runs, into `folder`, in place of all that an earlier pack wrote
+    there.
 
     names: {run: RunName}. with_panels: the names of those runs whose sample panels are kept, too.
     """
@@ -185,7 +195,9 @@ def write_pack(folder, runs, names, with_panels=()):
             copy = folder / "samples" / f"{run.name}.{step:07d}.png"
             write_atomically(copy, lambda target, path=path: target.write_bytes(path.read_bytes()))
     for file, made in tables.items():
-        filled = {name: frame for name, (_, frame) in made.items() if frame is not None and len(frame)}
+        filled = {
+            name: frame for name, (_, frame) in made.items() if frame is not None and len(frame)
+        }
         frames = [frame.assign(run=name) for name, frame in filled.items()]
         if frames:
             frame = pd.concat(frames, ignore_index=True)

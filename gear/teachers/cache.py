@@ -1,4 +1,6 @@
-"""Features of images seen before, kept on disk by content: training on a CPU looks up what a slow teacher computed once."""
+"""Features of images seen before, kept on disk by content: training on a CPU looks up what a slow
+teacher computed once.
+"""
 
 import hashlib
 import sqlite3
@@ -9,17 +11,21 @@ import torch
 from gear.files import cache_dir
 from gear.images import to_float, to_uint8
 
-CHUNK = 8  # images computed at once, always: the last bits of a feature depend on the size of the batch it is computed in
+# images computed at once, always: the last bits of a feature depend on the size of the batch it is
+# computed in
+CHUNK = 8
 HASH = 16  # bytes at the end of a row
 LIMIT = 1 << 32  # bytes of the file
 
 
 class FeatureCache:
-    """What `compute` makes of images, (8, 3, H, W) -> (8, L, dim), in float16 and the same bits whether computed or found.
+    """What `compute` makes of images, (8, 3, H, W) -> (8, L, dim), in float16 and the same bits
+    whether computed or found.
 
-    An image is looked up by its uint8 pixels, under `identity`: what else the features depend on. The file,
-    `features.sqlite` in the cache folder, is shared by processes. Where it cannot be used, that is said once and what
-    it lacks is computed. A row is features and their hash: one that was cut short or changed is computed again.
+    An image is looked up by its uint8 pixels, under `identity`: what else the features depend on.
+    The file, `features.sqlite` in the cache folder, is shared by processes. Where it cannot be
+    used, that is said once and what it lacks is computed. A row is features and their hash: one
+    that was cut short or changed is computed again.
     """
 
     def __init__(self, identity, dim, compute):
@@ -40,7 +46,10 @@ class FeatureCache:
 
     def _key(self, image):
         # Threads and library stand in the key because they, too, change the last bits.
-        header = f"{self.identity}, torch {torch.__version__}, {torch.get_num_threads()} threads, {tuple(image.shape)}: "
+        header = (
+            f"{self.identity}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            f"{tuple(image.shape)}: "
+        )
         return hashlib.sha256(header.encode() + image.numpy().tobytes()).digest()
 
     @torch.no_grad()
@@ -52,7 +61,9 @@ class FeatureCache:
         return torch.cat(chunks)
 
     def _attempt(self, action, argument):
-        """Call `action(database, argument)` in one transaction. What failed is not tried again: a full file is still read."""
+        """Call `action(database, argument)` in one transaction. What failed is not tried again: a
+        full file is still read.
+        """
         if action in self._failed:
             return None
         path = cache_dir() / "features.sqlite"
@@ -62,7 +73,10 @@ class FeatureCache:
                 return action(self._database, argument)
         except (OSError, sqlite3.Error) as error:
             if not self._failed:
-                print(f"The cache {path} cannot be used further ({error}). Delete it to start anew.", file=sys.stderr)
+                print(
+                    f"The cache {path} cannot be used further ({error}). Delete it to start anew.",
+                    file=sys.stderr,
+                )
             self._failed.add(action)
 
     def _find(self, database, keys):
@@ -70,7 +84,9 @@ class FeatureCache:
         for key in keys:
             row = database.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
             if row and isinstance(row[0], bytes) and row[0] == _hashed(row[0][:-HASH]):
-                found[key] = torch.frombuffer(bytearray(row[0][:-HASH]), dtype=torch.float16).view(-1, self.dim)
+                found[key] = torch.frombuffer(bytearray(row[0][:-HASH]), dtype=torch.float16).view(
+                    -1, self.dim
+                )
         return found
 
     def _keep(self, database, features):
@@ -84,7 +100,9 @@ def _hashed(value):
 
 def _open(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(path, timeout=60)  # seconds to wait for another process's transaction
+    database = sqlite3.connect(
+        path, timeout=60
+    )  # seconds to wait for another process's transaction
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     (page,) = database.execute("PRAGMA page_size").fetchone()

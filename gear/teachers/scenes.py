@@ -1,7 +1,8 @@
 """The packaged teacher of the procedural scenes: a small CNN that was told what each patch shows.
 
-It stands in for DINOv2 where nothing can be downloaded, and it is supervised, not self-supervised: its features know the
-factors that `gear.data.scenes` paints with. Recipe `teacher-scenes` trains it; `make teacher` writes the packaged file.
+It stands in for DINOv2 where nothing can be downloaded, and it is supervised, not self-supervised:
+its features know the factors that `gear.data.scenes` paints with. Recipe `teacher-scenes` trains
+it; `make teacher` writes the packaged file.
 """
 
 import json
@@ -23,10 +24,12 @@ NEAR, FAR, DIM = 48, 96, 64  # channels at stride 4 and at stride 8, and what th
 
 
 class ScenesTeacher(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), a patch 4 pixels wide, L in raster order.
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), a patch 4 pixels wide, L in
+    raster order.
 
-    Features of two strides, standardised per channel over the scenes and projected on their 64 principal components: a
-    cosine between raw features, whose channels have means of their own, would be high for nothing.
+    Features of two strides, standardised per channel over the scenes and projected on their 64
+    principal components: a cosine between raw features, whose channels have means of their own,
+    would be high for nothing.
     """
 
     stride, dim = 4, DIM
@@ -34,9 +37,15 @@ class ScenesTeacher(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), ResBlock(32, 32))
-        self.near = nn.Sequential(nn.Conv2d(32, NEAR, 3, 2, 1), ResBlock(NEAR, NEAR), group_norm(NEAR), nn.SiLU())
-        self.far = nn.Sequential(nn.Conv2d(NEAR, FAR, 3, 2, 1), ResBlock(FAR, FAR), group_norm(FAR), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Conv2d(NEAR + FAR, n, 1) for name, n in FACTORS.items()})
+        self.near = nn.Sequential(
+            nn.Conv2d(32, NEAR, 3, 2, 1), ResBlock(NEAR, NEAR), group_norm(NEAR), nn.SiLU()
+        )
+        self.far = nn.Sequential(
+            nn.Conv2d(NEAR, FAR, 3, 2, 1), ResBlock(FAR, FAR), group_norm(FAR), nn.SiLU()
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Conv2d(NEAR + FAR, n, 1) for name, n in FACTORS.items()}
+        )
         self.register_buffer("mean", torch.zeros(NEAR + FAR))
         self.register_buffer("std", torch.ones(NEAR + FAR))
         self.register_buffer("components", torch.eye(NEAR + FAR)[:DIM])
@@ -48,7 +57,9 @@ class ScenesTeacher(nn.Module):
     def channels(self, images):
         """Return the raw features of both strides, (B, 144, h, w)."""
         near = self.near(self.stem(images))
-        far = F.interpolate(self.far(near), size=near.shape[-2:], mode="bilinear", align_corners=False)
+        far = F.interpolate(
+            self.far(near), size=near.shape[-2:], mode="bilinear", align_corners=False
+        )
         return torch.cat([near, far], 1)
 
     def forward(self, images, check=True):
@@ -57,7 +68,9 @@ class ScenesTeacher(nn.Module):
         return ((rows - self.mean) / self.std) @ self.components.T
 
     def factor_losses(self, images, factors):
-        """Return the cross entropy, in nats a patch, of each factor: images, (B, h, w, 4) int64 -> {name: scalar}."""
+        """Return the cross entropy, in nats a patch, of each factor: images, (B, h, w, 4) int64 ->
+        {name: scalar}.
+        """
         channels = self.channels(images)
         return {
             f"{name}_loss": F.cross_entropy(head(channels), factors[..., i])
@@ -66,7 +79,9 @@ class ScenesTeacher(nn.Module):
 
     @torch.no_grad()
     def standardise(self, images):
-        """Set mean, spread and principal components from images (N, 3, H, W); returns the variance share they keep."""
+        """Set mean, spread and principal components from images (N, 3, H, W); returns the variance
+        share they keep.
+        """
         rows = self.channels(images).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N L, 144)
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0).clamp_min(1e-6))
@@ -76,22 +91,36 @@ class ScenesTeacher(nn.Module):
 
 
 def load_scenes_teacher():
-    """Load the packaged teacher: eval mode, frozen. Raises UserError when its file is missing or broken."""
+    """Load the packaged teacher: eval mode, frozen. Raises UserError when its file is missing or
+    broken.
+    """
     if not PACKAGED.exists():
-        raise UserError(f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: make teacher")
+        raise UserError(
+            f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: "
+            "make "
+            ""
+            ""
+            "teacher"
+        )
     teacher = ScenesTeacher()
     try:
         teacher.load_state_dict(load_file(PACKAGED))
     except Exception as error:  # safetensors raises its own type
         raise UserError(
-            f"the packaged scenes teacher {PACKAGED} cannot be read ({error}). Reinstall gear, or make it: make teacher"
+            f"the packaged scenes teacher {PACKAGED} cannot be read ({error}). Reinstall gear, or "
+            "make it: make teacher"
         ) from None
     return teacher.eval().requires_grad_(False)
 
 
 def package(teacher, card):
-    """Write the teacher and its card (recipe, configuration hash, how it was made) as the packaged file."""
+    """Write the teacher and its card (recipe, configuration hash, how it was made) as the packaged
+    file.
+    """
     tensors = {name: t.contiguous() for name, t in teacher.state_dict().items()}
-    metadata, text = {"card": json.dumps(card, sort_keys=True)}, json.dumps(card, indent=1, sort_keys=True) + "\n"
+    metadata, text = (
+        {"card": json.dumps(card, sort_keys=True)},
+        json.dumps(card, indent=1, sort_keys=True) + "\n",
+    )
     write_atomically(PACKAGED, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(PACKAGED.with_suffix(".json"), lambda path: path.write_text(text))

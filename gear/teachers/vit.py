@@ -1,6 +1,8 @@
-"""Public vision transformers as teachers: DINOv2, DINOv3, SigLIP 2, V-JEPA 2, CLIP, each fed exactly as it is meant to be.
+"""Public vision transformers as teachers: DINOv2, DINOv3, SigLIP 2, V-JEPA 2, CLIP, each fed
+exactly as it is meant to be.
 
-A teacher is named NAME[@LAYER][=PATH]: "dinov2-b", "dinov2-b@8", "siglip2-b=/weights/siglip2.safetensors".
+A teacher is named NAME[@LAYER][=PATH]: "dinov2-b", "dinov2-b@8",
+"siglip2-b=/weights/siglip2.safetensors".
 """
 
 import re
@@ -21,10 +23,12 @@ ALPHA = 0.6  # of the mean, which spatial normalisation takes away
 
 
 class ViTTeacher(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, dim) float32, a patch `stride` pixels wide, L in raster order.
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, dim) float32, a patch `stride` pixels
+    wide, L in raster order.
 
-    `side` is the network's input in pixels, `layer` a block counted from 1, or -1: the last, after the norm where `vit` says
-    so. `identity` tells all that the features depend on, the weights by their `sha256`. On a CPU a FeatureCache keeps them.
+    `side` is the network's input in pixels, `layer` a block counted from 1, or -1: the last, after
+    the norm where `vit` says so. `identity` tells all that the features depend on, the weights by
+    their `sha256`. On a CPU a FeatureCache keeps them.
     """
 
     def __init__(self, name, network, sha256, image_size, stride, layer=-1):
@@ -35,7 +39,11 @@ class ViTTeacher(nn.Module):
         self.layer = len(blocks(network)) if layer == -1 and not self.vit.last_norm else layer
         self.identity = (
             f"{name} {sha256}, {self.vit.library} {version(self.vit.library)}, layer {self.layer}, "
-            f"normalisation {f'z-score {ALPHA}' if self.vit.spatial else 'none'}, input {self.side} px"
+            f"normalisation {f'z-score {ALPHA}' if self.vit.spatial else 'none'}, input "
+            f"{self.side} "
+            ""
+            ""
+            "px"
         )
         self.cached = FeatureCache(self.identity, self.dim, self.features)
         for statistic, values in zip(("mean", "std"), self.vit.norm):
@@ -43,7 +51,11 @@ class ViTTeacher(nn.Module):
 
     def grid(self, image_size):
         """Return the side of the feature grid at an image size in pixels; CLIP's is always 16."""
-        return self.side // self.vit.patch if self.vit.sides == (self.side,) else image_size // self.stride
+        return (
+            self.side // self.vit.patch
+            if self.vit.sides == (self.side,)
+            else image_size // self.stride
+        )
 
     def preprocess(self, images):
         """Return the network's input, (B, 3, side, side)."""
@@ -52,14 +64,22 @@ class ViTTeacher(nn.Module):
             if step == "normalise":
                 pixels = (pixels - self.mean) / self.std
             else:
-                pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=False)
+                pixels = F.interpolate(
+                    pixels,
+                    (self.side, self.side),
+                    mode="bicubic",
+                    align_corners=False,
+                    antialias=False,
+                )
         return pixels
 
     def raw(self, images):
         """Return the network's own features, (B, L, dim), special tokens left out."""
         network, pixels = self.network, self.preprocess(images)
         if self.vit.library == "transformers":
-            hidden = network.embeddings(pixels[:, None])  # a video of one frame, which is doubled there
+            hidden = network.embeddings(
+                pixels[:, None]
+            )  # a video of one frame, which is doubled there
             for block in network.layer[: None if self.layer == -1 else self.layer]:
                 hidden = block(hidden)[0]
             return network.layernorm(hidden) if self.layer == -1 else hidden
@@ -75,46 +95,70 @@ class ViTTeacher(nn.Module):
 
     def forward(self, images, check=True):
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise UserError(f"a teacher of {self.image_size} px images got {images.shape[-2]} x {images.shape[-1]} px.")
+            raise UserError(
+                f"a teacher of {self.image_size} px images got {images.shape[-2]} x "
+                f"{images.shape[-1]} px."
+            )
         check_images(images, check)
         images = images.to(self.mean.dtype)
         return self.cached(images).float() if images.device.type == "cpu" else self.features(images)
 
 
 def spatially_normalised(features):
-    """(z - 0.6 mean) / (std + 1e-6) of (B, L, C): statistics over L, of each image and channel; std is the unbiased one."""
-    return (features - ALPHA * features.mean(1, keepdim=True)) / (features.std(1, keepdim=True) + 1e-6)
+    """(z - 0.6 mean) / (std + 1e-6) of (B, L, C): statistics over L, of each image and channel; std
+    is the unbiased one.
+    """
+    return (features - ALPHA * features.mean(1, keepdim=True)) / (
+        features.std(1, keepdim=True) + 1e-6
+    )
 
 
 def parse(spec):
-    """Part NAME[@LAYER][=PATH] into (name, layer, path); raises UserError for a layer that is no number."""
+    """Part NAME[@LAYER][=PATH] into (name, layer, path); raises UserError for a layer that is no
+    number.
+    """
     head, _, path = spec.partition("=")
     name, at, layer = head.partition("@")
     if at and not re.fullmatch(r"-1|\d+", layer):
-        raise UserError(f"the layer of the teacher '{spec}' is '{layer}': a number is expected, as in {name}@8.")
+        raise UserError(
+            f"the layer of the teacher '{spec}' is '{layer}': a number is expected, as in {name}@8."
+        )
     return name, int(layer) if at else -1, path
 
 
 def load_vit_teacher(spec, data, stride, offline=False):
-    """Load a teacher NAME[@LAYER][=PATH] for the images of a DataConfig, patches `stride` pixels wide: eval mode, frozen.
+    """Load a teacher NAME[@LAYER][=PATH] for the images of a DataConfig, patches `stride` pixels
+    wide:
+    eval mode, frozen.
 
-    Raises UserError where its grid cannot match, a library or the weights are missing, or these do not fit.
+    Raises UserError where its grid cannot match, a library or the weights are missing, or these do
+    not fit.
     """
     name, layer, _ = parse(spec)
     side = input_side(name, data.image_size, stride)
     path, tensors = fitting_weights(spec, side, offline)
-    with torch.random.fork_rng(devices=[]):  # what is initialised next does not depend on the library's own random weights
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # what is initialised next does not depend on the library's own random weights
         network = build(name, side)
     network.load_state_dict(tensors)
-    return ViTTeacher(name, network, file_hash(path), data.image_size, stride, layer).eval().requires_grad_(False)
+    return (
+        ViTTeacher(name, network, file_hash(path), data.image_size, stride, layer)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def check(spec, data=None, stride=None, offline=False):
-    """Raise UserError unless a teacher's weights are there and fit; with a DataConfig and a stride, also its grid."""
+    """Raise UserError unless a teacher's weights are there and fit; with a DataConfig and a stride,
+    also its grid.
+    """
     name, _, path = parse(spec)
     sides = VITS[name].sides or (16 * VITS[name].patch,)
     if data is not None or len(sides) == 1:
-        fitting_weights(spec, sides[0] if data is None else input_side(name, data.image_size, stride), offline)
+        fitting_weights(
+            spec, sides[0] if data is None else input_side(name, data.image_size, stride), offline
+        )
     else:  # which weights are needed, the images would say
         with torch.device("meta"):
             build(name, sides[0])
@@ -123,13 +167,18 @@ def check(spec, data=None, stride=None, offline=False):
 
 
 def fitting_weights(spec, side, offline=False, flag=""):
-    """Return (path, {library's name: tensor}) of a teacher's weights, or raise UserError listing what does not fit."""
+    """Return (path, {library's name: tensor}) of a teacher's weights, or raise UserError listing
+    what does not fit.
+    """
     name, layer, path = parse(spec)
     vit = VITS[name]
     with torch.device("meta"):
         network = build(name, side)
     if layer != -1 and not 1 <= layer <= len(blocks(network)):
-        raise UserError(f"the teacher {name} has no layer {layer}: it has 1 to {len(blocks(network))}, and -1, the last.")
+        raise UserError(
+            f"the teacher {name} has no layer {layer}: it has 1 to {len(blocks(network))}, and -1, "
+            "the last."
+        )
     about = f"about {vit.megabytes} MB, from {vit.source.format(side=side)}"
     path = find_weights(name, vit.repo.format(side=side), about, path, offline, flag)
     tensors = named_for(network, read_tensors(path), lambda tensors: renamed(tensors, vit.names))

@@ -1,4 +1,6 @@
-"""Weights that others published: a file by its path, else from the hub's cache, else downloaded; no code in it is run."""
+"""Weights that others published: a file by its path, else from the hub's cache, else downloaded; no
+code in it is run.
+"""
 
 import hashlib
 import os
@@ -12,7 +14,11 @@ from gear.public.wrappings import state_dicts, stripped
 
 FILE = "model.safetensors"  # as the hub's repositories call it
 DEPTH = 4  # of wrappers within each other
-WRAPPERS = ("state_dict", "model", "teacher")  # entries that go before others under which a file may keep its tensors
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "teacher",
+)  # entries that go before others under which a file may keep its tensors
 
 
 def is_offline(asked=False):
@@ -21,10 +27,11 @@ def is_offline(asked=False):
 
 
 def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FILE):
-    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in the hub's cache, else downloaded.
+    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in the hub's
+    cache, else downloaded.
 
-    `about` says what the file is, `flag` what takes a path, if not --teacher. Raises UserError naming both where there is no
-    file; with `offline` or $HF_HUB_OFFLINE no network call is made.
+    `about` says what the file is, `flag` what takes a path, if not --teacher. Raises UserError
+    naming both where there is no file; with `offline` or $HF_HUB_OFFLINE no network call is made.
     """
     if path:
         found = Path(path).expanduser()
@@ -35,54 +42,84 @@ def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FIL
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"the network {teacher} is looked up by huggingface_hub: pip install huggingface_hub") from None
+        raise UserError(
+            f"the network {teacher} is looked up by huggingface_hub: pip install huggingface_hub"
+        ) from None
     if isinstance(found := huggingface_hub.try_to_load_from_cache(repo, file), str):
         return Path(found)
     why = "None was fetched: offline."
     if not is_offline(offline):
         try:
             return Path(huggingface_hub.hf_hub_download(repo, file))
-        except Exception as error:  # no network, no such file, terms not agreed to, a full disk: many types
+        except (
+            Exception
+        ) as error:  # no network, no such file, terms not agreed to, a full disk: many types
             why = f"They could not be fetched: {type(error).__name__}, {first_line(error)}."
     raise UserError(
-        f"the weights of {teacher} are not on this machine: {file} of huggingface.co/{repo}, {about}. {why} "
+        f"the weights of {teacher} are not on this machine: {file} of huggingface.co/{repo}, "
+        f"{about}. {why} "
         f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
     )
 
 
 def file_hash(path):
-    """Return the SHA-256 of a file in hex; raises UserError where the hub's cache says another one."""
+    """Return the SHA-256 of a file in hex; raises UserError where the hub's cache says another
+    one.
+    """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     blob = path.resolve()  # the hub's cache calls a large file by its hash
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
-        raise UserError(f"the cached file {blob} is damaged: its hash is not its name. Delete it, and it is fetched again.")
+    if (
+        blob.parent.name == "blobs"
+        and re.fullmatch("[0-9a-f]{64}", blob.name)
+        and blob.name != digest
+    ):
+        raise UserError(
+            f"the cached file {blob} is damaged: its hash is not its name. Delete it, and it is "
+            "fetched again."
+        )
     return digest
 
 
 def read_tensors(path):
-    """Return {name: tensor} of a .safetensors or a PyTorch file; raises UserError for what holds more or cannot be read."""
+    """Return {name: tensor} of a .safetensors or a PyTorch file; raises UserError for what holds
+    more or cannot be read.
+    """
     try:
         content = read_content(path)
     except NotWeights as error:
         raise UserError(f"the weight file {path} cannot be read: it {error}.") from None
     for _ in range(DEPTH):
         if isinstance(content, dict):
-            content = next((content[wrapper] for wrapper in WRAPPERS if wrapper in content), content)
+            content = next(
+                (content[wrapper] for wrapper in WRAPPERS if wrapper in content), content
+            )
     several = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
     tensors = tensors_of(content) or (several[0] if len(several) == 1 else {})
     if not tensors:
-        what = f"{len(several)} sets of tensors: save alone the one that is meant" if several else "no tensors by name"
+        what = (
+            f"{len(several)} sets of tensors: save alone the one that is meant"
+            if several
+            else "no tensors by name"
+        )
         raise UserError(f"the weight file {path} holds {what}.")
     return stripped(tensors)
 
 
 def named_for(network, tensors, rename=dict):
-    """Return `rename(tensors)`, of the names behind a prefix ("model.") if only then they are those of `network`."""
+    """Return `rename(tensors)`, of the names behind a prefix ("model.") if only then they are those
+    of `network`.
+    """
     expected, plain = network.state_dict().keys(), rename(tensors)
     prefixes = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
-    for prefix in (p for p, count in prefixes.items() if plain.keys() != expected and count > len(expected) // 2):
-        named = rename({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    for prefix in (
+        p
+        for p, count in prefixes.items()
+        if plain.keys() != expected and count > len(expected) // 2
+    ):
+        named = rename(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
         if named.keys() == expected:
             return named
     return plain

@@ -1,4 +1,6 @@
-"""Convolutional encoder and decoder, images <-> latents: the VQGAN (LlamaGen, IBQ) and MAGVIT-2 (Open-MAGVIT2) backbones."""
+"""Convolutional encoder and decoder, images <-> latents: the VQGAN (LlamaGen, IBQ) and MAGVIT-2
+(Open-MAGVIT2) backbones.
+"""
 
 import math
 from dataclasses import dataclass
@@ -20,24 +22,50 @@ class TokenizerConfig(Checked):
     codebook_size: Annotated[int, Range(2, MOST)] = 16_384  # K
     code_dim: Count = 8  # width of a code
     channels: Count = 128  # of the first level
-    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)  # a level each; every level but the last halves the resolution
-    latent_channels: Count = 256  # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
+    channel_mult: tuple[Count, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # a level each; every level but the last halves the resolution
+    # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
+    latent_channels: Count = 256
     res_blocks: Whole = 2  # a level in the encoder; VQGAN's decoder has one more
-    linear_skip: bool = False  # add one linear map from patch to latent and one back, past both networks
-    init_from_data: bool = False  # PCA encoder, codebook of the patches, least-squares decoder on the linear skip
+    # add one linear map from patch to latent and one back, past both networks
+    linear_skip: bool = False
+    # PCA encoder, codebook of the patches, least-squares decoder on the linear skip
+    init_from_data: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         require(self.channel_mult, "channel_mult is empty: one level at least is needed.")
-        require(self.res_blocks or set(self.channel_mult) == {1}, "res_blocks is 0: then channel_mult has to be ones, too.")
+        require(
+            self.res_blocks or set(self.channel_mult) == {1},
+            "res_blocks is 0: then channel_mult has to be ones, too.",
+        )
         if self.quantizer == "lfq":
-            codes = f"LFQ has a code for every sign of {self.code_dim} bits (code_dim): 2**{self.code_dim}"
-            require(math.log2(self.codebook_size) == self.code_dim, f"{codes}, not {self.codebook_size}.")
+            codes = (
+                f"LFQ has a code for every sign of {self.code_dim} bits (code_dim): "
+                f"2**{self.code_dim}"
+            )
+            require(
+                math.log2(self.codebook_size) == self.code_dim,
+                f"{codes}, not {self.codebook_size}.",
+            )
         if self.init_from_data:
             require(self.linear_skip, "init_from_data starts the linear skip: set linear_skip too.")
-            least = 1 if self.quantizer == "lfq" else 2  # there is a constant beside a patch's principal components
-            fits = f"init_from_data fills {least} to {3 * self.downsampling**2 + least - 1} channels of a code from a patch"
-            require(least <= self.code_dim < 3 * self.downsampling**2 + least, f"code_dim is {self.code_dim}: {fits}.")
+            least = (
+                1 if self.quantizer == "lfq" else 2
+            )  # there is a constant beside a patch's principal components
+            fits = (
+                f"init_from_data fills {least} to {3 * self.downsampling**2 + least - 1} channels "
+                "of a code from a patch"
+            )
+            require(
+                least <= self.code_dim < 3 * self.downsampling**2 + least,
+                f"code_dim is {self.code_dim}: {fits}.",
+            )
 
     @property
     def downsampling(self):
@@ -68,26 +96,39 @@ def token_grid(config):
 class Backbone:
     """In what the two public backbones differ."""
 
-    attention: bool  # on the coarsest level, and in the middle between two residual blocks; else as many as in a level
+    # on the coarsest level, and in the middle between two residual blocks; else as many as in a
+    # level
+    attention: bool
     decoder_blocks: int  # residual blocks that a level of the decoder has beyond one of the encoder
     bias: bool  # in the convolutions of residual blocks and in the encoder's first
     encoder_kernel: int  # of the encoder's last convolution
-    padding: tuple[int, int, int, int]  # of a convolution that halves the resolution: left, right, top, bottom
-    deals_out: bool  # the resolution is doubled by four times the channels, dealt out, not by repeating pixels
+    padding: tuple[
+        int, int, int, int
+    ]  # of a convolution that halves the resolution: left, right, top, bottom
+    # the resolution is doubled by four times the channels, dealt out, not by repeating pixels
+    deals_out: bool
     adapts: bool  # a level of the decoder is normalised by the latent's statistics
-    own_width: bool  # the autoencoder ends in `latent_channels`, two 1x1 convolutions from the code; else in the code
+    # the autoencoder ends in `latent_channels`, two 1x1 convolutions from the code; else in the
+    # code
+    own_width: bool
 
 
 BACKBONES = {
-    "vqgan": Backbone(True, 1, True, 3, (0, 1, 0, 1), deals_out=False, adapts=False, own_width=True),
-    "magvit2": Backbone(False, 0, False, 1, (1, 1, 1, 1), deals_out=True, adapts=True, own_width=False),
+    "vqgan": Backbone(
+        True, 1, True, 3, (0, 1, 0, 1), deals_out=False, adapts=False, own_width=True
+    ),
+    "magvit2": Backbone(
+        False, 0, False, 1, (1, 1, 1, 1), deals_out=True, adapts=True, own_width=False
+    ),
 }
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in its input's own precision; its statistics are float32 anyway, on a CPU and on a GPU.
+    """GroupNorm in its input's own precision; its statistics are float32 anyway, on a CPU and on a
+    GPU.
 
-    CUDA's autocast would take it to float32, which keeps twice the bytes for the gradient, and in another memory format.
+    CUDA's autocast would take it to float32, which keeps twice the bytes for the gradient, and in
+    another memory format.
     """
 
     def forward(self, x):
@@ -99,12 +140,18 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels, affine=True):
-    """GroupNorm with the public networks' 32 groups; narrow and odd ones have fewer, of at least four channels each."""
-    return GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6, affine=affine)
+    """GroupNorm with the public networks' 32 groups; narrow and odd ones have fewer, of at least
+    four channels each.
+    """
+    return GroupNorm(
+        math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6, affine=affine
+    )
 
 
 class ResBlock(nn.Module):
-    """Residual block: (norm, swish, 3x3 conv) twice, 1x1 conv on the shortcut where the width changes."""
+    """Residual block: (norm, swish, 3x3 conv) twice, 1x1 conv on the shortcut where the width
+    changes.
+    """
 
     def __init__(self, c_in, c_out, bias=True):
         super().__init__()
@@ -134,7 +181,9 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a 3x3 convolution; VQGAN pads right and bottom only, MAGVIT-2 all round."""
+    """Halve the resolution by a 3x3 convolution; VQGAN pads right and bottom only, MAGVIT-2 all
+    round.
+    """
 
     def __init__(self, channels, padding):
         super().__init__()
@@ -145,7 +194,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: VQGAN repeats pixels and convolves, MAGVIT-2 convolves to 4 C and deals the channels out."""
+    """Double the resolution: VQGAN repeats pixels and convolves, MAGVIT-2 convolves to 4 C and
+    deals the channels out.
+    """
 
     def __init__(self, channels, deals_out):
         super().__init__()
@@ -156,12 +207,16 @@ class Upsample(nn.Module):
         if not self.deals_out:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         b, c, h, w = x.shape
-        blocks = self.conv(x).view(b, 2, 2, c, h, w)  # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
+        blocks = self.conv(x).view(
+            b, 2, 2, c, h, w
+        )  # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
         return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 class AdaptiveNorm(nn.Module):
-    """GroupNorm whose scale and bias are linear in the spread and the mean of the quantised latent's channels (MAGVIT-2)."""
+    """GroupNorm whose scale and bias are linear in the spread and the mean of the quantised
+    latent's channels (MAGVIT-2).
+    """
 
     def __init__(self, channels, code_dim):
         super().__init__()
@@ -171,13 +226,18 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x, latents):
         rows = latents.flatten(2)  # (B, D, L)
         if rows.shape[-1] < 2:
-            raise UserError("one token has no spread, which this decoder follows: use a larger image, of two tokens at least.")
+            raise UserError(
+                "one token has no spread, which this decoder follows: use a larger image, of two "
+                "tokens at least."
+            )
         scale, bias = self.scale((rows.var(-1) + 1e-6).sqrt()), self.bias(rows.mean(-1))
         return scale[..., None, None] * self.norm(x) + bias[..., None, None]
 
 
 def _level(backbone, c_in, c_out, blocks, attention):
-    """`blocks` residual blocks, each followed by attention where that is asked for: on the coarsest level."""
+    """`blocks` residual blocks, each followed by attention where that is asked for: on the coarsest
+    level.
+    """
     layers = []
     for i in range(blocks):
         layers.append(ResBlock(c_in if i == 0 else c_out, c_out, bias=backbone.bias))
@@ -189,7 +249,9 @@ def _level(backbone, c_in, c_out, blocks, attention):
 def _middle(config, channels):
     backbone = BACKBONES[config.backbone]
     if backbone.attention:
-        return nn.Sequential(ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels))
+        return nn.Sequential(
+            ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)
+        )
     return nn.Sequential(*_level(backbone, channels, channels, config.res_blocks, attention=False))
 
 
@@ -198,16 +260,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, backbone = [config.channels * m for m in config.channel_mult], BACKBONES[config.backbone]
+        widths, backbone = (
+            [config.channels * m for m in config.channel_mult],
+            BACKBONES[config.backbone],
+        )
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=backbone.bias)
         self.levels = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.channels, *widths], widths)):
             last = i == len(widths) - 1
             layers = _level(backbone, c_in, c_out, config.res_blocks, last and backbone.attention)
-            self.levels.append(nn.Sequential(*layers, *([] if last else [Downsample(c_out, backbone.padding)])))
+            self.levels.append(
+                nn.Sequential(*layers, *([] if last else [Downsample(c_out, backbone.padding)]))
+            )
         self.middle, self.norm_out = _middle(config, widths[-1]), group_norm(widths[-1])
         kernel = backbone.encoder_kernel
-        self.conv_out = nn.Conv2d(widths[-1], config.autoencoder_channels, kernel, padding=kernel // 2)
+        self.conv_out = nn.Conv2d(
+            widths[-1], config.autoencoder_channels, kernel, padding=kernel // 2
+        )
 
     def forward(self, images):
         x = self.conv_in(images)
@@ -230,9 +299,14 @@ class Decoder(nn.Module):
         for i, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths)):
             layers = _level(backbone, c_in, c_out, blocks, i == 0 and backbone.attention)
             last = i == len(widths) - 1
-            self.levels.append(nn.Sequential(*layers, *([] if last else [Upsample(c_out, backbone.deals_out)])))
+            self.levels.append(
+                nn.Sequential(*layers, *([] if last else [Upsample(c_out, backbone.deals_out)]))
+            )
             self.adaptive.extend([AdaptiveNorm(c_in, config.code_dim)] if backbone.adapts else [])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            group_norm(widths[-1]),
+            nn.Conv2d(widths[-1], 3, 3, padding=1),
+        )
 
     def forward(self, latents):
         x = self.middle(self.conv_in(latents))

@@ -8,8 +8,9 @@ from gear.tokenizer.autoencoder import group_norm
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) -> logits (B, 1, H', W'), one an overlapping patch, larger is more real.
 
-    `layers` halvings, then two 4x4 convolutions. `norm` "group", unlike the public network's "batch", lets an image's logits
-    not depend on its batch, so that accumulated or distributed batches give the gradients of the whole one.
+    `layers` halvings, then two 4x4 convolutions. `norm` "group", unlike the public network's
+    "batch", lets an image's logits not depend on its batch, so that accumulated or distributed
+    batches give the gradients of the whole one.
     """
 
     def __init__(self, channels=64, layers=3, norm="group"):
@@ -18,7 +19,11 @@ class Discriminator(nn.Module):
         blocks = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
-            blocks += [nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False), normalise(widths[i]), nn.LeakyReLU(0.2)]
+            blocks += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False),
+                normalise(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
         self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

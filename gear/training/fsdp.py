@@ -1,11 +1,15 @@
-"""A network spread over several processes (FSDP2): from a whole tensor to the shard that lies here, and back."""
+"""A network spread over several processes (FSDP2): from a whole tensor to the shard that lies here,
+and back.
+"""
 
 
 def spread(blocks, device, processes):
-    """Leave a shard of every block on each of so many `processes`, in place; parameters are DTensors from here on.
+    """Leave a shard of every block on each of so many `processes`, in place; parameters are
+    DTensors from here on.
 
-    `blocks` is a sequence of modules that is itself called: it gathers a block just before that runs, forward and backward,
-    the next one meanwhile, and leaves in .grad this process's shard of the mean gradient over the processes.
+    `blocks` is a sequence of modules that is itself called: it gathers a block just before that
+    runs, forward and backward, the next one meanwhile, and leaves in .grad this process's shard of
+    the mean gradient over the processes.
     """
     import torch.distributed.fsdp  # .6 s, for which one process has no use
 
@@ -30,9 +34,13 @@ def whole(tensor):
 
 
 def spread_like(tensor, other):
-    """Return the shard of a whole `tensor` that belongs here where `other` is one, without asking; else `tensor`."""
+    """Return the shard of a whole `tensor` that belongs here where `other` is one, without asking;
+    else `tensor`.
+    """
     if not is_shard(other):
         return tensor
     import torch.distributed.tensor
 
-    return torch.distributed.tensor.distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return torch.distributed.tensor.distribute_tensor(
+        tensor, other.device_mesh, other.placements, src_data_rank=None
+    )

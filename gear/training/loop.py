@@ -45,25 +45,35 @@ class Runtime(Checked):
     workers: Parallel = 0  # processes that prepare images; 0: this one does
     threads: Parallel = 0  # CPU threads of torch; 0 leaves it as it is
     quiet: bool = False  # no progress bar
-    accumulate: Count | Literal["auto"] = 1  # parts of a batch, one after another: less memory, the same step;
+    # parts of a batch, one after another: less memory, the same step;
+    accumulate: Count | Literal["auto"] = 1
     # "auto": as few as fit on the GPU, reckoned without checkpointing
     checkpointing: bool = False  # compute activations again in backward: less memory, more time
-    compile: bool = False  # compile the networks, also on a CPU and where they are small (torch.compile)
+    # compile the networks, also on a CPU and where they are small (torch.compile)
+    compile: bool = False
     eager: bool = False  # neither compile nor graph a step, as is done on a GPU
     keep: Count = 2  # newest checkpoints that are kept, besides the best
-    skip: Whole = 0  # steps in a row with a loss or gradient that is not finite which are left out before training stops
+    # steps in a row with a loss or gradient that is not finite which are left out before training
+    # stops
+    skip: Whole = 0
     tensorboard: bool = False  # the lines of metrics.jsonl for TensorBoard, too
-    cached: bool = False  # look up codes and teacher features in the stage `generator`, computed once: see training.cached
-    shard: bool = False  # spread the generator's blocks over the processes that torchrun started: less memory, the same step
+    # look up codes and teacher features in the stage `generator`, computed once: see
+    # training.cached
+    cached: bool = False
+    # spread the generator's blocks over the processes that torchrun started: less memory, the same
+    # step
+    shard: bool = False
 
 
 def train(config, name=None, runtime=Runtime(), wait=False):
-    """Train the run `name` (by default called as its recipe) to its last step, from its newest checkpoint if it has one.
+    """Train the run `name` (by default called as its recipe) to its last step, from its newest
+    checkpoint if it has one.
 
-    Where another process trains it that is an error, or with `wait` its end is awaited. Returns the Run. Parents must exist
-    (see recipes.train_with_parents). Raises UserError for a configuration that cannot be, before anything is written,
-    TrainingStopped when a loss is not finite or a file cannot be written, and Interrupted after SIGINT or SIGTERM, once the
-    step is saved; the last checkpoint then stands.
+    Where another process trains it that is an error, or with `wait` its end is awaited. Returns the
+    Run. Parents must exist (see recipes.train_with_parents). Raises UserError for a configuration
+    that cannot be, before anything is written, TrainingStopped when a loss is not finite or a file
+    cannot be written, and Interrupted after SIGINT or SIGTERM, once the step is saved; the last
+    checkpoint then stands.
     """
     device = open_device(runtime.device, config.precision)
     if runtime.threads:
@@ -73,7 +83,9 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         return run
     check_writable(run.path, "GEAR_RUNS")
     parts = runtime.accumulate
-    require(parts != "auto", "accumulate is 'auto': `train_with_parents` finds the number; give one.")
+    require(
+        parts != "auto", "accumulate is 'auto': `train_with_parents` finds the number; give one."
+    )
     processes = Processes(device, config.batch_size, parts, runtime.shard)
     is_alone = parts == processes.world == 1
     torch.manual_seed(step_seed(config.seed, -1))
@@ -84,7 +96,9 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     if not run.checkpoint_steps():
         state.start(source)
     compute = Running(state, way_of(config, processes.device, runtime, is_alone))
-    with guarded(run, state, wait) as signals:  # this process alone trains the run, or it and its like
+    with guarded(
+        run, state, wait
+    ) as signals:  # this process alone trains the run, or it and its like
         if is_trained(run, config):
             return run
         _begin(run, state, meter, validation, source)
@@ -93,13 +107,17 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         if looked_up:
             samples = Cached(state, runtime.workers, runtime.quiet, signals, source)
         start, rows = state.step * config.batch_size, processes.rows()
-        stream = data.stream(source, config.seed, config.batch_size, start, runtime.workers, rows, samples)
+        stream = data.stream(
+            source, config.seed, config.batch_size, start, runtime.workers, rows, samples
+        )
         with Progress(run, config, state.step, runtime.quiet or not processes.main) as progress:
             remaining = itertools.islice(stream, config.steps - state.step)
             uploaded = (upload(samples, state.device) for samples in remaining)
             samples = Ahead(uploaded)
             while state.step < config.steps:
-                torch.manual_seed(step_seed(config.seed, state.step))  # a resumed run equals an uninterrupted one
+                torch.manual_seed(
+                    step_seed(config.seed, state.step)
+                )  # a resumed run equals an uninterrupted one
                 compute(samples.take())  # `gradients`: forward and backward of every update
                 if not signals:
                     samples.fetch()  # the next step's, while the device computes
@@ -111,7 +129,10 @@ def train(config, name=None, runtime=Runtime(), wait=False):
                 if processes.any(signals):
                     _save(run, state, meter, validation, runtime.keep)
                     saved = f"run '{run.name}' is saved at step {state.step} of {config.steps}"
-                    raise Interrupted(f"{saved}. The same command goes on from there.", (signals or [signal.SIGTERM])[0])
+                    raise Interrupted(
+                        f"{saved}. The same command goes on from there.",
+                        (signals or [signal.SIGTERM])[0],
+                    )
     return run
 
 
@@ -126,17 +147,23 @@ def _descend(state, skip):
         if state.skipped > skip:
             raise
         print(f"skipped: {error}", file=sys.stderr)
-        return {"skipped": torch.ones((), device=state.device)}  # a line in the log, as for any step
+        return {
+            "skipped": torch.ones((), device=state.device)
+        }  # a line in the log, as for any step
 
 
 def _begin(run, state, meter, validation, source):
-    """Go on from the run's newest checkpoint, or begin it; what does not fit is found before anything is dropped."""
+    """Go on from the run's newest checkpoint, or begin it; what does not fit is found before
+    anything is dropped.
+    """
     config = state.config
     if run.checkpoint_steps():
         saved = state.restore(run)
         meter.restore(saved["meter"])
         state.skipped = saved.get("skipped", 0)
-        data.check_classes(config.data, validation.classes, saved.get("classes", validation.classes))
+        data.check_classes(
+            config.data, validation.classes, saved.get("classes", validation.classes)
+        )
         check_metrics(run, state.step, config.log_every)
         _check_lpips(run, state)
         state.processes.wait()
@@ -154,19 +181,25 @@ def _begin(run, state, meter, validation, source):
 
 
 def is_trained(run, config):
-    """Say whether nothing is left to do for a run; raises UserError if it exists with another configuration."""
+    """Say whether nothing is left to do for a run; raises UserError if it exists with another
+    configuration.
+    """
     if not run.exists:
         return False
     config = _as_it_began(run, config)
     before = run.config.get("generator", {}).get("num_classes", config.generator.num_classes)
-    if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):  # the folder has changed
+    if before != config.generator.num_classes and run.config.get("data") == to_dict(
+        config.data
+    ):  # the folder has changed
         data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
     run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
     return run.is_finished
 
 
 def _as_it_began(run, config):
-    """Return a Config whose data are called as in the run's own, if they are the same images in another place."""
+    """Return a Config whose data are called as in the run's own, if they are the same images in
+    another place.
+    """
     began = from_dict(data.DataConfig, run.config.get("data", {}))
     if replace(config.data, source=began.source, labels=began.labels) != began:
         return config
@@ -177,7 +210,9 @@ def _as_it_began(run, config):
 
 
 def _record(run, state, meter, validation, progress, runtime):
-    """Log, evaluate, draw and save, whichever is due at this step; what is logged is on disk before its checkpoint."""
+    """Log, evaluate, draw and save, whichever is due at this step; what is logged is on disk before
+    its checkpoint.
+    """
     config, step = state.config, state.step
     last = step == config.steps
     due = lambda every: last or step % every == 0  # noqa: E731
@@ -192,12 +227,17 @@ def _record(run, state, meter, validation, progress, runtime):
         drawn = state.processes.measures and (last or state.generator is not None)
         panel = validation.panel() if drawn else None
         if panel is not None and state.processes.main:
-            write_atomically(run.path / "samples" / f"{step:07d}.png", lambda path: panel.save(path, "PNG", optimize=True))
+            write_atomically(
+                run.path / "samples" / f"{step:07d}.png",
+                lambda path: panel.save(path, "PNG", optimize=True),
+            )
         _save(run, state, meter, validation, runtime.keep)
 
 
 def _save(run, state, meter, validation, keep):
-    """Save a checkpoint of this step, unless there is one; the other processes wait for the one that writes."""
+    """Save a checkpoint of this step, unless there is one; the other processes wait for the one
+    that writes.
+    """
     saved = {"step": state.step, "meter": meter.state(), "skipped": state.skipped}
     if state.processes.any(state.processes.main and state.step not in run.checkpoint_steps()):
         tensors = state.tensors()
@@ -208,7 +248,9 @@ def _save(run, state, meter, validation, keep):
 
 
 def _lpips_in_force(state):
-    """Return the perceptual weight in force: 0 where LPIPS has no weights on this machine, and then say so."""
+    """Return the perceptual weight in force: 0 where LPIPS has no weights on this machine, and then
+    say so.
+    """
     wanted = state.config.objective.lpips_weight
     if state.discriminator is None:
         return {}
@@ -222,10 +264,17 @@ def _lpips_in_force(state):
 
 
 def _check_lpips(run, state):
-    """Raise UserError if resuming would change the objective: LPIPS weights came or went since the run began."""
-    began, now = run.metrics().iloc[0].get("lpips_weight"), _lpips_in_force(state).get("lpips_weight")
+    """Raise UserError if resuming would change the objective: LPIPS weights came or went since the
+    run began.
+    """
+    began, now = (
+        run.metrics().iloc[0].get("lpips_weight"),
+        _lpips_in_force(state).get("lpips_weight"),
+    )
     if now is not None and began != now:
         raise UserError(
-            f"run '{run.name}' began with a perceptual weight of {began} and would go on with {now}: LPIPS's VGG16 weights "
-            f"({LPIPS_BACKBONE} in torch's cache) came or went. Restore that, or start another run (--name)."
+            f"run '{run.name}' began with a perceptual weight of {began} and would go on with "
+            f"{now}: LPIPS's VGG16 weights "
+            f"({LPIPS_BACKBONE} in torch's cache) came or went. Restore that, or start another run "
+            "(--name)."
         )

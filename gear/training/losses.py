@@ -9,7 +9,9 @@ def reconstruction_loss(reconstruction, images):
 
 
 def vq_losses(quantized):
-    """The distances of VQ, means over elements: the codebook term moves the code to the latent, the commitment term back."""
+    """The distances of VQ, means over elements: the codebook term moves the code to the latent, the
+    commitment term back.
+    """
     return {
         "codebook_loss": F.mse_loss(quantized.code, quantized.z.detach()),
         "commit_loss": F.mse_loss(quantized.z, quantized.code.detach()),
@@ -22,9 +24,15 @@ def lfq_losses(quantized):
 
 
 def ibq_losses(quantized):
-    """IBQ's distances as `codebook_loss`: (q - z)^2 of the decoder's q, (sg(c) - z)^2, .25 (c - sg(z))^2."""
+    """IBQ's distances as `codebook_loss`: (q - z)^2 of the decoder's q, (sg(c) - z)^2, .25 (c -
+    sg(z))^2.
+    """
     z, code = quantized.z, quantized.code
-    terms = F.mse_loss(quantized.rows, z), F.mse_loss(z, code.detach()), F.mse_loss(code, z.detach())
+    terms = (
+        F.mse_loss(quantized.rows, z),
+        F.mse_loss(z, code.detach()),
+        F.mse_loss(code, z.detach()),
+    )
     return {"codebook_loss": terms[0] + terms[1] + 0.25 * terms[2]}
 
 
@@ -32,10 +40,11 @@ QUANTIZER_LOSSES = {"vq": vq_losses, "lfq": lfq_losses, "ibq": ibq_losses}
 
 
 def entropy_loss(rows, mean, whole=None):
-    """L_ent of Eq. 2 from `Affinity.entropies`: -ln K, its least, when every row is sure of its code and all are used alike.
+    """L_ent of Eq. 2 from `Affinity.entropies`: -ln K, its least, when every row is sure of its
+    code and all are used alike.
 
-    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the parts, value and gradient are
-    the batch's.
+    Of one part of a batch, `whole` turns the mean row into that of all of it: averaged over the
+    parts, value and gradient are the batch's.
     """
     if whole is not None:
         mean = mean + (whole(mean.detach()) - mean).detach()
@@ -58,7 +67,8 @@ def next_token_loss(logits, indices):
 
 
 def expected_next_token_loss(logits, assignment):
-    """L_NTP against a distribution over codes, -sum_k a_ik log p_ik: equal to `next_token_loss` on one-hot rows.
+    """L_NTP against a distribution over codes, -sum_k a_ik log p_ik: equal to `next_token_loss` on
+    one-hot rows.
 
     Through a straight-through assignment (B, L, K) its gradient also reaches what the targets are.
     """
@@ -66,9 +76,11 @@ def expected_next_token_loss(logits, assignment):
 
 
 def alignment_loss(projected, target, widths=None):
-    """L_align (Eq. 5): minus the mean cosine between (B, L, C) projections and the teacher's features, in [-1, 1].
+    """L_align (Eq. 5): minus the mean cosine between (B, L, C) projections and the teacher's
+    features, in [-1, 1].
 
-    Of several teachers, features stand side by side in C, `widths` of them each: the mean over teachers.
+    Of several teachers, features stand side by side in C, `widths` of them each: the mean over
+    teachers.
     """
     if widths is None or len(widths) == 1:
         return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()

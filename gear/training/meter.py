@@ -12,7 +12,9 @@ SHOWN = ("recon_loss", "ntp_loss", "align_loss", "soft_align_loss", "shape_loss"
 
 
 class Meter:
-    """Means of the losses since the last logged line, kept on the device until then and saved with a checkpoint."""
+    """Means of the losses since the last logged line, kept on the device until then and saved with
+    a checkpoint.
+    """
 
     def __init__(self, processes):
         self.processes, self.sums, self.counts = processes, {}, {}
@@ -30,7 +32,9 @@ class Meter:
 
     def _totals(self):
         """Return the sums, averaged over the processes: {name: float}."""
-        totals = self.processes.mean(torch.stack([*self.sums.values()])).tolist() if self.sums else []
+        totals = (
+            self.processes.mean(torch.stack([*self.sums.values()])).tolist() if self.sums else []
+        )
         return dict(zip(self.sums, totals))
 
     def state(self):
@@ -38,7 +42,9 @@ class Meter:
 
     def restore(self, saved):
         device = self.processes.device
-        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in saved["sums"].items()}
+        self.sums = {
+            k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in saved["sums"].items()
+        }
         self.counts = saved["counts"]
 
 
@@ -48,9 +54,14 @@ class Progress:
     def __init__(self, run, config, step, quiet):
         self.run, self.batch, self.step = run, config.batch_size, step
         self.bar = tqdm(
-            total=config.steps * config.batch_size, initial=step * config.batch_size, desc=run.name, unit=" images",
-            disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
-        )  # fmt: skip
+            total=config.steps * config.batch_size,
+            initial=step * config.batch_size,
+            desc=run.name,
+            unit=" images",
+            disable=quiet,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0,
+            dynamic_ncols=True,
+        )
         self.shown, self.board = 0.0, None
         self._mark()
 
@@ -71,17 +82,25 @@ class Progress:
         self.bar.update(self.batch)
         if not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.shown = time.perf_counter()
-            shown = {k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN}
+            shown = {
+                k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN
+            }
             self.bar.set_postfix(shown, refresh=False)
 
     def log(self, record=None):
-        """Note the speed since the last time in timing.jsonl, and `record` for TensorBoard, where there is one."""
+        """Note the speed since the last time in timing.jsonl, and `record` for TensorBoard, where
+        there is one.
+        """
         if record is not None:
             self.board = self.board or _board(self.run, self.step)
             for name, value in record.items():
                 self.board.add_scalar(name, value, self.step)
         seconds = time.perf_counter() - self.time
-        record = {"step": self.step, "seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 1)}
+        record = {
+            "step": self.step,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images / seconds, 1),
+        }
         self.run.append(record, "timing.jsonl")
         self._mark()
 
@@ -90,5 +109,7 @@ def _board(run, step):
     try:
         import torch.utils.tensorboard as tensorboard
     except ImportError:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+        raise UserError(
+            "--tensorboard needs a package that is not installed: pip install tensorboard"
+        ) from None
     return tensorboard.SummaryWriter(run.path / "tensorboard", purge_step=step)

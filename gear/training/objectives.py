@@ -1,7 +1,9 @@
-"""The updates of Algorithm 1. Each computes one network's loss on the shared batch, and its gradient to that network alone.
+"""The updates of Algorithm 1. Each computes one network's loss on the shared batch, and its
+gradient to that network alone.
 
-Beside each update stand its passes: which parts of the networks it runs, [(part, mode, times)], from which gear/cost reckons
-what a step takes. `mode` is "train", "fixed" (a gradient passes through, to the input alone) or "forward" (none does).
+Beside each update stand its passes: which parts of the networks it runs, [(part, mode, times)],
+from which gear/cost reckons what a step takes. `mode` is "train", "fixed" (a gradient passes
+through, to the input alone) or "forward" (none does).
 """
 
 import contextlib
@@ -24,7 +26,9 @@ from gear.training.losses import (
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no gradient to their weights."""
+    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no
+    gradient to their weights.
+    """
     modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
     for module in modules:
         module.eval().requires_grad_(False)
@@ -37,7 +41,10 @@ def frozen(*modules):
 
 def tokenizer_update(state, batch):
     """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
-    objective, tokenized = state.config.objective, batch.tokenized  # Alg. 1, line 1: Z and A; line 2: x^
+    objective, tokenized = (
+        state.config.objective,
+        batch.tokenized,
+    )  # Alg. 1, line 1: Z and A; line 2: x^
     losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)}
     losses |= QUANTIZER_LOSSES[state.config.tokenizer.quantizer](tokenized.quantized)
     losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.mean_use)
@@ -50,7 +57,9 @@ def tokenizer_update(state, batch):
         "commit_loss": objective.commit_weight,
         "soft_align_loss": objective.align_weight,
     }
-    with frozen(*(module for name, module in state.networks.items() if name != "tokenizer")):  # in backward, too
+    with frozen(
+        *(module for name, module in state.networks.items() if name != "tokenizer")
+    ):  # in backward, too
         if state.gan_is_on:
             losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
         if state.generator is not None:
@@ -64,7 +73,11 @@ def tokenizer_passes(config):
     passes = [(part, "train", 1) for part in ("encoder", "quantizer", "decoder")]
     passes += [("LPIPS", "fixed", 1)] if objective.lpips_weight > 0 else []
     passes += [("discriminator", "fixed", 1)] if objective.gan_weight > 0 else []
-    return passes + ([(part, "fixed", 1) for part in guidance_parts(config)] if config.trains("generator") else [])
+    return passes + (
+        [(part, "fixed", 1) for part in guidance_parts(config)]
+        if config.trains("generator")
+        else []
+    )
 
 
 def guidance_parts(config):
@@ -81,40 +94,58 @@ def soft_bridge(state, batch):
 
 
 def straight_through_bridge(state, batch):
-    """L_align^s of the one-hot assignment, with the gradient of the soft one: the public code's flag."""
+    """L_align^s of the one-hot assignment, with the gradient of the soft one: the public code's
+    flag.
+    """
     return _guidance(state, batch, batch.tokenized.quantized.affinity.straight_through_readout)
 
 
 def _guidance(state, batch, readout):
-    """Send a read-out of A (Eqs. 7 and 8) through the frozen generator, no further than the tap, and align it."""
+    """Send a read-out of A (Eqs. 7 and 8) through the frozen generator, no further than the tap,
+    and align it.
+    """
     objective, tap = state.config.objective, state.config.generator.tap_layer
     if objective.align_weight == 0:
         return {}
     with frozen(state.generator, state.projector):
         u = readout(state.generator.embedding, objective.tau)
         hidden = state.generator.hidden(u, batch.labels, [tap], check=False)[tap]
-        return {"soft_align_loss": _loss(state, aligned, state.projector, hidden, batch.target, state.widths)}
+        return {
+            "soft_align_loss": _loss(
+                state, aligned, state.projector, hidden, batch.target, state.widths
+            )
+        }
 
 
 def naive_bridge(state, batch):
-    """Fig. 2b: next-token prediction reaches the tokenizer through the generator's inputs and through its targets.
+    """Fig. 2b: next-token prediction reaches the tokenizer through the generator's inputs and
+    through its targets.
 
-    One-hot forward, softmax-at-tau backward. The tokenizer can now lower L_NTP by saying little, and it collapses.
+    One-hot forward, softmax-at-tau backward. The tokenizer can now lower L_NTP by saying little,
+    and it collapses.
     """
     assignment, logits = _predict(state, batch)
     return {"naive_ntp_loss": expected_next_token_loss(logits, assignment)}
 
 
 def naive_inputs_bridge(state, batch):
-    """Next-token prediction reaches the tokenizer through the generator's inputs alone; the targets are fixed indices."""
+    """Next-token prediction reaches the tokenizer through the generator's inputs alone; the targets
+    are fixed indices.
+    """
     return {"naive_ntp_loss": next_token_loss(_predict(state, batch)[1], batch.indices)}
 
 
 def _predict(state, batch):
-    """Predict tokens from straight-through embeddings with the generator held fixed; returns (assignment, logits)."""
+    """Predict tokens from straight-through embeddings with the generator held fixed; returns
+    (assignment, logits).
+    """
     with frozen(state.generator):
-        assignment = batch.tokenized.quantized.affinity.straight_through_assignment(state.config.objective.tau)
-        return assignment, state.generator(multiply(assignment, state.generator.embedding), batch.labels, check=False)
+        assignment = batch.tokenized.quantized.affinity.straight_through_assignment(
+            state.config.objective.tau
+        )
+        return assignment, state.generator(
+            multiply(assignment, state.generator.embedding), batch.labels, check=False
+        )
 
 
 def no_bridge(state, batch):
@@ -152,10 +183,16 @@ def generator_update(state, batch):
     """
     config, generator = state.config, state.generator
     top, tap = config.generator.layers, config.generator.tap_layer
-    hidden = generator.hidden(batch.indices, batch.labels, [tap, top], dropped=batch.dropped)  # line 4: S^h to layer L
-    losses = {"ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)}  # line 5: L_NTP
+    hidden = generator.hidden(
+        batch.indices, batch.labels, [tap, top], dropped=batch.dropped
+    )  # line 4: S^h to layer L
+    losses = {
+        "ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)
+    }  # line 5: L_NTP
     if config.objective.align_weight > 0:  # line 5: L_align^h
-        losses["align_loss"] = _loss(state, aligned, state.projector, hidden[tap], batch.target, state.widths)
+        losses["align_loss"] = _loss(
+            state, aligned, state.projector, hidden[tap], batch.target, state.widths
+        )
     return state.backward("generator", losses, {"align_loss": config.objective.align_weight})
 
 
@@ -178,7 +215,9 @@ compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def _loss(state, function, *arguments):
-    """Compute a loss of networks and tensors, in one piece where this state's networks are compiled."""
+    """Compute a loss of networks and tensors, in one piece where this state's networks are
+    compiled.
+    """
     return (compiled(function) if state.is_compiled else function)(*arguments)
 
 

@@ -13,7 +13,8 @@ from gear.weights import check_shapes
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
     tokenizer_lr: NonNegative = 1e-4  # also the discriminator's; 0 leaves both as they are
-    generator_lr: NonNegative = 1e-4  # also the projector's and the scenes teacher's; 0 leaves them as they are
+    # also the projector's and the scenes teacher's; 0 leaves them as they are
+    generator_lr: NonNegative = 1e-4
     beta2: BelowOne = 0.999
     clip: Positive = 1.0  # largest norm of a network's gradient
     warmup_steps: Whole = 1  # 0 and 1: none
@@ -26,7 +27,8 @@ class OptimizerConfig(Checked):
 def learning_rate_factor(config, step, steps):
     """Return the factor, in (0, 1], of the learning rate: linear warm-up, constant, linear decay.
 
-    No LambdaLR of torch's: it counts the steps itself, and a checkpoint would have to keep its count.
+    No LambdaLR of torch's: it counts the steps itself, and a checkpoint would have to keep its
+    count.
     """
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     start = config.decay_from * steps
@@ -35,17 +37,22 @@ def learning_rate_factor(config, step, steps):
 
 
 class Optimizer:
-    """AdamW over the parameters of one or more modules, with gradient clipping over all of them together.
+    """AdamW over the parameters of one or more modules, with gradient clipping over all of them
+    together.
 
     Shards are a group of their own: torch's multi-tensor operations take no mixture.
     """
 
     def __init__(self, modules, lr, config):
         self.parameters = [p for module in modules for p in module.parameters()]
-        kinds = [[p for p in self.parameters if is_shard(p) == sharded] for sharded in (False, True)]
+        kinds = [
+            [p for p in self.parameters if is_shard(p) == sharded] for sharded in (False, True)
+        ]
         groups = [{"params": parameters} for parameters in kinds if parameters]
         self.fused = all(p.device.type == "cuda" for p in self.parameters)
-        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=self.fused or None)
+        self.adam = torch.optim.AdamW(
+            groups, lr=lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=self.fused or None
+        )
         self.lr, self.clip = lr, config.clip
 
     @property
@@ -54,10 +61,19 @@ class Optimizer:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def clip_gradients(self):
-        """Scale the gradients to a norm of at most `clip`; returns the norm before, a scalar on their device."""
+        """Scale the gradients to a norm of at most `clip`; returns the norm before, a scalar on
+        their device.
+        """
         groups = [group["params"] for group in self.adam.param_groups]
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for group in groups
+        ]
+        norm = (
+            norms[0]
+            if len(norms) == 1
+            else torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+        )
         for group in groups:
             torch.nn.utils.clip_grads_with_norm_(group, self.clip, norm)
         return norm
@@ -74,9 +90,15 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def tensors(self):
-        """Return the state as {name: tensor}, to be written as safetensors; that of a shard is a shard."""
+        """Return the state as {name: tensor}, to be written as safetensors; that of a shard is a
+        shard.
+        """
         states = enumerate(self.adam.state.get(p, {}) for p in self.parameters)
-        return {f"{i}.{key}": torch.as_tensor(value) for i, state in states for key, value in state.items()}
+        return {
+            f"{i}.{key}": torch.as_tensor(value)
+            for i, state in states
+            for key, value in state.items()
+        }
 
     def load_tensors(self, tensors, source="the checkpoint"):
         """Load what `tensors` returned, whole (nothing, if it had not stepped yet).
@@ -94,14 +116,19 @@ class Optimizer:
             parameter = self.parameters[int(i)]
             if key != "step":
                 value = spread_like(value.to(parameter.device, parameter.dtype), parameter)
-                value = torch.empty_like(parameter).copy_(value)  # in its memory format, else torch takes a slow path
-            self.adam.state[parameter][key] = value.to(parameter.device) if self.fused else value  # a number, on the CPU else
+                value = torch.empty_like(parameter).copy_(
+                    value
+                )  # in its memory format, else torch takes a slow path
+            self.adam.state[parameter][key] = (
+                value.to(parameter.device) if self.fused else value
+            )  # a number, on the CPU else
 
 
 class EMA:
     """theta_ema <- decay theta_ema + (1 - decay) theta after every step; buffers are copied.
 
-    No AveragedModel of torch's: it takes no network of which some parameters are shards and some are not.
+    No AveragedModel of torch's: it takes no network of which some parameters are shards and some
+    are not.
     """
 
     def __init__(self, module, decay):

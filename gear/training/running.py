@@ -1,9 +1,11 @@
-"""How the gradients of a step are computed: as they stand in objectives.py, compiled, or as one CUDA graph.
+"""How the gradients of a step are computed: as they stand in objectives.py, compiled, or as one
+CUDA graph.
 
-On a GPU a large step is compiled, which fuses what lies between products. A small one takes longer to
-launch than to compute: it is captured once and replayed as one graph, unless it goes in parts or over
-several processes. Both compute the same up to rounding, but for dropout, which compiled code draws in
-its own way from the step's seed. Where either fails, the step is computed plainly, and a line says so.
+On a GPU a large step is compiled, which fuses what lies between products. A small one takes longer
+to launch than to compute: it is captured once and replayed as one graph, unless it goes in parts or
+over several processes. Both compute the same up to rounding, but for dropout, which compiled code
+draws in its own way from the step's seed. Where either fails, the step is computed plainly, and a
+line says so.
 """
 
 import sys
@@ -18,7 +20,9 @@ from gear.training.state import step_seed
 
 
 def upload(samples, device):
-    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8 become float there."""
+    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8
+    become float there.
+    """
     if device.type == "cuda":
         samples = [sample.pin_memory().to(device, non_blocking=True) for sample in samples]
     return [to_float(sample) if sample.dtype == torch.uint8 else sample for sample in samples]
@@ -27,8 +31,8 @@ def upload(samples, device):
 def way_of(config, device, runtime, is_alone):
     """Return how the steps of a run are computed on `device`: "plain", "compiled" or "graphed".
 
-    `is_alone`: whether one process computes a step from its whole batch at once. Parts reseed and processes
-    talk to each other, which no graph holds.
+    `is_alone`: whether one process computes a step from its whole batch at once. Parts reseed and
+    processes talk to each other, which no graph holds.
     """
     if runtime.compile or runtime.eager:
         return "compiled" if runtime.compile else "plain"
@@ -38,7 +42,9 @@ def way_of(config, device, runtime, is_alone):
 
 
 class Ahead:
-    """The next item of an iterator, fetched early; what that raises is raised when the item is asked for."""
+    """The next item of an iterator, fetched early; what that raises is raised when the item is
+    asked for.
+    """
 
     def __init__(self, items):
         self.items, self.item, self.error = items, None, None
@@ -59,7 +65,9 @@ class Ahead:
 
 
 class Running:
-    """Computes the gradients of a State's steps one of the ways of `way_of`, and plainly where that fails."""
+    """Computes the gradients of a State's steps one of the ways of `way_of`, and plainly where that
+    fails.
+    """
 
     def __init__(self, state, way):
         self.state, self.way, self.graphs = state, way, {}
@@ -81,7 +89,9 @@ class Running:
             gradients(self.state, samples)
 
     def _graph(self, samples):
-        """Return the graph of this step, captured if it is the first of its kind: the adversarial term comes late."""
+        """Return the graph of this step, captured if it is the first of its kind: the adversarial
+        term comes late.
+        """
         kind = self.state.config.trains("discriminator") and self.state.gan_is_on
         if kind not in self.graphs:
             self.graphs.clear()  # the memory of the one before it
@@ -90,7 +100,10 @@ class Running:
 
     def _fall_back(self, error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"steps cannot be {self.way} here, and are computed plainly: {reason[:200]}", file=sys.stderr)
+        print(
+            f"steps cannot be {self.way} here, and are computed plainly: {reason[:200]}",
+            file=sys.stderr,
+        )
         self.way = "plain"
         self.graphs.clear()
         for part in self.compiled:
@@ -101,13 +114,17 @@ class Running:
 
 
 class Graph:
-    """The gradients of a step on one kind of samples, as a CUDA graph: one launch, whatever the step consists of."""
+    """The gradients of a step on one kind of samples, as a CUDA graph: one launch, whatever the
+    step consists of.
+    """
 
     def __init__(self, state, samples):
         self.state, self.samples = state, [sample.clone() for sample in samples]
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(state.device)
         stream.wait_stream(torch.cuda.current_stream(state.device))
-        with torch.cuda.stream(stream):  # libraries set up what they need the first time they are used
+        with torch.cuda.stream(
+            stream
+        ):  # libraries set up what they need the first time they are used
             gradients(state, self.samples)
             state.discard()
         torch.cuda.current_stream(state.device).wait_stream(stream)
@@ -120,7 +137,9 @@ class Graph:
         torch.manual_seed(step_seed(state.config.seed, state.step))  # both passes have drawn
 
     def replay(self, samples):
-        """Compute the gradients of one step on `samples`, into the memory in which they were captured."""
+        """Compute the gradients of one step on `samples`, into the memory in which they were
+        captured.
+        """
         for static, sample in zip(self.samples, samples, strict=True):
             static.copy_(sample)
         self.graph.replay()
@@ -130,10 +149,11 @@ class Graph:
 
 
 def compile_networks(state):
-    """Compile what a State's step runs; returns the parts. A generator's blocks go one by one: one compilation serves all.
+    """Compile what a State's step runs; returns the parts. A generator's blocks go one by one: one
+    compilation serves all.
 
-    A frozen tokenizer is left alone: compiled code rounds less than the one that encodes at inference, and where a run is
-    in bf16 some indices would be others.
+    A frozen tokenizer is left alone: compiled code rounds less than the one that encodes at
+    inference, and where a run is in bf16 some indices would be others.
     """
     networks = state.networks
     parts = [networks[name] for name in ("discriminator", "teacher") if name in networks]
@@ -142,6 +162,8 @@ def compile_networks(state):
         parts += [networks["tokenizer"], networks["tokenizer"].encoder]
     parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
     for part in parts:
-        part.compile(dynamic=False)  # another run's sizes in this process must not make those of this one variable
+        part.compile(
+            dynamic=False
+        )  # another run's sizes in this process must not make those of this one variable
     state.is_compiled = True
     return parts

@@ -23,9 +23,8 @@ class ObjectiveConfig(Checked):
     commit_weight: NonNegative = 0.25
     align_weight: NonNegative = 0.5  # lambda
     tau: Tau = 0.1  # guidance temperature of the soft read-out
-    bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = (
-        "soft"  # what reaches the tokenizer in the stage `joint`
-    )
+    # what reaches the tokenizer in the stage `joint`
+    bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = "soft"
     disc_channels: Count = 64
     disc_layers: Count = 3
 
@@ -42,7 +41,8 @@ class Config(Checked):
     steps: Annotated[int, Range(1, 9_999_999)]  # a checkpoint's name has seven digits
     seed: Seed = 0
     batch_size: Count = 256
-    precision: Literal["float32", "bf16"] = "float32"  # of the networks' products; quantizer, read-outs and losses: float32
+    # of the networks' products; quantizer, read-outs and losses: float32
+    precision: Literal["float32", "bf16"] = "float32"
     tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
     teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
     log_every: Count = 100  # steps; a logged loss is the mean since the last line
@@ -56,7 +56,9 @@ class Config(Checked):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def trains(self, network):
-        """Whether this run trains a network: "tokenizer", "discriminator", "generator", "projector" or "teacher"."""
+        """Whether this run trains a network: "tokenizer", "discriminator", "generator", "projector"
+        or "teacher".
+        """
         return network in STAGES[self.stage].trains
 
     def uses(self, network):
@@ -70,20 +72,38 @@ class Config(Checked):
 
     @property
     def is_small(self):
-        """Whether a GPU would take longer to launch a step than to compute it: see gear/training/running.py."""
+        """Whether a GPU would take longer to launch a step than to compute it: see
+        gear/training/running.py.
+        """
         return self.batch_size * self.data.image_size**2 <= SMALL
 
     def __post_init__(self):
         super().__post_init__()
-        size, halvings, slots = self.data.image_size, self.objective.disc_layers, self.generator.text_slots
+        size, halvings, slots = (
+            self.data.image_size,
+            self.objective.disc_layers,
+            self.generator.text_slots,
+        )
         if self.uses("tokenizer"):
             check_divides((size, size), self.tokenizer.downsampling)
-            spread = not BACKBONES[self.tokenizer.backbone].adapts or size > self.tokenizer.downsampling
-            require(spread, f"image_size is {size}: a MAGVIT-2 decoder needs two tokens at least, and that is one.")
+            spread = (
+                not BACKBONES[self.tokenizer.backbone].adapts or size > self.tokenizer.downsampling
+            )
+            require(
+                spread,
+                (
+                    f"image_size is {size}: a MAGVIT-2 decoder needs two tokens at least, and that "
+                    "is one."
+                ),
+            )
         if self.trains("discriminator"):
             sees = (
-                f"disc_layers is {halvings}: so often halved, images of {size} px do not leave the discriminator three pixels."
+                f"disc_layers is {halvings}: so often halved, images of {size} px do not leave the "
+                "discriminator three pixels."
             )
             require(size >> halvings >= 3, sees)
         if self.trains("generator"):
-            require(slots == 0, f"text_slots is {slots}: a run is conditioned on classes, and it has to be 0.")
+            require(
+                slots == 0,
+                f"text_slots is {slots}: a run is conditioned on classes, and it has to be 0.",
+            )

@@ -1,19 +1,29 @@
-"""The stages of training: what each trains, what it keeps frozen, and the updates that make up one of its steps."""
+"""The stages of training: what each trains, what it keeps frozen, and the updates that make up one
+of its steps.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gear.training.objectives import discriminator_update, generator_update, teacher_update, tokenizer_update
+from gear.training.objectives import (
+    discriminator_update,
+    generator_update,
+    teacher_update,
+    tokenizer_update,
+)
 
-AVERAGED = ("tokenizer", "generator")  # networks of which an exponential moving average is kept, where they train
+AVERAGED = (
+    "tokenizer",
+    "generator",
+)  # networks of which an exponential moving average is kept, where they train
 
 
 @dataclass(frozen=True)
 class Stage:
     """One kind of training. Every network steps when the last update is done.
 
-    Guidance so reads the generator before its step, and next-token targets come from the tokenizer before its step, as in
-    the public code.
+    Guidance so reads the generator before its step, and next-token targets come from the tokenizer
+    before its step, as in the public code.
     """
 
     trains: tuple[str, ...]  # networks; the projector trains only where features are aligned
@@ -22,7 +32,9 @@ class Stage:
 
 
 STAGES = {
-    "tokenizer": Stage(("tokenizer", "discriminator"), (tokenizer_update, discriminator_update)),  # warm-up and control
+    "tokenizer": Stage(
+        ("tokenizer", "discriminator"), (tokenizer_update, discriminator_update)
+    ),  # warm-up and control
     "joint": Stage(  # GEAR
         ("tokenizer", "discriminator", "generator", "projector"),
         (tokenizer_update, discriminator_update, generator_update),
@@ -35,8 +47,12 @@ STAGES = {
 
 
 def gradients(state, samples):
-    """Add up the gradients of one step, Algorithm 1 up to the steps of the optimizers; `samples` is what a stream gives."""
+    """Add up the gradients of one step, Algorithm 1 up to the steps of the optimizers; `samples` is
+    what a stream gives.
+    """
     for batch in state.batches(*samples):  # one tokenizer forward, one teacher forward, shared by
-        for update in STAGES[state.config.stage].updates:  # joint = tokenizer, discriminator, generator:
+        for update in STAGES[
+            state.config.stage
+        ].updates:  # joint = tokenizer, discriminator, generator:
             with state.autocast():
                 update(state, batch)  # loss and gradient of one network

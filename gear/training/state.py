@@ -1,4 +1,6 @@
-"""What a run is between two steps: networks, their averages and optimizers, the step; and what an update sees of a batch."""
+"""What a run is between two steps: networks, their averages and optimizers, the step; and what an
+update sees of a batch.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,21 +35,26 @@ def step_seed(seed, step):
 
 @dataclass
 class Batch:
-    """What one step looks at, computed once: images, labels, teacher features, and either of the tokenizer's answers."""
+    """What one step looks at, computed once: images, labels, teacher features, and either of the
+    tokenizer's answers.
+    """
 
     images: torch.Tensor  # (B, 3, H, W); without pixels, (B, 0), where codes are looked up
     labels: torch.Tensor  # (B,)
     target: torch.Tensor | None = None  # f(x) of Eq. 5, standardised, no gradient: (B, L, C)
     tokenized: Tokenized | None = None  # with gradients, where the tokenizer trains
     indices: torch.Tensor | None = None  # (B, L)
-    dropped: torch.Tensor | None = None  # (B,) bool: whose condition the generator is not told in this step
-    mean_use: Callable | None = None  # of a part of a batch: its mean use of the codes -> that of all of it, (K,)
+    # (B,) bool: whose condition the generator is not told in this step
+    dropped: torch.Tensor | None = None
+    # of a part of a batch: its mean use of the codes -> that of all of it, (K,)
+    mean_use: Callable | None = None
 
 
 class State:
     """Networks, averages, optimizers and the step of a run on a device.
 
-    A network that the run's stage neither trains nor reads is None; so are `lpips` and what concerns the teacher.
+    A network that the run's stage neither trains nor reads is None; so are `lpips` and what
+    concerns the teacher.
     """
 
     def __init__(self, config, device, parts=1, processes=None, checkpointing=False):
@@ -58,7 +65,11 @@ class State:
         self.terms = {}  # {network: {term: the loss of this step so far}}
         self.tokenizer = self.discriminator = self.generator = self.projector = self.teacher = None
         self.averages, self.optimizers = {}, {}
-        self.teacher_features, self.widths, self.lpips = None, None, None  # teachers stand side by side
+        self.teacher_features, self.widths, self.lpips = (
+            None,
+            None,
+            None,
+        )  # teachers stand side by side
         if config.uses("tokenizer"):
             check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
         if config.trains("tokenizer"):
@@ -73,24 +84,36 @@ class State:
 
     def _add_tokenizer(self, checkpointing):
         config = self.config
-        self.tokenizer = self._add("tokenizer", Tokenizer(config.tokenizer, config.precision, checkpointing))
+        self.tokenizer = self._add(
+            "tokenizer", Tokenizer(config.tokenizer, config.precision, checkpointing)
+        )
         discriminator = Discriminator(config.objective.disc_channels, config.objective.disc_layers)
         self.discriminator = self._add("discriminator", discriminator)
         self._optimize("tokenizer", [self.tokenizer], config.optimizer.tokenizer_lr)
         self._optimize("discriminator", [self.discriminator], config.optimizer.tokenizer_lr)
         if config.objective.lpips_weight > 0:
             self.lpips = load_lpips(self.device, config.precision)
-        if config.tokenizer_run:  # start where the parent ended: live weights, average and discriminator
+        if (
+            config.tokenizer_run
+        ):  # start where the parent ended: live weights, average and discriminator
             weights = load_networks(_finished(config.tokenizer_run))
             averaged = self.averages["tokenizer"].module
-            started = {"tokenizer": self.tokenizer, "tokenizer_ema": averaged, "discriminator": self.discriminator}
+            started = {
+                "tokenizer": self.tokenizer,
+                "tokenizer_ema": averaged,
+                "discriminator": self.discriminator,
+            }
             for name, module in started.items():
-                load_module(module, network(weights, name, config.tokenizer_run), config.tokenizer_run)
+                load_module(
+                    module, network(weights, name, config.tokenizer_run), config.tokenizer_run
+                )
 
     def _add_frozen_tokenizer(self):
         config = self.config
         if not config.tokenizer_run:
-            raise UserError(f"the stage '{config.stage}' needs a tokenizer: set tokenizer_run to a run's name.")
+            raise UserError(
+                f"the stage '{config.stage}' needs a tokenizer: set tokenizer_run to a run's name."
+            )
         run = _finished(config.tokenizer_run)
         tokenizer = Tokenizer(config.tokenizer, run.config.get("precision", "float32"))
         self.tokenizer = self._add("tokenizer", tokenizer)
@@ -107,7 +130,9 @@ class State:
             teachers = load_teachers(config.teacher, config.data, stride)
             for teacher in teachers:
                 check_grid(teacher, config.data.image_size, stride)
-            self.teacher_features = side_by_side(teachers).to(self.device, memory_format=self.layout)
+            self.teacher_features = side_by_side(teachers).to(
+                self.device, memory_format=self.layout
+            )
             self.widths = [t.dim for t in teachers]
             projectors = [Projector(config.generator, width) for width in self.widths]
             projector = projectors[0] if len(teachers) == 1 else Projectors(projectors)
@@ -121,13 +146,17 @@ class State:
         return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
     def _add(self, name, module):
-        """Place a network, with an average of it where it is to have one, on the device; returns it."""
+        """Place a network, with an average of it where it is to have one, on the device; returns
+        it.
+        """
         copies = [module]
         if name in AVERAGED and self.config.trains(name):
             self.averages[name] = EMA(module, getattr(self.config.optimizer, f"{name}_ema"))
             copies.append(self.averages[name].module)
         for copied in copies:
-            if self.processes.shard and name == "generator":  # from the CPU: no device has room for the whole
+            if (
+                self.processes.shard and name == "generator"
+            ):  # from the CPU: no device has room for the whole
                 spread(copied.blocks, self.device, self.processes.world)
             copied.to(self.device, memory_format=self.layout)
         return module
@@ -142,32 +171,50 @@ class State:
         return {name: module for name, module in found.items() if module is not None}
 
     def start(self, source):
-        """Initialise a new run from training images of a Source, where its configuration asks for that."""
+        """Initialise a new run from training images of a Source, where its configuration asks for
+        that.
+        """
         config = self.config
-        if config.trains("tokenizer") and config.tokenizer.init_from_data and not config.tokenizer_run:
+        if (
+            config.trains("tokenizer")
+            and config.tokenizer.init_from_data
+            and not config.tokenizer_run
+        ):
             images, _ = load(source, "train", INITIAL_IMAGES)
             initialise_from_data(self.tokenizer, images, config.seed)
             self.averages["tokenizer"].module.load_state_dict(self.tokenizer.state_dict())
 
-    # -- a step ----------------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------------------------
 
     def batches(self, images, *others):
-        """Yield Batches of this process's rows of the step's batch: one, or the parts whose gradients add up to its own."""
-        parts = list(zip(*(given.split(self.processes.share // self.parts) for given in (images, *others))))
+        """Yield Batches of this process's rows of the step's batch: one, or the parts whose
+        gradients add up to its own.
+        """
+        parts = list(
+            zip(*(given.split(self.processes.share // self.parts) for given in (images, *others)))
+        )
         is_shared = len(parts) > 1 or self.processes.world > 1
-        mean_use = self._mean_use([x for x, *_ in parts]) if is_shared and "tokenizer" in self.averages else None
+        mean_use = (
+            self._mean_use([x for x, *_ in parts])
+            if is_shared and "tokenizer" in self.averages
+            else None
+        )
         for i, part in enumerate(parts):
             rows = self.processes.rows(i, self.parts)
             if is_shared:  # dropout differs from part to part
                 seed = step_seed(self.config.seed, self.step)
-                torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))  # 32 bits: a CPU's generator takes no more
+                torch.manual_seed(
+                    seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF)
+                )  # 32 bits: a CPU's generator takes no more
             batch = self.observe(*part)
             batch.mean_use = mean_use
             batch.dropped = self._dropped(len(batch.labels), rows if is_shared else None)
             yield batch
 
     def _dropped(self, count, rows):
-        """Draw which of a batch's conditions are dropped; of a part, those of its `rows` that the whole batch would drop."""
+        """Draw which of a batch's conditions are dropped; of a part, those of its `rows` that the
+        whole batch would drop.
+        """
         share = self.config.generator.class_dropout
         if self.generator is None or share == 0:
             return None
@@ -177,7 +224,9 @@ class State:
         return torch.rand(self.config.batch_size, generator=rng, device=self.device)[rows] < share
 
     def _mean_use(self, parts):
-        """Return what the entropy term needs to know of the rest of the batch: see `entropy_loss`."""
+        """Return what the entropy term needs to know of the rest of the batch: see
+        `entropy_loss`.
+        """
         if len(parts) == 1:
             return self.processes.mean
         with torch.no_grad(), self.autocast():  # the encoder runs twice
@@ -187,12 +236,16 @@ class State:
 
     def autocast(self):
         """Return the context in which the networks of this run compute."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     def observe(self, images, labels, indices=None, target=None):
-        """Run the one tokenizer forward and the one teacher forward that every update of this step shares.
+        """Run the one tokenizer forward and the one teacher forward that every update of this step
+        shares.
 
-        Where training.cached looked up what they give, `indices` (B, L) and `target` (B, L, C), nothing is left to run.
+        Where training.cached looked up what they give, `indices` (B, L) and `target` (B, L, C),
+        nothing is left to run.
         """
         batch = Batch(images.to(self.device), labels.to(self.device))
         if indices is not None:
@@ -212,7 +265,9 @@ class State:
 
     @torch.no_grad()
     def features(self, images):
-        """Return what the teacher makes of images (B, 3, H, W): (B, L, C), on a GPU in the run's precision."""
+        """Return what the teacher makes of images (B, 3, H, W): (B, L, C), on a GPU in the run's
+        precision.
+        """
         is_bf16 = self.device.type == "cuda" and self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
             return self.teacher_features(images, check=False)
@@ -223,7 +278,9 @@ class State:
         A term without a weight counts once. Returns the losses as detached scalars.
         """
         with torch.autocast(self.device.type, enabled=False):
-            (sum(weights.get(term, 1.0) * value for term, value in losses.items()) / self.parts).backward()
+            (
+                sum(weights.get(term, 1.0) * value for term, value in losses.items()) / self.parts
+            ).backward()
         terms = self.terms.setdefault(name, {})
         for term, value in losses.items():
             terms[term] = terms.get(term, 0.0) + value.detach() / self.parts
@@ -236,23 +293,40 @@ class State:
             optimizer.clear()
 
     def descend(self):
-        """Step every optimizer that was given a gradient; returns the losses of the step, {term: scalar on the device}.
+        """Step every optimizer that was given a gradient; returns the losses of the step, {term:
+        scalar on the device}.
 
-        Raises FloatingPointError naming what is not finite, the first term or else a gradient's norm; no network has moved.
+        Raises FloatingPointError naming what is not finite, the first term or else a gradient's
+        norm; no network has moved.
         """
         terms, self.terms = self.terms, {}
         for name in terms:
             self.processes.average(self.optimizers[name].gradients)
-        told = {(name, f"'{term}'"): value for name, values in terms.items() for term, value in values.items()}
-        told |= {(name, "the norm of the gradient"): self.optimizers[name].clip_gradients() for name in terms}
-        finite = self.processes.mean(torch.stack([torch.isfinite(value).float() for value in told.values()]))
-        for (name, what), is_finite in zip(told, finite.tolist()):  # the one time that a step waits for the device
+        told = {
+            (name, f"'{term}'"): value
+            for name, values in terms.items()
+            for term, value in values.items()
+        }
+        told |= {
+            (name, "the norm of the gradient"): self.optimizers[name].clip_gradients()
+            for name in terms
+        }
+        finite = self.processes.mean(
+            torch.stack([torch.isfinite(value).float() for value in told.values()])
+        )
+        for (name, what), is_finite in zip(
+            told, finite.tolist()
+        ):  # the one time that a step waits for the device
             if is_finite < 1:
                 self.discard()
                 of = "" if what.startswith("'") else f" (of {', '.join(terms[name])})"
-                raise FloatingPointError(f"{what} of the {name} is {told[name, what].item()} at step {self.step}{of}")
+                raise FloatingPointError(
+                    f"{what} of the {name} is {told[name, what].item()} at step {self.step}{of}"
+                )
         for name in terms:
-            self.optimizers[name].step(learning_rate_factor(self.config.optimizer, self.step, self.config.steps))
+            self.optimizers[name].step(
+                learning_rate_factor(self.config.optimizer, self.step, self.config.steps)
+            )
         return {term: value for values in terms.values() for term, value in values.items()}
 
     def finish_step(self):
@@ -265,21 +339,32 @@ class State:
         objective = self.config.objective
         return objective.gan_weight > 0 and self.step >= objective.gan_start * self.config.steps
 
-    # -- to and from a checkpoint ----------------------------------------------------------------------------
+    # -- to and from a checkpoint ------------------------------------------------------------------
 
     @property
     def modules(self):
         """The networks, and their averages as NAME_ema."""
-        return self.networks | {f"{name}_ema": average.module for name, average in self.averages.items()}
+        return self.networks | {
+            f"{name}_ema": average.module for name, average in self.averages.items()
+        }
 
     def tensors(self):
         """Return {file: {name: tensor}}: "networks", which are `modules`, and "optimizers".
 
         Whole to the process that writes, {file: {}} to the others; every process has to ask.
         """
-        networks = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
-        optimizers = {f"{name}.{k}": v for name, o in self.optimizers.items() for k, v in o.tensors().items()}
-        return {"networks": self.processes.gather(networks), "optimizers": self.processes.gather(optimizers)}
+        networks = {
+            f"{name}.{k}": v
+            for name, module in self.modules.items()
+            for k, v in module.state_dict().items()
+        }
+        optimizers = {
+            f"{name}.{k}": v for name, o in self.optimizers.items() for k, v in o.tensors().items()
+        }
+        return {
+            "networks": self.processes.gather(networks),
+            "optimizers": self.processes.gather(optimizers),
+        }
 
     def restore(self, run):
         """Go on from the run's newest checkpoint; returns its JSON state."""
@@ -287,11 +372,15 @@ class State:
         weights = load_networks(run)
         for name, module in self.modules.items():
             own = module.state_dict()
-            tensors = {n: spread_like(t, own.get(n)) for n, t in network(weights, name, run.name).items()}
+            tensors = {
+                n: spread_like(t, own.get(n)) for n, t in network(weights, name, run.name).items()
+            }
             load_module(module, tensors, run.name)
         moments = load_networks(run, "optimizers")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_tensors(moments.get(name, {}), f"{run.name}/{name}")  # one that has not stepped yet has none
+            optimizer.load_tensors(
+                moments.get(name, {}), f"{run.name}/{name}"
+            )  # one that has not stepped yet has none
         self.step = saved["step"]
         return saved
 
@@ -300,5 +389,8 @@ def _finished(name):
     """Open a parent run; raises UserError while it is still in training."""
     run = Run.open(name)
     if run.checkpoint_steps() and not run.is_finished:
-        raise UserError(f"the parent '{name}' is at step {run.step} of {run.config['steps']}: finish it, gear train {name}")
+        raise UserError(
+            f"the parent '{name}' is at step {run.step} of {run.config['steps']}: finish it, gear "
+            f"train {name}"
+        )
     return run

@@ -1,4 +1,6 @@
-"""What a run measures of itself on the validation split while it trains; the same functions serve the analyses."""
+"""What a run measures of itself on the validation split while it trains; the same functions serve
+the analyses.
+"""
 
 import math
 
@@ -30,7 +32,11 @@ class Validation:
         self.images, self.labels = images.to(state.device), labels.to(state.device)
         teacher = state.teacher_features
         with torch.no_grad():
-            self.target = None if teacher is None else torch.cat([teacher(x) for x in self.images.split(BATCH)])
+            self.target = (
+                None
+                if teacher is None
+                else torch.cat([teacher(x) for x in self.images.split(BATCH)])
+            )
 
     def __call__(self):
         state, config = self.state, self.state.config
@@ -40,28 +46,41 @@ class Validation:
             return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
-        if "tokenizer" in averages or self.of_tokenizer is None:  # a frozen tokenizer is measured once
+        if (
+            "tokenizer" in averages or self.of_tokenizer is None
+        ):  # a frozen tokenizer is measured once
             self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
         metrics, indices = self.of_tokenizer
         if "generator" in averages:
             generator, target = averages["generator"], self.target
-            metrics = metrics | generator_metrics(generator, state.projector, indices, self.labels, target, state.widths)
+            metrics = metrics | generator_metrics(
+                generator, state.projector, indices, self.labels, target, state.widths
+            )
         return metrics
 
     def panel(self):
-        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an image, or None."""
+        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an
+        image, or None.
+        """
         state = self.state
         if state.teacher is not None:
             return None
-        tokenizer = state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+        tokenizer = (
+            state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer
+        )
         images = self.images[torch.arange(PANEL_WIDTH) % len(self.images)]
         with torch.no_grad():
             rows = [images, tokenizer(images).reconstruction]
         if state.generator is not None:
             generator = state.averages["generator"].module
-            labels = torch.arange(2 * PANEL_WIDTH, device=state.device) % state.config.generator.num_classes
+            labels = (
+                torch.arange(2 * PANEL_WIDTH, device=state.device)
+                % state.config.generator.num_classes
+            )
             side = state.config.data.image_size // state.config.tokenizer.downsampling
-            settings = dict(seed=state.config.seed, dtype=torch.float32, graph=False)  # no copy, no memory held
+            settings = dict(
+                seed=state.config.seed, dtype=torch.float32, graph=False
+            )  # no copy, no memory held
             drawn = sample(generator, tokenizer, labels, (side, side), **settings)
             rows.append(data.to_float(drawn))
         grid = image_grid(torch.cat(rows).clamp(-1, 1), PANEL_WIDTH, PANEL_GAP)
@@ -70,19 +89,26 @@ class Validation:
 
 @torch.no_grad()
 def tokenizer_metrics(tokenizer, images, tau):
-    """Measure a tokenizer on images (N, 3, H, W): reconstruction, marginal usage, and the assignment at tau and at 1.
+    """Measure a tokenizer on images (N, 3, H, W): reconstruction, marginal usage, and the
+    assignment at tau and at 1.
 
-    Returns {name: float} and the indices (N, L); PSNR in dB, L1 in [0, 1] units, entropies in nats a token.
+    Returns {name: float} and the indices (N, L); PSNR in dB, L1 in [0, 1] units, entropies in nats
+    a token.
     """
     indices, quality, assignments = [], [], {"tau": [], "one": []}
     for chunk in images.split(BATCH):
         out = tokenizer(chunk)
         affinity, share = out.quantized.affinity, len(chunk) / len(images)
         indices.append(out.quantized.indices)
-        quality.append(torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)]))
+        quality.append(
+            torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)])
+        )
         for name, temperature in (("tau", tau), ("one", 1.0)):  # a chunk at a time: (N, K) is large
             assignment = codes.assignment(affinity.blocks(), temperature)
-            values = {"entropy": assignment.entropy, **{f"top{m}": mass for m, mass in assignment.top_mass.items()}}
+            values = {
+                "entropy": assignment.entropy,
+                **{f"top{m}": mass for m, mass in assignment.top_mass.items()},
+            }
             assignments[name].append({key: share * value for key, value in values.items()})
     quality, indices = torch.cat(quality, 1).mean(1), torch.cat(indices)
     usage = codes.usage(indices, tokenizer.config.codebook_size)
@@ -92,7 +118,11 @@ def tokenizer_metrics(tokenizer, images, tau):
         "val/usage_entropy": usage.entropy,
         "val/usage_size": usage.effective_size,
         "val/usage_dead": usage.dead,
-        **{f"val/usage_top{m}": float(usage.top_mass[m - 1]) for m in (1, 10, 100) if m <= len(usage.top_mass)},
+        **{
+            f"val/usage_top{m}": float(usage.top_mass[m - 1])
+            for m in (1, 10, 100)
+            if m <= len(usage.top_mass)
+        },
     }
     for name, parts in assignments.items():
         means = {key: sum(part[key] for part in parts) for key in parts[0]}
@@ -103,10 +133,11 @@ def tokenizer_metrics(tokenizer, images, tau):
 
 @torch.no_grad()
 def generator_metrics(generator, projector, indices, labels, target, widths=None):
-    """Measure a generator on indices (N, L) with labels (N,): next-token loss, and alignment where there is a projector.
+    """Measure a generator on indices (N, L) with labels (N,): next-token loss, and alignment where
+    there is a projector.
 
-    `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them each. Returns {name: float},
-    nats a token and minus a cosine.
+    `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them
+    each. Returns {name: float}, nats a token and minus a cosine.
     """
     ntp, align, tap, top = 0.0, 0.0, generator.config.tap_layer, generator.config.layers
     for start in range(0, len(indices), BATCH):

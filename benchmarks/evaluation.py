@@ -232,9 +232,8 @@ def statistics(counts, dims, repeats, only, device):
     rows = []
     for count in counts:
         for dim in dims:
-            sets = [
-                both.to(device) for both in features(count, dim)
-            ]  # once: the processes inherit it
+            # once: the processes inherit it
+            sets = [both.to(device) for both in features(count, dim)]
             for statistic, libraries in STATISTICS.items():
                 if only and not any(word in statistic for word in only):
                     continue

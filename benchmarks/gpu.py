@@ -38,13 +38,8 @@ FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
 TRIAL = "`python benchmarks/gpu.py --quick --device cpu`"
 TAIL = 11_000  # characters of the report that are printed last
-KEPT = (
-    "config.json",
-    "metrics.jsonl",
-    "timing.jsonl",
-    "metrics.json",
-    "analysis/*",
-)  # of a run, and its last samples
+# of a run, and its last samples
+KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysis/*")
 
 
 @dataclass(frozen=True)
@@ -88,10 +83,8 @@ def parts(options, out, work):
         "--basetemp",
         str(work / "tests"),
     ]
-    chosen = [
-        "-k",
-        f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else ""),
-    ]  # as in test_x[cuda-...]
+    # as in test_x[cuda-...]
+    chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]
     tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
     step = ["--random-weights"]
     step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
@@ -424,9 +417,8 @@ def main():
             file=sys.stderr,
         )
         raise SystemExit(2)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the part under way is stopped, too
+    # so that the part under way is stopped, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = Path(options.out or tempfile.mkdtemp(prefix="gear-gpu-")).resolve()
     work = Path(options.work or tempfile.mkdtemp(prefix="gear-gpu-work-")).resolve()
     out.mkdir(parents=True, exist_ok=True)

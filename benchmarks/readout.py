@@ -100,9 +100,8 @@ READS = {
     "attention, E by 256 columns": Read(attention_by_256),
     "attention, zeros": Read(attention),
 }
-SIZES = {
-    f"blocks of 2^{power}": Read(library, block=2**power) for power in (21, 23, 25, 27)
-}  # measured on a GPU
+# measured on a GPU
+SIZES = {f"blocks of 2^{power}": Read(library, block=2**power) for power in (21, 23, 25, 27)}
 
 
 def _inside(pipe, read, shape):
@@ -229,9 +228,8 @@ def main():
     for precision in ("float32", "bf16") if options.device.type == "cuda" else ("float32",):
         open_device(str(options.device), precision)
         for shape in shapes_of(options):
-            most, elements = (
-                (10, 2**32) if options.device.type == "cuda" else (4, 2**28)
-            )  # of A, all repeats together
+            # of A, all repeats together
+            most, elements = (10, 2**32) if options.device.type == "cuda" else (4, 2**28)
             repeats = max(1, min(most, elements // (shape[0] * shape[1])))
             rows += measure(shape, repeats, options.device, precision)
     table = pd.DataFrame(rows).drop(columns="note").assign(note=[row["note"] for row in rows])

@@ -50,10 +50,8 @@ CASES = {  # (mode, dtype, images, guidance): 1 is none, and else every image ta
         ("eager", torch.float32, 4, 1.0),
     ],
 }
-CALLS = {
-    "graph": 4,
-    "eager": 2,
-}  # a graph is captured in the second call, and replayed from then on
+# a graph is captured in the second call, and replayed from then on
+CALLS = {"graph": 4, "eager": 2}
 
 
 def bytes_a_token(generator, rows, length, kind):

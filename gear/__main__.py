@@ -67,9 +67,8 @@ def main(arguments=None):
         return
     name, rest = arguments[0], arguments[1:]
     first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-    last = (
-        rest.index("--") if "--" in rest else len(rest)
-    )  # names follow it, which may begin with a dash
+    # names follow it, which may begin with a dash
+    last = rest.index("--") if "--" in rest else len(rest)
     with console():
         if name not in COMMANDS:
             raise UserError(

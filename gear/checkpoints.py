@@ -129,9 +129,8 @@ def describe(checkpoint):
         if part.extras:
             lines.append(f"  {'':16} kept beside them: {', '.join(part.extras)}")
     lines += [f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
-    return (
-        "\n".join(lines).encode(errors="backslashreplace").decode()
-    )  # a name may be no Unicode text
+    # a name may be no Unicode text
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def _described(size):

@@ -105,9 +105,8 @@ MOST = 1_000_000_000  # of whatever is counted
 Count = Annotated[int, Range(1, MOST)]
 Whole = Annotated[int, Range(0, MOST)]  # a count whose field says what 0 means
 Samples = Annotated[int, Range(2, MOST)]  # of which statistics are taken: one has none
-Seed = Annotated[
-    int, Range(0, 2**32 - 1)
-]  # scikit-learn's range; torch and NumPy take what is derived from it, too
+# scikit-learn's range; torch and NumPy take what is derived from it, too
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 Parallel = Annotated[int, Range(0, 1_024)]  # processes or threads
 Jobs = Annotated[int, Range(1, 1_024)]
 Pixels = Annotated[int, Range(1, 16_384)]  # of a side
@@ -115,9 +114,8 @@ Positive = Annotated[float, Range(0, without=0)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, without=1)]
-Tau = Annotated[
-    float, Range(1e-6)
-]  # of a soft read-out, which is hard at lower ones, where its quotients overflow
+# of a soft read-out, which is hard at lower ones, where its quotients overflow
+Tau = Annotated[float, Range(1e-6)]
 WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 

@@ -172,9 +172,8 @@ def tokenizer_table(features, target, k, device="cpu", **choices):
 
 def _alignment_floors(run, images, device):
     _, labels, target = observed(run, "train", images, device)
-    unit = F.normalize(
-        target, dim=-1
-    )  # (N, L, C); the best answer to a cosine is the mean direction
+    # (N, L, C); the best answer to a cosine is the mean direction
+    unit = F.normalize(target, dim=-1)
     position = unit.mean(0)
     of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
     _, labels, target = observed(run, "val", run.config["eval_images"], device)

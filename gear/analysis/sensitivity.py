@@ -83,9 +83,8 @@ def sensitivity(features, target, images, k, choices, device="cpu"):
     `generator_sensitivity`.
     """
     base = {"images": images, "k": k} | {name: values[0] for name, values in choices.items()}
-    neighbours = [
-        n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1
-    ]  # with one token left out
+    # with one token left out
+    neighbours = [n for n in (k // 2, k, 2 * k, 4 * k) if 0 < n < target.shape[1] - 1]
     settings = {
         "images": [images // 8, images // 4, images // 2, images, 2 * images],
         "k": neighbours,

@@ -22,9 +22,8 @@ class SampleOptions(Checked):
     grid: Annotated[int, Range(0, 1_024)] = (
         0  # tokens a side; 0: those of the run's images, and 16 for a file
     )
-    labels: tuple[
-        Whole, ...
-    ] = ()  # a class for each image; none given: sixteen, from the first class on
+    # a class for each image; none given: sixteen, from the first class on
+    labels: tuple[Whole, ...] = ()
     cfg_scale: Guidance = 1.0  # guidance; 1 is none, 0 unconditional
     temperature: Temperature = 1.0  # 0 takes the likeliest
     top_k: Whole = 0  # 0 keeps all

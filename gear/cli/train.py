@@ -53,9 +53,8 @@ def command(names, arguments):
         if options.name or options.label:
             raise UserError("--name and --label name one run: name a single recipe.")
         if options.dry_run:
-            planned = {
-                n: c for name in names for n, c in plan(recipe(name), name, dry=True)
-            }  # a shared parent once
+            # a shared parent once
+            planned = {n: c for name in names for n, c in plan(recipe(name), name, dry=True)}
             return dry_run(
                 planned.items(), options.gpu, options.utilisation, options.runtime.accumulate
             )

@@ -285,10 +285,8 @@ def teacher(batch, spec, size, stride):
         teacher = efficientnet.EfficientNetTeacher(efficientnet.build_network(), "", stride)
         call = teacher.raw
     else:
-        with (
-            unset_fake_temporarily(),
-            torch.device("meta"),
-        ):  # the libraries look at values while they build
+        # the libraries look at values while they build
+        with unset_fake_temporarily(), torch.device("meta"):
             network = build(name, input_side(name, size, stride))
         teacher = ViTTeacher(name, network.to_empty(device="cpu"), "", size, stride, layer)
         call = teacher.features

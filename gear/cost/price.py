@@ -37,9 +37,8 @@ TRAINED, WEIGHT = (
     # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged
     # one
 )
-Utilisation = Annotated[
-    float, Range(0, 1, without=0)
-]  # the share of a GPU's data sheet that is reached
+# the share of a GPU's data sheet that is reached
+Utilisation = Annotated[float, Range(0, 1, without=0)]
 # of the largest activation, in a backward pass at once: what torch's allocator saw at 256 px
 GRADIENTS = 6
 USABLE = 0.9  # of a GPU's memory: the rest goes to its libraries and to fragments
@@ -206,9 +205,8 @@ def works(config):
         ]
         parts |= {"LPIPS": [(counts.lpips, (size,))]} if objective.lpips_weight > 0 else {}
     if config.trains("generator"):
-        still = replace(
-            generator, dropout=0.0, class_dropout=0.0
-        )  # what evaluation mode is: see `frozen`
+        # what evaluation mode is: see `frozen`
+        still = replace(generator, dropout=0.0, class_dropout=0.0)
         depth = None if objective.bridge.startswith("naive") else generator.tap_layer
         parts["generator"] = [(counts.generator, (generator, codes, side, None, False))]
         parts["guidance"] = [(counts.generator, (still, codes, side, depth, True))]

@@ -183,12 +183,10 @@ class Folder:
     def is_cropped(self):
         """Say whether any image leaves a choice where to crop it: resized, it is no square."""
         chosen = set(self.names)
-        for name in filter(
-            chosen.__contains__, self.store.names
-        ):  # in which order they are fastest to read
-            with contextlib.suppress(
-                Exception
-            ):  # an image that cannot be read has a stand-in, which is looked at itself
+        # in which order they are fastest to read
+        for name in filter(chosen.__contains__, self.store.names):
+            # an image that cannot be read has a stand-in, which is looked at itself
+            with contextlib.suppress(Exception):
                 with self.store.open(name) as file, Image.open(file) as image:
                     if resized_to(image.size, self._size) != [self._size, self._size]:
                         return True

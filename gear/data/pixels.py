@@ -42,13 +42,8 @@ SYSTEM = {  # what Macs, Windows and storage boxes put among images
     "system volume information",
     "lost+found",
 }
-STUBS = {
-    "BUFR",
-    "GRIB",
-    "HDF5",
-    "MPEG",
-    "WMF",
-}  # Pillow knows their names and cannot read them here
+# Pillow knows their names and cannot read them here
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 UNOPENED = {  # images, and Pillow has no decoder for them
     ".heic",
     ".heif",
@@ -184,9 +179,8 @@ def to_rgb(image):
     Raises ValueError for floats outside [0, 1] and for integers whose white is not known.
     """
     image.load()
-    upright = UPRIGHT.get(
-        _orientation(image)
-    )  # asked once it is loaded: Pillow turns a TIFF itself
+    # asked once it is loaded: Pillow turns a TIFF itself
+    upright = UPRIGHT.get(_orientation(image))
     image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
@@ -213,9 +207,8 @@ def _eight_bits(image):
         if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0 there
             values = white - values
         grey = Image.fromarray(_scaled(values, white))
-        if isinstance(
-            clear := image.info.get("transparency"), int
-        ):  # a grey that stands for nothing
+        # a grey that stands for nothing
+        if isinstance(clear := image.info.get("transparency"), int):
             grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         return grey
     if image.mode == "I":

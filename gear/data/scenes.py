@@ -169,9 +169,8 @@ class Scenes:
             v = (axis[None, :, None] - y) / radius
             shadow = 1 / (1 + np.exp(np.minimum(6 * (np.hypot(u - 0.2, v - 0.3) - 1), 30)))
             below = image[rows] * (1 - 0.35 * shadow)[..., None]
-            distance = (
-                _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size
-            )  # signed, in pixels
+            # signed, in pixels
+            distance = _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size
             mask = np.clip(0.5 - distance, 0, 1)
             darkness = _by_kind(DARKNESSES, of_rows["texture"], u, v, phase)
             colour = palette[of_rows["colour"]] + 0.12 * of_rows["jitter"]

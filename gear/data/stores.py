@@ -20,10 +20,8 @@ from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
 from gear.files import cache_dir
 
-DOWNLOADS = {
-    "cifar10": ("CIFAR10", 10),
-    "cifar100": ("CIFAR100", 100),
-}  # name: torchvision's class, classes
+# name: torchvision's class, classes
+DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}
 
 
 class Directory:

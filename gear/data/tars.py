@@ -157,9 +157,8 @@ class _Listing:
                     f"{MOST_CLASSES - 1:,} can be."
                 )
             shard = f"{label:05d}/{self.path.name}"
-            key = (
-                _stem(path) if f"{shard}/{_stem(path)}" not in places else path
-            )  # 0.png beside 0.jpg
+            # 0.png beside 0.jpg
+            key = _stem(path) if f"{shard}/{_stem(path)}" not in places else path
             places[f"{shard}/{key}"] = self.images[path]
         return places
 

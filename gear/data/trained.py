@@ -72,9 +72,8 @@ def place_of(run):
     """
     began = absolute(DataConfig(run.config["data"]["source"])).source
     last = _facts(run).get("source", began)
-    return (
-        began if os.path.exists(began) and not os.path.exists(last) else last
-    )  # they may have moved back
+    # they may have moved back
+    return began if os.path.exists(began) and not os.path.exists(last) else last
 
 
 def note(run, source):

@@ -19,10 +19,8 @@ from gear.teachers.weights import file_hash, find_weights, named_for, read_tenso
 from gear.weights import check_fit
 
 REPO, NAME = "openai/clip-vit-base-patch32", "clip-b32"
-FILES = {
-    "pytorch_model.bin": "605 MB",
-    "tokenizer.json": "2 MB",
-}  # of the hub; a folder may hold model.safetensors instead
+# of the hub; a folder may hold model.safetensors instead
+FILES = {"pytorch_model.bin": "605 MB", "tokenizer.json": "2 MB"}
 SIDE, CONTEXT = 224, 77  # pixels, tokens
 
 

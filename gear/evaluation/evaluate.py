@@ -70,9 +70,8 @@ class EvaluateOptions(Checked):
     # the tokenizer on the run's validation images, in place of samples
     reconstruction: bool = False
     both: bool = False  # samples and reconstruction
-    steps: tuple[
-        Count, ...
-    ] = ()  # checkpoints, where they were kept (gear train --keep); none named: the newest
+    # checkpoints, where they were kept (gear train --keep); none named: the newest
+    steps: tuple[Count, ...] = ()
     source: str = ""  # where the run's own images lie, if they have moved
     device: str = "auto"  # the GPU if there is one; or "cpu", "cuda", "cuda:1"
     quiet: bool = False
@@ -104,18 +103,16 @@ def evaluate(name, options=EvaluateOptions()):
     space = options.network or teacher
     records = []
     if options.reconstruction or options.both:
-        resize = (
-            {"resize": "torch"} if space == "inception" else {}
-        )  # rFID's: of floats, not of uint8
+        # rFID's: of floats, not of uint8
+        resize = {"resize": "torch"} if space == "inception" else {}
         network = _network(space, options, **resize)
         records += _reconstruction(
             run, load_network(load_tokenizer, run.step), source, network, options
         )
     if not options.reconstruction:
         network, split = _network(space, options), "all" if options.reference else "train"
-        own = (
-            config.source if config.source == "scenes" else source
-        )  # of scenes as many as are asked for
+        # of scenes as many as are asked for
+        own = config.source if config.source == "scenes" else source
         with given_by(options.reference and "--reference"):
             real = reference(
                 options.reference or own,
@@ -261,9 +258,8 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
         "samples_size": fake.size,
         "reference_size": real.size,
     }
-    if (
-        fake.size == f"{config.image_size} x {config.image_size}"
-    ):  # the run's own; another's samples are what they are
+    # the run's own; another's samples are what they are
+    if fake.size == f"{config.image_size} x {config.image_size}":
         protocol["image_size"] = config.image_size
     with given_by("--metrics" if options.metrics else ""):
         found = compare(fake, real, network, options.metrics or None)
@@ -403,9 +399,8 @@ def metrics_table(runs):
     """
     rows, protocols = {}, {}
     for run in runs:
-        for entry in sorted(
-            read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)
-        ):  # the newest stays
+        # the newest stays
+        for entry in sorted(read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)):
             key = protocol_id(entry["protocol"])
             protocols.setdefault(
                 key,

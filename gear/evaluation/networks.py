@@ -73,9 +73,8 @@ class Inception:
             ) from None
         path = find_inception(path, offline)
         tensors, only_tensors = read_tensors(path), io.BytesIO()
-        torch.save(
-            tensors, only_tensors
-        )  # the library unpickles whatever a file holds: it gets one of tensors
+        # the library unpickles whatever a file holds: it gets one of tensors
+        torch.save(tensors, only_tensors)
         only_tensors.seek(0)
         try:
             network = inception.FeatureExtractorInceptionV3

@@ -17,12 +17,8 @@ from gear.measures.frechet import IS_SPLIT, InceptionScore, Moments, frechet_dis
 from gear.measures.neighbours import polynomial_mmd, prdc, precision_recall
 
 BATCH = 64
-OF_ONE_RUN = (
-    "weights_of",
-    "step",
-    "samples_hash",
-    "spread",
-)  # what two numbers of one protocol may differ in
+# what two numbers of one protocol may differ in
+OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")
 # sFID's 2,023 features need more samples than that for a covariance of full rank
 SPATIAL_SAMPLES = 2_024
 

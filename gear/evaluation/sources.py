@@ -20,14 +20,10 @@ from gear.images import to_uint8
 from gear.measures.frechet import check_statistics
 from gear.tokenizer.model import images_at_once
 
-CHUNKS = {
-    "cpu": 64,
-    "cuda": 256,
-}  # samples drawn at once, always: what is drawn must not depend on where a kill fell
-PLAIN = {
-    "dtype": "float32",
-    "chunk": CHUNKS["cpu"],
-}  # how they are drawn where a protocol does not say it
+# samples drawn at once, always: what is drawn must not depend on where a kill fell
+CHUNKS = {"cpu": 64, "cuda": 256}
+# how they are drawn where a protocol does not say it
+PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}
 STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
     "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
     "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
@@ -69,9 +65,8 @@ def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, **samp
     device = generator.embedding.device
     size = CHUNKS[device.type]
     chunks = labels.split(size)
-    conditions = (
-        filled_up(labels, size) if device.type == "cuda" else chunks
-    )  # there, chunks of one size are one graph
+    # there, chunks of one size are one graph
+    conditions = filled_up(labels, size) if device.type == "cuda" else chunks
     for i, part in enumerate(
         tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)
     ):

@@ -21,12 +21,8 @@ from gear.runs.run import Run
 from gear.training.guard import deferred_signals
 from gear.training.loop import Runtime, is_trained
 
-STOPPED = {
-    128 + signal.SIGINT,
-    128 + signal.SIGTERM,
-    -signal.SIGINT,
-    -signal.SIGTERM,
-}  # exit codes of what a signal ended
+# exit codes of what a signal ended
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

@@ -212,9 +212,8 @@ SCENES_STAGES = dict(
 IMAGENET256_STAGES = dict(
     tokenizer={}, joint={}, generator={}, half=dict(tokenizer=dict(codebook_size=8192))
 )
-IMAGENET256_SHORT = IMAGENET256_STAGES | dict.fromkeys(
-    ["joint", "generator"], dict(steps=100_000)
-)  # Tables 10, 11 and 13
+# Tables 10, 11 and 13
+IMAGENET256_SHORT = IMAGENET256_STAGES | dict.fromkeys(["joint", "generator"], dict(steps=100_000))
 
 CIFAR10_STAGES = dict(
     tokenizer=dict(

@@ -300,9 +300,8 @@ def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime
     check_teachers(c for _, c in planned)
     *ancestors, own = planned
     for n, c in ancestors:
-        train(
-            c, n, in_parts(c, runtime), wait=True
-        )  # several may start from one, on several machines
+        # several may start from one, on several machines
+        train(c, n, in_parts(c, runtime), wait=True)
     return train(own[1], own[0], in_parts(own[1], runtime), wait)
 
 

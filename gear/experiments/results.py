@@ -16,17 +16,10 @@ from gear.experiments.studies import SAMPLES, members, space
 from gear.generator.sampling import Guidance
 from gear.runs.run import Run, open_runs, run_names
 
-REFERENCE = (
-    EvaluateOptions.reference_count
-)  # images that samples are compared with, and that are reconstructed
-SCORED = {
-    "fd",
-    "precision",
-    "recall",
-    "psnr",
-    "ssim",
-    "rfd",
-}  # what an evaluation of samples and reconstructions leaves
+# images that samples are compared with, and that are reconstructed
+REFERENCE = EvaluateOptions.reference_count
+# what an evaluation of samples and reconstructions leaves
+SCORED = {"fd", "precision", "recall", "psnr", "ssim", "rfd"}
 LOGGED = "ntp_loss", "align_loss", "usage_entropy", "predictable"  # what validation logs
 TITLES = {
     "fd": "Fréchet distance",

@@ -17,11 +17,8 @@ from gear.generator.model import GENERATORS
 from gear.runs.names import RunName
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")
-SPACES = {
-    "scenes": "scenes",
-    "tiny": "scenes",
-    "cifar10": "efficientnet-lite0",
-}  # for Fréchet distances; else Inception
+# for Fréchet distances; else Inception
+SPACES = {"scenes": "scenes", "tiny": "scenes", "cifar10": "efficientnet-lite0"}
 SAMPLES = 1_000  # drawn for a cell's scores, unless told otherwise
 
 

@@ -204,13 +204,11 @@ def _keep_words(product, known, parameters, said=(), needs=""):
         "needs": needs,
     }
     drawn = kept_words(product)
-    if (
-        needs and drawn and figure_path(product, "png").exists()
-    ):  # the figure stands, and so does what was said of it
+    # the figure stands, and so does what was said of it
+    if needs and drawn and figure_path(product, "png").exists():
         words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
-    text = (
-        json.dumps(words, indent=1, ensure_ascii=False) + "\n"
-    )  # a byte of a path that is no UTF-8 becomes JSON's escape
+    # a byte of a path that is no UTF-8 becomes JSON's escape
+    text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
     path = figure_path(product, "json")
     write_atomically(
         path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace")
@@ -318,9 +316,8 @@ def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
             product: (notebook, seeded(notebook, seeds) | given)
             for product, (notebook, given) in targets.items()
         }
-    with ThreadPoolExecutor(
-        jobs
-    ) as pool:  # a kernel is a process of its own; the threads wait for theirs
+    # a kernel is a process of its own; the threads wait for theirs
+    with ThreadPoolExecutor(jobs) as pool:
         ends = list(pool.map(lambda product: _render(product, *targets[product], force), targets))
     failures = [str(end) for end in ends if end and (names or not isinstance(end, NeedsRuns))]
     if failures:

@@ -124,9 +124,8 @@ def legend(fig):
     for axis in fig.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    wide = sum(
-        len(label) + 8 for label in found
-    )  # characters, handles and gaps among them; about 13 go to an inch
+    # characters, handles and gaps among them; about 13 go to an inch
+    wide = sum(len(label) + 8 for label in found)
     lines = max(1, math.ceil(wide / (13 * fig.get_figwidth())))
     fig.legend(
         found.values(),
@@ -150,9 +149,8 @@ def focus(axis, values, heights):
         near = values[~np.isin(heights, far[:n])]
         low, high, span = near.min(), near.max(), np.ptp(near)
         if 0 < 5 * span < np.ptp(values):
-            axis.set_xlim(
-                low - 0.25 * span, high + 0.25 * span
-            )  # room for a standard deviation of three points
+            # room for a standard deviation of three points
+            axis.set_xlim(low - 0.25 * span, high + 0.25 * span)
             for height in far[:n]:
                 text, x, side = (
                     f"{means[height]:.4g}",
@@ -243,9 +241,8 @@ def show_rows(axis, rows):
             np.concatenate(np.pad(tiles, ((0, 0), gap, gap, (0, 0)), constant_values=1), axis=1)
         )
     axis.imshow(np.concatenate(lines), interpolation="nearest")
-    labels = [
-        "\n".join(textwrap.fill(line, 22) for line in label.split("\n")) for label in rows
-    ]  # a file's name may be long
+    # a file's name may be long
+    labels = ["\n".join(textwrap.fill(line, 22) for line in label.split("\n")) for label in rows]
     axis.set_yticks([(i + 0.5) * len(lines[0]) for i in range(len(rows))], labels)
     axis.set_xticks([])
     axis.tick_params(length=0, labelsize=7.5)

@@ -99,9 +99,8 @@ class Generator(nn.Module):
         )
         self._tables = {}  # rotations, by grid, condition and device
         width = config.width
-        self._condition = (
-            "text_embedding" if config.text_slots else "class_embedding"
-        )  # its name in checkpoints
+        # its name in checkpoints
+        self._condition = "text_embedding" if config.text_slots else "class_embedding"
         self.add_module(self._condition, build_condition(config))
         self.token_embedding = nn.Embedding(codebook_size, width)  # E of Eqs. 7 and 8
         self.embed_dropout = nn.Dropout(config.dropout)

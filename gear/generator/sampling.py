@@ -172,9 +172,8 @@ def _decode(settings, generator, condition, mask, rng):
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + scale * (cond - uncond) if i >= first else cond
-            finite &= torch.isfinite(
-                logits
-            ).all()  # read once, at the end: the device is not waited for at every token
+            # read once, at the end: the device is not waited for at every token
+            finite &= torch.isfinite(logits).all()
             indices[:, i] = _draw(logits, *drawing, rng)
             x = generator.hard_readout(indices[:, i : i + 1].repeat(1 + guided, 1))
             start, end = end, end + 1

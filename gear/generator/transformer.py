@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError
 
-RMSNorm = functools.partial(
-    nn.RMSNorm, eps=1e-5
-)  # Llama's eps; torch's default is that of float32, 1.2e-7
+# Llama's eps; torch's default is that of float32, 1.2e-7
+RMSNorm = functools.partial(nn.RMSNorm, eps=1e-5)
 
 
 def rotation_table(
@@ -27,9 +26,8 @@ def rotation_table(
     keys by nothing, as the public networks do, which silences every condition's key.
     """
     half = head_dim // 2
-    frequencies = base ** (
-        -torch.arange(0, half, 2, device=device).float() / half
-    )  # (head_dim / 4,)
+    # (head_dim / 4,)
+    frequencies = base ** (-torch.arange(0, half, 2, device=device).float() / half)
     position = torch.arange(side, device=device).float()
     turn = position[:, None] * frequencies  # (side, head_dim / 4)
     angles = torch.cat(
@@ -112,9 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x, table, cache=None, mask=None, text=0):
         qkv = by_stream(x, text, self.qkv_text, self.qkv)
-        qk, v = (
-            qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
-        )  # (.., B, heads, S, head_dim)
+        # (.., B, heads, S, head_dim)
+        qk, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
         (q, k), v = rotate(qk, table), v.squeeze(0)  # both at once: half the kernels
         if cache is not None:
             k, v = cache.append(k, v)

@@ -335,9 +335,8 @@ class Follow(Panel):
     async def _watch(self):
         """Look again and again, until cancelled."""
         while True:
-            with contextlib.suppress(
-                FileNotFoundError, UserError
-            ):  # a run has just cleared its samples, or is gone: next time
+            # a run has just cleared its samples, or is gone: next time
+            with contextlib.suppress(FileNotFoundError, UserError):
                 self.look()
             await asyncio.sleep(SECONDS)
 

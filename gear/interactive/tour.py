@@ -37,12 +37,10 @@ def code_colours(tokenizer, indices):
     """
     codes, inverse = indices.unique(return_inverse=True)
     f = tokenizer.config.downsampling
-    fields = (
-        codes[:, None, None].expand(-1, 3, 3).split(32)
-    )  # a few at a time: a large grid may hold a code a token
-    middles = [
-        tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields
-    ]  # (n, 3)
+    # a few at a time: a large grid may hold a code a token
+    fields = codes[:, None, None].expand(-1, 3, 3).split(32)
+    # (n, 3)
+    middles = [tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields]
     return (torch.cat(middles) / 2 + 0.5).clamp(0, 1)[inverse]
 
 
@@ -238,9 +236,8 @@ def _picture(axis, image, title=""):
 def _show(axis, image, title="", **options):
     """Put a grid, (h, w) or (h, w, 3), on an axis without ticks or frame."""
     axis.imshow(image.numpy(), **options)
-    axis.set_title(
-        title, y=1.0
-    )  # a place of its own spares matplotlib the search for one, half the time of drawing
+    # a place of its own spares matplotlib the search for one, half the time of drawing
+    axis.set_title(title, y=1.0)
     axis.set_axis_off()
 
 

@@ -110,9 +110,8 @@ def tie_fraction(x: torch.Tensor, k: int) -> float:
     (x,) = _paired(x, minimum=3)
     if not 1 <= k <= len(x) - 2:
         raise ValueError(f"k={k} is outside [1, {len(x) - 2}]")
-    values = (
-        _nearest(x.double(), k + 1).weights.topk(2, largest=False).values
-    )  # (1, N, 2): the (k + 1)-th, the k-th
+    # (1, N, 2): the (k + 1)-th, the k-th
+    values = _nearest(x.double(), k + 1).weights.topk(2, largest=False).values
     return (values.diff(dim=-1) <= ROUNDING * values.abs().max()).double().mean().item()
 
 
@@ -158,9 +157,8 @@ def _paired(*inputs: torch.Tensor, minimum: int, ndim: int = 2) -> tuple[torch.T
             f"need {ndim}-D inputs of the same >= {minimum} rows, got "
             f"{[tuple(z.shape) for z in inputs]}"
         )
-    if not all(
-        bound.isfinite() for z in inputs for bound in z.aminmax()
-    ):  # isfinite() of all would copy them
+    # isfinite() of all would copy them
+    if not all(bound.isfinite() for z in inputs for bound in z.aminmax()):
         raise ValueError("features are not finite")
     return inputs
 
@@ -208,10 +206,8 @@ def _neighbours(similarity: torch.Tensor, start: int, k: int) -> tuple[torch.Ten
 def _graph(neighbours: torch.Tensor, weights: torch.Tensor) -> _Graph:
     batch, n, k = neighbours.shape
     nodes = torch.arange(n, device=neighbours.device)[:, None]
-    edges, reverse = (
-        nodes * n + neighbours,
-        neighbours * n + nodes,
-    )  # numbers of edges, ascending, and of their reverses
+    # numbers of edges, ascending, and of their reverses
+    edges, reverse = (nodes * n + neighbours, neighbours * n + nodes)
     return _Graph(
         neighbours, weights, _find(reverse.flatten(1), edges.flatten(1))[0].view(batch, n, k)
     )
@@ -220,10 +216,8 @@ def _graph(neighbours: torch.Tensor, weights: torch.Tensor) -> _Graph:
 def _nearest(x: torch.Tensor, k: int) -> _Graph:
     """The graph of one (n, d) input in row chunks, so that the n x n kernel never exists."""
     rows = min(len(x), max(1, 4 * CHUNK // len(x)))  # many: each product reads all of x anew
-    buffer, found = (
-        x.new_empty(rows, len(x)),
-        [],
-    )  # one for all: what is kept of a chunk would lie in another's space
+    # one for all: what is kept of a chunk would lie in another's space
+    buffer, found = (x.new_empty(rows, len(x)), [])
     for start in range(0, len(x), rows):
         similarity = torch.mm(x[start : start + rows], x.T, out=buffer[: len(x) - start])
         found.append(_neighbours(similarity[None], start, k))

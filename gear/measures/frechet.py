@@ -31,9 +31,8 @@ class Moments:
 
     def __init__(self, dim, device="cpu"):
         self.count = 0
-        self.shift = torch.zeros(
-            dim, dtype=torch.float64, device=device
-        )  # becomes the first rows' mean
+        # becomes the first rows' mean
+        self.shift = torch.zeros(dim, dtype=torch.float64, device=device)
         self.sum = torch.zeros_like(self.shift)  # of x - shift: squares about it do not cancel
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._waiting = []
@@ -42,9 +41,8 @@ class Moments:
         """Take in features (N, D). Raises UserError for a value that is not finite."""
         check_finite(features, "the features", "look at the images, or at the feature network")
         self._waiting.append(features.detach().to(self.sum.device, torch.float64))
-        if (
-            sum(map(len, self._waiting)) >= ROWS
-        ):  # the product of many rows costs little more than that of few
+        # the product of many rows costs little more than that of few
+        if sum(map(len, self._waiting)) >= ROWS:
             self._fold()
         return self
 

@@ -61,9 +61,8 @@ def radii(x, k, half=False):
     nearest = x.new_full((len(x), k + 1), torch.inf)
     parts = torch.arange(len(x), device=x.device).split(max(1, math.isqrt(BLOCK)))
     for i, rows in enumerate(parts):
-        for columns in (
-            parts if half else parts[i:]
-        ):  # of both its ends: half of all pairs will do, but for ADM's rounding
+        # of both its ends: half of all pairs will do, but for ADM's rounding
+        for columns in parts if half else parts[i:]:
             block = squared_distances(x[rows], x[columns], half)
             nearest[rows] = _least(nearest[rows], block)
             if columns is not rows and not half:

@@ -67,9 +67,8 @@ def _maps(features: torch.Tensor) -> Iterator[torch.Tensor]:
         raise ValueError(f"need (N, h, w, C) with at least two tokens, got {tuple(features.shape)}")
     if not features.isfinite().all():
         raise ValueError("features are not finite")
-    size = max(
-        features[0].numel(), (features.shape[1] * features.shape[2]) ** 2
-    )  # local_similarity makes (L, L)
+    # local_similarity makes (L, L)
+    size = max(features[0].numel(), (features.shape[1] * features.shape[2]) ** 2)
     return (maps.double() for maps in features.split(max(1, CHUNK // size)))
 
 
@@ -92,9 +91,8 @@ def _morans_i(maps: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def _high_frequency_ratio(maps: torch.Tensor, cutoff: float) -> torch.Tensor:
-    power = (
-        torch.fft.fft2(_centred(maps, (1, 2, 3)), dim=(1, 2)).abs().square().sum(-1)
-    )  # (N, h, w), 0 at f = 0
+    # (N, h, w), 0 at f = 0
+    power = torch.fft.fft2(_centred(maps, (1, 2, 3)), dim=(1, 2)).abs().square().sum(-1)
     fy, fx = (
         torch.fft.fftfreq(n, dtype=torch.float64, device=maps.device) for n in maps.shape[1:3]
     )

@@ -17,12 +17,10 @@ class Speedup:
     """
 
     value: float | None
-    low: (
-        float | None
-    )  # never below 1: a draw that does not reach its target counts as 1, the most it can be
-    high: (
-        float | None
-    )  # inf when the crossing may lie before the first logged point; value is then a lower bound
+    # never below 1: a draw that does not reach its target counts as 1, the most it can be
+    low: float | None
+    # inf when the crossing may lie before the first logged point; value is then a lower bound
+    high: float | None
 
 
 def speedup(
@@ -81,9 +79,8 @@ def _ratio(steps: np.ndarray, target: float, curve: np.ndarray) -> float | None:
     i = int(np.argmax(fit <= target))
     if fit[i] > target:
         return None
-    t = (
-        steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])
-    )  # interp wants ascending x
+    # interp wants ascending x
+    t = steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])
     return float(steps[-1] / t)
 
 

@@ -20,10 +20,8 @@ GENERATOR_NAMES = (  # ours, public; applied in this order
     (".ffn.", ".feed_forward."),
     ("head.", "output."),
 )
-HEADS = {
-    (24, 3200): 32,
-    (32, 4096): 32,
-}  # of sizes in (layers, width): LlamaGen's 3B and 7B, which GEAR has not
+# of sizes in (layers, width): LlamaGen's 3B and 7B, which GEAR has not
+HEADS = {(24, 3200): 32, (32, 4096): 32}
 HEADS |= {(c.layers, c.width): c.heads for c in GENERATORS.values()}
 
 

@@ -85,12 +85,10 @@ def read_content(path):
     if what := what_else(path):
         raise NotWeights(f"is not a checkpoint. It is {what}")
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # LlamaGen's arguments: names and values, no code
-            if path.suffix == ".safetensors" or not is_utf8(
-                path
-            ):  # torch.load is misled by that suffix, and asks for UTF-8
+        # LlamaGen's arguments: names and values, no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # torch.load is misled by that suffix, and asks for UTF-8
+            if path.suffix == ".safetensors" or not is_utf8(path):
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(

@@ -36,17 +36,12 @@ AVERAGED = {
     "swa",
 }  # words
 LIVE = {"current", "live", "online", "raw"}
-ASIDE = re.compile(
-    r"opt(_|im|$)|.*optimi[sz]er|lr_|sched|.*scaler"
-)  # entries in which moments bear the names of weights
+# entries in which moments bear the names of weights
+ASIDE = re.compile(r"opt(_|im|$)|.*optimi[sz]er|lr_|sched|.*scaler")
 LITEMA = "model_ema"  # as taming-transformers, latent diffusion and Open-MAGVIT2 call theirs
 LITEMA_NAME = re.compile(rf"{LITEMA}\.[^.]+$")
-WRAPS = (
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # what torch puts into a name
+# what torch puts into a name
+WRAPS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,8 @@ def networks(content, source):
                 ]
                 own = {name.removeprefix(place): group[name] for name in names}
                 swa = own.pop("n_averaged", None) is not None  # torch.optim.swa_utils.AveragedModel
-                lightning = (
-                    keys == ("state_dict",) and "current_model_state" in content
-                )  # its WeightAveraging
+                # its WeightAveraging
+                lightning = keys == ("state_dict",) and "current_model_state" in content
                 prefix = f"{LITEMA}." if litema else f"{place}module." if swa else place
                 averaged = litema or swa or lightning or _is_averaged([*keys, *place.split(".")])
                 found.append(Network(keys, prefix, averaged, places[place], own))
@@ -318,9 +312,8 @@ def _part(network, source):
         return Part({}, layout=layout, fault=str(error))
     public = set(names.values())
     ours = {n: tensors[public] for n, public in names.items() if public in tensors}
-    whole = tuple(
-        n for n in tensors if n not in public or n.endswith(STATISTICS)
-    )  # may be whole numbers
+    # may be whole numbers
+    whole = tuple(n for n in tensors if n not in public or n.endswith(STATISTICS))
     odd = odd_tensors(tensors, whole)
     fault = listed(f"{source} holds weights that are no floating-point numbers", odd) if odd else ""
     return Part(ours, size, layout, {n: t for n, t in tensors.items() if n not in public}, fault)

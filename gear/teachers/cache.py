@@ -100,9 +100,8 @@ def _hashed(value):
 
 def _open(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(
-        path, timeout=60
-    )  # seconds to wait for another process's transaction
+    # seconds to wait for another process's transaction
+    database = sqlite3.connect(path, timeout=60)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     (page,) = database.execute("PRAGMA page_size").fetchone()

@@ -77,9 +77,8 @@ class ViTTeacher(nn.Module):
         """Return the network's own features, (B, L, dim), special tokens left out."""
         network, pixels = self.network, self.preprocess(images)
         if self.vit.library == "transformers":
-            hidden = network.embeddings(
-                pixels[:, None]
-            )  # a video of one frame, which is doubled there
+            # a video of one frame, which is doubled there
+            hidden = network.embeddings(pixels[:, None])
             for block in network.layer[: None if self.layer == -1 else self.layer]:
                 hidden = block(hidden)[0]
             return network.layernorm(hidden) if self.layer == -1 else hidden
@@ -137,9 +136,8 @@ def load_vit_teacher(spec, data, stride, offline=False):
     name, layer, _ = parse(spec)
     side = input_side(name, data.image_size, stride)
     path, tensors = fitting_weights(spec, side, offline)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # what is initialised next does not depend on the library's own random weights
+    # what is initialised next does not depend on the library's own random weights
+    with torch.random.fork_rng(devices=[]):
         network = build(name, side)
     network.load_state_dict(tensors)
     return (

@@ -14,11 +14,8 @@ from gear.public.wrappings import state_dicts, stripped
 
 FILE = "model.safetensors"  # as the hub's repositories call it
 DEPTH = 4  # of wrappers within each other
-WRAPPERS = (
-    "state_dict",
-    "model",
-    "teacher",
-)  # entries that go before others under which a file may keep its tensors
+# entries that go before others under which a file may keep its tensors
+WRAPPERS = ("state_dict", "model", "teacher")
 
 
 def is_offline(asked=False):

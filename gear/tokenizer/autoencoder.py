@@ -22,13 +22,8 @@ class TokenizerConfig(Checked):
     codebook_size: Annotated[int, Range(2, MOST)] = 16_384  # K
     code_dim: Count = 8  # width of a code
     channels: Count = 128  # of the first level
-    channel_mult: tuple[Count, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # a level each; every level but the last halves the resolution
+    # a level each; every level but the last halves the resolution
+    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
     # between autoencoder and quantizer; MAGVIT-2's autoencoder ends in the code itself
     latent_channels: Count = 256
     res_blocks: Whole = 2  # a level in the encoder; VQGAN's decoder has one more
@@ -55,9 +50,8 @@ class TokenizerConfig(Checked):
             )
         if self.init_from_data:
             require(self.linear_skip, "init_from_data starts the linear skip: set linear_skip too.")
-            least = (
-                1 if self.quantizer == "lfq" else 2
-            )  # there is a constant beside a patch's principal components
+            # there is a constant beside a patch's principal components
+            least = 1 if self.quantizer == "lfq" else 2
             fits = (
                 f"init_from_data fills {least} to {3 * self.downsampling**2 + least - 1} channels "
                 "of a code from a patch"
@@ -102,9 +96,8 @@ class Backbone:
     decoder_blocks: int  # residual blocks that a level of the decoder has beyond one of the encoder
     bias: bool  # in the convolutions of residual blocks and in the encoder's first
     encoder_kernel: int  # of the encoder's last convolution
-    padding: tuple[
-        int, int, int, int
-    ]  # of a convolution that halves the resolution: left, right, top, bottom
+    # of a convolution that halves the resolution: left, right, top, bottom
+    padding: tuple[int, int, int, int]
     # the resolution is doubled by four times the channels, dealt out, not by repeating pixels
     deals_out: bool
     adapts: bool  # a level of the decoder is normalised by the latent's statistics
@@ -207,9 +200,8 @@ class Upsample(nn.Module):
         if not self.deals_out:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         b, c, h, w = x.shape
-        blocks = self.conv(x).view(
-            b, 2, 2, c, h, w
-        )  # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
+        # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
+        blocks = self.conv(x).view(b, 2, 2, c, h, w)
         return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, c, 2 * h, 2 * w)
 
 

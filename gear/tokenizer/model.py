@@ -137,21 +137,18 @@ def initialise_from_data(tokenizer, images, seed=0):
     """
     config, quantizer = tokenizer.config, tokenizer.quantizer
     f, d = config.downsampling, config.code_dim
-    patches = (
-        F.unfold(images.cpu(), f, stride=f).transpose(1, 2).flatten(0, 1)
-    )  # (N, 3 f f), in (channel, row, column) order
+    # (N, 3 f f), in (channel, row, column) order
+    patches = F.unfold(images.cpu(), f, stride=f).transpose(1, 2).flatten(0, 1)
     if len(patches) < config.codebook_size:
         raise UserError(
             f"{len(patches)} patches cannot start {config.codebook_size} codes: use more images or "
             "a smaller codebook."
         )
     mean, constants = patches.mean(0), quantizer.constants
-    spread = torch.cov(
-        (patches - mean).T.double()
-    )  # float64: the start must not depend on how memory was aligned
-    basis = (
-        torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - constants].float()
-    )  # (D - 1 or D, 3 f f)
+    # float64: the start must not depend on how memory was aligned
+    spread = torch.cov((patches - mean).T.double())
+    # (D - 1 or D, 3 f f)
+    basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - constants].float()
     basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
     weight = quantizer.scale * torch.cat([basis, torch.zeros(constants, basis.shape[1])])
     bias = quantizer.scale * torch.cat([-basis @ mean, torch.ones(constants)])

@@ -42,10 +42,8 @@ class Quantizer(nn.Module):
     A quantizer with weights keeps them in `codebook`, (K, D).
     """
 
-    constants, scale = (
-        1,
-        1.0,
-    )  # a latent starts as `scale` times (components, constants): see initialise_from_data
+    # a latent starts as `scale` times (components, constants): see initialise_from_data
+    constants, scale = (1, 1.0)
     affine = 1.0, 0.0  # the scale and the shift of A
     _rows = staticmethod(as_rows)
 
@@ -144,9 +142,8 @@ class IndexBackpropagationQuantizer(Quantizer):
         """Quantise latents (B, D, h, w); returns a Quantized. `limit` is Affinity's."""
         affinity = self.affinity(latents, limit)  # (B, L, K)
         codes = self.codes()
-        mean = affinity.soft_readout(
-            codes.detach(), 1.0
-        )  # p C: the codes' own gradient comes from the one-hot part
+        # p C: the codes' own gradient comes from the one-hot part
+        mean = affinity.soft_readout(codes.detach(), 1.0)
         indices, entropies = _assigned(affinity)
         z, code = as_rows(latents), codes[indices]  # (B, L, D)
         rows = code + (mean - mean.detach())
@@ -247,9 +244,8 @@ class SignAffinity(Affinity):
         """Return what `Affinity.entropies` does, exactly, from the D independent bits."""
         logits = 4 * self.rows.flatten(0, -2) / tau  # (N, D), of +1 against -1
         p = logits.sigmoid()
-        rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(
-            -1
-        )  # the bits' entropies add up
+        # the bits' entropies add up
+        rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)
         low, high = _joint(p)
         return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
 

@@ -120,9 +120,8 @@ class Cached(Stream):
         check_writable(cache_dir(), "GEAR_CACHE")
         codes = self.arrays[0]
         codes.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            codes.folder.parent / ".lock"
-        ):  # of all: runs on different codes share features
+        # of all: runs on different codes share features
+        with FileLock(codes.folder.parent / ".lock"):
             missing = {
                 file: [a for a in self.arrays if not a.has(file)] for file in range(codes.files)
             }
@@ -228,9 +227,8 @@ class Rows:
         """Say in a line what is computed and why: against what is kept, what has changed."""
         about, others = self.folder / "about.json", {}
         for path in self.folder.parent.glob("*/about.json"):
-            with contextlib.suppress(
-                TypeError, ValueError
-            ):  # it only serves to say what has changed
+            # it only serves to say what has changed
+            with contextlib.suppress(TypeError, ValueError):
                 others[path.parent.name] = differences(dict(read_json(path)), self.about)
         near = {k: v for k, v in others.items() if not any(line.startswith("what:") for line in v)}
         if about.exists():

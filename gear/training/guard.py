@@ -38,9 +38,8 @@ def guarded(run, state, wait=False):
             "look at the data of this step."
         ) from None
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):  # the CPU has no type for it
+        # the CPU has no type for it
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         share, images = state.processes.share, state.processes.share // state.parts
         parts = next((n for n in range(2 * state.parts, share + 1) if share % n == 0), None)

@@ -96,9 +96,8 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     if not run.checkpoint_steps():
         state.start(source)
     compute = Running(state, way_of(config, processes.device, runtime, is_alone))
-    with guarded(
-        run, state, wait
-    ) as signals:  # this process alone trains the run, or it and its like
+    # this process alone trains the run, or it and its like
+    with guarded(run, state, wait) as signals:
         if is_trained(run, config):
             return run
         _begin(run, state, meter, validation, source)
@@ -115,9 +114,8 @@ def train(config, name=None, runtime=Runtime(), wait=False):
             uploaded = (upload(samples, state.device) for samples in remaining)
             samples = Ahead(uploaded)
             while state.step < config.steps:
-                torch.manual_seed(
-                    step_seed(config.seed, state.step)
-                )  # a resumed run equals an uninterrupted one
+                # a resumed run equals an uninterrupted one
+                torch.manual_seed(step_seed(config.seed, state.step))
                 compute(samples.take())  # `gradients`: forward and backward of every update
                 if not signals:
                     samples.fetch()  # the next step's, while the device computes
@@ -147,9 +145,8 @@ def _descend(state, skip):
         if state.skipped > skip:
             raise
         print(f"skipped: {error}", file=sys.stderr)
-        return {
-            "skipped": torch.ones((), device=state.device)
-        }  # a line in the log, as for any step
+        # a line in the log, as for any step
+        return {"skipped": torch.ones((), device=state.device)}
 
 
 def _begin(run, state, meter, validation, source):
@@ -188,9 +185,8 @@ def is_trained(run, config):
         return False
     config = _as_it_began(run, config)
     before = run.config.get("generator", {}).get("num_classes", config.generator.num_classes)
-    if before != config.generator.num_classes and run.config.get("data") == to_dict(
-        config.data
-    ):  # the folder has changed
+    # the folder has changed
+    if before != config.generator.num_classes and run.config.get("data") == to_dict(config.data):
         data.check_classes(config.data, data.open_source(config.data, "train").classes, before)
     run.check_config(to_dict(config), complete=lambda values: to_dict(from_dict(Config, values)))
     return run.is_finished

@@ -41,10 +41,8 @@ def frozen(*modules):
 
 def tokenizer_update(state, batch):
     """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
-    objective, tokenized = (
-        state.config.objective,
-        batch.tokenized,
-    )  # Alg. 1, line 1: Z and A; line 2: x^
+    # Alg. 1, line 1: Z and A; line 2: x^
+    objective, tokenized = (state.config.objective, batch.tokenized)
     losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)}
     losses |= QUANTIZER_LOSSES[state.config.tokenizer.quantizer](tokenized.quantized)
     losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.mean_use)
@@ -57,9 +55,8 @@ def tokenizer_update(state, batch):
         "commit_loss": objective.commit_weight,
         "soft_align_loss": objective.align_weight,
     }
-    with frozen(
-        *(module for name, module in state.networks.items() if name != "tokenizer")
-    ):  # in backward, too
+    # in backward, too
+    with frozen(*(module for name, module in state.networks.items() if name != "tokenizer")):
         if state.gan_is_on:
             losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
         if state.generator is not None:
@@ -183,12 +180,10 @@ def generator_update(state, batch):
     """
     config, generator = state.config, state.generator
     top, tap = config.generator.layers, config.generator.tap_layer
-    hidden = generator.hidden(
-        batch.indices, batch.labels, [tap, top], dropped=batch.dropped
-    )  # line 4: S^h to layer L
-    losses = {
-        "ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)
-    }  # line 5: L_NTP
+    # line 4: S^h to layer L
+    hidden = generator.hidden(batch.indices, batch.labels, [tap, top], dropped=batch.dropped)
+    # line 5: L_NTP
+    losses = {"ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)}
     if config.objective.align_weight > 0:  # line 5: L_align^h
         losses["align_loss"] = _loss(
             state, aligned, state.projector, hidden[tap], batch.target, state.widths

@@ -116,12 +116,10 @@ class Optimizer:
             parameter = self.parameters[int(i)]
             if key != "step":
                 value = spread_like(value.to(parameter.device, parameter.dtype), parameter)
-                value = torch.empty_like(parameter).copy_(
-                    value
-                )  # in its memory format, else torch takes a slow path
-            self.adam.state[parameter][key] = (
-                value.to(parameter.device) if self.fused else value
-            )  # a number, on the CPU else
+                # in its memory format, else torch takes a slow path
+                value = torch.empty_like(parameter).copy_(value)
+            # a number, on the CPU else
+            self.adam.state[parameter][key] = value.to(parameter.device) if self.fused else value
 
 
 class EMA:

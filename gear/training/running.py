@@ -122,9 +122,8 @@ class Graph:
         self.state, self.samples = state, [sample.clone() for sample in samples]
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(state.device)
         stream.wait_stream(torch.cuda.current_stream(state.device))
-        with torch.cuda.stream(
-            stream
-        ):  # libraries set up what they need the first time they are used
+        # libraries set up what they need the first time they are used
+        with torch.cuda.stream(stream):
             gradients(state, self.samples)
             state.discard()
         torch.cuda.current_stream(state.device).wait_stream(stream)
@@ -162,8 +161,7 @@ def compile_networks(state):
         parts += [networks["tokenizer"], networks["tokenizer"].encoder]
     parts += [part for part in (state.teacher_features, state.lpips) if part is not None]
     for part in parts:
-        part.compile(
-            dynamic=False
-        )  # another run's sizes in this process must not make those of this one variable
+        # another run's sizes in this process must not make those of this one variable
+        part.compile(dynamic=False)
     state.is_compiled = True
     return parts

@@ -12,10 +12,8 @@ from gear.training.objectives import (
     tokenizer_update,
 )
 
-AVERAGED = (
-    "tokenizer",
-    "generator",
-)  # networks of which an exponential moving average is kept, where they train
+# networks of which an exponential moving average is kept, where they train
+AVERAGED = ("tokenizer", "generator")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ def gradients(state, samples):
     what a stream gives.
     """
     for batch in state.batches(*samples):  # one tokenizer forward, one teacher forward, shared by
-        for update in STAGES[
-            state.config.stage
-        ].updates:  # joint = tokenizer, discriminator, generator:
+        # joint = tokenizer, discriminator, generator:
+        for update in STAGES[state.config.stage].updates:
             with state.autocast():
                 update(state, batch)  # loss and gradient of one network

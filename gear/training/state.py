@@ -65,11 +65,8 @@ class State:
         self.terms = {}  # {network: {term: the loss of this step so far}}
         self.tokenizer = self.discriminator = self.generator = self.projector = self.teacher = None
         self.averages, self.optimizers = {}, {}
-        self.teacher_features, self.widths, self.lpips = (
-            None,
-            None,
-            None,
-        )  # teachers stand side by side
+        # teachers stand side by side
+        self.teacher_features, self.widths, self.lpips = (None, None, None)
         if config.uses("tokenizer"):
             check_divides((config.data.image_size,) * 2, config.tokenizer.downsampling)
         if config.trains("tokenizer"):
@@ -93,9 +90,8 @@ class State:
         self._optimize("discriminator", [self.discriminator], config.optimizer.tokenizer_lr)
         if config.objective.lpips_weight > 0:
             self.lpips = load_lpips(self.device, config.precision)
-        if (
-            config.tokenizer_run
-        ):  # start where the parent ended: live weights, average and discriminator
+        # start where the parent ended: live weights, average and discriminator
+        if config.tokenizer_run:
             weights = load_networks(_finished(config.tokenizer_run))
             averaged = self.averages["tokenizer"].module
             started = {
@@ -154,9 +150,8 @@ class State:
             self.averages[name] = EMA(module, getattr(self.config.optimizer, f"{name}_ema"))
             copies.append(self.averages[name].module)
         for copied in copies:
-            if (
-                self.processes.shard and name == "generator"
-            ):  # from the CPU: no device has room for the whole
+            # from the CPU: no device has room for the whole
+            if self.processes.shard and name == "generator":
                 spread(copied.blocks, self.device, self.processes.world)
             copied.to(self.device, memory_format=self.layout)
         return module
@@ -203,9 +198,8 @@ class State:
             rows = self.processes.rows(i, self.parts)
             if is_shared:  # dropout differs from part to part
                 seed = step_seed(self.config.seed, self.step)
-                torch.manual_seed(
-                    seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF)
-                )  # 32 bits: a CPU's generator takes no more
+                # 32 bits: a CPU's generator takes no more
+                torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))
             batch = self.observe(*part)
             batch.mean_use = mean_use
             batch.dropped = self._dropped(len(batch.labels), rows if is_shared else None)
@@ -314,9 +308,8 @@ class State:
         finite = self.processes.mean(
             torch.stack([torch.isfinite(value).float() for value in told.values()])
         )
-        for (name, what), is_finite in zip(
-            told, finite.tolist()
-        ):  # the one time that a step waits for the device
+        # the one time that a step waits for the device
+        for (name, what), is_finite in zip(told, finite.tolist()):
             if is_finite < 1:
                 self.discard()
                 of = "" if what.startswith("'") else f" (of {', '.join(terms[name])})"
@@ -378,9 +371,8 @@ class State:
             load_module(module, tensors, run.name)
         moments = load_networks(run, "optimizers")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_tensors(
-                moments.get(name, {}), f"{run.name}/{name}"
-            )  # one that has not stepped yet has none
+            # one that has not stepped yet has none
+            optimizer.load_tensors(moments.get(name, {}), f"{run.name}/{name}")
         self.step = saved["step"]
         return saved
 

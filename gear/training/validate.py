@@ -46,9 +46,8 @@ class Validation:
             return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
-        if (
-            "tokenizer" in averages or self.of_tokenizer is None
-        ):  # a frozen tokenizer is measured once
+        # a frozen tokenizer is measured once
+        if "tokenizer" in averages or self.of_tokenizer is None:
             self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
         metrics, indices = self.of_tokenizer
         if "generator" in averages:
@@ -78,9 +77,8 @@ class Validation:
                 % state.config.generator.num_classes
             )
             side = state.config.data.image_size // state.config.tokenizer.downsampling
-            settings = dict(
-                seed=state.config.seed, dtype=torch.float32, graph=False
-            )  # no copy, no memory held
+            # no copy, no memory held
+            settings = dict(seed=state.config.seed, dtype=torch.float32, graph=False)
             drawn = sample(generator, tokenizer, labels, (side, side), **settings)
             rows.append(data.to_float(drawn))
         grid = image_grid(torch.cat(rows).clamp(-1, 1), PANEL_WIDTH, PANEL_GAP)

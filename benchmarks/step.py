@@ -45,6 +45,7 @@ from measure import card, data_sheet, memory_rise, product_rate, wait, write_tab
 
 from gear.config import UserError
 from gear.cost.price import price
+from gear.data.stream import upload
 from gear.device import open_device
 from gear.experiments.recipes import recipe
 from gear.teachers import efficientnet
@@ -52,7 +53,7 @@ from gear.teachers.networks import build
 from gear.teachers.vit import parse
 from gear.tokenizer import readout
 from gear.training.loop import Runtime
-from gear.training.running import Running, upload, way_of
+from gear.training.running import Running, way_of
 from gear.training.stages import STAGES
 from gear.training.state import State, step_seed
 

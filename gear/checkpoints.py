@@ -9,14 +9,14 @@ import torch
 
 from gear.config import UserError, from_dict
 from gear.generator.model import Generator, GeneratorConfig
-from gear.public.containers import CONTAINERS, Checkpoint, Part, check_depth, grouped
+from gear.public.containers import CONTAINERS, Checkpoint, Part, check_depth
 from gear.public.layouts import public_layout
 from gear.public.tensorfiles import WEIGHTS, first_line
 from gear.public.wrappings import read_checkpoint
 from gear.runs.run import Run, run_names
 from gear.tokenizer.autoencoder import TokenizerConfig, token_grid
 from gear.tokenizer.model import Tokenizer
-from gear.weights import listed, load_module, not_finite
+from gear.weights import listed, load_module, load_networks, not_finite
 
 
 def load_tokenizer(source, ema=True, step=None):
@@ -153,13 +153,6 @@ def _described(size):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def load_networks(run, file="networks", step=None):
-    """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...},
-    "tokenizer_ema": {...}, ...}.
-    """
-    return grouped(run.load_checkpoint(file, step))
-
-
 def _of_run(run, step=None):
     groups, config = load_networks(run, step=step), run.config
     try:
@@ -190,14 +183,3 @@ def _of_run(run, step=None):
             f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove "
             "the run and train it again."
         ) from None
-
-
-def network(groups, name, source):
-    """Return the tensors of the network `name` of a run's `load_networks`; raises UserError when it
-    is not there.
-    """
-    if name not in groups:
-        raise UserError(
-            f"run '{source}' holds no {name}: it holds {', '.join(sorted(groups)) or 'nothing'}."
-        )
-    return groups[name]

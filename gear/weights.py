@@ -100,3 +100,30 @@ def not_finite(tensors):
                 "values"
             )
     return faults
+
+
+def load_networks(run, file="networks", step=None):
+    """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...},
+    "tokenizer_ema": {...}, ...}.
+    """
+    return grouped(run.load_checkpoint(file, step))
+
+
+def network(groups, name, source):
+    """Return the tensors of the network `name` of a run's `load_networks`; raises UserError when it
+    is not there.
+    """
+    if name not in groups:
+        raise UserError(
+            f"run '{source}' holds no {name}: it holds {', '.join(sorted(groups)) or 'nothing'}."
+        )
+    return groups[name]
+
+
+def grouped(tensors):
+    """Group {"a.b": tensor} by the first part of a name: {"a": {"b": tensor}}."""
+    groups = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    return groups

@@ -17,11 +17,11 @@ from PIL import Image
 
 from gear.config import Interrupted, TrainingStopped, UserError
 from gear.data import DataConfig, Stream
+from gear.data.stream import upload
 from gear.experiments.recipes import recipe
 from gear.training import cached
 from gear.training.cached import Cached, Rows
 from gear.training.loop import Runtime, train
-from gear.training.running import upload
 from gear.training.state import State
 
 CACHED = Runtime(device="cpu", quiet=True, cached=True)

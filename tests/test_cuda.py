@@ -14,6 +14,7 @@ from test_readout import by_blocks, gaussian
 
 import gear
 from gear.data import Stream
+from gear.data.stream import upload
 from gear.device import open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
 from gear.experiments.recipes import recipe
@@ -23,7 +24,7 @@ from gear.runs.run import Run
 from gear.tokenizer.readout import Affinity
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train
-from gear.training.running import Running, upload
+from gear.training.running import Running
 from gear.training.state import State
 
 pytestmark = pytest.mark.slow

@@ -106,7 +106,7 @@ def test_functions_stay_small(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, node.name
+            assert node.end_lineno - node.lineno < 70, node.name
             inner = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
             assert all(
                 isinstance(n, ast.Import) and {a.name for a in n.names} <= OPTIONAL for n in inner

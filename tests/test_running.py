@@ -13,13 +13,14 @@ from gear import data
 from gear.config import UserError
 from gear.cost import price
 from gear.data import DataConfig
+from gear.data.stream import upload
 from gear.device import capturing
 from gear.experiments import recipes
 from gear.experiments.recipes import TINY, in_parts, recipe
 from gear.runs.run import Run
 from gear.training import loop, running
 from gear.training.loop import Runtime
-from gear.training.running import Ahead, Running, compile_networks, upload, way_of
+from gear.training.running import Ahead, Running, compile_networks, way_of
 from gear.training.stages import gradients
 from gear.training.state import State, step_seed
 

@@ -1,10 +1,9 @@
 """gear teacher: package a run as the scenes teacher."""
 
 from gear import data
-from gear.checkpoints import load_networks, network
 from gear.runs.run import Run
 from gear.teachers.scenes import ScenesTeacher, package
-from gear.weights import load_module
+from gear.weights import load_module, load_networks, network
 
 
 def command(names, arguments):

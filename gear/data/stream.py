@@ -269,3 +269,12 @@ def load(source, split="val", count=None):
     positions = np.arange(len(images) if count is None else min(count, len(images)))
     labels = _labels(images, source.config, positions)
     return to_float(torch.from_numpy(images.images(positions))), torch.from_numpy(labels)
+
+
+def upload(samples, device):
+    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8
+    become float there.
+    """
+    if device.type == "cuda":
+        samples = [sample.pin_memory().to(device, non_blocking=True) for sample in samples]
+    return [to_float(sample) if sample.dtype == torch.uint8 else sample for sample in samples]

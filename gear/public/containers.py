@@ -20,7 +20,7 @@ from gear.public.layout import Layout
 from gear.public.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
-from gear.weights import listed, mismatches
+from gear.weights import grouped, listed, mismatches
 
 GEAR_PARTS = {  # the public GEAR's entries, stages 0 to 2, and what each is here
     "vq": "tokenizer",
@@ -160,15 +160,6 @@ def check_depth(size, tensors):
         depth = max(getattr(config, name, 0) for name in ("layers", "res_blocks"))
         if depth > len(tensors):
             raise UserError(f"{depth} layers are spoken of, and there are {len(tensors)} tensors")
-
-
-def grouped(tensors):
-    """Group {"a.b": tensor} by the first part of a name: {"a": {"b": tensor}}."""
-    groups = {}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
-    return groups
 
 
 def export(checkpoint, path):

@@ -44,6 +44,9 @@ FORMATS = (
 # the last bytes of its checkpoints and of their indices
 TENSORFLOW = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 PICKLE = rb"\x80[\x02-\x05]|\([dl]p|c[\w.]+\n\w+\n|[\]}]"  # an old file is a bare pickle
+ASIDE = re.compile(r"opt(_|im|$)|.*optimi[sz]er|lr_|sched|.*scaler")  # entries of a trainer's own
+# what torch puts into a name
+WRAPS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".h5")
 WEB_PAGE = "text (a web page?), not weights: fetch it again, from the address of the file itself"
 ADVICE = "gear reads PyTorch's and safetensors' files"
@@ -199,6 +202,33 @@ def tensors_of(content):
         for name, value in items
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
+
+
+def state_dicts(content):
+    """Yield (keys around it, {name: tensor}) of every dictionary of tensors in nested ones, but for
+    those of optimizers.
+    """
+    stack, seen = [((), content)], set()
+    while stack:
+        keys, entries = stack.pop()
+        if tensors := tensors_of(entries):
+            yield keys, tensors
+        inner = [((*keys, key), value) for key, value in entries.items() if isinstance(value, dict)]
+        if id(entries) not in seen:  # a file may hold a dictionary within itself
+            stack += [
+                item
+                for item in reversed(inner)
+                if isinstance(item[0][-1], str) and not ASIDE.match(item[0][-1])
+            ]
+        seen.add(id(entries))
+
+
+def stripped(tensors):
+    """Take away what torch.compile and its parallel wrappers put into names, unless two would then
+    be called the same.
+    """
+    names = [".".join(part for part in name.split(".") if part not in WRAPS) for name in tensors]
+    return dict(zip(names, tensors.values())) if len(set(names)) == len(names) else tensors
 
 
 def first_line(error):

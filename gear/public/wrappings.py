@@ -15,11 +15,13 @@ from gear.public.containers import GEAR_PARTS, STATISTICS, Checkpoint, Part, rea
 from gear.public.layout import Layout
 from gear.public.layouts import LAYOUTS, prefixes
 from gear.public.tensorfiles import (
+    ASIDE,
     NotWeights,
     is_safetensors,
     read_content,
     read_safetensors,
-    tensors_of,
+    state_dicts,
+    stripped,
 )
 from gear.weights import listed, odd_tensors
 
@@ -37,11 +39,8 @@ AVERAGED = {
 }  # words
 LIVE = {"current", "live", "online", "raw"}
 # entries in which moments bear the names of weights
-ASIDE = re.compile(r"opt(_|im|$)|.*optimi[sz]er|lr_|sched|.*scaler")
 LITEMA = "model_ema"  # as taming-transformers, latent diffusion and Open-MAGVIT2 call theirs
 LITEMA_NAME = re.compile(rf"{LITEMA}\.[^.]+$")
-# what torch puts into a name
-WRAPS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -152,33 +151,6 @@ def networks(content, source):
         if any(f"{place}/".startswith(f"{key}/") for place in unnamed)
     }
     return found, [f"'{key}'{about.get(key, '')}" for key in dict.fromkeys(ignored)]
-
-
-def state_dicts(content):
-    """Yield (keys around it, {name: tensor}) of every dictionary of tensors in nested ones, but for
-    those of optimizers.
-    """
-    stack, seen = [((), content)], set()
-    while stack:
-        keys, entries = stack.pop()
-        if tensors := tensors_of(entries):
-            yield keys, tensors
-        inner = [((*keys, key), value) for key, value in entries.items() if isinstance(value, dict)]
-        if id(entries) not in seen:  # a file may hold a dictionary within itself
-            stack += [
-                item
-                for item in reversed(inner)
-                if isinstance(item[0][-1], str) and not ASIDE.match(item[0][-1])
-            ]
-        seen.add(id(entries))
-
-
-def stripped(tensors):
-    """Take away what torch.compile and its parallel wrappers put into names, unless two would then
-    be called the same.
-    """
-    names = [".".join(part for part in name.split(".") if part not in WRAPS) for name in tensors]
-    return dict(zip(names, tensors.values())) if len(set(names)) == len(names) else tensors
 
 
 def _parted(tensors, source):

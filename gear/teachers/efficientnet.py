@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gear.config import UserError
-from gear.data import load
+from gear.data.stream import load
 from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 

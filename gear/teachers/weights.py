@@ -9,8 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 from gear.config import UserError
-from gear.public.tensorfiles import NotWeights, first_line, read_content, tensors_of
-from gear.public.wrappings import state_dicts, stripped
+from gear.public.tensorfiles import (
+    NotWeights,
+    first_line,
+    read_content,
+    state_dicts,
+    stripped,
+    tensors_of,
+)
 
 FILE = "model.safetensors"  # as the hub's repositories call it
 DEPTH = 4  # of wrappers within each other

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from gear.config import Interrupted, __version__, config_hash, differences
 from gear.data import Stream, loaded
+from gear.data.stream import upload
 from gear.files import (
     cache_dir,
     check_writable,
@@ -34,7 +35,6 @@ from gear.files import (
     write_array,
     write_atomically,
 )
-from gear.training.running import upload
 
 FILE = 4096  # rows of a file, rounded to whole batches
 

@@ -22,6 +22,7 @@ from gear.config import (
     require,
     to_dict,
 )
+from gear.data.stream import upload
 from gear.data.trained import note
 from gear.device import open_device
 from gear.evaluation.lpips import LPIPS_BACKBONE, lpips_backbone
@@ -31,7 +32,7 @@ from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
 from gear.training.meter import Meter, Progress
 from gear.training.processes import Processes
-from gear.training.running import Ahead, Running, upload, way_of
+from gear.training.running import Ahead, Running, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed
 from gear.training.validate import Validation

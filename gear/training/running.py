@@ -14,18 +14,8 @@ import torch
 
 from gear.config import UserError
 from gear.device import capturing
-from gear.images import to_float
 from gear.training.stages import gradients
 from gear.training.state import step_seed
-
-
-def upload(samples, device):
-    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8
-    become float there.
-    """
-    if device.type == "cuda":
-        samples = [sample.pin_memory().to(device, non_blocking=True) for sample in samples]
-    return [to_float(sample) if sample.dtype == torch.uint8 else sample for sample in samples]
 
 
 def way_of(config, device, runtime, is_alone):

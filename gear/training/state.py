@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gear.checkpoints import load_networks, network
 from gear.config import UserError
-from gear.data import load
+from gear.data.stream import load
 from gear.evaluation.lpips import load_lpips
 from gear.generator.model import Generator, Projector, Projectors
 from gear.images import check_divides
@@ -22,7 +21,7 @@ from gear.training.fsdp import spread, spread_like
 from gear.training.optim import EMA, Optimizer, learning_rate_factor
 from gear.training.processes import Processes
 from gear.training.stages import AVERAGED
-from gear.weights import load_module
+from gear.weights import load_module, load_networks, network
 
 NETWORKS = ("tokenizer", "discriminator", "generator", "projector", "teacher")
 INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from

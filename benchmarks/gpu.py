@@ -85,7 +85,11 @@ def parts(options, out, work):
     ]
     # as in test_x[cuda-...]
     chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]
-    tests += [str(ROOT / "tests" / "test_cuda.py"), f"--junitxml={out / 'junit.xml'}", *chosen]
+    tests += [
+        str(ROOT / "tests" / "training" / "test_cuda.py"),
+        f"--junitxml={out / 'junit.xml'}",
+        *chosen,
+    ]
     step = ["--random-weights"]
     step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
     main = "tiny-joint" if options.quick else LARGE

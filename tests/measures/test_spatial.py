@@ -13,7 +13,7 @@ import torch
 from gear.measures import spatial
 from gear.measures.spatial import high_frequency_ratio, local_similarity, morans_i
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 MORAN, FFT, PATCH = (
     {name: torch.from_numpy(np.asarray(array)) for name, array in np.load(GOLDEN / file).items()}

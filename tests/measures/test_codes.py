@@ -12,7 +12,7 @@ import torch
 
 from gear.measures import codes
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["codebook"]["expected"]
 ARRAYS = np.load(GOLDEN / "codebook.npz")
 INDICES = torch.from_numpy(ARRAYS["indices"])

@@ -46,7 +46,7 @@ from gear.measures.reconstruction import l1, psnr, ssim
 from gear.runs.run import Run
 from gear.tokenizer.model import images_at_once, reconstruct
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(GOLDEN / "dist.npz")
 REAL, FAKE, LOGITS = (
     torch.from_numpy(ARRAYS[key]) for key in ("real", "fake", "logits_sorted_by_class")

@@ -8,7 +8,7 @@ import pytest
 
 from gear.measures.speedup import speedup
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["speedup"]["expected"]
 CURVES = np.load(GOLDEN / "speedup.npz")
 STEPS = CURVES["steps"]

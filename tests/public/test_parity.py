@@ -25,7 +25,7 @@ from gear.public.layouts import LAYOUTS
 from gear.tokenizer.autoencoder import TOKENIZERS
 from gear.tokenizer.model import Tokenizer
 
-PARITY = Path(__file__).parent / "parity"
+PARITY = Path(__file__).parents[1] / "parity"
 sys.path.insert(0, str(PARITY))
 from weights import parity_normal, parity_weights  # noqa: E402
 

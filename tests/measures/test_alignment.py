@@ -21,7 +21,7 @@ from gear.measures.alignment import (
     within_image,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 ALIGN = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "align.npz").items()}
 PATCH = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "patch.npz").items()}

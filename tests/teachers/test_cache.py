@@ -163,7 +163,7 @@ def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
 
 PROCESS = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 from test_cache import cached, images
 import torch
 torch.set_num_threads(1)
@@ -174,7 +174,13 @@ for round in range(int(sys.argv[2])):
 
 def fill(rounds):
     environment = os.environ | {"PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-c", PROCESS, os.path.dirname(__file__), str(rounds)]
+    command = [
+        sys.executable,
+        "-c",
+        PROCESS,
+        f"{os.path.dirname(__file__)}:{os.path.dirname(os.path.dirname(__file__))}",
+        str(rounds),
+    ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -29,7 +29,7 @@ from gear.training.stages import STAGES
 from gear.training.state import State
 
 NAME = "efficientnet-lite0"
-PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10_train.zip"
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cifar10_train.zip"
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_f
 from gear.training.stages import STAGES
 
 IMAGES, LABELS = scenes(4)
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def recorded(state, update, *modules):

@@ -10,7 +10,7 @@ import pytest
 from gear.config import UserError
 from gear.experiments.published import printed, published
 
-PAPER = Path(__file__).parents[2] / "shared" / "reference" / "paper.md"
+PAPER = Path(__file__).parents[3] / "shared" / "reference" / "paper.md"
 GENERATION, RECONSTRUCTION = ["gFID", "sFID", "IS", "Prec.", "Rec."], ["PSNR", "SSIM", "rFID"]
 HEADERS = {1: 2, 2: 2, 3: 3, 4: 2, 13: 2, 16: 0, 17: 0, 19: 2}  # lines above the body, else one
 LABELS = {4: 2, 18: 3, 19: 2}  # cells a line that name it, else one

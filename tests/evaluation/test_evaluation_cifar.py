@@ -24,7 +24,7 @@ from gear.evaluation.sources import read_images
 from gear.measures.neighbours import polynomial_mmd, precision_recall
 
 NAME = "efficientnet-lite0"
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 FAKE, REAL = DATA / "cifar10_test.zip", DATA / "cifar10_train.zip"
 COUNT = 10_000 if os.environ.get("GEAR_FULL") else 2_000
 FEW = 300

@@ -157,9 +157,9 @@ gear train imagenet256-l-gear-s0 --source PATH, a folder or zip of class folders
 ./imagenet
 
 Objective and optimizer are the defaults of their classes, which are Table 16's;
-tests/experiments/test_recipes_published.py compares every line. Ours to choose: the warm-up's 400,000 steps
-(the paper calls it brief and starts from a public tokenizer, ours from nothing), one image in
-twenty held out for validation. Nobody has trained it here; expect what the paper reports.
+tests/experiments/test_recipes_published.py compares every line. Ours to choose: the warm-up's
+400,000 steps (the paper calls it brief and starts from a public tokenizer, ours from nothing), one
+image in twenty held out for validation. Nobody has trained it here; expect what the paper reports.
 """
 
 IMAGENET256_B = replace(IMAGENET256_L, generator=GENERATORS["B"])

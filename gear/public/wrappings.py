@@ -154,11 +154,9 @@ def networks(content, source):
 
 
 def _parted(tensors, source):
-    """Part a state dict into its own weights and LitEma's averages, under the names of the live
-    ones:
-    theirs have no dots.
+    """Part a state dict into its own weights and LitEma's averages, under the names of the live ones.
 
-    What a loss holds is left out.
+    The averages' own names have no dots. What a loss holds is left out.
     """
     averaged = {
         n.removeprefix(f"{LITEMA}.").replace("_orig_mod", ""): t

@@ -286,8 +286,6 @@ def _line(row):
         return (
             f"{row['what']:28} {row['library']:15} {row.get('count', 0):7,} x "
             f"{row.get('dim', 0):5} "
-            ""
-            ""
             f"{row['note']}"
         )
     if "images_s" in row:

@@ -26,9 +26,10 @@ import torch
 from measure import card, copy_rate, seconds, write_table
 
 from gear.device import open_device
-from gear.generator.model import GENERATORS, Generator, GeneratorConfig
+from gear.generator.config import GENERATORS, GeneratorConfig
+from gear.generator.model import Generator
 from gear.generator.sampling import generate
-from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
+from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 OUT, CODES = Path(__file__).with_suffix(".csv"), 16_384

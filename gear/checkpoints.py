@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from gear.config import UserError, from_dict
-from gear.generator.model import Generator, GeneratorConfig
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator
 from gear.public.containers import CONTAINERS, Checkpoint, Part, check_depth
 from gear.public.layouts import public_layout
 from gear.public.tensorfiles import WEIGHTS, first_line
 from gear.public.wrappings import read_checkpoint
 from gear.runs.run import Run, run_names
-from gear.tokenizer.autoencoder import TokenizerConfig, token_grid
+from gear.tokenizer.config import TokenizerConfig, token_grid
 from gear.tokenizer.model import Tokenizer
 from gear.weights import listed, load_module, load_networks, not_finite
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,19 +23,13 @@ MARKS = (  # byte order marks; one of UTF-32 begins as one of UTF-16 does
 )
 
 
-def runs_dir():
-    """Return the folder of runs: $GEAR_RUNS, else runs/ beside the package's sources, else under
-    the working directory.
-    """
-    return _home("GEAR_RUNS", "runs")
-
-
 def figures_dir():
     """Return the folder of figures: $GEAR_FIGURES, else figures/ beside the package's sources."""
-    return _home("GEAR_FIGURES", "figures")
+    return home("GEAR_FIGURES", "figures")
 
 
-def _home(variable, folder):
+def home(variable, folder):
+    """Return the folder that an environment variable names, else `folder` beside the sources."""
     if os.environ.get(variable):
         return Path(os.environ[variable]).expanduser().resolve()
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / folder
@@ -107,6 +102,25 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_folder_atomically(folder, fill):
+    """Call `fill(temporary)` on an empty folder, and rename it to `folder`: complete or absent.
+
+    Its files are flushed before. A folder that is there already stays as it is.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            flush(path)
+        if not folder.exists():
+            os.replace(temporary, folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def flush(path):
     """Force what was written to `path`, a file or a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -136,10 +150,7 @@ def read_text(path):
     if b"\0" in content and not mark:
         raise UserError(
             f"{path} is not a text file: it holds zero bytes. UTF-16 has to begin with a byte "
-            "order "
-            ""
-            ""
-            "mark."
+            "order mark."
         )
     try:
         text = content[len(mark) :].decode(encoding)

@@ -95,8 +95,6 @@ def check_divides(size, downsampling):
         raise UserError(
             f"the image size {size[0]} x {size[1]} is not divisible by the tokenizer's "
             "downsampling "
-            ""
-            ""
             f"{downsampling}: "
             f"use a multiple of {downsampling}."
         )

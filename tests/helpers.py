@@ -15,9 +15,10 @@ from gear.data.scenes import Scenes
 from gear.evaluation.scores import record
 from gear.experiments.recipes import TINY, recipe
 from gear.experiments.studies import members
-from gear.generator.model import Generator, GeneratorConfig
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator
 from gear.runs.run import Run
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.quantize import SignAffinity
 from gear.tokenizer.readout import Affinity

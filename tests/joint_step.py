@@ -19,8 +19,9 @@ from weights import parity_normal
 import gear
 from gear.checkpoints import load_discriminator, open_checkpoint
 from gear.data import DataConfig
-from gear.generator.model import GENERATORS, Projector
-from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.generator.config import GENERATORS
+from gear.generator.model import Projector
+from gear.tokenizer.config import TOKENIZERS
 from gear.training.settings import Config, ObjectiveConfig
 from gear.training.stages import STAGES
 from gear.training.state import State

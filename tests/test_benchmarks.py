@@ -31,7 +31,8 @@ from gear.__main__ import main  # noqa: E402
 from gear.data import DataConfig  # noqa: E402
 from gear.evaluation.lpips import load_lpips  # noqa: E402
 from gear.experiments.recipes import recipe  # noqa: E402
-from gear.generator.model import GENERATORS, Generator  # noqa: E402
+from gear.generator.config import GENERATORS  # noqa: E402
+from gear.generator.model import Generator  # noqa: E402
 from gear.teachers import load_teacher  # noqa: E402
 
 FILES = {

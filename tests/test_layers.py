@@ -9,20 +9,20 @@ GEAR = Path(__file__).parent.parent / "gear"
 LAYERS = """
     _torchvision
     config device files images weights
-    runs.records runs.names runs.reference runs.listing runs.run
+    runs.names runs.folder runs.records runs.reference runs.listing runs.run
     measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
     measures.neighbours measures.paired measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
-    tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
-    generator.transformer generator.condition generator.model generator.graphed generator.sampling
+    tokenizer.config tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
+    generator.config generator.transformer generator.condition generator.model generator.graphed generator.sampling
     public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
     checkpoints
-    teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
+    teachers.normalise teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
     analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis
     evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.evaluate
     evaluation.protocols evaluation.sheets
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
-    training.state training.running training.validate training.cached training.guard training.meter training.loop
+    training.state training.running training.validate training.cached training.guard training.progress training.loop
     cost.counts cost.price cost.dry_run
     experiments.presets experiments.recipes experiments.studies experiments.published experiments.results experiments.claims
     experiments.verdicts experiments.jobs experiments.sweep

@@ -49,14 +49,13 @@ from gear.experiments.sweep import sweep
 from gear.figures import render
 from gear.figures.execution import parameters_of
 from gear.figures.parameters import RANGES, READ
-from gear.generator.model import GeneratorConfig
+from gear.generator.config import GeneratorConfig
 from gear.interactive.monitor import Compare
 from gear.interactive.tour import samples
 from gear.runs.run import Run
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.training.loop import Runtime, train
-from gear.training.optim import OptimizerConfig
-from gear.training.settings import Config, ObjectiveConfig
+from gear.training.settings import Config, ObjectiveConfig, OptimizerConfig
 
 NAN, INF = math.nan, math.inf
 ALL = 1 - 2**-53  # the largest number below 1

@@ -19,9 +19,10 @@ from gear.__main__ import main
 from gear.experiments import verdicts
 from gear.experiments.studies import STUDIES
 from gear.files import ROOT
-from gear.generator.model import GENERATORS, Generator, GeneratorConfig
+from gear.generator.config import GENERATORS, GeneratorConfig
+from gear.generator.model import Generator
 from gear.public.layouts import public_layout
-from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
+from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 README = (ROOT / "README.md").read_text()

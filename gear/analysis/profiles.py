@@ -18,7 +18,7 @@ from gear.measures.alignment import Null, cka, cknna, l2_normalise, null, tie_fr
 from gear.measures.spatial import high_frequency_ratio, morans_i
 from gear.measures.speedup import speedup
 from gear.teachers import load_teachers
-from gear.tokenizer.autoencoder import TokenizerConfig, token_grid
+from gear.tokenizer.config import TokenizerConfig, token_grid
 
 FOLDS = 5
 NAN = float("nan")

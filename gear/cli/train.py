@@ -16,7 +16,8 @@ from gear.experiments.recipes import (
     train_with_parents,
     with_parts,
 )
-from gear.runs.run import Run, run_path
+from gear.runs.folder import run_path
+from gear.runs.run import Run
 from gear.training.loop import Runtime
 from gear.training.settings import Config
 

@@ -4,7 +4,8 @@ import textwrap
 
 from gear.config import UserError, check_value, nearest, require, to_dict
 from gear.cost.price import GPUS, Utilisation, fewest_parts, price
-from gear.runs.run import Run, run_path
+from gear.runs.folder import run_path
+from gear.runs.run import Run
 
 
 def told(name, config, gpu="h100", utilisation=0.4, accumulate=1):
@@ -107,8 +108,6 @@ def dry_run(planned, gpu="h100", utilisation=0.4, accumulate=1):
         divides = (
             f"accumulate is {accumulate}: it has to divide batch_size, which is "
             f"{config.batch_size} "
-            ""
-            ""
             f"in {name}."
         )
         require(accumulate == "auto" or config.batch_size % accumulate == 0, divides)

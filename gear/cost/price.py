@@ -169,10 +169,7 @@ def parts_that_fit(config, images, memory, is_compiled):
     needed, free = cost.memory(1) / 1e9, memory / 1e9
     raise UserError(
         f"one image at once needs {needed:.1f} GB, and {USABLE:.0%} of {free:.1f} GB are to be "
-        "had: "
-        ""
-        ""
-        "take a smaller "
+        "had: take a smaller "
         f"generator, or --shard over several GPUs."
     )
 

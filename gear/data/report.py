@@ -29,10 +29,7 @@ def report(config, count=1_000):
     val = len(opened.split("val"))
     lines = [
         f"{config.source}: {len(source)} images, {len(source) - val} to train on, {val} to "
-        "validate "
-        ""
-        ""
-        "on; "
+        "validate on; "
         f"{len(source.classes)} class{'es' if len(source.classes) > 1 else ''}"
     ]
     if source.store.top:

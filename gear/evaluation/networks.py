@@ -289,9 +289,6 @@ def as_pixels(images):
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
             f"images are {tuple(images.shape)} uint8: (B, H, W, 3) is expected, or floats (B, 3, "
-            "H, "
-            ""
-            ""
-            "W) in [-1, 1]."
+            "H, W) in [-1, 1]."
         )
     return images

@@ -164,10 +164,7 @@ def npz_images(path, arrays=None):
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise UserError(
             f"arr_0 of '{path}' is {images.shape} {images.dtype}: uint8 (N, H, W, 3) in [0, 255] "
-            "is "
-            ""
-            ""
-            "expected."
+            "is expected."
         )
     for start in range(0, len(images), BATCH):
         yield torch.from_numpy(images[start : start + BATCH])

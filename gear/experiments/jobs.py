@@ -16,7 +16,8 @@ from tqdm import tqdm
 from gear.config import Interrupted, Jobs, TrainingStopped, UserError, check_value
 from gear.device import find_device
 from gear.experiments.recipes import check_teachers, plan, recipe
-from gear.files import check_writable, child_environment, runs_dir
+from gear.files import check_writable, child_environment
+from gear.runs.folder import runs_dir
 from gear.runs.run import Run
 from gear.training.guard import deferred_signals
 from gear.training.loop import Runtime, is_trained

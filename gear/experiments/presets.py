@@ -8,10 +8,9 @@ the runs.
 from dataclasses import replace
 
 from gear.data import DataConfig
-from gear.generator.model import GENERATORS, GeneratorConfig
-from gear.tokenizer.autoencoder import TOKENIZERS, TokenizerConfig
-from gear.training.optim import OptimizerConfig
-from gear.training.settings import Config, ObjectiveConfig
+from gear.generator.config import GENERATORS, GeneratorConfig
+from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
+from gear.training.settings import Config, ObjectiveConfig, OptimizerConfig
 
 
 def change(config, changes):

@@ -39,12 +39,11 @@ from gear.experiments.presets import (
 from gear.runs.names import RunName
 from gear.runs.run import Run
 from gear.teachers import check_installed
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.training.loop import Runtime, train
-from gear.training.optim import OptimizerConfig
 from gear.training.processes import world_size
 from gear.training.running import way_of
-from gear.training.settings import Config
+from gear.training.settings import Config, OptimizerConfig
 
 VARIANTS = {
     "straight-through": dict(objective=dict(bridge="straight_through")),
@@ -253,10 +252,7 @@ def _plan(config, name, base, label, dry, counted):
     if not parent.trains("tokenizer"):
         raise UserError(
             f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the "
-            "stage "
-            ""
-            ""
-            "tokenizer or joint."
+            "stage tokenizer or joint."
         )
     shared = ["data", "tokenizer"] + (
         ["generator", "objective", "teacher"] if parent.trains("generator") else []

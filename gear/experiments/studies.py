@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from gear.config import Seed, UserError, flatten, nearest, read_numbers
 from gear.experiments.presets import change
 from gear.experiments.recipes import RECIPES, plan, recipe
-from gear.generator.model import GENERATORS
+from gear.generator.config import GENERATORS
 from gear.runs.names import RunName
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")

@@ -15,7 +15,8 @@ from gear.experiments.jobs import Task, training, work
 from gear.experiments.recipes import check_teachers, run_name, with_parts
 from gear.experiments.results import SCORED, TITLES, measured
 from gear.experiments.studies import SAMPLES, cell_name, members, space, study
-from gear.files import check_writable, runs_dir
+from gear.files import check_writable
+from gear.runs.folder import runs_dir
 from gear.runs.listing import readable, run_names
 from gear.runs.records import science
 from gear.runs.reference import Record
@@ -240,10 +241,7 @@ def _here(missing):
     if unknown:
         return (
             f"not known before a run of the stage {', '.join(sorted(unknown))} was trained; the "
-            "bar "
-            ""
-            ""
-            "will tell"
+            "bar will tell"
         )
     return (
         f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs; scores not "

@@ -25,15 +25,8 @@ from gear.experiments.studies import STUDIES
 from gear.figures.execution import parameters_of, run_notebook
 from gear.figures.parameters import check_parameter
 from gear.figures.style import figure_path, kept_words, runs_of, scale
-from gear.files import (
-    ROOT,
-    check_writable,
-    figures_dir,
-    is_utf8,
-    kept_json,
-    runs_dir,
-    write_atomically,
-)
+from gear.files import ROOT, check_writable, figures_dir, is_utf8, kept_json, write_atomically
+from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE, SEEDS, reseeded
 from gear.runs.run import Run, run_names
 
@@ -142,8 +135,6 @@ def execute(name, parameters=None):
         what = (
             f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: "
             f"{error.evalue}\n "
-            ""
-            ""
             f" executed as {out}"
         )
         if error.ename == MissingRuns.__name__:

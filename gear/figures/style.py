@@ -17,7 +17,7 @@ import numpy as np
 from gear.config import UserError
 from gear.files import figures_dir, kept_json, read_text, write_atomically
 from gear.runs.run import PANEL_GAP, PANEL_WIDTH
-from gear.tokenizer.autoencoder import token_grid
+from gear.tokenizer.config import token_grid
 
 FOLDERS = {"png": "", "pdf": "pdf", "csv": "data", "json": "data"}  # in the folder of figures
 PALETTE = {

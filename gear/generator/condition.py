@@ -92,10 +92,7 @@ class CaptionCondition(nn.Sequential):
             found = f"{tuple(mask.shape)} {mask.dtype}"
             raise UserError(
                 f"the mask is {found}, the captions have {tuple(features.shape[:2])} slots: true "
-                "is "
-                ""
-                ""
-                "filled."
+                "is filled."
             )
         return features, mask.bool()
 

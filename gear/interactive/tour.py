@@ -78,10 +78,7 @@ def changed_tokens(tokenizer, before, images):
     if tokenizer.config.codebook_size != before.config.codebook_size:
         raise UserError(
             "these tokenizers number different codes: compare one with the tokenizer it was "
-            "trained "
-            ""
-            ""
-            "on from."
+            "trained on from."
         )
     with torch.no_grad():
         return tokenizer.encode(images) != before.encode(images)

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from gear.config import UserError, __version__, from_dict, to_dict
 from gear.files import write_atomically
-from gear.generator.model import Generator, GeneratorConfig
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator
 from gear.public.layout import Layout
 from gear.public.layouts import LAYOUTS
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.weights import grouped, listed, mismatches
 

@@ -5,7 +5,8 @@ the discriminator.
 import re
 
 from gear.config import UserError
-from gear.generator.model import GENERATORS, Generator, GeneratorConfig, Projector, Projectors
+from gear.generator.config import GENERATORS, GeneratorConfig
+from gear.generator.model import Generator, Projector, Projectors
 from gear.public.layout import Layout, told
 from gear.tokenizer.discriminator import Discriminator
 

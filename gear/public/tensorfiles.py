@@ -181,10 +181,7 @@ def _what_text(path):
         shards = sorted(set(dict(json.loads(text))["weight_map"].values()))
         return (
             f"the index of a checkpoint in {len(shards)} parts ({', '.join(shards[:3])}, ...): "
-            "join "
-            ""
-            ""
-            "their tensors in one file"
+            "join their tensors in one file"
         )
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         begins = " ".join(text[:40].split())

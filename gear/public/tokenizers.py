@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 
 from gear.public.layout import Layout, told
-from gear.tokenizer.autoencoder import TOKENIZERS, SpatialAttention, TokenizerConfig
+from gear.tokenizer.autoencoder import SpatialAttention
+from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 

@@ -154,7 +154,7 @@ def networks(content, source):
 
 
 def _parted(tensors, source):
-    """Part a state dict into its own weights and LitEma's averages, under the names of the live ones.
+    """Part a state dict into its weights and LitEma's averages, under the names of the live ones.
 
     The averages' own names have no dots. What a loss holds is left out.
     """

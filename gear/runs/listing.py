@@ -3,7 +3,8 @@
 import fnmatch
 
 from gear.config import UserError
-from gear.files import is_utf8, runs_dir, say_once
+from gear.files import is_utf8, say_once
+from gear.runs.folder import runs_dir
 from gear.runs.records import read_config
 from gear.runs.reference import reference
 

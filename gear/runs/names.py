@@ -1,12 +1,9 @@
 """Names of runs: built, read and checked here alone."""
 
-import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from gear.config import UserError
-from gear.files import is_utf8, runs_dir
 
 NAME_BYTES = 255  # of a folder's name, at most
 REFERENCE = "reference"  # the folder among the runs that holds records (gear.runs.reference)
@@ -72,24 +69,3 @@ def reseeded(pattern, seeds):
         )
     digits = "".join(map(str, seeds))
     return pattern.replace(SEEDS, f"-s[{digits}]" if len(seeds) > 1 else f"-s{digits}")
-
-
-def run_path(name):
-    """Return the folder of the run `name`.
-
-    Raises UserError for a path, for what cannot be a folder's name in UTF-8, and for the name of
-    the folder of records.
-    """
-    name = str(name)
-    if name == REFERENCE:
-        raise UserError(
-            f"'{name}' is no name of a run: that folder holds the records without weights."
-        )
-    is_path = name in ("", "..") or name != Path(name).name
-    if is_path or len(os.fsencode(name)) > NAME_BYTES or not is_utf8(name):
-        what = "a path" if name in (".", "..") or "/" in name else "no name of a folder, in UTF-8"
-        raise UserError(
-            f"'{name}' is {what}; a run is opened by name, that of its folder in {runs_dir()} "
-            "($GEAR_RUNS)."
-        )
-    return runs_dir() / name

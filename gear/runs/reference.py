@@ -21,7 +21,8 @@ from functools import cached_property
 import pandas as pd
 
 from gear.config import MissingRuns, UserError, config_hash
-from gear.files import read_json, runs_dir, write_atomically
+from gear.files import read_json, write_atomically
+from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE
 from gear.runs.records import Fields, read_parquet, read_table, science, write_parquet
 

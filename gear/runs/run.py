@@ -15,16 +15,16 @@ runs/NAME/config.json          the complete configuration, with the library vers
 import functools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 import pandas as pd
 
 from gear.config import MissingRuns, UserError, config_hash, differences, nearest
-from gear.files import flush, read_json, runs_dir, write_atomically
+from gear.files import flush, read_json, write_atomically, write_folder_atomically
+from gear.runs.folder import run_path, runs_dir
 from gear.runs.listing import readable, run_names
-from gear.runs.names import listed, run_path
+from gear.runs.names import listed
 from gear.runs.records import (
     read_config,
     read_log,
@@ -213,23 +213,17 @@ class Run:
 
         The folder is written under a temporary name, flushed and renamed: it is complete or absent.
         """
-        folder = self.path / "checkpoints" / f"{step:07d}"
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+
+        def fill(temporary):
             for name, values in tensors.items():
                 whole = {k: v.detach().cpu().contiguous() for k, v in values.items()}
                 write_tensors(whole, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
-            for path in [*temporary.iterdir(), self.path / "metrics.jsonl", temporary]:
-                if path.exists():
-                    flush(path)
-            if not folder.exists():
-                os.replace(temporary, folder)
-                flush(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if (self.path / "metrics.jsonl").exists():  # never behind its checkpoint
+                flush(self.path / "metrics.jsonl")
+
+        folder = self.path / "checkpoints" / f"{step:07d}"
+        write_folder_atomically(folder, fill)
         best = self.best_step
         for old in self.checkpoint_steps()[:-keep]:
             if old != best:

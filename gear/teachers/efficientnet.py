@@ -14,6 +14,7 @@ from gear.config import UserError
 from gear.data.stream import load
 from gear.images import check_images
 from gear.teachers.cache import FeatureCache
+from gear.teachers.normalise import channel_statistics
 
 NAME = "efficientnet-lite0"
 STAGE, STRIDE, DIM = 3, 16, 112  # of the network: where its features are taken, and what they are
@@ -64,8 +65,9 @@ class EfficientNetTeacher(nn.Module):
     def standardise(self, images):
         """Set mean and spread from images (N, 3, H, W)."""
         rows = self.cached(images).flatten(0, 1).double()  # (N L, 112)
-        self.mean.copy_(rows.mean(0))
-        self.std.copy_(rows.std(0).clamp_min(1e-6))
+        mean, std = channel_statistics(rows)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
 
 def load_efficientnet_teacher(data, stride):

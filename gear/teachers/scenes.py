@@ -17,6 +17,7 @@ from gear.config import UserError
 from gear.data.scenes import FACTORS
 from gear.files import write_atomically
 from gear.images import check_images
+from gear.teachers.normalise import channel_statistics
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
 PACKAGED = Path(__file__).with_name("scenes.safetensors")
@@ -83,8 +84,9 @@ class ScenesTeacher(nn.Module):
         share they keep.
         """
         rows = self.channels(images).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N L, 144)
-        self.mean.copy_(rows.mean(0))
-        self.std.copy_(rows.std(0).clamp_min(1e-6))
+        mean, std = channel_statistics(rows)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
         values, vectors = torch.linalg.eigh(torch.cov(((rows - self.mean) / self.std).T))
         self.components.copy_(vectors.flip(1)[:, :DIM].T)
         return float(values[-DIM:].sum() / values.sum())
@@ -97,10 +99,7 @@ def load_scenes_teacher():
     if not PACKAGED.exists():
         raise UserError(
             f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: "
-            "make "
-            ""
-            ""
-            "teacher"
+            "make teacher"
         )
     teacher = ScenesTeacher()
     try:

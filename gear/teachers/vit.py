@@ -16,10 +16,9 @@ from gear.config import UserError
 from gear.images import check_images
 from gear.teachers.cache import FeatureCache
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
+from gear.teachers.normalise import ALPHA, spatially_normalised
 from gear.teachers.weights import file_hash, find_weights, named_for, read_tensors
 from gear.weights import check_fit
-
-ALPHA = 0.6  # of the mean, which spatial normalisation takes away
 
 
 class ViTTeacher(nn.Module):
@@ -41,8 +40,6 @@ class ViTTeacher(nn.Module):
             f"{name} {sha256}, {self.vit.library} {version(self.vit.library)}, layer {self.layer}, "
             f"normalisation {f'z-score {ALPHA}' if self.vit.spatial else 'none'}, input "
             f"{self.side} "
-            ""
-            ""
             "px"
         )
         self.cached = FeatureCache(self.identity, self.dim, self.features)
@@ -101,15 +98,6 @@ class ViTTeacher(nn.Module):
         check_images(images, check)
         images = images.to(self.mean.dtype)
         return self.cached(images).float() if images.device.type == "cpu" else self.features(images)
-
-
-def spatially_normalised(features):
-    """(z - 0.6 mean) / (std + 1e-6) of (B, L, C): statistics over L, of each image and channel; std
-    is the unbiased one.
-    """
-    return (features - ALPHA * features.mean(1, keepdim=True)) / (
-        features.std(1, keepdim=True) + 1e-6
-    )
 
 
 def parse(spec):

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gear.config import UserError, check_range
 from gear.images import check_divides, check_finite, check_images
-from gear.tokenizer.autoencoder import BACKBONES, Decoder, Encoder
+from gear.tokenizer.autoencoder import Decoder, Encoder
+from gear.tokenizer.config import BACKBONES
 from gear.tokenizer.quantize import QUANTIZERS, Quantized
 
 

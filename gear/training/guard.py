@@ -57,10 +57,7 @@ def guarded(run, state, wait=False):
     except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk, too
         raise TrainingStopped(
             f"run '{run.name}' stopped at step {state.step}: {error}. {_standing(run)} Make room "
-            "or "
-            ""
-            ""
-            "restore access; the same "
+            "or restore access; the same "
             f"command then goes on."
         ) from None
 

@@ -27,11 +27,12 @@ from gear.data.trained import note
 from gear.device import open_device
 from gear.evaluation.lpips import LPIPS_BACKBONE, lpips_backbone
 from gear.files import check_writable, write_atomically
-from gear.runs.run import Run, run_path
+from gear.runs.folder import run_path
+from gear.runs.run import Run
 from gear.training.cached import Cached
 from gear.training.guard import check_metrics, guarded, warn_of_collapse
-from gear.training.meter import Meter, Progress
 from gear.training.processes import Processes
+from gear.training.progress import Meter, Progress
 from gear.training.running import Ahead, Running, way_of
 from gear.training.settings import Config
 from gear.training.state import State, step_seed

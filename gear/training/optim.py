@@ -1,27 +1,11 @@
 """Optimizers, their schedule, and the exponential moving average of weights."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 
-from gear.config import BelowOne, Checked, NonNegative, Positive, Share, Whole
 from gear.training.fsdp import is_shard, local, spread_like, whole
 from gear.weights import check_shapes
-
-
-@dataclass(frozen=True)
-class OptimizerConfig(Checked):
-    tokenizer_lr: NonNegative = 1e-4  # also the discriminator's; 0 leaves both as they are
-    # also the projector's and the scenes teacher's; 0 leaves them as they are
-    generator_lr: NonNegative = 1e-4
-    beta2: BelowOne = 0.999
-    clip: Positive = 1.0  # largest norm of a network's gradient
-    warmup_steps: Whole = 1  # 0 and 1: none
-    decay_from: Share = 1.0  # share of the steps after which learning rates fall, linearly,
-    decay_to: Share = 0.1  # to this share of themselves
-    tokenizer_ema: BelowOne = 0.9999
-    generator_ema: BelowOne = 0.9999
 
 
 def learning_rate_factor(config, step, steps):

@@ -3,13 +3,38 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from gear.config import Checked, Count, NonNegative, Range, Seed, Share, Tau, require
+from gear.config import (
+    BelowOne,
+    Checked,
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    Tau,
+    Whole,
+    require,
+)
 from gear.data import DataConfig
-from gear.generator.model import GeneratorConfig
-from gear.tokenizer.autoencoder import BACKBONES, TokenizerConfig
+from gear.generator.config import GeneratorConfig
+from gear.tokenizer.config import BACKBONES, TokenizerConfig
 from gear.tokenizer.model import check_divides
-from gear.training.optim import OptimizerConfig
 from gear.training.stages import STAGES
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Checked):
+    tokenizer_lr: NonNegative = 1e-4  # also the discriminator's; 0 leaves both as they are
+    # also the projector's and the scenes teacher's; 0 leaves them as they are
+    generator_lr: NonNegative = 1e-4
+    beta2: BelowOne = 0.999
+    clip: Positive = 1.0  # largest norm of a network's gradient
+    warmup_steps: Whole = 1  # 0 and 1: none
+    decay_from: Share = 1.0  # share of the steps after which learning rates fall, linearly,
+    decay_to: Share = 0.1  # to this share of themselves
+    tokenizer_ema: BelowOne = 0.9999
+    generator_ema: BelowOne = 0.9999
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from gear.checkpoints import open_checkpoint
 from gear.config import UserError
 from gear.data import DataConfig
 from gear.figures import render
-from gear.generator.model import Generator, GeneratorConfig
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator
 from gear.measures import codes
 from gear.measures.reconstruction import l1, psnr
 from gear.public.containers import Checkpoint, Part, export
 from gear.public.layouts import public_layout
 from gear.runs.run import Run
 from gear.teachers.scenes import load_scenes_teacher
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 N, K, TAU = 12, 5, 0.05

@@ -14,8 +14,8 @@ from gear.cost import counts, price
 from gear.cost.dry_run import dry_run
 from gear.experiments.presets import change
 from gear.experiments.recipes import RECIPES, plan, recipe
-from gear.generator.model import GENERATORS
-from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.generator.config import GENERATORS
+from gear.tokenizer.config import TOKENIZERS
 from gear.training.stages import STAGES
 from gear.training.state import State
 

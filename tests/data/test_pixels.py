@@ -246,10 +246,7 @@ def test_a_sliver_is_cut_before_it_is_enlarged(tmp_path):
     Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / "plain.png")
     code = (
         "import resource, sys; from gear.data import DataConfig, load; "
-        "load(DataConfig(sys.argv[1], "
-        ""
-        ""
-        "256), 'all'); "
+        "load(DataConfig(sys.argv[1], 256), 'all'); "
     )
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = [

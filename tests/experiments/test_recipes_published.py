@@ -12,8 +12,8 @@ from gear.evaluation.evaluate import Sampling
 from gear.experiments.presets import change
 from gear.experiments.published import published
 from gear.experiments.recipes import RECIPES, known
-from gear.generator.model import GENERATORS
-from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.generator.config import GENERATORS
+from gear.tokenizer.config import TOKENIZERS
 from gear.training.optim import Optimizer
 
 

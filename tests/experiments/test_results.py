@@ -9,7 +9,7 @@ from helpers import record_scored, record_study
 from gear.config import UserError
 from gear.experiments import results
 from gear.experiments.recipes import recipe
-from gear.files import runs_dir
+from gear.runs.folder import runs_dir
 from gear.runs.run import Run
 
 

@@ -19,7 +19,7 @@ from gear.config import UserError, to_dict
 from gear.experiments import sweep
 from gear.experiments.recipes import TINY, recipe
 from gear.experiments.studies import members
-from gear.files import runs_dir
+from gear.runs.folder import runs_dir
 from gear.runs.run import Run, run_names
 
 

@@ -249,10 +249,7 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(
 ):
     message = (
         f"no run 'x-s1'. Train it: gear train x-s1\nRuns are looked for in {home / 'runs'}. Did "
-        "you "
-        ""
-        ""
-        "mean 'x-s0'?"
+        "you mean 'x-s0'?"
     )
     ends(monkeypatch, lambda product: [] if product == "two" else stop(message))
     main(["figures"])

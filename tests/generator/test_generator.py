@@ -10,7 +10,8 @@ from helpers import GENERATOR, K, tiny_generator, tiny_state, tiny_tokenizer
 
 from gear.config import UserError
 from gear.generator import sampling
-from gear.generator.model import Generator, GeneratorConfig, Projector
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator, Projector
 from gear.generator.sampling import filter_logits, generate, sample, sampling_dtype
 from gear.generator.transformer import Attention, KVCache, RMSNorm, rotate, rotation_table
 from gear.images import to_uint8

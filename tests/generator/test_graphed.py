@@ -96,10 +96,7 @@ def test_where_no_graph_can_be_captured_that_is_said_once_and_the_result_is_the_
         tried.append(arguments)
         raise RuntimeError(
             "operation not permitted when stream is capturing\nCUDA kernel errors might be "
-            "reported "
-            ""
-            ""
-            "later"
+            "reported later"
         )
 
     monkeypatch.setattr(graphed, "Graph", refuse)

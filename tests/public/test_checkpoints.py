@@ -24,10 +24,11 @@ from gear import UserError
 from gear.__main__ import main
 from gear.checkpoints import load_discriminator, open_checkpoint
 from gear.files import ROOT
-from gear.generator.model import Generator, GeneratorConfig
+from gear.generator.config import GeneratorConfig
+from gear.generator.model import Generator
 from gear.public.containers import export
 from gear.public.layouts import LAYOUTS
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
 CONFIGS = {  # a small network of each family that a public layout can name
@@ -770,10 +771,7 @@ def test_names_stay_strict_behind_a_prefix(file):
         path,
         (
             "entry 'state_dict/model.', has the layout LlamaGen VQ, but does not fit it:\n  "
-            "missing "
-            ""
-            ""
-            "encoder.conv_in.weight"
+            "missing encoder.conv_in.weight"
         ),
     )
     half = {n if n.startswith("encoder") else f"model.{n}": t for n, t in A.items()}

@@ -18,11 +18,12 @@ from helpers import Formed, loss_terms
 
 import gear
 from gear.checkpoints import load_discriminator, open_checkpoint
-from gear.generator.model import GENERATORS, Generator
+from gear.generator.config import GENERATORS
+from gear.generator.model import Generator
 from gear.measures import codes
 from gear.public.containers import export
 from gear.public.layouts import LAYOUTS
-from gear.tokenizer.autoencoder import TOKENIZERS
+from gear.tokenizer.config import TOKENIZERS
 from gear.tokenizer.model import Tokenizer
 
 PARITY = Path(__file__).parents[1] / "parity"

@@ -18,8 +18,8 @@ from gear.config import MissingRuns, UserError
 from gear.evaluation.evaluate import evaluate, metrics_table, scores
 from gear.experiments.recipes import recipe
 from gear.figures import panel_rows
-from gear.files import runs_dir
 from gear.interactive import monitor
+from gear.runs.folder import runs_dir
 from gear.runs.reference import Record, reference
 from gear.runs.run import Run, load_runs, open_runs, run_names
 

@@ -11,7 +11,7 @@ import torch
 
 from gear.__main__ import main
 from gear.config import MissingRuns, UserError, config_hash
-from gear.files import runs_dir
+from gear.runs.folder import runs_dir
 from gear.runs.run import Run, load_runs, open_runs, run_names
 
 CONFIG = {"recipe": "r", "seed": 0, "steps": 4, "tau": 0.1, "version": "1"}

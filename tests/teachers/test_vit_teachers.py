@@ -22,7 +22,8 @@ from gear.data import DataConfig
 from gear.experiments.recipes import TINY
 from gear.teachers import TEACHERS, check_grid, check_installed, load_teacher, load_teachers
 from gear.teachers.networks import VITS, blocks, build, input_side, renamed
-from gear.teachers.vit import ViTTeacher, parse, spatially_normalised
+from gear.teachers.normalise import spatially_normalised
+from gear.teachers.vit import ViTTeacher, parse
 from gear.teachers.weights import FILE, file_hash, find_weights
 from gear.training.stages import STAGES
 from gear.training.state import State
@@ -202,10 +203,7 @@ def test_dinov2_resizes_to_any_grid():
             16,
             (
                 "512 px images at stride 16, 32 x 32 tokens: it resizes every image to 224 px, 16 "
-                "x "
-                ""
-                ""
-                "16 patches"
+                "x 16 patches"
             ),
         ),
         ("clip-l", 256, 8, "it resizes every image to 224 px"),

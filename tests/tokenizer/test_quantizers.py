@@ -17,7 +17,8 @@ from gear.experiments.recipes import RECIPES, SCENES, TINY
 from gear.figures import render
 from gear.files import ROOT
 from gear.public.layouts import public_layout
-from gear.tokenizer.autoencoder import AdaptiveNorm, TokenizerConfig, Upsample
+from gear.tokenizer.autoencoder import AdaptiveNorm, Upsample
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer, initialise_from_data
 from gear.tokenizer.quantize import (
     IndexBackpropagationQuantizer,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear.measures import codes
 from gear.tokenizer import readout
-from gear.tokenizer.autoencoder import TokenizerConfig
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.tokenizer.quantize import QUANTIZERS, SignAffinity
 from gear.tokenizer.readout import Affinity

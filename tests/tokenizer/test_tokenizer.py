@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from helpers import TOKENIZER, Formed, loss_terms, scenes, tiny_tokenizer
 
 from gear.config import UserError
-from gear.tokenizer.autoencoder import Decoder, Encoder, TokenizerConfig
+from gear.tokenizer.autoencoder import Decoder, Encoder
+from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.model import Tokenizer, initialise_from_data
 from gear.tokenizer.quantize import VectorQuantizer

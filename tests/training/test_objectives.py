@@ -27,7 +27,8 @@ from gear.training.objectives import (
     soft_bridge,
     tokenizer_update,
 )
-from gear.training.optim import EMA, Optimizer, OptimizerConfig, learning_rate_factor
+from gear.training.optim import EMA, Optimizer, learning_rate_factor
+from gear.training.settings import OptimizerConfig
 from gear.training.stages import STAGES
 
 IMAGES, LABELS = scenes(4)

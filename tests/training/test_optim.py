@@ -14,7 +14,8 @@ from gear.public.containers import export
 from gear.runs.run import Run
 from gear.tokenizer.autoencoder import group_norm
 from gear.training.loop import Runtime, train
-from gear.training.optim import Optimizer, OptimizerConfig
+from gear.training.optim import Optimizer
+from gear.training.settings import OptimizerConfig
 from gear.training.stages import STAGES
 from gear.training.state import State
 

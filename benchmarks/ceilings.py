@@ -98,7 +98,7 @@ def attention(device, rows, lengths):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -54,7 +54,7 @@ def versions():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument("--out", type=Path, default=Path("env.txt"))
     options = parser.parse_args()
     failures = import_failures()

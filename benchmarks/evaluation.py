@@ -327,7 +327,7 @@ def extraction(images, side, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="small sets: under 30 s, to see that it runs"
     )

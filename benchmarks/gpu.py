@@ -31,7 +31,7 @@ PACKING = 8  # seconds kept back for the last files
 GRACE = 12  # seconds that a part which ran out of time has to save what it can
 LEAST = 20  # seconds below which training is not begun
 STOPPED = 124  # exit code of a part that was stopped at its limit, as timeout(1) has it
-SEEDS = range(3, 8)  # beside the tracked ones, 0 to 2
+SEEDS = range(3, 8)  # beside the records, 0 to 2
 LARGE = "imagenet256-l-joint"  # what the goals are about
 METHODS = "joint-naive gear llamagen-repa llamagen-repa-control llamagen-repa-half".split()
 FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
@@ -399,7 +399,7 @@ def has_gpu():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="every part at its smallest size")
     parser.add_argument("--deadline", type=float, default=590, help="seconds for everything")

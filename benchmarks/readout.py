@@ -215,7 +215,7 @@ def shapes_of(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="one small shape: under 30 s, to see that it runs"
     )

@@ -91,7 +91,7 @@ def measure(name, device, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="the smallest recipe, once: to see that it runs"
     )

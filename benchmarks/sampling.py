@@ -139,12 +139,12 @@ def measure(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="a tiny generator: to see that it runs"
     )
     parser.add_argument(
-        "--sizes", nargs="+", default=["L", "B"], help="names of gear.generator.model.GENERATORS"
+        "--sizes", nargs="+", default=["L", "B"], help="names of gear.generator.config.GENERATORS"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)

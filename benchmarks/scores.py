@@ -37,7 +37,7 @@ def score(name, device, quick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument("--quick", action="store_true", help="few images: to see that it runs")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

@@ -4,11 +4,11 @@
 cuda]` runs each stage of each preset on noise, without parents. Who is compared:
 
     plain eager      the step as one would write it: the whole matrix of affinities for every
-    read-out, every loss read, and
-                     the public trainer's statistics of the assignment, at T = 1 and at tau, at
-                     every step
+                     read-out, every loss read, and the public trainer's statistics of the
+                     assignment, at T = 1 and at tau, at every step
     plain compiled   the same, its networks compiled as ours are, where they are: as the public
-    trainer does it ours eager       without torch.compile, and without a CUDA graph
+                     trainer does it
+    ours eager       without torch.compile, and without a CUDA graph
     ours             as shipped: on a GPU compiled, or where it is small one CUDA graph; on a CPU
                      eager, but with --compile
 
@@ -477,7 +477,7 @@ def largest(name, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
         "--quick", action="store_true", help="the smallest recipes, two steps: to see that it runs"
     )

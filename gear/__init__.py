@@ -13,8 +13,8 @@ except FileNotFoundError:  # torch's libraries would end the process with a mess
     sys.exit(2)
 
 # Read by torch's libraries when they load. Spinning threads starve beside any other load; and
-# without the second, a matrix
-# product may depend on where its memory lies, so that a resumed run would differ in the last bit.
+# without the second, a matrix product may depend on where its memory lies, so that a resumed run
+# would differ in the last bit.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 

@@ -42,8 +42,8 @@ COMMANDS = {
         "what is up to date."
     ),
     "claims": (
-        "Judge the paper's claims on the runs of a preset (default: scenes); writes claims.csv "
-        "beside the figures."
+        "Judge the paper's claims on the runs of a preset (default: scenes); writes "
+        "data/claims.csv beside the figures."
     ),
     "runs": "List the runs: name, stage, step, and whether they are finished.",
     "pack": (

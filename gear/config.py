@@ -32,6 +32,10 @@ class MissingRuns(UserError):
         super().__init__("\n".join(filter(None, (f"{sentence}: {command}", hint))))
         self.runs = runs
         self.command = command
+        self.parts = sentence, runs, command, hint
+
+    def __reduce__(self):
+        return type(self), self.parts  # from one process to another
 
     @staticmethod
     def split(text):

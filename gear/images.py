@@ -13,11 +13,9 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounding half up: trunc(clamp(127.5 x + 128,
-    0,
-    255)).
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8: trunc(clamp(127.5 x + 128, 0, 255)).
 
-    Raises UserError for NaN and infinity, which have no pixel.
+    That rounds half up. Raises UserError for NaN and infinity, which have no pixel.
     """
     check_finite(images, "the images", "look at what they were computed from")
     return (

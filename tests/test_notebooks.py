@@ -117,13 +117,11 @@ def test_contract(path):
     )
     assert not any(line.startswith(("!", "%")) for s in sources for line in s.splitlines())
     if path.stem not in render.INTERACTIVE:
-        saves = [
-            s
-            for s in sources
-            if f'figures.save(fig, "{path.stem}"' in s or f'figures.save(fig, f"{path.stem}_' in s
-        ]
-        assert saves, "a figure carries its notebook's name"
-        assert "n=" in saves[0] and "interval=" in saves[0], (
+        calls = [n for n in ast.walk(ast.parse("\n".join(sources))) if isinstance(n, ast.Call)]
+        saves = [call for call in calls if ast.unparse(call.func) == "figures.save"]
+        name = ast.unparse(saves[0].args[1]).lstrip("f").strip("'")
+        assert name == path.stem or name.startswith(f"{path.stem}_{{"), "a notebook's own name"
+        assert {"n", "interval"} <= {keyword.arg for keyword in saves[0].keywords}, (
             "a figure says what was measured, and what its bands are"
         )
 

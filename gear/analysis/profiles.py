@@ -46,13 +46,13 @@ def layer_profile(
     Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n
     (what was averaged; an image whose value is undefined is left out). Levels:
       "image"   compares mean tokens over all `images`; its spread is that of five disjoint folds
-                (smaller samples, so a wider
-                band than the value's own), its null 20 draws of permuted images;
+                (smaller samples, so a wider band than the value's own), its null 20 draws of
+                permuted images;
       "patch"   compares tokens within each image; its spread is that of images, its null mismatched
                 images;
       "content" the same after every position's mean over the images is taken away from both sides,
-      since position alone aligns
-                mismatched images (a teacher's padding shows where a patch lies);
+                since position alone aligns mismatched images (a teacher's padding shows where a
+                patch lies);
       "map"     describes a layer's maps, its spread that of images.
     Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in
     the form `estimator`; with the `pairing` "sees" they leave out the last patch, which no position

@@ -23,7 +23,7 @@ class ReconstructOptions(Checked):
     image_size: Annotated[int, Range(0, 16_384)] = 0  # pixels; 0: the run's, and 256 for a file
     # of the resize; "": the run's, else bicubic
     interpolation: Literal["", "bicubic", "bilinear", "box"] = ""
-    count: Count = 16
+    count: Count = 16  # images on the sheet
     ema: bool = True  # averaged weights, where there are any
     device: str = "auto"  # "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one
     out: Path = Path("reconstruct.png")  # and its metrics beside it, .json

@@ -19,9 +19,8 @@ from gear.images import image_grid, to_float, to_uint8
 @dataclass(frozen=True)
 class SampleOptions(Checked):
     tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
-    grid: Annotated[int, Range(0, 1_024)] = (
-        0  # tokens a side; 0: those of the run's images, and 16 for a file
-    )
+    # tokens a side; 0: those of the run's images, and 16 for a file
+    grid: Annotated[int, Range(0, 1_024)] = 0
     # a class for each image; none given: sixteen, from the first class on
     labels: tuple[Whole, ...] = ()
     cfg_scale: Guidance = 1.0  # guidance; 1 is none, 0 unconditional

@@ -162,9 +162,8 @@ def limit(whole):
 
 
 # What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the
-# image's side `size` in
-# pixels or the token grid's `side`, the number of `codes`. Each returns (the part's module, what is
-# called, its input).
+# image's side `size` in pixels or the token grid's `side`, the number of `codes`. Each returns (the
+# part's module, what is called, its input).
 
 
 def encoder(batch, config, size):
@@ -183,7 +182,7 @@ def quantizer(batch, config, side, whole):
 
     def call(latents):
         if not torch.is_grad_enabled():
-            return quantizer.affinity(latents, limit(whole)).argmax()
+            return quantizer.indices(latents, check=False)
         found = quantizer(latents, limit(whole))
         return [found.latents, *losses(found).values(), *found.entropies]
 

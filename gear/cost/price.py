@@ -31,12 +31,8 @@ GPUS = {  # from the makers' data sheets
     "a100": GPU(312.0, 19.5, 80),  # SXM
     "rtx4090": GPU(165.2, 82.6, 24),
 }
-TRAINED, WEIGHT = (
-    16,
-    4,
-    # bytes a trained parameter takes (weight, gradient, two moments), and a frozen or an averaged
-    # one
-)
+TRAINED = 16  # bytes that a trained parameter takes: weight, gradient, two moments
+WEIGHT = 4  # bytes of a frozen one, or an averaged
 # the share of a GPU's data sheet that is reached
 Utilisation = Annotated[float, Range(0, 1, without=0)]
 # of the largest activation, in a backward pass at once: what torch's allocator saw at 256 px
@@ -203,7 +199,7 @@ def works(config):
         parts |= {"LPIPS": [(counts.lpips, (size,))]} if objective.lpips_weight > 0 else {}
     if config.trains("generator"):
         # what evaluation mode is: see `frozen`
-        still = replace(generator, dropout=0.0, class_dropout=0.0)
+        still = replace(generator, dropout=0.0)
         depth = None if objective.bridge.startswith("naive") else generator.tap_layer
         parts["generator"] = [(counts.generator, (generator, codes, side, None, False))]
         parts["guidance"] = [(counts.generator, (still, codes, side, depth, True))]

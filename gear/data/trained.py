@@ -81,7 +81,7 @@ def note(run, source):
     there is nothing to write.
     """
     config = source.config
-    if config.source == "scenes" or config.source in DOWNLOADS:
+    if config.source == "scenes" or config.source in DOWNLOADS or not run.path.exists():
         return
     images = source.split("all")
     facts = {

@@ -25,6 +25,7 @@ from gear.evaluation.sources import (
     draw_samples,
     drawing,
     open_images,
+    own_images,
     reference,
     samples_folder,
     write_npz,
@@ -111,11 +112,9 @@ def evaluate(name, options=EvaluateOptions()):
         )
     if not options.reconstruction:
         network, split = _network(space, options), "all" if options.reference else "train"
-        # of scenes as many as are asked for
-        own = config.source if config.source == "scenes" else source
         with given_by(options.reference and "--reference"):
             real = reference(
-                options.reference or own,
+                options.reference or own_images(source),
                 network,
                 config.image_size,
                 options.reference_count,

@@ -20,6 +20,7 @@ from gear.evaluation.sources import (
     balanced_labels,
     draw_samples,
     drawing,
+    own_images,
     read_images,
     samples_folder,
 )
@@ -51,7 +52,7 @@ def _sensitivity(run, count, name, device):
     config = source.config
     space = load_network_by_name(name).to(device)
     filters = {f: EfficientNet(resize=f).to(device) for f in ("bicubic", "bilinear", "nearest")}
-    real = torch.cat(list(read_images(source, config.image_size, count, "train")))
+    real = torch.cat(list(read_images(own_images(source), config.image_size, count, "train")))
     draw, compared = partial(_draw, run, device), partial(_compare, device=device)
     drawn = draw(Sampling(count))
     tell = lambda choice, setting, found: rows.extend(

@@ -95,6 +95,12 @@ def samples_folder(run, protocol):
     )
 
 
+def own_images(source):
+    """Return the Source of a run's images as a reference: of scenes as many as are asked for."""
+    config = source.config
+    return Source(DataConfig("scenes", config.image_size)) if config.source == "scenes" else source
+
+
 def read_images(source, image_size, count=None, split="all", interpolation="bicubic"):
     """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and
     centre-cropped.

@@ -36,11 +36,12 @@ from gear.experiments.presets import (
     TINY,
     change,
 )
+from gear.runs.folder import run_path
 from gear.runs.names import RunName
 from gear.runs.run import Run
 from gear.teachers import check_installed
 from gear.tokenizer.config import TokenizerConfig
-from gear.training.loop import Runtime, train
+from gear.training.loop import Runtime, is_trained, train
 from gear.training.processes import world_size
 from gear.training.running import way_of
 from gear.training.settings import Config, OptimizerConfig
@@ -297,18 +298,18 @@ def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime
     *ancestors, own = planned
     for n, c in ancestors:
         # several may start from one, on several machines
-        train(c, n, in_parts(c, runtime), wait=True)
-    return train(own[1], own[0], in_parts(own[1], runtime), wait)
+        train(c, n, in_parts(c, n, runtime), wait=True)
+    return train(own[1], own[0], in_parts(own[1], own[0], runtime), wait)
 
 
-def in_parts(config, runtime):
-    """Return `runtime` with the number of parts for its `accumulate` "auto": as few as fit on the
-    GPU, were it empty.
+def in_parts(config, name, runtime):
+    """Return `runtime` with the number of parts for its `accumulate` "auto".
 
-    Every process gives the same answer. Raises UserError where blocks are sharded: what they take
-    is not counted.
+    It is as few as fit on the GPU, were it empty, for every process the same; for a run that is
+    trained none is sought. Raises UserError where blocks are sharded: what they take is not
+    counted.
     """
-    if runtime.accumulate != "auto":
+    if runtime.accumulate != "auto" or is_trained(Run(run_path(name)), config):
         return runtime
     require(
         not runtime.shard,

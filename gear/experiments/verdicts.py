@@ -66,7 +66,7 @@ def family(comparisons):
 
     Columns more: p_holm, the corrected p-value, and verdict_holm, the verdict by it.
     """
-    table = pd.DataFrame(comparisons)
+    table = pd.DataFrame(comparisons, columns=None if comparisons else ["verdict", "p"])
     table["p_holm"] = holm(table.p)
     is_lost = table.verdict.isin(DECIDED) & (table.p_holm > LEVEL)
     return table.assign(verdict_holm=table.verdict.mask(is_lost, UNDECIDED))

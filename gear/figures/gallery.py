@@ -67,7 +67,7 @@ def _ending_in_code(needs):
 
 
 def _words(product):
-    """Return what was kept beside a figure; of one that `gear figures` has not tried, what its
+    """Return what was kept of a figure; of one that `gear figures` has not tried, what its
     notebook says.
     """
     plain = {

@@ -110,7 +110,7 @@ def execute(name, parameters=None):
     """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`;
     returns its path.
 
-    What it says is kept beside its figure, PRODUCT.json. A value may be text, as from a command
+    What it says is kept in data/PRODUCT.json. A value may be text, as from a command
     line, if it reads as the parameter's type. Raises UserError for an unknown name or parameter and
     for a value of another type, before anything runs; TrainingStopped naming the cell that failed,
     NeedsRuns if it did for want of runs.

@@ -17,7 +17,7 @@ class GeneratorConfig(Checked):
     # the residual stream after this block is aligned, 0: what enters the first; a third of the
     # depth
     tap_layer: Whole = 8
-    projector_dim: Count = 2048
+    projector_dim: Count = 2048  # hidden width of the projector
     class_dropout: Share = 0.1  # share of conditions replaced by "none", for guidance
     dropout: BelowOne = 0.1  # of embeddings, attention output and feed-forward output
     # initial spread of the token embedding; the soft read-out averages it

@@ -72,12 +72,11 @@ class KVCache:
 
 
 def visible(mask, tokens, text_attention):
-    """Say which position may attend to which, in [T caption slots, `tokens` image tokens]: mask (B,
-    T)
-    -> (B, 1, S, S) bool.
+    """Say which position may attend to which: mask (B, T) -> (B, 1, S, S) bool.
 
-    Causal; nobody attends to an empty slot but that slot itself. "prefix" lets the slots of a
-    caption see each other both ways; text never sees the image. Raises UserError for another word.
+    Positions are T caption slots, then `tokens` image tokens. Causal; nobody attends to an empty
+    slot but that slot itself. "prefix" lets the slots of a caption see each other both ways; text
+    never sees the image. Raises UserError for another word.
     """
     if text_attention not in ("causal", "prefix"):
         raise UserError(f"text_attention is '{text_attention}': 'causal' or 'prefix' is expected.")

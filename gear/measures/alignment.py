@@ -71,11 +71,10 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
 
 
 def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
-    """Give the mean share of a row's k nearest neighbours that are the same on both sides (Huh et
-    al.
-    2024).
+    """Give the mean share of a row's k nearest neighbours that are the same on both sides.
 
-    x: (N, p), y: (N, q); in [0, 1], chance is k / (N - 1). ValueError if k is outside [1, N - 1].
+    Huh et al., 2024. x: (N, p), y: (N, q); in [0, 1], chance is k / (N - 1). ValueError if k is
+    outside [1, N - 1].
     """
     return _mutual_knn_of_orders(x, y, k)()
 

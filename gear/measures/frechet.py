@@ -87,13 +87,12 @@ class Moments:
 
 
 def frechet_distance(one, other):
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs (mean (D,), covariance (D,
-    D)):
-    a float >= 0.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a float >= 0.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which
-    are real. Raises UserError for what are no statistics, for those of another width, and for a
-    covariance with an eigenvalue clearly below zero.
+    `one` and `other` are pairs (mean (D,), covariance (D, D)). The trace of the root is the sum of
+    the roots of the eigenvalues of R^T S2 R, S1 = R R^T, which are real. Raises UserError for what
+    are no statistics, for those of another width, and for a covariance with an eigenvalue clearly
+    below zero.
     """
     (m1, s1), (m2, s2) = (check_statistics(*pair) for pair in (one, other))
     if m1.shape != m2.shape:

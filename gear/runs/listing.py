@@ -5,6 +5,7 @@ import fnmatch
 from gear.config import UserError
 from gear.files import is_utf8, say_once
 from gear.runs.folder import runs_dir
+from gear.runs.names import REFERENCE
 from gear.runs.records import read_config
 from gear.runs.reference import reference
 
@@ -15,7 +16,7 @@ def run_names(pattern="*"):
     The exact name of one gives that one alone, whatever it would match as a pattern. A folder whose
     files are not those of a run is left out, and named once on stderr.
     """
-    folders = {path.parent.name for path in runs_dir().glob("*/config.json")}
+    folders = {path.parent.name for path in runs_dir().glob("*/config.json")} - {REFERENCE}
     names = folders | set(reference().names)
     if pattern in names:
         return [pattern]

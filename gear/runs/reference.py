@@ -46,7 +46,7 @@ class Record:
 
     @property
     def config(self):
-        return self.pack.configs[self.name]
+        return self.pack.of("configs.json", self.pack.configs, self.name)
 
     @property
     def config_hash(self):
@@ -54,8 +54,9 @@ class Record:
 
     def metrics(self, file="metrics.jsonl"):
         """Return what the run logged as `Run.metrics` does; of timing.jsonl nothing is kept."""
-        table = self.pack.metrics.get(self.name) if file == "metrics.jsonl" else None
-        return pd.DataFrame() if table is None else table.copy()
+        if file != "metrics.jsonl":
+            return pd.DataFrame()
+        return self.pack.of(METRICS, self.pack.metrics, self.name).copy()
 
     @property
     def logged_step(self):
@@ -107,7 +108,7 @@ class Pack:
     @cached_property
     def configs(self):
         read = lambda path: read_json(path, object_hook=lambda values: Fields(path, values))
-        return self._read("configs.json", read)
+        return self._read("configs.json", read) or {}
 
     @cached_property
     def metrics(self):
@@ -130,6 +131,13 @@ class Pack:
             name, _, step = path.stem.rpartition(".")
             panels.setdefault(name, {})[int(step)] = path
         return panels
+
+    def of(self, file, values, name):
+        """Return what a file holds of one run; raises UserError where it lacks that."""
+        if name not in values:
+            remedy = f"restore it (git checkout {self.folder}), or make it again (make reference)"
+            raise UserError(f"{self.folder / file} holds nothing of '{name}': {remedy}.")
+        return values[name]
 
     def _tables(self, file):
         """Return {run: (what the metadata say of it, DataFrame)} of a parquet file."""
@@ -184,8 +192,11 @@ def write_pack(folder, runs, names, with_panels=()):
 
     names: {run: RunName}. with_panels: the names of those runs whose sample panels are kept, too.
     """
-    for path in [*folder.glob("*.parquet"), *folder.glob("samples/*.png")]:
-        path.unlink()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "runs.csv").exists():
+        raise UserError(f"{folder} holds other things than a pack: name an empty folder.")
+    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # a pack without an index is none
+        for path in folder.glob(pattern):
+            path.unlink()
     logs = {run.name: run.metrics() for run in runs}
     tables = {METRICS: {name: (log.columns.tolist(), log) for name, log in logs.items()}}
     tables[SCORES] = {run.name: ({}, _score_table(run)) for run in runs}

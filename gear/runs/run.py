@@ -106,7 +106,7 @@ class Run:
 
     @functools.cached_property
     def config(self):
-        """The configuration in config.json, read once."""
+        """The configuration in config.json, read once: a Run does not see what replaces it."""
         try:
             return read_config(self.path / "config.json")
         except ValueError as error:

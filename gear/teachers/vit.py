@@ -114,12 +114,10 @@ def parse(spec):
 
 
 def load_vit_teacher(spec, data, stride, offline=False):
-    """Load a teacher NAME[@LAYER][=PATH] for the images of a DataConfig, patches `stride` pixels
-    wide:
-    eval mode, frozen.
+    """Load a teacher NAME[@LAYER][=PATH] for the images of a DataConfig: eval mode, frozen.
 
-    Raises UserError where its grid cannot match, a library or the weights are missing, or these do
-    not fit.
+    Its patches are `stride` pixels wide. Raises UserError where its grid cannot match, a library or
+    the weights are missing, or these do not fit.
     """
     name, layer, _ = parse(spec)
     side = input_side(name, data.image_size, stride)

@@ -122,7 +122,7 @@ class Tokenizer(nn.Module):
         return network(x)
 
     def forward(self, images):
-        """Encode, quantise and decode once; returns a Tokenized with gradients and loss terms."""
+        """Encode, quantise and decode once; returns a Tokenized."""
         quantized = self.quantizer(self.latents(images))
         return Tokenized(self.decode_latents(quantized.latents), quantized)
 

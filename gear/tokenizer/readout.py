@@ -14,12 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from gear.device import tensor_core_products
 
-WHOLE = (
-    2**22
-    # elements up to which A is formed whole, with autograd's own gradients: those of all the
-    # scenes'
-    # runs
-)
+# elements up to which A is formed whole, with autograd's own gradients: those of all scenes runs
+WHOLE = 2**22
 # elements formed at once of a larger A: fewer cost time, more cost memory (benchmarks/readout.py)
 BLOCK = {
     "cpu": 2**21,  # what a core's cache holds

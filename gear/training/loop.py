@@ -75,7 +75,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     Run. Parents must exist (see recipes.train_with_parents). Raises UserError for a configuration
     that cannot be, before anything is written, TrainingStopped when a loss is not finite or a file
     cannot be written, and Interrupted after SIGINT or SIGTERM, once the step is saved; the last
-    checkpoint then stands.
+    checkpoint then stands. For `accumulate` "auto" recipes.in_parts finds the number before.
     """
     device = open_device(runtime.device, config.precision)
     if runtime.threads:

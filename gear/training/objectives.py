@@ -26,9 +26,7 @@ from gear.training.losses import (
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Hold networks fixed inside the block: evaluation mode (no dropout, no label dropped), no
-    gradient to their weights.
-    """
+    """Hold networks fixed inside: evaluation mode (no dropout), no gradient to their weights."""
     modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
     for module in modules:
         module.eval().requires_grad_(False)

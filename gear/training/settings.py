@@ -26,9 +26,8 @@ from gear.training.stages import STAGES
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
     tokenizer_lr: NonNegative = 1e-4  # also the discriminator's; 0 leaves both as they are
-    # also the projector's and the scenes teacher's; 0 leaves them as they are
-    generator_lr: NonNegative = 1e-4
-    beta2: BelowOne = 0.999
+    generator_lr: NonNegative = 1e-4  # also the projector's and the scenes teacher's; see above
+    beta2: BelowOne = 0.999  # Adam's
     clip: Positive = 1.0  # largest norm of a network's gradient
     warmup_steps: Whole = 1  # 0 and 1: none
     decay_from: Share = 1.0  # share of the steps after which learning rates fall, linearly,
@@ -50,8 +49,8 @@ class ObjectiveConfig(Checked):
     tau: Tau = 0.1  # guidance temperature of the soft read-out
     # what reaches the tokenizer in the stage `joint`
     bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = "soft"
-    disc_channels: Count = 64
-    disc_layers: Count = 3
+    disc_channels: Count = 64  # of the discriminator's first layer
+    disc_layers: Count = 3  # halvings of the discriminator
 
 
 SMALL = 2**19  # pixels of a batch

@@ -292,7 +292,7 @@ def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
     config, cuda = recipe("imagenet256-b-joint"), torch.device("cuda")
     card = SimpleNamespace(total_memory=70e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    parts_of = lambda **options: in_parts(config, Runtime(**options)).accumulate  # noqa: E731
+    parts_of = lambda **options: in_parts(config, "untrained", Runtime(**options)).accumulate  # noqa: E731
     assert parts_of(accumulate=3) == 3
     assert parts_of(accumulate="auto", device="cpu") == 1
     monkeypatch.setattr(recipes, "find_device", lambda name: cuda)

@@ -249,7 +249,7 @@ def record_scored(name, config, effect=0.0):
     return recorded(name, config, scores, **losses)
 
 
-def state_on(device, parts=1, **changes):
+def state_on(device, parts=1, checkpointing=False, **changes):
     """A joint state with stirred weights, the same on every device, which draws nothing at
     random.
     """
@@ -260,7 +260,8 @@ def state_on(device, parts=1, **changes):
         base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes
     )
     torch.manual_seed(0)
-    states = [State(config, torch.device(name), parts) for name in ("cpu", device)]
+    devices = torch.device("cpu"), torch.device(device)
+    states = [State(config, d, parts, checkpointing=checkpointing) for d in devices]
     states[0].start(states[0].config.data)
     for name, network in states[0].networks.items():
         if name in ("generator", "projector"):

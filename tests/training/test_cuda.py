@@ -24,7 +24,6 @@ from gear.runs.run import Run
 from gear.tokenizer.readout import Affinity
 from gear.training.cached import Cached
 from gear.training.loop import Runtime, train
-from gear.training.running import Running
 from gear.training.state import State
 
 pytestmark = pytest.mark.slow
@@ -114,9 +113,7 @@ def test_a_batch_in_four_parts_is_the_whole_one(device):
 
 
 def test_recomputed_activations_change_nothing(device):
-    state = state_on(device)
-    Running(state, "plain", checkpointing=True)
-    assert_near(steps(state), steps(state_on(device)))
+    assert_near(steps(state_on(device, checkpointing=True)), steps(state_on(device)))
 
 
 def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):

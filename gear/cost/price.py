@@ -124,7 +124,9 @@ def price(config, is_compiled=False):
     Raises UserError for sizes that do not fit, an unknown teacher, or one whose library is not
     installed.
     """
-    stage, parts, passes = STAGES[config.stage], works(config), []
+    stage = STAGES[config.stage]
+    parts = works(config)
+    passes = []
     for update, part, mode, times in steps(config):
         precision = precision_of(part, config)
         each = [counts.count(*work, mode, precision) for work in parts[part]]

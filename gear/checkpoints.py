@@ -57,21 +57,59 @@ def load_discriminator(source):
     return _built(part.layout.build, (part.size,), checkpoint, name).train()
 
 
+def is_file(source):
+    """Say whether `source` names a file of weights, there or not, and no run."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return True
+    looks_like_one = path.suffix in WEIGHTS or len(path.parts) > 1
+    return looks_like_one and str(source) not in run_names(str(source))
+
+
+def tokenizer_start(source, frozen=False):
+    """Return the weights from which training goes on, {"tokenizer", "tokenizer_ema",
+    "discriminator": {name: tensor}}, float32, and in which precision the tokenizer encodes.
+
+    `source` is a run, or a file of any known layout. Where a file has live weights alone, or
+    averaged ones alone, both entries are those; a file without a discriminator leaves that out.
+    `frozen`: only "tokenizer_ema", which a generator is trained on. Raises UserError as
+    `load_tokenizer` does.
+    """
+    checkpoint = open_checkpoint(source)
+    if checkpoint.container == "run" and "tokenizer_ema" not in checkpoint.parts:
+        names = ", ".join(sorted(checkpoint.parts)) or "nothing"
+        raise UserError(f"run '{source}' holds no tokenizer_ema: it holds {names}.")
+    parts = {"tokenizer_ema": checkpoint.part("tokenizer")[1]}
+    if not frozen:
+        is_live = "tokenizer" in checkpoint.parts
+        parts["tokenizer"] = checkpoint.part("tokenizer", ema=not is_live)[1]
+        if checkpoint.container == "run" or "discriminator" in checkpoint.parts:
+            parts["discriminator"] = checkpoint.part("discriminator")[1]
+    return {name: _copied(part) for name, part in parts.items()}, checkpoint.precision
+
+
+def _copied(part):
+    """Return a Part's tensors, float32, and the counters of BatchNorm that a file may lack, on
+    which no output depends.
+
+    They are copies, for the file may be mapped into memory, and be written again while a network is
+    in use.
+    """
+    counters = {}
+    for name in part.tensors:
+        if name.endswith("running_mean"):
+            counters[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
+    return counters | {
+        n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+        for n, t in part.tensors.items()
+    }
+
+
 def _built(build, arguments, checkpoint, name):
     part = checkpoint.parts[name]
     with torch.device("meta"):
         module = build(*arguments)
-    # BatchNorm's counters, which no output depends on, may be absent
-    counters = {
-        n: torch.tensor(0) for n in module.state_dict() if n.endswith("num_batches_tracked")
-    }
-    # copies, for the file may be mapped into memory, and be written again while the network is in
-    # use
-    tensors = {
-        n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
-        for n, t in part.tensors.items()
-    }
-    load_module(module, counters | tensors, checkpoint.source, assign=True)
+    load_module(module, _copied(part), checkpoint.source, assign=True)
     step = "" if checkpoint.step is None else f", step {checkpoint.step}"
     place = f", from '{part.place}'" if part.place else ""
     module.source = (
@@ -89,9 +127,7 @@ def open_checkpoint(source, step=None):
     path = Path(source).expanduser()
     if path.is_file():
         return read_checkpoint(path)
-    if str(source) not in run_names(str(source)) and (
-        path.suffix in WEIGHTS or len(path.parts) > 1
-    ):
+    if is_file(source):
         files = sorted(file.name for file in path.glob("*") if file.suffix in WEIGHTS)
         inside = f"; give a file in it, {', '.join(files[:3])}" if files else ""
         what = (

@@ -273,3 +273,16 @@ def differences(old, new):
 def config_hash(values):
     """Return twelve hex digits that identify a configuration dict."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def changed_words(options):
+    """Return the command line's words for the fields of a dataclass that differ from their
+    defaults.
+    """
+    words = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            name = f"--{field.name.replace('_', '-')}"
+            words += [name] if value is True else [name, f"{value}"]
+    return words

@@ -1,7 +1,8 @@
-"""The devices that networks run on, by the names that a command takes."""
+"""The devices that networks run on, by the names that a command takes; and what seeds them."""
 
 import contextlib
 
+import numpy as np
 import torch
 
 from gear.config import UserError
@@ -77,3 +78,13 @@ def capturing(graph, device):
             fresh = torch.Generator(device).graphsafe_get_state()
             torch.cuda.default_generators[number].graphsafe_set_state(fresh)
             raise
+
+
+def derived_seed(seed, number):
+    """Return the seed of draw `number` (0, 1, 2, ...) of a run with `seed`: a hash of 32 bits, all
+    that a CPU's generator takes.
+
+    What one seed draws is unrelated to what another does. Of a run's own numbers, n of them, about
+    n^2 / 2^33 pairs share a seed.
+    """
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from gear.experiments.recipes import recipe, train_with_parents
+from gear.experiments.recipes import plan, recipe, train_with_parents
 from gear.training.loop import Runtime
 
 matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def tiny_runs(tmp_path_factory):
     # one pytest-xdist worker trains, the others wait
     with FileLock(folder.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEAR_RUNS", str(folder))
-        train_with_parents(recipe("tiny"), "tiny", runtime=Runtime(device="cpu", quiet=True))
+        train_with_parents(plan(recipe("tiny"), "tiny"), Runtime(device="cpu", quiet=True))
     return folder
 
 

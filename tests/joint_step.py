@@ -82,19 +82,15 @@ def build(name, folder):
         data=DataConfig(image_size=64),
         tokenizer=TOKENIZERS[SIZES[name]],
         generator=replace(GENERATORS["B"], dropout=0, class_dropout=0, condition_rotation="zero"),
-        objective=ObjectiveConfig(lpips_weight=0, align_weight=0.5, tau=0.1),
+        objective=ObjectiveConfig(lpips_weight=0, align_weight=0.5, tau=0.1, disc_norm="batch"),
     )
     with mock.patch("gear.training.state.load_teachers", lambda *_: [FixedTeacher()]):
         state = State(config, torch.device("cpu"))
     for average in state.averages.values():
         average.module = None  # a gigabyte, of no use before the step is done
     public = load_public(folder)
-    for network in ("tokenizer", "generator", "projector"):
+    for network in public:
         state.networks[network].load_state_dict(public[network].state_dict())
-    discriminator = public["discriminator"].requires_grad_(True)
-    discriminator.train = lambda mode=True: discriminator  # the batch's statistics in every pass
-    state.discriminator = discriminator
-    state._optimize("discriminator", [discriminator], config.optimizer.tokenizer_lr)
     return state
 
 

@@ -19,7 +19,7 @@ LAYERS = """
     checkpoints
     teachers.normalise teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
     analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis
-    evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.evaluate
+    evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.reconstruction evaluation.evaluate
     evaluation.protocols evaluation.sheets
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
     training.state training.running training.validate training.cached training.guard training.progress training.loop

@@ -27,7 +27,7 @@ from gear.figures import figure_path, render
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
-GENERATORS = dict.fromkeys(["warm_up", "control", "half", "method"], "tiny")
+GENERATORS = dict.fromkeys(["warm_up", "control", "method"], "tiny")
 TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
 SYSTEMS = {
     "llamagen": "tiny-llamagen-s[012]",
@@ -37,13 +37,13 @@ SYSTEMS = {
 }
 ON_TINY = {
     "train": {"recipe": "tiny", "device": "cpu"},
-    "training_dynamics": GENERATORS,
+    "training_dynamics": GENERATORS | {"half": "tiny"},
     "codebook_usage": {
         "joint": "tiny-joint",
         "control": "tiny-tokenizer",
         "half": "tiny-tokenizer",
     },
-    "generator_alignment": GENERATORS | {"images": 40, "k": 5},
+    "generator_alignment": GENERATORS | {"transfer": "", "images": 40, "k": 5},
     "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
     "alignment_sensitivity": dict.fromkeys(["warm_up", "control", "method"], "tiny")
     | dict.fromkeys(["tokenizer_warm_up", "tokenizer_control"], "tiny-tokenizer")
@@ -54,11 +54,18 @@ ON_TINY = {
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
     "protocols": {"run": "tiny", "count": 32},
-    "convergence": SYSTEMS | {"preset": "tiny", "count": 100, "at": "12,24"},
+    "convergence": SYSTEMS
+    | {
+        "method": "tiny-joint-s[012]",
+        "transfer": "tiny-gear-s[012]",
+        "preset": "tiny",
+        "count": 100,
+        "at": "12,24",
+    },
     "system_comparison": SYSTEMS | {"count": 100},
     "guidance_sweep": {
         "warm_up": "tiny-llamagen-repa-s[012]",
-        "method": "tiny-gear-s[012]",
+        "method": "tiny-joint-s[012]",
         "count": 100,
         "scales": "1,1.5,2",
     },
@@ -135,7 +142,7 @@ def record_runs():
     """
     for study in ("size", "temperature", "tokenizer"):
         record_study(study)
-    for method in ("llamagen", "llamagen-repa-control"):
+    for method in ("llamagen", "llamagen-repa-control", "gear"):
         for seed in range(3):
             record_scored(f"tiny-{method}-s{seed}", recipe(f"tiny-{method}-s{seed}"))
 
@@ -168,7 +175,7 @@ def check_figure(name):
     assert figure_path(product, "pdf").stat().st_size > 5_000
     head, *_ = figure_path(product, "csv").read_text().splitlines()
     provenance = json.loads(head.removeprefix("# "))
-    assert {"tiny", "tiny-joint", "tiny-gear-s0"} & provenance[
+    assert {"tiny", "tiny-joint", "tiny-joint-s0", "tiny-gear-s0"} & provenance[
         "runs"
     ].keys() or name == "text_to_image"
     assert all(provenance["statistics"].values())
@@ -414,14 +421,14 @@ def test_a_folder_that_is_no_run_is_no_input(home):
     assert render._inputs("probe", {"checkpoint": "x"})["parameters"] == {"checkpoint": "x"}
 
 
-def test_parameters_are_those_of_one_notebook(home, capsys):
-    for names in ([], ["codebook_usage", "training_dynamics"]):
-        with pytest.raises(SystemExit) as stop:
-            main(["figures", *names, "-p", "joint", "tiny-joint"])
-        assert (
-            stop.value.code == 2
-            and "parameters are those of one notebook" in capsys.readouterr().err
-        )
+def test_several_notebooks_take_each_its_own_parameters(home, capsys):
+    targets = render._targets(["codebook_usage", "training_dynamics"], {"half": "", "joint": "x"})
+    assert targets["codebook_usage"] == ("codebook_usage", {"half": "", "joint": "x"})
+    assert targets["training_dynamics"] == ("training_dynamics", {"half": ""})
+    with pytest.raises(SystemExit) as stop:
+        main(["figures", "codebook_usage", "training_dynamics", "-p", "joynt", "tiny-joint"])
+    assert stop.value.code == 2
+    assert "none of these notebooks has a parameter 'joynt'" in capsys.readouterr().err
     assert not (home / "figures").exists()
 
 

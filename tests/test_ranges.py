@@ -21,6 +21,7 @@ from gear.analysis import probe, profiles
 from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivity
 from gear.cli.claims import ClaimOptions
 from gear.cli.data import DataOptions
+from gear.cli.evaluate import EvaluateCommand
 from gear.cli.figures import FigureOptions
 from gear.cli.pack import PackOptions
 from gear.cli.reconstruct import ReconstructOptions
@@ -44,7 +45,7 @@ from gear.evaluation.protocols import sensitivity
 from gear.experiments import results
 from gear.experiments.jobs import train_many
 from gear.experiments.recipes import RECIPES, plan, recipe
-from gear.experiments.studies import seeds_of
+from gear.experiments.studies import Scoring, seeds_of
 from gear.experiments.sweep import sweep
 from gear.figures import render
 from gear.figures.execution import parameters_of
@@ -156,12 +157,22 @@ TABLE = {
             "seed": SEED,
         },
     ),
-    EvaluateOptions: (EvaluateOptions(), {"reference_count": SAMPLES, "steps": COUNT}),
+    EvaluateOptions: (
+        EvaluateOptions(),
+        {
+            "reference_count": WHOLE,
+            "sample_size": WHOLE,
+            "image_size": (-1, 0, 16_384, 16_385),
+            "steps": COUNT,
+        },
+    ),
+    EvaluateCommand: (EvaluateCommand(), {}),
     TrainOptions: (
         TrainOptions(RECIPES["tiny"]),
         {"jobs": JOBS, "utilisation": (0, 5e-324, 1, 1 + 1e-9)},
     ),
-    SweepOptions: (SweepOptions(), {"jobs": PARALLEL, "count": SAMPLES, "workers": PARALLEL}),
+    SweepOptions: (SweepOptions(), {"jobs": PARALLEL, "workers": PARALLEL}),
+    Scoring: (Scoring(), {"count": WHOLE, "sample_size": WHOLE}),
     SampleOptions: (
         SampleOptions(),
         {
@@ -435,7 +446,7 @@ def record(home):
     (lambda run: profiles.tokenizer_profile(run, 40, NAN), "k is nan: it has to be a whole number"),
     (lambda run: profiles.tokenizer_profile(run, 10, 10), "images is 10: it has to be at least 11"),
     (lambda run: profiles.layer_profile(run, 3, 1), "images is 3: it has to be at least 4"),
-    (lambda run: profiles.alignment_floors(run, 0), "images is 0"),
+    (lambda run: profiles.alignment_floors(run, 0), "per_class is 0"),
     (lambda run: generator_sensitivity(run, 15, 5), "images is 15: it has to be at least 16"),
     (lambda run: tokenizer_sensitivity(run, 16, -1), "k is -1"),
     (lambda run: sensitivity(run, 7), "count is 7: it has to be at least 8"),
@@ -446,11 +457,11 @@ def record(home):
     (lambda run: tokenizer_sensitivity(run, 16, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: sensitivity(run, 8, device="gpu"), "no device 'gpu' here"),
     (lambda run: probe.probe_tokenizer(None, None, 0.1, None, 5, device="gpu"), "no device 'gpu' here"),
-    (lambda run: results.quality([run], 1), "count is 1"),
+    (lambda run: results.quality([run], Scoring(1)), "count is 1"),
     (lambda run: results.quality([run], 100, scales=(1.0, NAN)), "cfg_scale is nan"),
     (lambda run: results.quality([run], 100, steps=(0,)), "steps is 0"),
     (lambda run: results.results("depth", "tiny", (-1,), 100), "seed is -1"),
-    (lambda run: results.results("depth", "tiny", (0,), 0), "count is 0"),
+    (lambda run: results.results("depth", "tiny", (0,), Scoring(-1)), "count is -1"),
     (lambda run: probe.load_images(TINY.data, -5), "count is -5"),
     (lambda run: probe.probe_tokenizer(None, None, NAN, None, 5), "tau is nan"),
     (lambda run: probe.probe_tokenizer(None, None, INF, None, 5), "tau is inf"),
@@ -518,7 +529,7 @@ COMMANDS = {
     "train tiny --dry-run --accumulate 3": "accumulate is 3: it has to divide batch_size, which is 16",
     "sweep depth --preset tiny --seeds -1": "--seeds: seeds is -1",
     "sweep depth --preset tiny --seeds 0,x": "--seeds: seeds are '0,x': numbers with commas between",
-    "sweep depth --preset tiny --count 1": "count is 1: it has to be at least 2",
+    "sweep depth --preset tiny --count 1": "count is 1: a score is of two samples at least",
     "sweep depth --preset tiny --jobs -1": "jobs is -1",
     "sweep depth --preset tiny --device gpu": "no device 'gpu' here",
     "sample tiny --seed -1": "seed is -1",
@@ -532,7 +543,7 @@ COMMANDS = {
     "evaluate tiny --seed 20000000000000000": "seed is 20000000000000000",
     "evaluate tiny --count 1": "count is 1",
     "evaluate tiny --cfg-scale -0.5": "cfg_scale is -0.5",
-    "evaluate tiny --reference-count 0": "reference_count is 0",
+    "evaluate tiny --reference-count -1": "reference_count is -1",
     "evaluate tiny --steps 0": "steps is 0",
     "evaluate tiny-joint --sweep cfg_scale=1,nan": "--sweep cfg_scale=1,nan: cfg_scale is nan",
     "evaluate tiny-joint --sweep cfg_scale=-1": "cfg_scale is -1.0",

@@ -5,6 +5,7 @@ weights where not.
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,17 @@ from gear.analysis.features import generator_features, teacher_features, to_grid
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import MOST, Count, Range, UserError, check_value, from_dict, given_by, nearest
 from gear.device import open_device
+from gear.images import to_float
 from gear.measures.alignment import Null, cka, cknna, l2_normalise, null, tie_fraction, within_image
+from gear.measures.paired import effect
 from gear.measures.spatial import high_frequency_ratio, morans_i
 from gear.measures.speedup import speedup
 from gear.teachers import load_teachers
 from gear.tokenizer.config import TokenizerConfig, token_grid
 
 FOLDS = 5
+BATCH = 128  # images of which features are held
+LEAST_IMAGES = 4_000  # from which the floors of an alignment loss are computed
 NAN = float("nan")
 CHOICES = {  # what the paper leaves open about Table 4 and Fig. 5, the default first
     "normalise": (
@@ -86,20 +91,21 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
     )
 
 
-def alignment_floors(run, images=4_000, device="auto"):
+def alignment_floors(run, per_class=100, device="auto"):
     """Measure the alignment loss that needs no look at the image: a table of the run, cached with
     it.
 
-    Columns: predictor, value. A predictor answers with the mean of the teacher's unit features over
-    `images` training images: one "constant", one a "position", one a "class and position"; the
-    value is minus the mean cosine on the run's validation images. What a generator reaches beyond
-    these is content.
+    Columns: predictor, value. A predictor answers with a mean direction of the teacher's features
+    over training images, `per_class` times the classes but at least 4,000: one "constant", one a
+    "position", one a "class and position", which is shrunk toward the position's as far as its
+    number of images asks for; the value is minus the mean cosine on the run's validation images.
+    What a generator reaches beyond the lowest of them is content.
     """
-    check_value("images", images, Count)
+    check_value("per_class", per_class, Count)
     return run.table(
         "alignment_floors",
-        {"images": images},
-        lambda: _alignment_floors(run, images, open_device(device)),
+        {"per_class": per_class},
+        lambda: _alignment_floors(run, per_class, open_device(device)),
     )
 
 
@@ -170,14 +176,13 @@ def tokenizer_table(features, target, k, device="cpu", **choices):
     return pd.concat([table, pd.DataFrame([row], columns=COLUMNS)], ignore_index=True)
 
 
-def _alignment_floors(run, images, device):
-    _, labels, target = observed(run, "train", images, device)
-    # (N, L, C); the best answer to a cosine is the mean direction
-    unit = F.normalize(target, dim=-1)
-    position = unit.mean(0)
-    of_class = {int(c): unit[labels == c].mean(0) for c in labels.unique()}
+def _alignment_floors(run, per_class, device):
+    images = max(LEAST_IMAGES, per_class * run.config["generator"]["num_classes"])
+    sums, counts, squares = _sums_of_classes(run, images, device)
+    # the best answer to a cosine is the mean direction
+    position, of_class = sums.sum(0) / counts.sum(), shrunk_class_means(sums, counts, squares)
     _, labels, target = observed(run, "val", run.config["eval_images"], device)
-    both = torch.stack([of_class.get(int(c), position) for c in labels])
+    both = torch.stack([of_class[int(c)] for c in labels])
     answers = {"constant": position.mean(0), "position": position, "class and position": both}
     losses = [
         (name, -float(F.cosine_similarity(answer.expand_as(target), target, dim=-1).mean()))
@@ -186,20 +191,65 @@ def _alignment_floors(run, images, device):
     return pd.DataFrame(losses, columns=["predictor", "value"])
 
 
+def _sums_of_classes(run, count, device):
+    """Return, of the teacher's unit features of a run's first training images: their sums by class
+    (classes, L, C), numbers (classes,), and the sum of all squares. No more than a batch is held.
+    """
+    source, teacher = data.open_trained(run), first_teacher(run, device)
+    images, classes = source.split("train"), run.config["generator"]["num_classes"]
+    sums, counts, squares = None, torch.zeros(classes), 0.0
+    for start in range(0, min(count, len(images)), BATCH):
+        positions = np.arange(start, min(start + BATCH, count, len(images)))
+        pixels = to_float(torch.from_numpy(images.images(positions)))
+        labels = torch.from_numpy(images.labels(positions))
+        unit = F.normalize(teacher_features(teacher, pixels), dim=-1)
+        sums = torch.zeros(classes, *unit.shape[1:]) if sums is None else sums
+        sums.index_add_(0, labels, unit)
+        counts += torch.bincount(labels, minlength=classes)
+        squares += float(unit.double().square().sum())
+    return sums, counts, squares
+
+
+def shrunk_class_means(sums, counts, squares):
+    """Return the mean of each class's rows (classes, ...), shrunk toward the mean of all (empirical
+    Bayes), from their sums (classes, ...), counts (classes,) and the sum of all squares.
+
+    The mean of n rows of a class keeps the share b / (b + w / n) of its difference from the mean of
+    all, w being the variance of rows within a class and b that of the classes' true means: few rows
+    tell little of a class, and their noise would hide what position alone predicts. Where no class
+    has two rows, w cannot be estimated, and nothing is kept; nor is it of a class without rows.
+    """
+    num_rows, num_classes = float(counts.sum()), int((counts > 0).sum())
+    shape = (-1, *[1] * (sums.ndim - 1))
+    overall = sums.sum(0) / num_rows
+    if num_rows == num_classes:
+        return overall.expand_as(sums)
+    means = sums / counts.clamp(min=1).view(shape)
+    weighted = counts.double() @ means.double().square().flatten(1).sum(1)
+    within = (squares - float(weighted)) / (num_rows - num_classes)
+    apart = float(counts.double() @ (means - overall).double().square().flatten(1).sum(1))
+    # less what the means of classes that are all alike would differ by
+    between = max(0.0, (apart - within * (num_classes - 1)) / num_rows)
+    shares = counts * between / (counts * between + within).clamp(min=1e-30)
+    return overall + shares.view(shape) * (means - overall)
+
+
 def observed(run, split, count, device="cpu"):
     """Return a split's first images, their labels and the features (N, L, C) of the run's teacher,
     the first of several.
 
     All three lie on the CPU; `device` computes.
     """
-    config = run.config
-    source, stride = (
-        data.open_trained(run),
-        from_dict(TokenizerConfig, config["tokenizer"]).downsampling,
-    )
+    source = data.open_trained(run)
     images, labels = data.load(source, split, count)
-    teacher = load_teachers(config["teacher"], source.config, stride)[0].to(device)
-    return images, labels, teacher_features(teacher, images)
+    return images, labels, teacher_features(first_teacher(run, device), images)
+
+
+def first_teacher(run, device="cpu"):
+    """Return a run's teacher, the first of several, on a device."""
+    config = run.config
+    stride = from_dict(TokenizerConfig, config["tokenizer"]).downsampling
+    return load_teachers(config["teacher"], data.trained_on(run), stride)[0].to(device)
 
 
 def profile(features, target, k, device="cpu", **choices):
@@ -331,3 +381,17 @@ def speedups_by_seed(curves, baseline, method, metrics):
     table = pd.concat(tables, ignore_index=True)
     most = curves.step.max() / curves.step.min()
     return table.assign(over=table.value >= most)[["seed", "metric", "value", "target", "over"]]
+
+
+def speedups_over_seeds(by_seed):
+    """Average a table of `speedups_by_seed` over its seeds: metric, seeds, value, low, high.
+
+    The geometric mean and its 95 % interval (Student's t, of logarithms); missing where a seed
+    never reaches the end, or reaches it before the first step there is. One seed has no interval.
+    """
+    rows = []
+    for metric, group in by_seed.groupby("metric", sort=False):
+        is_known = group.value.notna() & ~group.over
+        size = effect(np.log(group.value.astype(float)) if is_known.all() else [])
+        rows.append((metric, len(group), *np.exp([size.mean, size.low, size.high])))
+    return pd.DataFrame(rows, columns=["metric", "seeds", "value", "low", "high"])

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from gear.cli.arguments import parse
-from gear.config import Checked, Parallel, Samples, UserError, given_by
+from gear.config import Checked, Parallel, UserError, changed_words, given_by
 from gear.experiments.results import results, summary
-from gear.experiments.studies import STUDIES, seeds_of
+from gear.experiments.studies import STUDIES, Scoring, seeds_of
 from gear.experiments.sweep import commands, sweep
 from gear.experiments.verdicts import directions, directions_in_words
 from gear.training.loop import Runtime
@@ -20,7 +20,9 @@ class SweepOptions(Checked):
     cells: str = ""  # some of the study's, with commas between; "": all
     # at once; 0: one a core, on a GPU one, and there small runs one for two cores
     jobs: Parallel = 0
-    count: Samples = 1_000  # samples that a cell is scored by
+    scoring: Scoring = Scoring()
+    # score a fresh generator on each cell's tokenizer, too, as in Tables 1 to 3
+    transfer: bool = False
     list: bool = False  # print one command a cell and seed for a scheduler, and run nothing
     device: str = "auto"  # or "cpu", "cuda", "cuda:1"
     workers: Parallel = 0  # processes that prepare images, a run
@@ -33,29 +35,40 @@ def command(names, arguments):
     with given_by("--seeds"):
         seeds = seeds_of(options.seeds)
     cells = [c for c in options.cells.split(",") if c] or None
+    scoring, runtime = options.scoring, Runtime(device=options.device, workers=options.workers)
+    transferred = ["--transfer"] * options.transfer
     if options.list:
-        values = {"count": options.count, "device": options.device, "workers": options.workers}
-        more = [
-            w
-            for key, value in values.items()
-            if value != getattr(SweepOptions, key)
-            for w in (f"--{key}", str(value))
-        ]
-        print("\n".join(commands(names[0], options.preset, seeds, cells, more)))
+        words = [*changed_words(scoring), *transferred, *changed_words(runtime)]
+        print("\n".join(commands(names[0], options.preset, seeds, cells, words)))
         return
-    runtime = Runtime(device=options.device, workers=options.workers)
-    sweep(names[0], options.preset, seeds, cells, options.jobs, options.count, runtime, tqdm.write)
+    sweep(
+        names[0],
+        options.preset,
+        seeds,
+        cells,
+        options.jobs,
+        scoring,
+        runtime,
+        tell=tqdm.write,
+        transfer=options.transfer,
+    )
     if cells is None:
-        table = results(names[0], options.preset, seeds, options.count)
+        table = results(names[0], options.preset, seeds, scoring, options.transfer)
         print(f"\n{summary(table).to_string(na_rep='')}\n")
         print(directions_in_words(directions(table, names[0], options.preset)))
-        values = {"preset": options.preset, "seeds": options.seeds, "count": options.count}
-        more = "".join(
-            f" -p {key} {value}"
-            for key, value in values.items()
-            if value != getattr(SweepOptions, key)
+        more = [
+            f"-p {key} {getattr(options, key)}"
+            for key in ("preset", "seeds")
+            if getattr(options, key) != getattr(SweepOptions, key)
+        ]
+        count = scoring.samples(options.preset)
+        parameters = dict(
+            count=count if count != 1_000 else "",  # the notebook's own
+            reference=scoring.reference,
+            transfer=options.transfer,
         )
+        more += [f"-p {key} {value}" for key, value in parameters.items() if value]
         print(
-            f"small scale, seeds {options.seeds}; drawn by: gear figures ablations -p study "
-            f"{names[0]}{more}"
+            f"small scale, seeds {options.seeds}; drawn by: "
+            f"{' '.join(['gear figures ablations -p study', names[0], *more])}"
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from gear.checkpoints import is_file
 from gear.cli.arguments import parse
 from gear.config import Checked, Jobs, UserError, given_by
 from gear.cost.dry_run import dry_run
@@ -28,6 +29,7 @@ class TrainOptions(Checked):
     runtime: Runtime = field(default_factory=Runtime)
     name: str = ""  # the run's name, if not the recipe's
     label: str = ""  # ends the name of this run and of every parent that the changes concern
+    share_warm_up: bool = False  # the warm-up keeps the preset's image size: one serves all sizes
     jobs: Jobs = 1  # runs trained at once, where several are named
     wait: bool = False  # for the end of another process that trains this run; else that is an error
     dry_run: bool = False  # print what it would cost, and train nothing
@@ -64,21 +66,24 @@ def command(names, arguments):
     with given_by("--name" if options.name else "--label"):
         run_path(name)
     _check_parent(options.config, base)
-    if options.dry_run:
-        planned = plan(options.config, name, base, options.label, dry=True)
-        return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
-    if options.config.teacher != base.teacher:
+    if options.config.teacher != base.teacher and not options.dry_run:
         with given_by("--teacher"):
             check_teachers([options.config])
-    run = train_with_parents(
-        options.config, name, base, options.label, options.runtime, options.wait
+    planned = plan(
+        options.config, name, base, options.label, options.dry_run, options.share_warm_up
     )
+    if options.dry_run:
+        return dry_run(planned, options.gpu, options.utilisation, options.runtime.accumulate)
+    run = train_with_parents(planned, options.runtime, options.wait)
     print(f"{run.name}: step {run.step}, {run.path}")
 
 
 def _check_parent(config, base):
-    """Raise UserError unless the parent that --tokenizer-run names is a recipe, or there."""
-    if config.tokenizer_run and config.tokenizer_run != base.tokenizer_run:
+    """Raise UserError unless the parent that --tokenizer-run names is a recipe, or there; `plan`
+    opens a file.
+    """
+    parent = config.tokenizer_run
+    if parent and parent != base.tokenizer_run and not is_file(parent):
         with given_by("--tokenizer-run"):
             try:
                 recipe(config.tokenizer_run)

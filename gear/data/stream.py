@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gear.config import Checked, Count, Pixels, UserError, check_value, nearest
+from gear.config import (
+    Checked,
+    Count,
+    Pixels,
+    UserError,
+    check_value,
+    given_by,
+    nearest,
+    require,
+)
 from gear.data.folders import Folder
 from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
@@ -39,9 +48,12 @@ class DataConfig(Checked):
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"
     # mirror half of a folder's training images; scenes stay, their captions say left and right
     flip: bool = True
-    # a sub-folder a class; or a file that numbers them: a folder a line, or "folder,number";
+    # "class": a sub-folder is a class. Or a file that numbers classes, a folder a line or
+    # "folder,number"; or "factors": what each patch shows (scenes; trains the teacher)
     labels: str = "class"
-    # or "factors": what each patch shows (scenes; trains the teacher)
+    # where the validation images lie, in the same class folders (ImageNet's own, say): then nothing
+    # of `source` is held out; "": a twentieth of `source`
+    val_source: str = ""
 
 
 class Source:
@@ -54,13 +66,30 @@ class Source:
     def _folder(self):
         return Folder(self.config.source, self.config)
 
+    @functools.cached_property
+    def _validation(self):
+        config = replace(self.config, source=self.config.val_source)
+        with given_by("val_source"):
+            images = Folder(config.source, config).split("all")
+            require(
+                images.classes == self._folder.classes,
+                f"'{config.source}' has {len(images.classes)} classes ({images.classes[0]}, ...), "
+                f"'{self.config.source}' {len(self._folder.classes)}: sort the validation images "
+                "into folders of the same names.",
+            )
+        return images
+
     def split(self, split):
         """Return the "train" or "val" split, no image being in both, or "all".
 
-        "all" is a folder's two splits together; of scenes, which have no end, those of "val".
-        Raises UserError for another split, and where there is no such source.
+        "all" is all of a folder, without what `val_source` names; of scenes, which have no end,
+        those of "val". Raises UserError for another split, and where there is no such source.
         """
         config = self.config
+        require(
+            not config.val_source or config.source not in ("scenes", *DOWNLOADS),
+            f"val_source is for folders, zips and tars: '{config.source}' has its own split.",
+        )
         if split not in SPLITS:
             raise UserError(
                 f"unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}."
@@ -79,6 +108,8 @@ class Source:
             raise UserError(
                 f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only."
             )
+        if config.val_source:
+            return self._validation if split == "val" else self._folder.split("all")
         return self._folder.split(split)
 
 
@@ -98,6 +129,7 @@ def absolute(config):
     source, labels = config.source, config.labels
     return replace(
         config,
+        val_source=path(config.val_source),
         source=source if source == "scenes" or source in DOWNLOADS else path(source),
         labels=labels if labels in LABELS else path(labels),
     )

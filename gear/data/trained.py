@@ -54,6 +54,11 @@ def open_trained(run, source="", labels=""):
             f"the images of run '{run.name}' are not at '{place}' any more. Where have they moved? "
             f"gear data NEW --moved {run.name}"
         )
+    if config.val_source and not os.path.exists(config.val_source):
+        raise UserError(
+            f"the validation images of run '{run.name}' are not at '{config.val_source}' any more: "
+            "put them, or a link to them, back there."
+        )
     opened = Source(config)
     images = opened.split("all")
     check_classes(

@@ -7,25 +7,46 @@ import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from gear.checkpoints import load_generator, load_tokenizer
-from gear.config import Checked, Count, Samples, Seed, Share, UserError, Whole, given_by, nearest
-from gear.data import load, open_trained
+from gear.config import (
+    Checked,
+    Count,
+    Range,
+    Samples,
+    Seed,
+    Share,
+    UserError,
+    Whole,
+    given_by,
+    nearest,
+    require,
+)
+from gear.data import Source, load, open_trained
 from gear.device import open_device
 from gear.evaluation.clip import CLIP, read_captions
-from gear.evaluation.lpips import LPIPS_BACKBONE, load_lpips, lpips_backbone
-from gear.evaluation.networks import load_network_by_name
-from gear.evaluation.scores import compare, extract, protocol_id, record
+from gear.evaluation.networks import load_network_by_name, reference_images
+from gear.evaluation.reconstruction import file_records, reconstruction_records
+from gear.evaluation.scores import (
+    compare,
+    extract,
+    halves_distance,
+    protocol_id,
+    record,
+    tell_frechet,
+)
 from gear.evaluation.sources import (
     balanced_labels,
     draw_samples,
     drawing,
     open_images,
     own_images,
+    read_images,
     reference,
     samples_folder,
     write_npz,
@@ -33,11 +54,10 @@ from gear.evaluation.sources import (
 from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature
 from gear.measures.codes import usage
-from gear.measures.reconstruction import l1, psnr, ssim
+from gear.runs.records import read_scores
 from gear.runs.reference import Record
 from gear.runs.run import Run
 from gear.teachers.weights import file_hash
-from gear.tokenizer.model import reconstruct
 
 
 @dataclass(frozen=True)
@@ -61,9 +81,11 @@ class EvaluateOptions(Checked):
     offline: bool = False  # make no network call
     metrics: tuple[str, ...] = ()  # none named: all that can be had
     reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
-    reference_count: Samples = 2_000  # of images taken from a folder, a zip or the run
+    # images taken from a folder, a zip or the run, or reconstructed; 0: 2,000, of Inception 50,000
+    reference_count: Whole = 0
     # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
     samples: str = ""
+    sample_size: Whole = 0  # px of a side to which samples are resized, bicubic; 0: as drawn
     captions: str = ""  # a text file, a caption a line in the samples' order: adds the CLIP score
     clip: str = ""  # the folder of CLIP's files, if not in the hub's cache
     export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
@@ -71,6 +93,12 @@ class EvaluateOptions(Checked):
     # the tokenizer on the run's validation images, in place of samples
     reconstruction: bool = False
     both: bool = False  # samples and reconstruction
+    # of reconstructions: other images than the run's own, as ImageNet's validation set; a file has
+    # none of its own
+    images: str = ""
+    image_size: Annotated[int, Range(0, 16_384)] = 0  # of these, in pixels; 0: the run's, or 256
+    interpolation: Literal["", "bicubic", "bilinear", "box"] = ""  # of their resize
+    out: str = "evaluation.json"  # of files: where what was measured is kept
     # checkpoints, where they were kept (gear train --keep); none named: the newest
     steps: tuple[Count, ...] = ()
     source: str = ""  # where the run's own images lie, if they have moved
@@ -102,7 +130,8 @@ def evaluate(name, options=EvaluateOptions()):
 
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
-    records = []
+    count = options.reference_count or reference_images(space)
+    options, records = replace(options, reference_count=count), []
     if options.reconstruction or options.both:
         # rFID's: of floats, not of uint8
         resize = {"resize": "torch"} if space == "inception" else {}
@@ -114,9 +143,9 @@ def evaluate(name, options=EvaluateOptions()):
         network, split = _network(space, options), "all" if options.reference else "train"
         with given_by(options.reference and "--reference"):
             real = reference(
-                options.reference or own_images(source),
+                options.reference or own_images(source, options.sample_size),
                 network,
-                config.image_size,
+                options.sample_size or config.image_size,
                 options.reference_count,
                 split,
                 options.device,
@@ -133,6 +162,7 @@ def evaluate(name, options=EvaluateOptions()):
                     run, step, networks, config, network, real, options, sampling, clip
                 )
             records += likelihood
+        records += _halves(real, network, config, options)
     _keep(run, records)
     for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
         print(line, file=sys.stderr)
@@ -159,6 +189,7 @@ def _check_options(run, options, settings):
         raise UserError(
             "--export writes one file, and a sweep draws several sets: export them one by one."
         )
+    _check_images(options)
     clip = None
     if options.captions:
         for sampling in settings:
@@ -170,6 +201,19 @@ def _check_options(run, options, settings):
         with given_by("--export"):
             check_target(options.export)
     return clip
+
+
+def _check_images(options):
+    """Raise UserError for options of images that are none, or that nothing would look at."""
+    is_rebuilt = options.reconstruction or options.both
+    require(
+        not options.images or is_rebuilt, "--images are reconstructed: give --reconstruction, too."
+    )
+    for name in ("image_size", "interpolation"):
+        require(
+            options.images or not getattr(options, name),
+            f"--{name.replace('_', '-')} is that of --images: a run's own images keep theirs.",
+        )
 
 
 def _network(name, options, **settings):
@@ -215,7 +259,8 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     """
     if options.samples:
         drawn = {"samples": Path(options.samples).name}
-        batches = lambda: open_images(options.samples, config.image_size)  # noqa: E731
+        size = options.sample_size or config.image_size
+        batches = lambda: open_images(options.samples, size)  # noqa: E731
     else:
         generator, tokenizer = networks
         drawn = {
@@ -224,6 +269,8 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
             "weights_of": run.name,
             "step": step,
         } | drawing(generator)
+        if options.sample_size:
+            drawn["samples_resized"] = options.sample_size
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
         how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
         folder = samples_folder(run, drawn)
@@ -234,6 +281,7 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
             labels,
             sampling.seed,
             options.quiet,
+            side=options.sample_size,
             grid=generator.grid,
             **how,
         )
@@ -261,11 +309,33 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     if fake.size == f"{config.image_size} x {config.image_size}":
         protocol["image_size"] = config.image_size
     with given_by("--metrics" if options.metrics else ""):
-        found = compare(fake, real, network, options.metrics or None)
+        found = compare(fake, real, network, options.metrics or None, tell=tell_frechet)
     records = [
         record(metric, value, protocol | details) for metric, (value, details) in found.items()
     ]
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
+
+
+def _halves(real, network, config, options):
+    """What two halves of the reference are apart, where a Fréchet distance is asked for: the part
+    of it that the number of images makes.
+    """
+    metric = "gfid" if network.name == "inception" else f"fd_{network.name}"
+    is_asked = not options.metrics or metric in options.metrics
+    halves = halves_distance(real, network) if is_asked else None
+    if halves is None:
+        return []
+    distance, count = halves
+    protocol = {
+        **network.protocol,
+        "reference": Path(real.name).name,
+        "reference_count": real.count,
+        "reference_hash": real.pixels,
+        "reference_size": real.size,
+        "resize": config.interpolation,
+        "half": count,
+    }
+    return [record(f"{metric}_halves", distance, protocol)]
 
 
 def _clip_score(batches, protocol, options, network):
@@ -309,67 +379,79 @@ def _likelihood(run, step, networks, source, device):
 
 
 def _reconstruction(run, tokenizer, source, network, options):
-    """Measure the tokenizer on validation images: per image and averaged, and a Fréchet distance to
-    the same images.
-    """
-    config = source.config
-    images, _ = load(source, "val", options.reference_count)
-    decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
+    """Measure the tokenizer on the run's validation images, or on all of those that are named."""
+    split = "all" if options.images else "val"
+    if options.images:
+        images = replace(source.config, source=options.images, labels="class", val_source="")
+        if options.image_size:
+            images = replace(images, image_size=options.image_size)
+        if options.interpolation:
+            images = replace(images, interpolation=options.interpolation)
+        source = Source(images)
     protocol = {
         "weights_of": run.name,
         "step": run.step,
-        "split": "val",
-        "images": len(images),
-        "image_size": config.image_size,
-        "resize": config.interpolation,
-        "rounding": "none",
+        "split": split,
+        "image_size": source.config.image_size,
+        "resize": source.config.interpolation,
     }
-    each = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    records = [
-        record(name, measure(f, decoded, images, options.device), protocol)
-        for name, f in each.items()
-    ]
-    if lpips := load_lpips(options.device):
-        values = measure(lpips, decoded, images, options.device)
-        records.append(
-            record(
-                "lpips", values, protocol | {"network": "lpips, vgg16", "weights": LPIPS_BACKBONE}
-            )
+    protocol |= {"source": Path(options.images).name} if options.images else {}
+    with given_by(options.images and "--images"):
+        batches = read_images(source, 0, options.reference_count, split)
+        return reconstruction_records(
+            run.name, tokenizer, batches, network, protocol, options.device, options.quiet
         )
-    elif not options.quiet:
-        print(
-            f"without LPIPS: VGG16's weights ({lpips_backbone()}) are not on this machine.",
-            file=sys.stderr,
-        )
-    sets = [
-        extract(run.name, x.split(64), network, options.device, keep_rows=False)
-        for x in (decoded, images)
-    ]
-    distance = compare(
-        *sets, network, ["gfid" if network.name == "inception" else f"fd_{network.name}"]
+
+
+# what of the options is about the tokenizer of a file
+OF_FILES = {"network", "weights", "offline", "reference_count", "reconstruction", "images",
+            "image_size", "interpolation", "out", "device", "quiet"}  # fmt: skip
+
+
+def evaluate_files(names, options=EvaluateOptions(), interpolations=("bicubic",)):
+    """Measure the tokenizers of files on the images that `options.images` names, resized each of
+    these ways: returns the records, which `options.out` keeps beside those of earlier calls.
+    """
+    require(
+        options.reconstruction and options.images,
+        f"'{names[0]}' is a file: gear evaluate FILE --reconstruction --images PATH measures its "
+        "tokenizer; generators are scored as runs.",
     )
-    name = "rfid" if network.name == "inception" else f"rfd_{network.name}"
-    return records + [
-        record(name, value, protocol | network.protocol) for value, _ in distance.values()
-    ]
+    for name in (f.name for f in fields(options) if f.name not in OF_FILES):
+        is_default = getattr(options, name) == getattr(EvaluateOptions(), name)
+        require(is_default, f"--{name.replace('_', '-')} is for runs, and '{names[0]}' is a file.")
+    with given_by("--out"):
+        out, records = check_target(options.out, ".json"), []
+        kept = read_scores(out) if out.exists() else []
+    options = replace(options, device=str(open_device(options.device)))
+    space = options.network or "inception"
+    count = options.reference_count or reference_images(space)
+    resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
+    network = _network(space, options, **resize)
+    for name in names:
+        for interpolation in interpolations:
+            size = options.image_size or 256
+            how = dict(device=options.device, quiet=options.quiet)
+            records += file_records(
+                name, options.images, network, count, size, interpolation, **how
+            )
+            _write_records(out, kept + records)
+    return records
 
 
 def _keep(run, records):
     """Merge records into metrics.json: one of a metric and a protocol replaces the one before
     it.
     """
-    path = run.path / "metrics.json"
-    kept = {
-        (r["metric"], json.dumps(r["protocol"], sort_keys=True)): r
-        for r in [*read_metrics(run), *records]
-    }
-    ordered = [kept[key] for key in sorted(kept)]
-    write_atomically(
-        path,
-        lambda temporary: temporary.write_text(
-            json.dumps(ordered, indent=1, sort_keys=True) + "\n"
-        ),
-    )
+    _write_records(run.path / "metrics.json", [*read_metrics(run), *records])
+
+
+def _write_records(path, records):
+    """Write records; of several with one metric and protocol the last."""
+    latest = {(r["metric"], json.dumps(r["protocol"], sort_keys=True)): r for r in records}
+    ordered = [latest[key] for key in sorted(latest)]
+    text = json.dumps(ordered, indent=1, sort_keys=True) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_metrics(run):
@@ -421,11 +503,3 @@ def report(runs):
     for key, protocol in protocols.items():
         words = [f"{name} {value}" for name, value in sorted(protocol.items())]
         print(f"[{key}] " + ", ".join(words + list(filter(None, [unlike_sizes(protocol)]))))
-
-
-def measure(distance, reconstructions, images, device="cpu"):
-    """Return distance(reconstruction, image) of each image, (N,), on a CPU; it is computed on
-    `device`, a few at a time.
-    """
-    pairs = zip(reconstructions.split(16), images.split(16))
-    return torch.cat([distance(x.to(device), y.to(device)).cpu() for x, y in pairs])

@@ -257,6 +257,13 @@ def _protocol(name, sha256, side, interpolation):
 NETWORKS = {network.name: network for network in (Inception, DINOv2, EfficientNet, ScenesFeatures)}
 
 
+def reference_images(name):
+    """Return how many images a reference has, and are reconstructed, in a network's space: more
+    than it has features; in Inception's as many as the papers'.
+    """
+    return 50_000 if name == Inception.name else 2_000
+
+
 def load_network_by_name(name, path="", offline=False, **settings):
     """Load a feature network, with `settings` of its own; raises UserError for an unknown name and
     for missing weights.

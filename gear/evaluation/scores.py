@@ -7,6 +7,7 @@ Outside Inception nothing is called FID, KID or IS: those are `fd_NETWORK`, `mmd
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +20,7 @@ from gear.measures.neighbours import polynomial_mmd, prdc, precision_recall
 BATCH = 64
 # what two numbers of one protocol may differ in
 OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")
-# sFID's 2,023 features need more samples than that for a covariance of full rank
-SPATIAL_SAMPLES = 2_024
+PRDC_ROWS = 10_000  # of each set, drawn at random, that GPIC compares by neighbours
 
 
 class Unavailable(UserError):
@@ -92,29 +92,28 @@ def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT
     )
 
 
-def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0):
+def compare(
+    fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0, tell=None
+):
     """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a
     reference.
 
     `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that
     cannot be had raises UserError saying why, and one that was not is left out, unless none is
-    left. So does one that comes out not finite.
+    left, and told: `tell(metric, reason)`. So does one that comes out not finite.
     """
     inception = network.name == "inception"
     fid, kernel = ("gfid", "kid") if inception else (f"fd_{network.name}", f"mmd_{network.name}")
     possible = {
-        fid: lambda: (frechet_distance(_moments(fake, "pool"), _moments(real, "pool")), {}),
+        fid: lambda: _distance(fake, real, "pool", inception),
         "precision_recall": lambda: _pairs(
             precision_recall, ("precision", "recall"), fake, real, k or 3
         ),
-        "prdc": lambda: _pairs(prdc, None, fake, real, k or 5),
+        "prdc": lambda: _pairs(prdc, None, fake, real, k or 5, PRDC_ROWS, seed),
         kernel: lambda: _mmd(fake, real, subsets, subset_size, seed),
     }
     if inception:
-        possible["sfid"] = lambda: (
-            frechet_distance(_moments(fake, "spatial"), _moments(real, "spatial")),
-            {},
-        )
+        possible["sfid"] = lambda: _distance(fake, real, "spatial", inception)
     possible["inception_score" if inception else f"score_{network.name}"] = lambda: (
         _score(fake),
         {"is_split": IS_SPLIT},
@@ -132,6 +131,8 @@ def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1
             if wanted:
                 raise
             reasons.append(str(reason))
+            if tell:
+                tell(name, reason)
             continue
         found |= (
             {key: (v, details) for key, v in value.items()}
@@ -152,14 +153,60 @@ def compare(fake, real, network, wanted=None, k=None, subsets=100, subset_size=1
     return found
 
 
-def _moments(features, kind):
-    least = SPATIAL_SAMPLES if kind == "spatial" else 2
-    if kind not in features.given and features.count and features.count < least:
+def tell_frechet(metric, reason):
+    """Say why there is no Fréchet distance, which is what an evaluation is asked for most; of
+    other metrics that cannot be had say nothing.
+    """
+    if metric in ("gfid", "rfid"):
+        print(f"no {metric}: {reason}", file=sys.stderr)
+
+
+def _distance(fake, real, kind, inception):
+    """Return a Fréchet distance, and that it is of singular covariances where one set has no more
+    samples than features. In Inception's space, whose distances are compared with others', that is
+    Unavailable: two sets of one distribution would be a hundred apart.
+    """
+    pairs = [_moments(features, kind) for features in (fake, real)]
+    counted = [(f.count, f.name) for f in (fake, real) if kind not in f.given and f.count]
+    features = len(pairs[0][0])
+    if not counted or min(counted)[0] > features:
+        return frechet_distance(*pairs), {}
+    if inception:
+        count, name = min(counted)
         raise Unavailable(
-            f"'{features.name}' has {features.count} samples: {least} at least are needed for "
-            f"{kind} statistics."
+            f"'{name}' has {count:,} samples: {features + 1:,} at least are needed for "
+            f"{kind} statistics, and 50,000 for the papers' numbers."
         )
+    return frechet_distance(*pairs), {"covariance": "singular: no more samples than features"}
+
+
+def halves_distance(real, network):
+    """Return the Fréchet distance between two halves of a reference's images, drawn at random, and
+    how many images each has: (distance, count).
+
+    That is what sets of so many images of one distribution are apart: the part of a distance that
+    their size alone makes. None where no images are there, too few, or statistics of more.
+    """
+    if real.rows is None or len(real.rows) < 4 or "pool" in real.given:
+        return None
+    order = torch.randperm(len(real.rows), generator=torch.Generator().manual_seed(0))
+    count, halves = len(order) // 2, []
+    for part in order[: 2 * count].to(real.rows.device).split(count):
+        moments = Moments(real.rows.shape[1], real.rows.device).update(real.rows[part])
+        pool = moments.mean.cpu(), moments.covariance.cpu()
+        halves.append(FeatureSet(real.name, "", count, {"pool": pool}))
+    try:
+        return _distance(*halves, "pool", network.name == "inception")[0], count
+    except Unavailable:
+        return None
+
+
+def _moments(features, kind):
     if kind not in features.moments:
+        if features.count == 1:
+            raise Unavailable(
+                f"'{features.name}' has 1 sample: 2 at least are needed for {kind} statistics."
+            )
         raise Unavailable(f"'{features.name}' brings no {kind} statistics of this feature network.")
     return features.moments[kind]
 
@@ -179,21 +226,28 @@ def _rows(features):
     return features.rows
 
 
-def _pairs(function, names, fake, real, k):
-    sets = _rows(real), _rows(fake)
+def _pairs(function, names, fake, real, k, most=None, seed=0):
+    sets, details = [_rows(real), _rows(fake)], {}
     for features in (real, fake):
         if 0 < features.count <= k:
             raise Unavailable(
                 f"k = {k} neighbours of {features.count} samples of '{features.name}': more are "
                 "needed."
             )
+    if most and max(map(len, sets)) > most:
+        sets = [_drawn(rows, most, seed) for rows in sets]
+        details = {"rows": most, "rows_seed": seed}
     values = function(*sets, k)
     if names is None:
-        return {f"prdc_{name}": value for name, value in values.items()}, {
-            "k": k,
-            "distance": "float64, d < r",
-        }
+        details |= {"k": k, "distance": "float64, d < r"}
+        return {f"prdc_{name}": value for name, value in values.items()}, details
     return dict(zip(names, values)), {"k": k, "distance": "squared, float16, d <= r"}
+
+
+def _drawn(rows, most, seed):
+    """Return `most` random rows, in an order of their own, or all that there are."""
+    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:most]
+    return rows[torch.from_numpy(order).to(rows.device)]
 
 
 def _mmd(fake, real, subsets, size, seed):

@@ -5,29 +5,34 @@ uint8 (N, H, W, 3).
 import hashlib
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from gear.config import UserError, given_by
 from gear.data import DataConfig, Source
+from gear.device import derived_seed
 from gear.evaluation.scores import BATCH, FeatureSet, extract
 from gear.files import read_array, write_array
 from gear.generator.sampling import generate, sampling_dtype
 from gear.images import to_uint8
-from gear.measures.frechet import check_statistics
+from gear.measures.frechet import Moments, check_statistics
 from gear.tokenizer.model import images_at_once
 
 # samples drawn at once, always: what is drawn must not depend on where a kill fell
 CHUNKS = {"cpu": 64, "cuda": 256}
 # how they are drawn where a protocol does not say it
 PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}
+SEEDS = 2  # the second way in which chunks are seeded: those of the first are not mixed in
 STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
     "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
     "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
 }
+EMBEDDINGS = {"dinov2-l": "dino_embeddings"}  # features of a reference file, for the neighbours
 
 
 def balanced_labels(count, classes, seed):
@@ -54,9 +59,10 @@ def filled_up(labels, size):
     return torch.cat([labels, labels[: -len(labels) % size]]).split(size)
 
 
-def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, **sampling):
+def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, side=0, **sampling):
     """Yield uint8 chunks (64, H, W, 3), on a GPU of 256, of samples for labels (N,), each kept in
-    `folder` as it is drawn.
+    `folder` as it is drawn. They are resized to `side` pixels before they are rounded, bicubic
+    as in the public code; 0: not.
 
     Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was,
     to the same samples. One that is not what was written, or comes without its hash, is drawn
@@ -73,32 +79,42 @@ def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, **samp
         path = folder / f"{i:05d}.npy"
         images = read_array(path)
         if images is None or len(images) != len(part):
-            indices = generate(generator, conditions[i], seed=seed * 1_000_003 + i, **sampling)[
+            indices = generate(generator, conditions[i], seed=derived_seed(seed, i), **sampling)[
                 : len(part)
             ]
             grids = indices.split(
                 images_at_once(device, indices[0].numel() * tokenizer.config.downsampling**2)
             )
-            images = torch.cat([to_uint8(tokenizer.decode(grid)).cpu() for grid in grids]).numpy()
+            images = torch.cat([to_uint8(_resized(tokenizer.decode(g), side)).cpu() for g in grids])
+            images = images.numpy()
             write_array(path, images)
         yield torch.from_numpy(images)
 
 
+def _resized(images, size):
+    """Return images (B, 3, H, W) in [-1, 1] at `size` pixels a side, in the same range."""
+    if not size:
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic").clamp(-1, 1)
+
+
 def samples_folder(run, protocol):
-    """Return the folder in which a run's samples of a protocol are kept: its name is the protocol's
-    hash.
+    """Return the folder in which a run's samples of a protocol are kept: its name is the hash of
+    the protocol, and of how chunks are seeded.
     """
-    return (
-        run.path
-        / "evaluation"
-        / hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
-    )
+    drawn = json.dumps(protocol | {"seeds": SEEDS}, sort_keys=True)
+    return run.path / "evaluation" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
 
 
-def own_images(source):
-    """Return the Source of a run's images as a reference: of scenes as many as are asked for."""
+def own_images(source, size=0):
+    """Return the Source of a run's images as a reference, at `size` pixels (0: at its own): of
+    scenes as many as are asked for.
+    """
     config = source.config
-    return Source(DataConfig("scenes", config.image_size)) if config.source == "scenes" else source
+    size = size or config.image_size
+    if config.source == "scenes":
+        return Source(DataConfig("scenes", size))
+    return source if size == config.image_size else Source(replace(config, image_size=size))
 
 
 def read_images(source, image_size, count=None, split="all", interpolation="bicubic"):
@@ -217,15 +233,31 @@ def _statistics(source, arrays, names):
         return check_statistics(*pair)
 
 
+def _embedded(source, arrays, name, device):
+    """Return the FeatureSet of the features (N, D) that a file brings under `name`."""
+    rows = torch.as_tensor(arrays[name])
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise UserError(
+            f"{name} of '{source}' is {tuple(rows.shape)} {rows.dtype}: float rows (N, D) are "
+            "expected."
+        )
+    with given_by(f"{name} of '{source}'"):
+        moments = Moments(rows.shape[1]).update(rows.float())
+    features = FeatureSet(Path(source).name, "", len(rows), rows=rows.float().to(device))
+    if len(rows) > 1:
+        features.moments["pool"] = moments.mean, moments.covariance
+    return features
+
+
 def reference(
     source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"
 ):
     """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or
     images.
 
-    Statistics in a file stand as they are (ADM's are of the whole training set); its images serve
-    the metrics from neighbours. Raises UserError for a file that has neither, and for statistics
-    that are none.
+    Statistics in a file stand as they are (ADM's are of the whole training set); its features
+    (GPIC's), or its images, serve the metrics from neighbours. Raises UserError for a file that has
+    neither, and for statistics that are none.
     """
     if not is_npz(source):
         batches = read_images(source, image_size, count, split, interpolation)
@@ -242,7 +274,10 @@ def reference(
         for kind, pair in names.items()
         if set(pair) <= arrays.keys()
     }
-    if "arr_0" in arrays:
+    embeddings = EMBEDDINGS.get(network.name)
+    if embeddings in arrays:
+        features = _embedded(source, arrays, embeddings, device)
+    elif "arr_0" in arrays:
         features = extract(Path(source).name, npz_images(source, arrays), network, device)
     elif found:
         features = FeatureSet(Path(source).name, "", 0, {})

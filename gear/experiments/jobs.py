@@ -9,11 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from gear.config import Interrupted, Jobs, TrainingStopped, UserError, check_value
+from gear.checkpoints import is_file
+from gear.config import (
+    Interrupted,
+    Jobs,
+    TrainingStopped,
+    UserError,
+    changed_words,
+    check_value,
+)
 from gear.device import find_device
 from gear.experiments.recipes import check_teachers, plan, recipe
 from gear.files import check_writable, child_environment
@@ -49,6 +57,7 @@ def training(planned, words, runtime=Runtime()):
     planned: (name, Config) each, in the order of `recipes.plan`.
     """
     runs, name = [(Run(runs_dir() / name), config) for name, config in planned], planned[-1][0]
+    one_of_several = replace(runtime, quiet=True, threads=runtime.threads or 1)
 
     def at():
         run = next((run for run, _ in reversed(runs) if run.exists), runs[-1][0])
@@ -56,8 +65,8 @@ def training(planned, words, runtime=Runtime()):
 
     return Task(
         name,
-        ("train", *words, *_flags(runtime)),
-        planned[0][1].tokenizer_run,
+        ("train", *words, *changed_words(one_of_several)),
+        "" if is_file(planned[0][1].tokenizer_run) else planned[0][1].tokenizer_run,
         sum(config.steps * config.batch_size for _, config in runs),
         lambda: sum(run.logged_step * config.batch_size for run, config in runs),
         at,
@@ -168,14 +177,3 @@ def _end_with_parent():
     """
     if LIBC:
         LIBC.prctl(1, signal.SIGTERM)
-
-
-def _flags(runtime):
-    """Spell what of a Runtime is not as it is by default, for one of several at once: quiet, and
-    one thread.
-    """
-    words = []
-    for key, value in asdict(replace(runtime, quiet=True, threads=runtime.threads or 1)).items():
-        if value != getattr(Runtime, key):
-            words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-    return words

@@ -6,11 +6,13 @@ are its parents.
 """
 
 import dataclasses
+import os
 import sys
 from dataclasses import replace
 
 import torch
 
+from gear.checkpoints import is_file, open_checkpoint
 from gear.config import UserError, from_dict, given_by, nearest, require
 from gear.cost.price import parts_that_fit
 from gear.data import DataConfig, absolute, num_classes
@@ -20,6 +22,7 @@ from gear.experiments.presets import (
     CIFAR10_IBQ,
     CIFAR10_LFQ,
     CIFAR10_SMOKE,
+    CIFAR10_SMOKE_STAGES,
     CIFAR10_STAGES,
     IMAGENET100_128,
     IMAGENET256_B,
@@ -27,7 +30,6 @@ from gear.experiments.presets import (
     IMAGENET256_L_IBQ,
     IMAGENET256_L_LFQ,
     IMAGENET256_SHORT,
-    IMAGENET256_STAGES,
     IMAGENET256_XL,
     SCENES,
     SCENES_IBQ,
@@ -56,11 +58,12 @@ VARIANTS = {
 }
 
 
-def _family(preset, base, warm_up="", **stages):
-    """Derive every method from `base`; `stages` holds, per stage, what its runs change of it;
-    `warm_up` is another preset's.
+def _family(preset, base, warm_up="", tokenizer=None, generator=None):
+    """Derive every method from `base`.
 
-    Returns {RunName: Config}. A name begins with the preset, the rest says what the run is:
+    `tokenizer` is what the warm-up changes of it, `generator` what every later stage does;
+    `warm_up` is the preset whose warm-up is taken ("": its own). Returns {RunName: Config}. A name
+    begins with the preset, the rest says what the run is:
       -tokenizer            the warm-up
       -control              the tokenizer trained on for as long as the joint stage, unguided (the
                             paper has none)
@@ -70,82 +73,52 @@ def _family(preset, base, warm_up="", **stages):
       -llamagen-repa        the same with alignment: the paper's baseline
       -llamagen-repa-control, -gear, -VARIANT   the same on the control, the GEAR and the variant's
         tokenizer
-      -tokenizer-half, -llamagen-repa-half      a warm-up with half the codes, and the same on it:
-        what NTP falls by for nothing
+      -tokenizer-half, -llamagen-repa-half      a tokenizer with half the codes, trained as long as
+        the control, and a generator on it: what NTP falls by for nothing
     """
-    tokenizer, joint, generator = (
-        change(base, stages[s]) for s in ("tokenizer", "joint", "generator")
-    )
-    parent = lambda method, of=preset: str(RunName(of, method))
+    before, after = change(base, tokenizer or {}), change(base, generator or {})
+    halved = dict(codebook_size=base.tokenizer.codebook_size // 2)
+    if base.tokenizer.quantizer == "lfq":
+        halved["code_dim"] = base.tokenizer.code_dim - 1  # one bit a dimension
+    parent = lambda method, of=preset: str(RunName(of, method))  # noqa: E731
     warm_up = parent("tokenizer", warm_up or preset)
     runs = {
-        "tokenizer": replace(tokenizer, stage="tokenizer"),
-        "control": replace(joint, stage="tokenizer", tokenizer_run=warm_up),
-        "joint": replace(joint, stage="joint", tokenizer_run=warm_up),
-        "llamagen-repa": replace(generator, tokenizer_run=warm_up),
-        "llamagen": change(
-            generator, dict(tokenizer_run=warm_up, objective=dict(align_weight=0.0))
-        ),
+        "tokenizer": replace(before, stage="tokenizer"),
+        "control": replace(after, stage="tokenizer", tokenizer_run=warm_up),
+        "joint": replace(after, stage="joint", tokenizer_run=warm_up),
+        "llamagen-repa": replace(after, tokenizer_run=warm_up),
+        "llamagen": change(after, dict(tokenizer_run=warm_up, objective=dict(align_weight=0.0))),
         "tokenizer-half": change(
-            change(base, stages["tokenizer"]), stages["half"] | dict(stage="tokenizer")
+            before,
+            dict(stage="tokenizer", steps=before.steps + after.steps, tokenizer=halved),
         ),
         "llamagen-repa-half": change(
-            generator,
-            dict(tokenizer=stages["half"]["tokenizer"], tokenizer_run=parent("tokenizer-half")),
+            after, dict(tokenizer=halved, tokenizer_run=parent("tokenizer-half"))
         ),
-        "llamagen-repa-control": replace(generator, tokenizer_run=parent("control")),
-        "gear": replace(generator, tokenizer_run=parent("joint")),
+        "llamagen-repa-control": replace(after, tokenizer_run=parent("control")),
+        "gear": replace(after, tokenizer_run=parent("joint")),
     }
     for variant, changes in VARIANTS.items():
         runs[f"joint-{variant}"] = change(runs["joint"], changes)
-        runs[variant] = replace(generator, tokenizer_run=parent(f"joint-{variant}"))
+        runs[variant] = replace(after, tokenizer_run=parent(f"joint-{variant}"))
     return {RunName(preset, method): config for method, config in runs.items()}
 
 
 CONFIGS = {
     **_family("scenes", SCENES, **SCENES_STAGES),
     **_family("scenes-ibq", SCENES_IBQ, **SCENES_STAGES),
-    **_family(
-        "scenes-lfq",
-        SCENES_LFQ,
-        **SCENES_STAGES | dict(half=dict(steps=800, tokenizer=dict(codebook_size=256, code_dim=8))),
-    ),
-    **_family(
-        "cifar10-smoke",
-        CIFAR10_SMOKE,
-        tokenizer=dict(
-            steps=500, eval_every=100, optimizer=dict(tokenizer_lr=2e-3, decay_from=0.6)
-        ),
-        joint=dict(steps=200, optimizer=dict(decay_from=0.5)),
-        generator=dict(steps=300),
-        half=dict(steps=700, tokenizer=dict(codebook_size=256)),
-    ),
+    **_family("scenes-lfq", SCENES_LFQ, **SCENES_STAGES),
+    **_family("cifar10-smoke", CIFAR10_SMOKE, **CIFAR10_SMOKE_STAGES),
     **_family("cifar10", CIFAR10, **CIFAR10_STAGES),
     **_family("cifar10-ibq", CIFAR10_IBQ, **CIFAR10_STAGES),
-    **_family(
-        "cifar10-lfq",
-        CIFAR10_LFQ,
-        **CIFAR10_STAGES
-        | dict(half=dict(steps=1750, tokenizer=dict(codebook_size=512, code_dim=9))),
-    ),
-    **_family(
-        "imagenet100-128",
-        IMAGENET100_128,
-        tokenizer=dict(steps=100_000),
-        joint=dict(steps=50_000),
-        generator=dict(steps=100_000),
-        half=dict(steps=150_000, tokenizer=dict(codebook_size=8192)),
-    ),
-    **_family("imagenet256-b", IMAGENET256_B, **IMAGENET256_STAGES),
-    **_family("imagenet256-l", IMAGENET256_L, **IMAGENET256_STAGES),
-    **_family("imagenet256-xl", IMAGENET256_XL, **IMAGENET256_STAGES),
+    **_family("cifar10-lfq", CIFAR10_LFQ, **CIFAR10_STAGES),
+    **_family("imagenet100-128", IMAGENET100_128),
+    **_family("imagenet256-b", IMAGENET256_B),
+    **_family("imagenet256-l", IMAGENET256_L),
+    **_family("imagenet256-xl", IMAGENET256_XL),
     **_family("imagenet256-l-100k", IMAGENET256_L, warm_up="imagenet256-l", **IMAGENET256_SHORT),
-    **_family("imagenet256-l-ibq", IMAGENET256_L_IBQ, **IMAGENET256_STAGES),
-    **_family(
-        "imagenet256-l-lfq",
-        IMAGENET256_L_LFQ,
-        **IMAGENET256_STAGES | dict(half=dict(tokenizer=dict(codebook_size=8192, code_dim=13))),
-    ),
+    **_family("imagenet256-l-ibq", IMAGENET256_L_IBQ),
+    **_family("imagenet256-l-lfq", IMAGENET256_L_LFQ),
     RunName("teacher-scenes"): Config(
         recipe="teacher-scenes",
         stage="teacher",
@@ -157,20 +130,16 @@ CONFIGS = {
         data=DataConfig("scenes", image_size=32, labels="factors"),
         optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
     ),
-    **_family(
-        "tiny",
-        TINY,
-        tokenizer={},
-        joint={},
-        generator={},
-        half=dict(tokenizer=dict(codebook_size=32)),
-    ),
+    **_family("tiny", TINY),
     RunName("tiny"): replace(TINY, stage="generator", tokenizer_run="tiny-joint"),
 }
 RECIPES = {str(name): replace(config, recipe=str(name)) for name, config in CONFIGS.items()}
 NAMES = {str(name): name for name in CONFIGS}
 PRESETS = tuple(dict.fromkeys(name.preset for name in CONFIGS if name.method))
 METHODS = tuple(dict.fromkeys(name.method for name in CONFIGS if name.method))
+
+
+DISCRIMINATOR = ("disc_channels", "disc_layers", "disc_norm")  # fields of the objective
 
 
 def known():
@@ -207,7 +176,7 @@ def recipe(name):
     return replace(config, seed=parts.seed, tokenizer_run=parent)
 
 
-def plan(config, name=None, base=None, label=None, dry=False):
+def plan(config, name=None, base=None, label=None, dry=False, share_warm_up=False):
     """List (name, Config) of a run's ancestors and the run itself, in the order they must be
     trained.
 
@@ -215,10 +184,11 @@ def plan(config, name=None, base=None, label=None, dry=False):
     the preset says.
 
     Where `config` changes its recipe in a section that an ancestor shares, that ancestor is another
-    run too: it takes the change and `label` at the end of its name. An ancestor that is no recipe
-    must exist. Paths of data become absolute, but for those of a `dry` plan, which may be nowhere.
+    run too: it takes the change and `label` at the end of its name; with `share_warm_up` the
+    warm-up keeps the preset's image size. An ancestor that is no recipe must exist. Paths of
+    data become absolute, but for those of a `dry` plan, which may be nowhere.
     """
-    planned = _plan(config, name or config.recipe, base, label, dry, counted={})
+    planned = _plan(config, name or config.recipe, base, label, dry, share_warm_up, counted={})
     return (
         planned
         if dry
@@ -226,7 +196,7 @@ def plan(config, name=None, base=None, label=None, dry=False):
     )
 
 
-def _plan(config, name, base, label, dry, counted):
+def _plan(config, name, base, label, dry, share_warm_up, counted):
     asked = config.generator.num_classes
     if config.data not in counted:  # a folder is walked once for a run and its ancestors
         with given_by("--source"):
@@ -240,16 +210,12 @@ def _plan(config, name, base, label, dry, counted):
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
         return [(name, config)]
+    if is_file(config.tokenizer_run):
+        return [(name, _from_file(config))]
     try:
         parent = original = recipe(config.tokenizer_run)
     except UserError:
-        existing = Run.open(config.tokenizer_run)
-        return [
-            (
-                name,
-                replace(config, tokenizer=from_dict(TokenizerConfig, existing.config["tokenizer"])),
-            )
-        ]
+        return [(name, _from_run(config, Run.open(config.tokenizer_run)))]
     if not parent.trains("tokenizer"):
         raise UserError(
             f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the "
@@ -261,20 +227,51 @@ def _plan(config, name, base, label, dry, counted):
     sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in shared}
     parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
     if not parent.trains("generator"):  # whose discriminator the joint stage goes on with
-        sizes = {name: getattr(config.objective, name) for name in ("disc_channels", "disc_layers")}
+        sizes = {name: getattr(config.objective, name) for name in DISCRIMINATOR}
         parent = replace(parent, objective=replace(parent.objective, **sizes))
     parent_name = config.tokenizer_run
+    if share_warm_up and original.stage == "tokenizer" and not original.tokenizer_run:
+        size = original.data.image_size
+        parent = replace(parent, data=replace(parent.data, image_size=size))
     if parent != original:
         if not label:
             raise UserError(
                 "these changes also change the run's parents: give them a label, e.g. --label mine."
             )
         parent_name = with_parts(parent_name, cell=label)
-    before = _plan(parent, parent_name, original, label, dry, counted)
+    before = _plan(parent, parent_name, original, label, dry, share_warm_up, counted)
     return [
         *before,
         (name, replace(config, tokenizer_run=parent_name, tokenizer=before[-1][1].tokenizer)),
     ]
+
+
+def _from_run(config, run):
+    """Return a config whose tokenizer, and discriminator where it trains one, are those of a run
+    that is no recipe.
+    """
+    config = replace(config, tokenizer=from_dict(TokenizerConfig, run.config["tokenizer"]))
+    if not config.trains("discriminator"):
+        return config
+    sizes = {name: run.config["objective"].get(name) for name in DISCRIMINATOR}
+    sizes = {name: value for name, value in sizes.items() if value is not None}  # older runs
+    return replace(config, objective=replace(config.objective, **sizes))
+
+
+def _from_file(config):
+    """Return a config whose tokenizer, and discriminator if there is one, are those of the file
+    that it starts from.
+    """
+    path = os.path.abspath(os.path.expanduser(config.tokenizer_run))
+    with given_by("--tokenizer-run"):
+        checkpoint = open_checkpoint(path)
+        tokenizer = checkpoint.part("tokenizer")[1].size
+        config = replace(config, tokenizer_run=path, tokenizer=tokenizer)
+        if config.trains("discriminator") and "discriminator" in checkpoint.parts:
+            channels, layers = checkpoint.part("discriminator")[1].size
+            sizes = dict(zip(DISCRIMINATOR, (channels, layers, "batch")))
+            config = replace(config, objective=replace(config.objective, **sizes))
+    return config
 
 
 def _carry(base, changed, target):
@@ -289,11 +286,10 @@ def _carry(base, changed, target):
     return replace(target, **{name: getattr(changed, name) for name in fields})
 
 
-def train_with_parents(config, name=None, base=None, label=None, runtime=Runtime(), wait=False):
-    """Train what is missing of a run's ancestors, then the run; returns it. `wait`: see `train`;
-    for ancestors it is done.
+def train_with_parents(planned, runtime=Runtime(), wait=False):
+    """Train what is missing of a run's ancestors, then the run, as `plan` lists them; returns it.
+    `wait`: see `train`; for ancestors it is done.
     """
-    planned = plan(config, name, base, label)
     check_teachers(c for _, c in planned)
     *ancestors, own = planned
     for n, c in ancestors:

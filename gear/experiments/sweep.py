@@ -13,8 +13,8 @@ from gear.cost.price import GPUS, price
 from gear.device import find_device
 from gear.experiments.jobs import Task, training, work
 from gear.experiments.recipes import check_teachers, run_name, with_parts
-from gear.experiments.results import SCORED, TITLES, measured
-from gear.experiments.studies import SAMPLES, cell_name, members, space, study
+from gear.experiments.results import SCORED, TITLES, measured, scoring_words
+from gear.experiments.studies import Scoring, cell_name, members, of_study, study
 from gear.files import check_writable
 from gear.runs.folder import runs_dir
 from gear.runs.listing import readable, run_names
@@ -33,30 +33,32 @@ def sweep(
     seeds=(0, 1, 2),
     cells=None,
     jobs=0,
-    count=SAMPLES,
+    scoring=Scoring(),
     runtime=Runtime(),
     tell=print,
+    transfer=False,
 ):
     """Train and score what is missing of a study, `jobs` at a time (0: see `_jobs`); returns its
-    Members.
+    Members, see `members`.
 
     Tells the cost before it starts, and what a member measured as soon as it has. The same call
     goes on after a kill. Raises as `jobs.train_many` does.
     """
     device = find_device(runtime.device)
-    found = members(name, preset, seeds, cells)
+    found = members(name, preset, seeds, cells, transfer)
+    scoring = of_study(name, preset, scoring)
     trained = {
         member.name
         for member in found
         if is_trained(Run(runs_dir() / member.name), member.planned[-1][1])
     }
-    settled = {member.name for member in found if _is_settled(member, preset, count)}
+    settled = {member.name for member in found if _is_settled(member, preset, scoring)}
     done_with = trained | settled  # no ancestor of theirs is needed
     planned = {n: config for m in found if m.name not in done_with for n, config in m.planned}
     missing = {
         n: config for n, config in planned.items() if not is_trained(Run(runs_dir() / n), config)
     }
-    tasks = _tasks(found, settled, missing, preset, count, runtime)
+    tasks = _tasks(found, settled, missing, preset, scoring, runtime)
     tell(_cost(name, found, missing, tasks))
     if not tasks:
         return found
@@ -71,7 +73,7 @@ def sweep(
             if task in left[member.name]:
                 left[member.name].remove(task)
                 if not left[member.name]:
-                    tell(_line(member, preset, count))
+                    tell(_line(member, preset, scoring))
 
     jobs = jobs or _jobs(missing.values(), device.type == "cuda")
     work(tasks, done_with | planned.keys() - missing.keys(), jobs, done)
@@ -79,8 +81,8 @@ def sweep(
 
 
 def commands(name, preset="scenes", seeds=(0, 1, 2), cells=None, words=()):
-    """Return one command a cell and seed, to be run anywhere and in any order: what several share,
-    the first one trains.
+    """Return one command for each cell and seed, to be run anywhere and in any order: what several
+    share, the first one trains.
 
     `words` end each of them, as in ("--count", "5000").
     """
@@ -101,7 +103,7 @@ def _key(name, member):
     return None if shared else cell_name(member.cell)
 
 
-def _is_settled(member, preset, count):
+def _is_settled(member, preset, scoring):
     """Say whether a member, a run or a record, has all its scores; a record of another
     configuration is another run.
     """
@@ -112,10 +114,10 @@ def _is_settled(member, preset, count):
         return False
     if isinstance(run, Record) and from_dict(Config, science(run.config)) != config:
         return False
-    return measured(name, preset, count).keys() >= SCORED
+    return measured(name, preset, scoring).keys() >= SCORED
 
 
-def _tasks(found, settled, missing, preset, count, runtime):
+def _tasks(found, settled, missing, preset, scoring, runtime):
     """Return what is left to do: the training of `missing`, and the scores of each member, as soon
     as it is trained.
 
@@ -132,16 +134,8 @@ def _tasks(found, settled, missing, preset, count, runtime):
             tasks.append(training([*before, (n, config)], (*words[n], "--wait"), runtime))
     for member in found:
         if member.name not in settled:
-            command = (
-                "evaluate",
-                member.name,
-                "--network",
-                space(preset),
-                "--both",
-                "--count",
-                str(count),
-                "--quiet",
-            )
+            words = scoring_words(preset, to_dict(member.planned[-1][1]), scoring)
+            command = ("evaluate", member.name, *words, "--quiet")
             command += ("--device", runtime.device)
             tasks.append(Task(f"scores of {member.name}", command, member.name, 0))
     return tasks
@@ -249,8 +243,8 @@ def _here(missing):
     )
 
 
-def _line(member, preset, count):
-    values = measured(member.name, preset, count)
+def _line(member, preset, scoring):
+    values = measured(member.name, preset, scoring)
     shown = [
         metric
         for metric in ("fd", "ntp_loss", "predictable", "align_loss", "psnr")

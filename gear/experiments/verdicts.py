@@ -11,8 +11,10 @@ lies within a margin about zero. The 95 % interval of the mean (Student's t) jud
 
 With three seeds the interval reaches 2.5 standard deviations either way: it takes a large effect,
 and the seeds of a decided comparison all agree (so do four; of five, one may not). Beside the
-verdict stand the p-value of the bound, and the verdict after Holm's correction for a family of
-comparisons: the claims judged on a preset's runs, or a study's differences that the paper prints.
+verdict stand the p-value of the bound, and the verdict corrected for the number of comparisons made
+together: by Holm among the claims on a preset's runs, so that none of those that stay is likely to
+be chance; by Benjamini and Hochberg within a study, so that few are. Each table begins with how
+many of its comparisons chance alone would decide.
 """
 
 import itertools
@@ -22,16 +24,26 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from gear.experiments.claims import AGAINST, CLAIMS, STATISTICS
+from gear.config import MissingRuns, changed_words
+from gear.experiments.claims import AGAINST, CLAIMS, PAIRED, STATISTICS
 from gear.experiments.published import printed
 from gear.experiments.recipes import run_name
 from gear.experiments.results import TITLES, results
-from gear.experiments.studies import SAMPLES, study
-from gear.measures.paired import LEVEL, Effect, effect, equivalence, holm, p_value
+from gear.experiments.studies import PRESETS, STUDIES, Scoring, study
+from gear.measures.paired import (
+    LEVEL,
+    Effect,
+    benjamini_hochberg,
+    effect,
+    equivalence,
+    holm,
+    p_value,
+)
 from gear.runs.names import RunName
 from gear.runs.run import Run, run_names
 
 MIN_SEEDS = 3
+CORRECTIONS = {holm: "Holm's", benjamini_hochberg: "Benjamini and Hochberg's"}
 DECIDED = REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 UNDECIDED = "undecided"
 
@@ -41,10 +53,11 @@ def compare(differences, sign, margin=0.0):
 
     A sign of 0 claims that the mean lies within the margin about zero; None claims nothing, and the
     verdict is "". Returns the columns of a comparison: seeds, difference (the mean), spread (their
-    standard deviation), low, high (95 % interval), agree (seeds that go the claimed way), p
+    standard deviation), low, high (95 % interval), margin, agree (seeds that go the claimed way), p
     (two-sided, of the claim's nearest bound), verdict.
     """
     row = dict(zip(("seeds", "difference", "spread", "low", "high"), effect(differences)))
+    row["margin"] = margin
     seeds = row["seeds"]
     if sign is None:
         return row | {"agree": math.nan, "p": math.nan, "verdict": ""}
@@ -61,49 +74,80 @@ def _is_claimed(difference, sign, margin):
     return sign * difference > margin if sign else abs(difference) < margin
 
 
-def family(comparisons):
+def family(comparisons, correct=holm):
     """Return a table of comparisons (rows of `compare`), corrected for their number.
 
-    Columns more: p_holm, the corrected p-value, and verdict_holm, the verdict by it.
+    Columns more: p_corrected, the p-value by `correct`, and verdict_corrected, the verdict by it.
     """
-    table = pd.DataFrame(comparisons, columns=None if comparisons else ["verdict", "p"])
-    table["p_holm"] = holm(table.p)
-    is_lost = table.verdict.isin(DECIDED) & (table.p_holm > LEVEL)
-    return table.assign(verdict_holm=table.verdict.mask(is_lost, UNDECIDED))
+    table = pd.DataFrame(comparisons, columns=None if comparisons else ["verdict", "p", "margin"])
+    table["p_corrected"] = correct(table.p)
+    is_lost = table.verdict.isin(DECIDED) & (table.p_corrected > LEVEL)
+    return table.assign(verdict_corrected=table.verdict.mask(is_lost, UNDECIDED))
 
 
-def tally(table):
-    """Count the verdicts of a family in words, before and after Holm's correction."""
+def by_chance(table):
+    """Return how many comparisons of a family chance alone would call reproduced, and as many
+    contradicted, were there no difference anywhere.
+
+    A claimed direction is met by chance in LEVEL / 2 of the cases. Claims with a margin are not
+    counted: without any difference they hold, or fail, for good reason.
+    """
+    return float(LEVEL / 2 * (table.p.notna() & (table.margin == 0)).sum())
+
+
+def tally(table, correct=holm):
+    """Say how many comparisons of a family chance alone would decide, and count its verdicts,
+    before and after correction.
+    """
     judged = table[table.verdict != ""]
     reproduced, contradicted = (sum(judged.verdict == verdict) for verdict in DECIDED)
-    by_holm = [sum(judged.verdict_holm == verdict) for verdict in DECIDED]
-    words = [f"{reproduced} of {len(judged)} reproduced, {by_holm[0]} after Holm's correction"]
-    words.append(f"{contradicted} contradicted, {by_holm[1]} after it")
+    corrected = [sum(judged.verdict_corrected == verdict) for verdict in DECIDED]
+    directed = int((judged.p.notna() & (judged.margin == 0)).sum())
+    first = f"Of {directed} claimed directions chance alone would reproduce about"
+    first += f" {by_chance(judged):.1f} and contradict as many. Of all {judged.p.notna().sum()}"
+    first += f" comparisons {reproduced} are reproduced, {corrected[0]} after"
+    words = [f"{first} {CORRECTIONS[correct]} correction"]
+    words.append(f"{contradicted} contradicted, {corrected[1]} after it")
     others = judged.verdict[~judged.verdict.isin(DECIDED)].value_counts()
     return "; ".join([*words, *(f"{count} {verdict}" for verdict, count in others.items())])
 
 
-def claims(preset="scenes", label=""):
-    """Judge every claim on the finished runs PRESET-RECIPE-sN (or -sN-LABEL), paired by seed.
+def claims(preset="scenes", label="", scoring=Scoring()):
+    """Judge every claim on the finished runs PRESET-RECIPE-sN (or -sN-LABEL), paired by seed, their
+    samples scored by `scoring`.
 
     Returns a table, one row per claim and baseline: claim, paper, statistic, against, method and
-    baseline (means over seeds), and the columns of `compare` and `family`.
+    baseline (means over seeds), the columns of `compare` and `family`, and needs: the command that
+    makes what the row lacks, "" if nothing.
     """
     pairs = [(claim, baseline) for claim in CLAIMS for baseline in claim.baselines]
-    return family([_claim(claim, baseline, preset, label) for claim, baseline in pairs])
+    return family([_claim(claim, baseline, preset, label, scoring) for claim, baseline in pairs])
 
 
-def _claim(claim, baseline, preset, label):
-    statistic, against = STATISTICS[claim.statistic], AGAINST[baseline]
+def _claim(claim, baseline, preset, label, scoring):
     ours = _by_seed(RunName(preset, claim.method, label))
     theirs = _by_seed(RunName(preset, baseline, label)) if baseline else ours
-    seeds = sorted(ours.keys() & theirs.keys())
-    method = pd.Series([statistic(ours[seed]) for seed in seeds], dtype=float)
-    other = pd.Series([statistic(theirs[seed]) if baseline else 0.0 for seed in seeds], dtype=float)
-    row = {"claim": claim.sentence.format(against=against), "paper": claim.where}
-    row |= {"statistic": claim.statistic, "against": against}
-    row |= {"method": method.mean(), "baseline": other.mean()}
-    return row | compare(method - other, claim.sign, claim.margin)
+    seeds, needs = sorted(ours.keys() & theirs.keys()), ""
+    try:
+        pairs = [_values(claim, baseline, ours[seed], theirs[seed], scoring) for seed in seeds]
+    except MissingRuns as missing:
+        pairs, needs = [], missing.command
+    method, other = np.array(pairs, dtype=float).reshape(-1, 2).T
+    row = {"claim": claim.sentence.format(against=AGAINST[baseline]), "paper": claim.where}
+    row |= {"statistic": claim.statistic, "against": AGAINST[baseline]}
+    row |= {"method": method.mean() if pairs else math.nan}
+    row |= {"baseline": other.mean() if pairs else math.nan}
+    return row | compare(method - other, claim.sign, claim.margin) | {"needs": needs}
+
+
+def _values(claim, baseline, run, other, scoring):
+    """Return a claim's statistic of a run and of its baseline. What is compared with no run, and a
+    statistic of both runs together, is compared with zero.
+    """
+    if claim.statistic in PAIRED:
+        return PAIRED[claim.statistic](run, other, scoring), 0.0
+    statistic = STATISTICS[claim.statistic]
+    return statistic(run, scoring), statistic(other, scoring) if baseline else 0.0
 
 
 def _by_seed(unseeded):
@@ -146,7 +190,7 @@ def directions(table, name, preset="scenes"):
             sign = None if math.isnan(paper) or paper == 0 else np.sign(paper)
             row = {"cell": cell.title, "against": against, "metric": metric, "paper": paper}
             rows.append(row | compare((ours[gear] - ours[baseline]).dropna(), sign))
-    return family(rows)
+    return family(rows, benjamini_hochberg)
 
 
 def claims_in_words(table):
@@ -156,7 +200,10 @@ def claims_in_words(table):
         lines.append(f"{row.verdict:24} {row.claim}" + (f" ({row.paper})" if row.paper else ""))
         if row.seeds:
             values = f"{row.statistic}: {row.method:.4g} against {row.baseline:.4g}, {_size(row)}"
-            lines.append(f"{'':24} {values}, {row.agree} of {row.seeds} seeds agree{_tested(row)}")
+            agree = "" if row.verdict == "" else f", {row.agree:.0f} of {row.seeds} seeds agree"
+            lines.append(f"{'':24} {values}{agree}{_tested(row)}")
+        if row.needs:
+            lines.append(f"{'':24} needs: {row.needs}")
     return "\n".join(lines)
 
 
@@ -167,42 +214,98 @@ def _size(row):
 def _tested(row):
     if math.isnan(row.p):
         return ""
-    return f", p = {row.p:.2g}, {row.verdict_holm} after Holm's correction"
+    return f", p = {row.p:.2g}, {row.verdict_corrected} after Holm's correction"
 
 
 def claims_as_markdown(table):
-    """Write the table of `claims` as Markdown, and count its verdicts."""
+    """Write the table of `claims` as Markdown, after the count of its verdicts."""
     titles = "claim", "paper", "statistic", "difference [95 %]", "seeds", "p", "verdict", "by Holm"
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = [f"{tally(table)}.", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in table.fillna({"paper": ""}).itertuples():
-        cells = [row.claim, row.paper, row.statistic, _size(row), f"{row.agree} of {row.seeds}"]
-        cells += [f"{row.p:.2g}", row.verdict, row.verdict_holm]
+        cells = [row.claim, row.paper, row.statistic]
+        if row.seeds == 0:
+            cells += ["", "", "", f"needs `{row.needs}`" if row.needs else row.verdict, ""]
+        elif row.verdict == "":
+            cells += [_size(row), f"{row.seeds}", "", "", ""]
+        else:
+            cells += [_size(row), f"{row.agree:.0f} of {row.seeds}", f"{row.p:.2g}"]
+            cells += [row.verdict, row.verdict_corrected]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{tally(table)}."])
+    return "\n".join(lines)
+
+
+def results_page(table, preset="scenes", label="", scoring=Scoring()):
+    """Write docs/results.md: the table of `claims`, and what every study says, in Markdown.
+
+    Studies are those of the preset's own runs: with a `label` they are left out.
+    """
+    names = STUDIES if preset in PRESETS and not label else ()
+    options = "".join(f" {word}" for word in changed_words(scoring))
+    options += f" --label {label}" if label else ""
+    return f"""# What the runs say of the paper
+
+For those who want to know what holds at this scale. Written by
+`gear claims {preset}{options} --out docs/results.md` from small-scale runs of `{preset}`.
+
+Differences are paired by seed, and the 95 % interval of their mean judges. *Reproduced*: all of the
+interval lies on the side that the paper claims. *Contradicted*: all of it lies on the other side.
+*Undecided*: it reaches to both sides. *Not testable*: there are fewer than three seeds. With three
+seeds it takes a large effect. The p-value is that of the bound, two-sided.
+
+"GEAR" is the joint stage's own generator and tokenizer; "a fresh generator on GEAR's tokenizer" is
+trained anew, as in the paper's Tables 1 to 3 and Fig. 3. "The warm-up" is the tokenizer that both
+start from, "the control" the warm-up trained on for as long as GEAR, unguided (of generators: a
+generator on that), "half the codes" a tokenizer with K / 2, trained as long as the control.
+LlamaGen-REPA is a generator on the warm-up, trained for as long as GEAR's at the same rates.
+
+## Claims
+
+{claims_as_markdown(table)}
+
+## Ablations
+
+Each difference that the paper's tables print, by the same rule; each study is one family for
+Benjamini and Hochberg's correction. "By chance" is how many directions of how many comparisons
+chance alone would meet, and as many the other way.
+
+{studies_as_markdown(names, preset, scoring)}
+
+Metrics: Fréchet distance, precision and recall of samples (`fd`, `precision`, `recall`), PSNR, SSIM
+and Fréchet distance of reconstructions (`psnr`, `ssim`, `rfd`). GEAR against LlamaGen-REPA at the
+preset's own setting is one comparison and stands in several of the paper's tables: it is counted in
+each.
+"""
 
 
 def directions_in_words(table):
     """Count the verdicts of `directions`, and name those that are decided, with their intervals."""
-    lines = [f"Differences that the paper prints: {tally(table)}"]
+    lines = [f"{tally(table, benjamini_hochberg)} (differences that the paper prints)"]
     for verdict, rows in table[table.verdict != ""].groupby("verdict", sort=True):
         if verdict in DECIDED:
             sizes = [f" {_size(row)}" for row in rows.itertuples()]
             rows = rows.assign(metric=rows.metric + sizes)
-        lines.append(f"  {verdict} ({len(rows)}): {_named(rows)}")
+            lines.append(f"  {verdict} ({len(rows)}): {_named(rows)}")
     return "\n".join(lines)
 
 
-def studies_as_markdown(names, preset="scenes", count=SAMPLES):
+def studies_as_markdown(names, preset="scenes", scoring=Scoring()):
     """Judge studies over seeds 0, 1, 2: a Markdown table of verdicts, one line per study."""
-    titles = ["study", "in the paper", *DECIDED, UNDECIDED]
+    titles = ["study", "in the paper", "by chance", *DECIDED, UNDECIDED]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in names:
-        table = directions(results(name, preset, count=count), name, preset)
         cells = [f"`{name}`", f"Table {study(name).table}"]
+        try:
+            table = directions(results(name, preset, scoring=scoring), name, preset)
+        except MissingRuns as missing:
+            lines.append(f"| {' | '.join(cells)} | needs `{missing.command}` | | | |")
+            continue
+        judged = table[table.verdict != ""]
+        cells.append(f"{by_chance(judged):.1f} of {len(judged)}")
         for verdict in DECIDED:
-            rows, corrected = table[table.verdict == verdict], sum(table.verdict_holm == verdict)
+            rows = table[table.verdict == verdict]
+            corrected = sum(rows.verdict_corrected == verdict)
             subjects = _named(rows, table.against.nunique() > 1)
-            cells.append(f"{len(rows)}, {corrected} after Holm ({subjects})" if len(rows) else "0")
+            cells.append(f"{len(rows)}, {corrected} corrected ({subjects})" if len(rows) else "0")
         lines.append(f"| {' | '.join(cells)} | {sum(table.verdict == UNDECIDED)} |")
     return "\n".join(lines)
 

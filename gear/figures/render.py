@@ -81,7 +81,8 @@ def _targets(names, parameters):
     """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which
     stand for all their own.
 
-    Raises UserError for an unknown name, and for `parameters` of more than one notebook.
+    Of several notebooks each takes those `parameters` that it has. Raises UserError for an unknown
+    name, and for a parameter that none of several has.
     """
     known = products() | {name: (name, {}) for name in INTERACTIVE}
     chosen = {}
@@ -94,16 +95,28 @@ def _targets(names, parameters):
                 f"{', '.join(known_names)}."
             )
         chosen |= own
-    if parameters and len({notebook for notebook, _ in chosen.values()}) != 1:
-        raise UserError("parameters are those of one notebook: gear figures NOTEBOOK -p KEY VALUE.")
+    taken = _taken({notebook for notebook, _ in chosen.values()}, parameters)
     wanted = {
-        product: (notebook, own | parameters)
+        product: (notebook, own | taken[notebook])
         for product, (notebook, own) in chosen.items()
         if all(parameters.get(key, value) == value for key, value in own.items())
     }
     if chosen and not wanted:
         raise UserError(f"no figure is drawn with {parameters}. There are: {', '.join(chosen)}.")
     return wanted
+
+
+def _taken(names, parameters):
+    """Return {notebook: its own of `parameters`}; one notebook alone takes them all, and says
+    itself what it does not have.
+    """
+    if len(names) < 2 or not parameters:
+        return dict.fromkeys(names, parameters)
+    known = {name: parameters_of(notebooks()[name]) for name in names}
+    for key in parameters:
+        if not any(key in keys for keys in known.values()):
+            raise UserError(f"none of these notebooks has a parameter '{key}'.")
+    return {n: {k: v for k, v in parameters.items() if k in keys} for n, keys in known.items()}
 
 
 def execute(name, parameters=None):
@@ -295,8 +308,8 @@ def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
     """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose
     inputs have not changed.
 
-    `parameters` {name: value} take the place of one notebook's defaults (UserError where several
-    notebooks are named), and `seeds` of theirs. One that fails does not keep the others from
+    `parameters` {name: value} take the place of the defaults of those notebooks that have them
+    (UserError where none has), and `seeds` of theirs. One that fails does not keep the others from
     running; raises TrainingStopped with all failures at the end. Runs that are missing are a
     failure of what is named; where all are drawn, it is said what needs them.
     """

@@ -25,6 +25,7 @@ PALETTE = {
     "warm-up": "#3B6FB6",  # the paper draws LlamaGen-REPA in blue and GEAR in red
     "control": "#8A8F98",
     "GEAR": "#C8442E",
+    "transfer": "#E09A7A",
     "half": "#3B9A8B",
     "naive": "#7A4FA3",
     "naive inputs": "#C08AD6",
@@ -39,6 +40,7 @@ METHODS = {
     "control": "control (no guidance)",
     "half": "half the codes",
     "GEAR": "GEAR",
+    "transfer": "fresh generator on GEAR's tokenizer",
     "naive": "NTP through inputs and targets",
     "naive inputs": "NTP through inputs",
     "straight-through": "straight-through alignment",

@@ -1,4 +1,4 @@
-"""Differences paired by seed: their mean, its interval and tests, Holm's correction of several."""
+"""Differences paired by seed: their mean, its interval and tests, corrections of several."""
 
 from typing import NamedTuple
 
@@ -62,6 +62,22 @@ def holm(p_values) -> np.ndarray:
     num_left = np.isfinite(p_values).sum() - np.arange(len(p_values))  # tests not yet rejected
     corrected = np.empty_like(p_values)
     corrected[order] = np.maximum.accumulate(p_values[order] * num_left).clip(max=1)
+    return corrected
+
+
+def benjamini_hochberg(p_values) -> np.ndarray:
+    """Return a family's p-values (n,), corrected by Benjamini and Hochberg (1995), in [0, 1].
+
+    Of those rejected at most LEVEL, a share of LEVEL or less is expected to be wrong, where tests
+    are independent or positively dependent. NaN stands for a test that was not made: it stays, and
+    does not count.
+    """
+    import scipy.stats
+
+    p_values = np.asarray(p_values, dtype=float)
+    corrected, is_made = np.full_like(p_values, np.nan), np.isfinite(p_values)
+    if is_made.any():
+        corrected[is_made] = scipy.stats.false_discovery_control(p_values[is_made])
     return corrected
 
 

@@ -1,5 +1,5 @@
-"""Public vision transformers as teachers: DINOv2, DINOv3, SigLIP 2, V-JEPA 2, CLIP, each fed
-exactly as it is meant to be.
+"""Public vision transformers as teachers: DINOv2, DINOv3, SigLIP 2, V-JEPA 2 and 2.1, CLIP, each
+fed exactly as it is meant to be.
 
 A teacher is named NAME[@LAYER][=PATH]: "dinov2-b", "dinov2-b@8",
 "siglip2-b=/weights/siglip2.safetensors".
@@ -74,7 +74,7 @@ class ViTTeacher(nn.Module):
         """Return the network's own features, (B, L, dim), special tokens left out."""
         network, pixels = self.network, self.preprocess(images)
         if self.vit.library == "transformers":
-            # a video of one frame, which is doubled there
+            # a video of one frame, which V-JEPA 2 doubles
             hidden = network.embeddings(pixels[:, None])
             for block in network.layer[: None if self.layer == -1 else self.layer]:
                 hidden = block(hidden)[0]
@@ -164,7 +164,7 @@ def fitting_weights(spec, side, offline=False, flag=""):
             "the last."
         )
     about = f"about {vit.megabytes} MB, from {vit.source.format(side=side)}"
-    path = find_weights(name, vit.repo.format(side=side), about, path, offline, flag)
+    path = find_weights(name, vit.repo.format(side=side), about, path, offline, flag, vit.file)
     tensors = named_for(network, read_tensors(path), lambda tensors: renamed(tensors, vit.names))
     check_fit(network, tensors, path, f"teacher {name}")
     return path, tensors

@@ -1,5 +1,5 @@
-"""Weights that others published: a file by its path, else from the hub's cache, else downloaded; no
-code in it is run.
+"""Weights that others published: a file by its path, else from a cache, else downloaded; no code in
+it is run.
 """
 
 import hashlib
@@ -8,7 +8,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from gear.config import UserError
+from gear.files import cache_dir
 from gear.public.tensorfiles import (
     NotWeights,
     first_line,
@@ -21,7 +24,7 @@ from gear.public.tensorfiles import (
 FILE = "model.safetensors"  # as the hub's repositories call it
 DEPTH = 4  # of wrappers within each other
 # entries that go before others under which a file may keep its tensors
-WRAPPERS = ("state_dict", "model", "teacher")
+WRAPPERS = ("state_dict", "model", "teacher", "ema_encoder")
 
 
 def is_offline(asked=False):
@@ -30,11 +33,12 @@ def is_offline(asked=False):
 
 
 def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FILE):
-    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in the hub's
-    cache, else downloaded.
+    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in a cache,
+    else downloaded.
 
-    `about` says what the file is, `flag` what takes a path, if not --teacher. Raises UserError
-    naming both where there is no file; with `offline` or $HF_HUB_OFFLINE no network call is made.
+    `repo` is the hub's, or the address of a folder elsewhere: https://... `about` says what the
+    file is, `flag` what takes a path, if not --teacher. Raises UserError naming both where there is
+    no file; with `offline` or $HF_HUB_OFFLINE no network call is made.
     """
     if path:
         found = Path(path).expanduser()
@@ -42,27 +46,53 @@ def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FIL
         if not found.is_file():
             raise UserError(f"the network {teacher} is given a file that is not there: {found}.")
         return found
+    elsewhere = repo.startswith("https://")
+    where, found, fetch = _at_address(repo, file) if elsewhere else _on_hub(teacher, repo, file)
+    if found:
+        return Path(found)
+    why = "None was fetched: offline."
+    if not is_offline(offline):
+        try:
+            return Path(fetch())
+        except (
+            Exception
+        ) as error:  # no network, no such file, terms not agreed to, a full disk: many types
+            why = f"They could not be fetched: {type(error).__name__}, {first_line(error)}."
+    raise UserError(
+        f"the weights of {teacher} are not on this machine: {file} of {where}, {about}. {why} "
+        f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
+    )
+
+
+def _on_hub(teacher, repo, file):
+    """Return (name of the place, path in the hub's cache or None, function that downloads it)."""
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
             f"the network {teacher} is looked up by huggingface_hub: pip install huggingface_hub"
         ) from None
-    if isinstance(found := huggingface_hub.try_to_load_from_cache(repo, file), str):
-        return Path(found)
-    why = "None was fetched: offline."
-    if not is_offline(offline):
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, file))
-        except (
-            Exception
-        ) as error:  # no network, no such file, terms not agreed to, a full disk: many types
-            why = f"They could not be fetched: {type(error).__name__}, {first_line(error)}."
-    raise UserError(
-        f"the weights of {teacher} are not on this machine: {file} of huggingface.co/{repo}, "
-        f"{about}. {why} "
-        f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
+    found = huggingface_hub.try_to_load_from_cache(repo, file)
+    return (
+        f"huggingface.co/{repo}",
+        found if isinstance(found, str) else None,  # what is known to be missing is an object
+        lambda: huggingface_hub.hf_hub_download(repo, file),
     )
+
+
+def _at_address(address, file):
+    """Return (name of the place, path in gear's or torch's cache or None, function that downloads
+    it).
+    """
+    own, torchs = cache_dir() / file, Path(torch.hub.get_dir()) / "checkpoints" / file
+
+    def fetch():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"{address}/{file}", str(own), progress=False)
+        return own
+
+    found = next((path for path in (own, torchs) if path.is_file()), None)
+    return address.removeprefix("https://"), found, fetch
 
 
 def file_hash(path):

@@ -67,6 +67,18 @@ class Runtime(Checked):
     shard: bool = False
 
 
+def _tell_batch_norm(config, processes, parts, runtime):
+    """Say where a discriminator's BatchNorm sees less than the batch, which changes the step."""
+    is_split = parts > 1 or (processes.world > 1 and processes.device.type == "cpu")
+    if is_split and config.trains("discriminator") and config.objective.disc_norm == "batch":
+        if processes.main and not runtime.quiet:
+            print(
+                "the discriminator's BatchNorm sees each part of a batch alone, not the whole: "
+                "--disc-norm group does not depend on it.",
+                file=sys.stderr,
+            )
+
+
 def train(config, name=None, runtime=Runtime(), wait=False):
     """Train the run `name` (by default called as its recipe) to its last step, from its newest
     checkpoint if it has one.
@@ -89,6 +101,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
         parts != "auto", "accumulate is 'auto': `train_with_parents` finds the number; give one."
     )
     processes = Processes(device, config.batch_size, parts, runtime.shard)
+    _tell_batch_norm(config, processes, parts, runtime)
     is_alone = parts == processes.world == 1
     torch.manual_seed(step_seed(config.seed, -1))
     state = State(config, processes.device, parts, processes, runtime.checkpointing)

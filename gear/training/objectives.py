@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.readout import multiply
 from gear.training.losses import (
     QUANTIZER_LOSSES,
@@ -26,10 +27,14 @@ from gear.training.losses import (
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Hold networks fixed inside: evaluation mode (no dropout), no gradient to their weights."""
+    """Hold networks fixed inside: no gradient to their weights, no dropout.
+
+    They are in evaluation mode, all but a discriminator: its BatchNorm, if it has one, normalises
+    by the batch's own statistics in every update.
+    """
     modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
     for module in modules:
-        module.eval().requires_grad_(False)
+        module.train(isinstance(module, Discriminator)).requires_grad_(False)
     try:
         yield
     finally:

@@ -44,6 +44,7 @@ class ObjectiveConfig(Checked):
     gan_weight: NonNegative = 0.1
     gan_start: Share = 0.0  # share of the steps before the adversarial term sets in
     entropy_weight: NonNegative = 0.05
+    # without effect on IBQ, whose codebook term holds a commitment of weight 0.25 already
     commit_weight: NonNegative = 0.25
     align_weight: NonNegative = 0.5  # lambda
     tau: Tau = 0.1  # guidance temperature of the soft read-out
@@ -51,6 +52,9 @@ class ObjectiveConfig(Checked):
     bridge: Literal["soft", "straight_through", "naive_inputs", "naive", "none"] = "soft"
     disc_channels: Count = 64  # of the discriminator's first layer
     disc_layers: Count = 3  # halvings of the discriminator
+    # "batch" as in the public code: an image's logits depend on the others of its batch, and of a
+    # batch in parts on those of its part
+    disc_norm: Literal["group", "batch"] = "group"
 
 
 SMALL = 2**19  # pixels of a batch
@@ -67,7 +71,8 @@ class Config(Checked):
     batch_size: Count = 256
     # of the networks' products; quantizer, read-outs and losses: float32
     precision: Literal["float32", "bf16"] = "float32"
-    tokenizer_run: str = ""  # the run whose tokenizer this one starts from, or keeps frozen
+    # the run, or a file of a known layout, whose tokenizer this one starts from, or keeps frozen
+    tokenizer_run: str = ""
     teacher: str = "scenes"  # NAME[@LAYER][=PATH] of gear.teachers; several with commas between
     log_every: Count = 100  # steps; a logged loss is the mean since the last line
     eval_every: Count = 5000

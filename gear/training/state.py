@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from gear.checkpoints import is_file, tokenizer_start
 from gear.config import UserError
 from gear.data.stream import load
+from gear.device import derived_seed
 from gear.evaluation.lpips import load_lpips
 from gear.generator.model import Generator, Projector, Projectors
 from gear.images import check_divides
@@ -28,8 +30,11 @@ INITIAL_IMAGES = 2_000  # what a tokenizer is initialised from
 
 
 def step_seed(seed, step):
-    """Return the seed of a step: every random draw of it is a function of (seed, step)."""
-    return (seed * 1_000_003 + step + 1) % 2**40
+    """Return the seed of a step: every random draw of it is a function of (seed, step).
+
+    Step -1 is the initialisation.
+    """
+    return derived_seed(seed, step + 1)
 
 
 @dataclass
@@ -83,7 +88,11 @@ class State:
         self.tokenizer = self._add(
             "tokenizer", Tokenizer(config.tokenizer, config.precision, checkpointing)
         )
-        discriminator = Discriminator(config.objective.disc_channels, config.objective.disc_layers)
+        objective = config.objective
+        sizes = objective.disc_channels, objective.disc_layers, objective.disc_norm
+        discriminator = Discriminator(*sizes)
+        if self.processes.world > 1 and self.device.type == "cuda":  # BatchNorm of the whole batch
+            discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = self._add("discriminator", discriminator)
         self._optimize("tokenizer", [self.tokenizer], config.optimizer.tokenizer_lr)
         self._optimize("discriminator", [self.discriminator], config.optimizer.tokenizer_lr)
@@ -91,29 +100,23 @@ class State:
             self.lpips = load_lpips(self.device, config.precision)
         # start where the parent ended: live weights, average and discriminator
         if config.tokenizer_run:
-            weights = load_networks(_finished(config.tokenizer_run))
+            started, _ = tokenizer_start(_finished(config.tokenizer_run))
             averaged = self.averages["tokenizer"].module
-            started = {
-                "tokenizer": self.tokenizer,
-                "tokenizer_ema": averaged,
-                "discriminator": self.discriminator,
-            }
-            for name, module in started.items():
-                load_module(
-                    module, network(weights, name, config.tokenizer_run), config.tokenizer_run
-                )
+            modules = self.networks | {"tokenizer_ema": averaged}
+            for name, tensors in started.items():
+                load_module(modules[name], tensors, config.tokenizer_run)
 
     def _add_frozen_tokenizer(self):
         config = self.config
         if not config.tokenizer_run:
             raise UserError(
-                f"the stage '{config.stage}' needs a tokenizer: set tokenizer_run to a run's name."
+                f"the stage '{config.stage}' needs a tokenizer: set tokenizer_run to a run's name "
+                "or a file."
             )
-        run = _finished(config.tokenizer_run)
-        tokenizer = Tokenizer(config.tokenizer, run.config.get("precision", "float32"))
-        self.tokenizer = self._add("tokenizer", tokenizer)
-        weights = network(load_networks(run), "tokenizer_ema", run.name)
-        load_module(self.tokenizer, weights, run.name).eval().requires_grad_(False)
+        started, precision = tokenizer_start(_finished(config.tokenizer_run), frozen=True)
+        self.tokenizer = self._add("tokenizer", Tokenizer(config.tokenizer, precision))
+        load_module(self.tokenizer, started["tokenizer_ema"], config.tokenizer_run)
+        self.tokenizer.eval().requires_grad_(False)
 
     def _add_generator(self, checkpointing):
         config = self.config
@@ -197,8 +200,7 @@ class State:
             rows = self.processes.rows(i, self.parts)
             if is_shared:  # dropout differs from part to part
                 seed = step_seed(self.config.seed, self.step)
-                # 32 bits: a CPU's generator takes no more
-                torch.manual_seed(seed ^ (rows.start * 0x9E3779B1 & 0xFFFFFFFF))
+                torch.manual_seed(derived_seed(seed, rows.start))
             batch = self.observe(*part)
             batch.mean_use = mean_use
             batch.dropped = self._dropped(len(batch.labels), rows if is_shared else None)
@@ -376,12 +378,16 @@ class State:
         return saved
 
 
-def _finished(name):
-    """Open a parent run; raises UserError while it is still in training."""
-    run = Run.open(name)
+def _finished(source):
+    """Return a parent, a run's name or a file; raises UserError while a run is still in
+    training.
+    """
+    if is_file(source):
+        return source
+    run = Run.open(source)
     if run.checkpoint_steps() and not run.is_finished:
         raise UserError(
-            f"the parent '{name}' is at step {run.step} of {run.config['steps']}: finish it, gear "
-            f"train {name}"
+            f"the parent '{source}' is at step {run.step} of {run.config['steps']}: finish it, "
+            f"gear train {source}"
         )
-    return run
+    return source

@@ -132,7 +132,7 @@ def tokenizer_metrics(tokenizer, images, tau):
 @torch.no_grad()
 def generator_metrics(generator, projector, indices, labels, target, widths=None):
     """Measure a generator on indices (N, L) with labels (N,): next-token loss, and alignment where
-    there is a projector.
+    there is a projector: the live one, beside an averaged generator, as in the public code.
 
     `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them
     each. Returns {name: float}, nats a token and minus a cosine.

@@ -1,5 +1,6 @@
 """Tables of a run: what their levels mean, and the floors drawn beside them."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -195,15 +196,23 @@ def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
     pd.testing.assert_frame_equal(generator_sensitivity(Run.open("tiny"), 40, 5), generators)
 
 
-def test_floors_are_what_constant_answers_reach(tiny):
-    """Each by its definition, on the run's own training and validation images; more knowledge of
-    where does not hurt here.
+def shrunk(rows, labels, classes=24):
+    """Class means of rows, from the sums that are kept of them."""
+    sums = torch.zeros(classes, *rows.shape[1:]).index_add_(0, labels, rows)
+    squares = float(rows.double().square().sum())
+    return profiles.shrunk_class_means(sums, torch.bincount(labels, minlength=classes), squares)
+
+
+def test_floors_are_what_constant_answers_reach(tiny, monkeypatch):
+    """Each by its definition, on the run's own training and validation images; class means are
+    shrunk toward the position's.
     """
-    table = profiles.alignment_floors(Run.open("tiny"), images=512).set_index("predictor").value
+    monkeypatch.setattr(profiles, "LEAST_IMAGES", 100)
+    table = profiles.alignment_floors(Run.open("tiny"), 20).set_index("predictor").value
     teacher = load_scenes_teacher()
-    (train, classes), (val, labels) = scenes(512), scenes(96, first=1 << 40)
+    (train, classes), (val, labels) = scenes(480), scenes(96, first=1 << 40)  # 24 classes
     unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
-    of_class = torch.stack([unit[classes == c].mean(0) for c in labels])
+    of_class = shrunk(unit, classes)[labels]
     for name, answer in {
         "constant": unit.mean((0, 1)),
         "position": unit.mean(0),
@@ -216,13 +225,53 @@ def test_floors_are_what_constant_answers_reach(tiny):
     assert table["position"] < table["constant"]
 
 
+@pytest.mark.parametrize("per_class", (1, 2, 4, 40))
+def test_class_means_of_few_images_are_no_worse_than_the_positions(per_class):
+    """Teacher features of scenes: with 4 images a class, ImageNet's share of 4,000, the plain class
+    mean is a weaker floor than position alone; shrunk, it never is by more than noise.
+    """
+    teacher = load_scenes_teacher()
+    (train, classes), (val, labels) = scenes(1_200), scenes(300, first=1 << 40)
+    unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
+    keep = torch.cat([(classes == c).nonzero()[:per_class, 0] for c in classes.unique()])
+    rows, of = unit[keep], classes[keep]
+    cosine = lambda answer: float(F.cosine_similarity(answer, target, dim=-1).mean())  # noqa: E731
+    plain = torch.stack([rows[of == c].mean(0) for c in range(24)])
+    position = cosine(rows.mean(0).expand_as(target))
+    of_shrunk, of_plain = (cosine(means[labels]) for means in (shrunk(rows, of), plain))
+    assert of_shrunk > position - 0.002 and of_shrunk > of_plain - 0.002
+    if per_class <= 4:
+        assert of_plain < position - 0.02, "what is mended"
+    else:
+        assert of_shrunk > position + 0.02
+
+
+def test_shrinkage_by_hand():
+    """Two classes of two rows: w = 2 a row's own variance, b what remains; alike classes keep
+    nothing.
+    """
+    rows, labels = torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
+    within, between = 2.0, 25.0 - 2.0 / 4  # (1 + 1 + 1 + 1) / (4 - 2); (5^2 + 5^2) / 2 less w / N
+    share = between / (between + within / 2)
+    assert shrunk(rows, labels, 2).flatten().tolist() == pytest.approx(
+        [6 - 5 * share, 6 + 5 * share]
+    )
+    alike = shrunk(torch.tensor([[0.0], [2.0], [0.0], [2.0]]), labels, 2)
+    assert alike.flatten().tolist() == [1, 1], "classes that are alike keep nothing"
+    assert shrunk(rows[[0, 2]], labels[[0, 2]], 2).flatten().tolist() == [5, 5], (
+        "nor does a row each"
+    )
+    absent = shrunk(rows, labels, 3)
+    assert float(absent[2]) == 6, "a class without rows has the mean of all"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
 def test_profiles_of_a_gpu_are_those_of_a_cpu(tiny):
     """To what its features are rounded to; the nulls are of the same permutations."""
     run = Run.open("tiny")
     for name in ("layer_profile", "tokenizer_profile", "alignment_floors"):
         measure = getattr(profiles, f"_{name}")
-        sizes = (200,) if name == "alignment_floors" else (40, 5)
+        sizes = (20,) if name == "alignment_floors" else (40, 5)
         one, other = (measure(run, *sizes, torch.device(device)) for device in ("cpu", "cuda"))
         pd.testing.assert_frame_equal(one, other, rtol=0, atol=0.02)
 
@@ -303,3 +352,23 @@ def test_speedups_of_seeds_are_each_seeds_own():
         and table.over.tolist() == [False, True, False]
         and set(table.target) == {2.0}
     )
+
+
+def test_speed_ups_are_averaged_over_seeds_not_over_curves():
+    """Geometric mean and Student's t of logarithms; a seed that never gets there leaves none."""
+    by_seed = pd.DataFrame(
+        {
+            "seed": [0, 1, 2, 0, 1, 2, 0],
+            "metric": ["a"] * 3 + ["b"] * 3 + ["c"],
+            "value": [1.0, 2.0, 4.0, 1.5, np.nan, 2.0, 3.0],
+            "target": 0.0,
+            "over": False,
+        }
+    )
+    table = profiles.speedups_over_seeds(by_seed).set_index("metric")
+    half = 4.302653 * np.log(2) / 3**0.5
+    assert table.loc["a"].tolist() == pytest.approx([3, 2, 2 * np.exp(-half), 2 * np.exp(half)])
+    assert table.loc["b", ["value", "low", "high"]].isna().all()
+    assert table.value["c"] == pytest.approx(3) and np.isnan(table.low["c"])
+    over = by_seed.assign(over=[True] + [False] * 6)
+    assert profiles.speedups_over_seeds(over).set_index("metric").loc["a"].isna().any()

@@ -317,7 +317,16 @@ def test_every_recipe_has_a_price(name, home, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "teacher", ["dinov2-l", "dinov3-b", "siglip2-b", "vjepa2-l", "clip-l", "dinov2-b@8,siglip2-b"]
+    "teacher",
+    [
+        "dinov2-l",
+        "dinov3-b",
+        "siglip2-b",
+        "vjepa2-l",
+        "vjepa2.1-b",
+        "clip-l",
+        "dinov2-b@8,siglip2-b",
+    ],
 )
 def test_every_public_teacher_has_a_price(teacher):
     cost = price.price(replace(RECIPES["imagenet256-b-joint"], teacher=teacher))

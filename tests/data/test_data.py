@@ -85,6 +85,40 @@ def test_two_images_are_enough_for_a_split(tmp_path):
 # -- folders ---------------------------------------------------------------------------------------
 
 
+def test_validation_images_may_lie_elsewhere(folder, tmp_path):
+    """ImageNet's own validation set: then no training image is held out, and none is looked at."""
+    other = tmp_path / "val"
+    classes = ["ant", "bee", "cat"]
+    for i, name in enumerate(classes):
+        (other / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (10 * i, 0, 0)).save(other / name / "x.png")
+    config = replace(folder, val_source=str(other))
+    train, val, every = (open_source(config, split) for split in ("train", "val", "all"))
+    assert len(train) == len(every) == len(open_source(replace(config, val_source=""), "all"))
+    assert len(val) == 3 and val.classes == train.classes == classes
+    images, labels = data.load(config, "val")
+    assert sorted(labels.tolist()) == [0, 1, 2]
+    for pixels, label in zip(to_uint8(images), labels):
+        assert (pixels[..., 0] == 10 * label).all()
+    assert data.absolute(replace(config, val_source="val")).val_source == str(
+        Path("val").absolute()
+    )
+
+
+def test_validation_images_of_other_classes_are_an_error(folder, tmp_path):
+    (tmp_path / "val" / "stranger").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "val" / "stranger" / "x.png")
+    config = replace(folder, val_source=str(tmp_path / "val"))
+    with pytest.raises(
+        UserError, match="val_source: '.*val' has 1 classes .stranger, .* '.*images' 3: sort"
+    ):
+        open_source(config, "val")
+    with pytest.raises(UserError, match="val_source: there are no images at 'nowhere'"):
+        open_source(replace(config, val_source="nowhere"), "val")
+    with pytest.raises(UserError, match="val_source is for folders, zips and tars: 'scenes' has"):
+        open_source(DataConfig(val_source=str(tmp_path)), "val")
+
+
 def test_sub_folders_are_classes(folder, tmp_path):
     (tmp_path / "images" / "empty").mkdir()
     assert data.num_classes(folder) == 3

@@ -176,7 +176,7 @@ def test_the_command_line_says_where_data_moved_to(pets, tmp_path, capsys, monke
 def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, monkeypatch):
     base = recipe("tiny")
     config = replace(base, data=replace(base.data, source=str(pets)), eval_images=4)
-    train_with_parents(config, "tiny-pets", base, "pets", QUIET)
+    train_with_parents(plan(config, "tiny-pets", base, "pets"), QUIET)
     words = [
         "evaluate",
         "tiny-pets",

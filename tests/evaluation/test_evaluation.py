@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,26 @@ from safetensors.torch import save_file
 
 from gear.__main__ import main
 from gear.config import UserError
+from gear.device import derived_seed
 from gear.evaluation import evaluate as evaluation
 from gear.evaluation import networks, scores, sources
 from gear.evaluation.evaluate import (
     EvaluateOptions,
     Sampling,
     evaluate,
-    measure,
     metrics_table,
     read_metrics,
 )
 from gear.evaluation.lpips import load_lpips
-from gear.evaluation.scores import compare, extract, protocol_id, record
+from gear.evaluation.reconstruction import measure
+from gear.evaluation.scores import (
+    FeatureSet,
+    compare,
+    extract,
+    halves_distance,
+    protocol_id,
+    record,
+)
 from gear.evaluation.sources import (
     balanced_labels,
     draw_samples,
@@ -446,7 +455,7 @@ def test_a_chunk_that_is_not_what_was_drawn_is_drawn_again(how, home, monkeypatc
     )
     assert all(torch.equal(a, b) for a, b in zip(drawn(home / "one"), wanted, strict=True))
     assert (
-        calls == [3 * 1_000_003]
+        calls == [derived_seed(3, 0)]
         and [path.read_bytes() for path in sorted((home / "one").iterdir())] == before
     )
 
@@ -671,6 +680,7 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
     found, run = by_metric(records), Run.open("tiny")
     assert found.keys() == {
         "fd_scenes",
+        "fd_scenes_halves",
         "mmd_scenes",
         "precision",
         "recall",
@@ -744,7 +754,7 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
         and other["ntp_loss"] == found["ntp_loss"]
     )
     table, protocols = metrics_table([run])
-    assert len([c for c in table.columns if c.startswith("fd_scenes")]) == 2
+    assert len([c for c in table.columns if c.startswith("fd_scenes [")]) == 2
     assert all(c.split("[")[1][:-1] in protocols for c in table.columns)
 
 
@@ -762,6 +772,21 @@ def test_sweep_reuses_what_is_there(tiny):
     assert len({r["protocol"]["reference_hash"] for r in swept}) == 1
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert [r["metric"] for r in records].count("ntp_loss") == 1
+
+
+def test_samples_are_resized_before_they_are_rounded(tiny, home):
+    """Table 13: bicubic of the decoder's floats, then uint8; the reference has the same size."""
+    options = few(sample_size=16, metrics=("fd_scenes",), export=str(home / "x.npz"))
+    found = by_metric(evaluate("tiny", options))["fd_scenes"]["protocol"]
+    assert found["samples_resized"] == 16 and found["samples_size"] == "16 x 16"
+    assert found["reference_size"] == "16 x 16" and "image_size" not in found
+    drawn = torch.from_numpy(read_npz(home / "x.npz")["arr_0"])
+    evaluate("tiny", replace(options, sample_size=0))
+    plain = torch.from_numpy(read_npz(home / "x.npz")["arr_0"]).permute(0, 3, 1, 2).float()
+    want = F.interpolate(plain, (16, 16), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
+    errors = (drawn.float() - want).abs()
+    assert errors.max() <= 2, "of rounding once, after the resize, in place of twice"
+    assert 0.1 < errors.mean() < 0.5
 
 
 def test_export_and_samples_of_a_file(tiny, home):
@@ -981,6 +1006,7 @@ def test_the_command(tiny, capsys):
     assert "fd_scenes" in said and "ntp_loss" in said and "network scenes" in said
     assert {r["metric"] for r in read_metrics(Run.open("tiny"))} == {
         "fd_scenes",
+        "fd_scenes_halves",
         "ntp_loss",
         "usage_entropy",
         "predictable",
@@ -1031,18 +1057,97 @@ def refused(message, function, *arguments, **keywords):
         function(*arguments, **keywords)
 
 
-def test_spatial_statistics_need_more_samples_than_features():
-    sets = {count: extract("few", pixels(count, 8).split(64), Stub()) for count in (2_023, 2_024)}
-    assert compare(sets[2_024], sets[2_024], Stub(), ["sfid"])["sfid"][0] == pytest.approx(
-        0, abs=1e-9
+def test_a_frechet_distance_of_inception_needs_more_samples_than_features():
+    """Pool has 12 features here (2,048 in truth), spatial 4 (2,023): below that the covariance is
+    singular, and two sets of one distribution are far apart.
+    """
+    sets = {count: extract("few", pixels(count, 8).split(64), Stub()) for count in (4, 5, 12, 13)}
+    for metric, features in (("sfid", 4), ("gfid", 12)):
+        enough, few = sets[features + 1], sets[features]
+        value, details = compare(enough, enough, Stub(), [metric])[metric]
+        assert value == pytest.approx(0, abs=1e-9) and details == {}
+        for pair in ((few, enough), (enough, few)):
+            said = f"'few' has {features} samples: {features + 1} at least"
+            refused(said, compare, *pair, Stub(), [metric])
+            assert metric not in compare(*pair, Stub(), k=1, subsets=1, subset_size=3)
+
+
+def test_a_frechet_distance_of_few_samples_is_marked_in_other_spaces():
+    other = Stub("other")
+    for count, details in (
+        (12, {"covariance": "singular: no more samples than features"}),
+        (13, {}),
+    ):
+        few = extract("few", pixels(count, 8).split(64), other)
+        assert compare(few, few, other, ["fd_other"])["fd_other"][1] == details
+        given = FeatureSet("file", "", 0, {"pool": few.moments["pool"]}, given=("pool",))
+        assert compare(given, given, other, ["fd_other"])["fd_other"][1] == {}
+
+
+def test_halves_of_a_reference_are_as_far_apart_as_two_sets_of_one_distribution():
+    """A thousand each of 64 standard normal features: 64 variances' errors, about 2 D^2 / 4 n."""
+    rows = torch.randn(2_000, 64, generator=torch.Generator().manual_seed(1))
+    real = FeatureSet("x", "", 2_000, rows=rows)
+    distance, count = halves_distance(real, Stub("other"))
+    assert count == 1_000 and 1.5 < distance < 2.7
+    twice, _ = halves_distance(FeatureSet("x", "", 1_000, rows=rows[:1_000]), Stub("other"))
+    assert 1.7 < twice / distance < 2.3, "of half as many samples it is twice as far"
+    assert halves_distance(FeatureSet("x", "", 9), Stub("other")) is None
+    given = FeatureSet("x", "", 2_000, rows=rows, given=("pool",))
+    assert halves_distance(given, Stub("other")) is None, "its statistics are of other images"
+    assert halves_distance(FeatureSet("x", "", 60, rows=rows[:60]), Stub("inception")) is None
+
+
+def test_neighbours_of_many_rows_are_those_of_ten_thousand(monkeypatch):
+    """GPIC's protocol: density and coverage of as many random rows of each; the protocol says so."""
+    monkeypatch.setattr(scores, "PRDC_ROWS", 50)
+    one, two = gaussian(0, 80), gaussian(1, 60)
+    sets = [FeatureSet(name, "", len(rows), rows=rows) for name, rows in (("a", one), ("b", two))]
+    found = compare(*sets, Stub("other"), ["prdc"])
+    assert found["prdc_density"][1].items() >= {"rows": 50, "rows_seed": 0}.items()
+    few = compare(*sets, Stub("other"), ["precision_recall"])
+    assert "rows" not in few["precision"][1], "ADM's are of all"
+    again = compare(*sets, Stub("other"), ["prdc"])
+    assert found == again != compare(*sets, Stub("other"), ["prdc"], seed=1)
+    monkeypatch.setattr(scores, "PRDC_ROWS", 80)
+    assert "rows" not in compare(*sets, Stub("other"), ["prdc"])["prdc_density"][1]
+
+
+def test_gpic_brings_features_for_the_neighbours(home):
+    """dino_embeddings serve precision, recall, density, coverage and MMD, beside its statistics."""
+    network, rows = Stub("dinov2-l"), gaussian(3, 80).float()
+    fake = FeatureSet(
+        "mine",
+        "",
+        60,
+        {"pool": (rows[:60].double().mean(0), torch.cov(rows[:60].double().T))},
+        rows[:60],
     )
+    statistics = {"dino_mu": np.zeros(rows.shape[1]), "dino_sigma": np.eye(rows.shape[1])}
+    np.savez(home / "test_stats.npz", dino_embeddings=rows.numpy(), **statistics)
+    real = sources.reference(home / "test_stats.npz", network, 8)
+    found = compare(fake, real, network, subset_size=20)
+    assert found.keys() >= {
+        "fd_dinov2-l",
+        "mmd_dinov2-l",
+        "precision",
+        "recall",
+        "prdc_density",
+        "prdc_coverage",
+    }
+    assert found["prdc_precision"][0] == 1, "every sample is one of the reference"
+    assert torch.equal(real.moments["pool"][0], torch.zeros(rows.shape[1], dtype=torch.float64))
+    np.savez(home / "features.npz", dino_embeddings=rows.numpy())
+    alone = sources.reference(home / "features.npz", network, 8)
+    assert torch.allclose(alone.moments["pool"][0], rows.double().mean(0))
+    np.savez(home / "bad.npz", dino_embeddings=np.zeros((3, 2, 2)))
     refused(
-        "'few' has 2023 samples: 2024 at least", compare, sets[2_023], sets[2_024], Stub(), ["sfid"]
+        "dino_embeddings of '.*bad.npz' is .3, 2, 2. .*: float rows",
+        sources.reference,
+        home / "bad.npz",
+        network,
+        8,
     )
-    refused(
-        "'few' has 2023 samples: 2024 at least", compare, sets[2_024], sets[2_023], Stub(), ["sfid"]
-    )
-    assert "sfid" not in compare(sets[2_023], sets[2_024], Stub(), k=1, subsets=1, subset_size=50)
 
 
 @pytest.mark.parametrize("k", (0, 3, 7))
@@ -1162,7 +1267,7 @@ def test_a_set_of_which_nothing_can_be_measured():
     )
     one.inception_score = None
     refused(
-        "nothing can be measured of 'one' against 'some': 'one' has 1 samples: 2 at least",
+        "nothing can be measured of 'one' against 'some': 'one' has 1 sample: 2 at least",
         compare,
         one,
         some,
@@ -1416,22 +1521,20 @@ def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(
     )
 
 
-def test_rfid_is_of_floats_that_no_rounding_has_touched(inception_weights, tiny, monkeypatch):
+def test_rfid_is_of_floats_that_no_rounding_has_touched(
+    inception_weights, tiny, monkeypatch, capsys
+):
     """Reconstructions go through pytorch-fid's resize of floats, not through the graph's of uint8;
     the protocol says so.
     """
-    monkeypatch.setattr(scores, "frechet_distance", lambda *sets: 1.0)  # of 2,048 features: seconds
-    found = by_metric(
-        evaluate(
-            "tiny",
-            few(
-                network="inception",
-                weights=inception_weights,
-                reconstruction=True,
-                reference_count=4,
-            ),
-        )
+    options = few(
+        network="inception", weights=inception_weights, reconstruction=True, reference_count=4
     )
+    assert by_metric(evaluate("tiny", options)).keys() == {"psnr", "ssim", "l1"}
+    said = "no rfid: 'tiny' has 4 samples: 2,049 at least are needed for pool"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(scores, "_distance", lambda *sets: (1.0, {}))
+    found = by_metric(evaluate("tiny", options))
     assert found.keys() == {"psnr", "ssim", "l1", "rfid"}
     assert (
         found["rfid"]["protocol"].items()

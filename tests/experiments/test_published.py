@@ -182,7 +182,10 @@ def test_every_number_stands_in_the_paper_in_this_order(table):
 
 def test_the_papers_rows_stand_beside_their_cells():
     table = printed("tokenizer", "scenes").set_index(["cell", "role", "metric"]).value
-    assert table["LFQ", "baseline", "fd"] == 18.681 and table["LFQ", "gear", "rfd"] == 2.129
+    assert (
+        table["LFQ, tau = 0.25", "baseline", "fd"] == 18.681
+        and table["LFQ, tau = 0.25", "gear", "rfd"] == 2.129
+    )
     assert table["VQ", "gear", "psnr"] == 20.779
     shared = printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
     assert (

@@ -28,7 +28,8 @@ def name_of(value, named):
 
 def size(config):
     lines_of_their_own = {
-        f: getattr(config.generator, f) for f in ("tap_layer", "projector_dim", "class_dropout")
+        f: getattr(config.generator, f)
+        for f in ("tap_layer", "projector_dim", "class_dropout", "condition_rotation")
     }
     return name_of(
         config.generator,
@@ -45,7 +46,7 @@ TEACHERS = {
     "dinov2-b": "DINOv2",
     "dinov3-b": "DINOv3",
     "siglip2-b": "SigLIPv2",
-    "vjepa2-l": "V-JEPA2.1",
+    "vjepa2.1-b": "V-JEPA2.1",
 }
 
 # A line of a table: the values of a run of the stage `joint` that all have to be what is printed.
@@ -127,6 +128,9 @@ UNPRINTED = {
     "data.interpolation": "bicubic",
     "data.flip": True,
     "data.labels": "class",
+    "data.val_source": "",
+    "generator.condition_rotation": "zero",
+    "objective.disc_norm": "batch",
     "objective.gan_start": 0.0,
     "objective.disc_channels": 64,
     "objective.disc_layers": 3,
@@ -255,7 +259,8 @@ OTHER = {  # where twice as much, or another word, is no value of the field
     "generator.width": 2048,
     "generator.heads": 32,
     "generator.tap_layer": 9,
-    "generator.condition_rotation": "zero",
+    "generator.condition_rotation": "identity",
+    "objective.disc_norm": "group",
     "objective.bridge": "none",
     "objective.disc_layers": 4,
     "data.interpolation": "box",

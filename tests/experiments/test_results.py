@@ -8,7 +8,9 @@ from helpers import record_scored, record_study
 
 from gear.config import UserError
 from gear.experiments import results
+from gear.experiments.presets import change
 from gear.experiments.recipes import recipe
+from gear.experiments.studies import Scoring
 from gear.runs.folder import runs_dir
 from gear.runs.run import Run
 
@@ -20,7 +22,7 @@ def test_scores_are_read_at_their_step_and_guidance():
         (r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"]
         for r in records
     }
-    found = results.measured("tiny-gear-s0", "tiny", 100, 1.5, 12)
+    found = results.measured("tiny-gear-s0", "tiny", Scoring(100), 1.5, 12)
     assert (
         found["fd"] == wanted[12, 1.5, "fd_scenes"]
         and found["precision"] == wanted[12, 1.5, "precision"]
@@ -29,13 +31,13 @@ def test_scores_are_read_at_their_step_and_guidance():
         found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
     )
     assert "ntp_loss" not in found, "nothing was logged at that step"
-    last = results.measured("tiny-gear-s0", "tiny", 100)
+    last = results.measured("tiny-gear-s0", "tiny", Scoring(100))
     assert last["ntp_loss"] < 5, "the log's, not the evaluation's"
     assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
-    assert "fd" not in results.measured("tiny-gear-s0", "tiny", 99), (
+    assert "fd" not in results.measured("tiny-gear-s0", "tiny", Scoring(99)), (
         "another number of samples is another score"
     )
-    table = results.quality("tiny-gear-s[0]", 100, steps=(12, 24), scales=(1.0, 2.0))
+    table = results.quality("tiny-gear-s[0]", Scoring(100), steps=(12, 24), scales=(1.0, 2.0))
     assert set(zip(table.step, table.cfg_scale)) == {(12, 1.0), (24, 1.0), (24, 2.0)}
     lacks = "^no run 'tiny-gear-s0' with scores of "
     for arguments, said in (
@@ -50,9 +52,9 @@ def test_scores_are_read_at_their_step_and_guidance():
         ((100, (), (1.0, 9.0)), "100 samples at step 24, guidance 9: .*--sweep cfg_scale=1,9"),
     ):
         with pytest.raises(UserError, match=lacks + said):
-            results.quality("tiny-gear-s0", *arguments)
+            results.quality("tiny-gear-s0", Scoring(arguments[0]), *arguments[1:])
     record_study("size", seeds=(0,))
-    table = results.by_size("tiny", (0,), 100, (1.0, 2.0))
+    table = results.by_size("tiny", (0,), Scoring(100), (1.0, 2.0))
     assert (
         len(table.run.unique()) == 6
         and set(table.width) == {16, 32, 48}
@@ -62,7 +64,7 @@ def test_scores_are_read_at_their_step_and_guidance():
         UserError,
         match="no run ('tiny-[^']*', ){5}'tiny-[^']*' with .* evaluate (tiny-[^ ]* ){6}--network",
     ):
-        results.by_size("tiny", (0,), 100, (1.0, 9.0))
+        results.by_size("tiny", (0,), Scoring(100), (1.0, 9.0))
 
 
 @pytest.mark.parametrize(
@@ -72,26 +74,26 @@ def test_scores_of_another_protocol_do_not_count(other):
     """Neither beside the right ones, whichever was written last, nor in their place."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
     right, records = (
-        results.measured("tiny-gear-s0", "tiny", 100),
+        results.measured("tiny-gear-s0", "tiny", Scoring(100)),
         json.loads((run.path / "metrics.json").read_text()),
     )
     wrong = [r | {"value": -1.0, "protocol": r["protocol"] | other} for r in records]
     for both in (records + wrong, wrong + records):
         (run.path / "metrics.json").write_text(json.dumps(both))
-        assert results.measured("tiny-gear-s0", "tiny", 100) == right
+        assert results.measured("tiny-gear-s0", "tiny", Scoring(100)) == right
     (run.path / "metrics.json").write_text(json.dumps(wrong))
-    assert not results.SCORED & results.measured("tiny-gear-s0", "tiny", 100).keys()
+    assert not results.SCORED & results.measured("tiny-gear-s0", "tiny", Scoring(100)).keys()
 
 
 def test_a_missing_or_unscored_run_is_named():
     record_study("depth")
-    assert len(results.results("depth", "tiny", count=100)) > 50
-    shutil.rmtree(runs_dir() / "tiny-gear-s1-tap-2")
+    assert len(results.results("depth", "tiny", scoring=Scoring(100))) > 50
+    shutil.rmtree(runs_dir() / "tiny-joint-s1-tap-2")
     (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
-        results.results("depth", "tiny", count=100)
+        results.results("depth", "tiny", scoring=Scoring(100))
     said = (
-        "needs tiny-llamagen-repa-s0, tiny-gear-s1-tap-2, trained and scored: gear sweep depth "
+        "needs tiny-llamagen-repa-s0, tiny-joint-s1-tap-2, trained and scored: gear sweep depth "
         "--preset tiny --seeds 0,1,2"
     )
     assert f"{said} --count 100" in str(error.value)
@@ -99,27 +101,69 @@ def test_a_missing_or_unscored_run_is_named():
 
 def test_a_table_of_means_and_spreads():
     record_study("depth")
-    summary = results.summary(results.results("depth", "tiny", count=100))
+    summary = results.summary(results.results("depth", "tiny", scoring=Scoring(100)))
     assert summary.loc[("layer 1 of 3", "gear"), "Fréchet distance"].count("+-") == 1
+
+
+def test_resized_samples_are_scores_of_their_own():
+    """Neither do they stand for samples as they were drawn, nor these for them."""
+    config = change(recipe("tiny-joint-s0"), dict(data=dict(image_size=48)))
+    run = record_scored("tiny-joint-s0", config)
+    plain = results.measured("tiny-joint-s0", "tiny", Scoring(100))
+    assert "fd" not in results.measured("tiny-joint-s0", "tiny", Scoring(100, sample_size=32))
+    records = json.loads((run.path / "metrics.json").read_text())
+    resized = [
+        r | {"value": 99.0, "protocol": r["protocol"] | {"samples_resized": 32}}
+        for r in records
+        if "cfg_scale" in r["protocol"]
+    ]
+    (run.path / "metrics.json").write_text(json.dumps(records + resized))
+    assert results.measured("tiny-joint-s0", "tiny", Scoring(100)) == plain
+    assert results.measured("tiny-joint-s0", "tiny", Scoring(100, sample_size=32))["fd"] == 99
+    same = results.measured("tiny-joint-s0", "tiny", Scoring(100, sample_size=48))
+    assert same == plain, "of their own size they are not resized"
+
+
+def test_scores_against_a_reference_are_read_back():
+    """By the reference's name, and not those against the run's own images."""
+    run = record_scored("tiny-joint-s0", recipe("tiny-joint-s0"))
+    scoring = Scoring(100, reference="/data/adm.npz")
+    assert "fd" not in results.measured("tiny-joint-s0", "tiny", scoring)
+    records = json.loads((run.path / "metrics.json").read_text())
+    for entry in records:
+        if entry["metric"] == "fd_scenes":
+            protocol = entry["protocol"] | {"reference": "adm.npz", "reference_count": 10_000}
+            records = [*records, entry | {"value": 7.0, "protocol": protocol}]
+    (run.path / "metrics.json").write_text(json.dumps(records))
+    assert results.measured("tiny-joint-s0", "tiny", scoring)["fd"] == 7
+    assert results.measured("tiny-joint-s0", "tiny", Scoring(100))["fd"] != 7
+    words = results.scoring_words("tiny", run.config, scoring)
+    assert words == [
+        "--network", "scenes", "--both", "--count", "100", "--reference", "/data/adm.npz",
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match="gear sweep depth .* --count 100 --reference /data/adm.npz"
+    ):
+        results.results("depth", "tiny", scoring=scoring)
 
 
 def test_a_run_of_another_step_does_not_count():
     config = recipe("tiny-gear-s0")
     run = record_scored("tiny-gear-s0", config)
     Run.create(run.name, run.config | {"steps": 999})
-    assert not results.measured("tiny-gear-s0", "tiny", 100)
+    assert not results.measured("tiny-gear-s0", "tiny", Scoring(100))
 
 
 def test_a_source_with_fewer_images_gives_all_it_has():
     """tiny's validation split has 128: of them all the scores count, of 127 of them they do not."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
-    assert {"fd", "psnr"} <= results.measured("tiny-gear-s0", "tiny", 100).keys()
+    assert {"fd", "psnr"} <= results.measured("tiny-gear-s0", "tiny", Scoring(100)).keys()
     records = json.loads((run.path / "metrics.json").read_text())
     assert {r["protocol"]["images"] for r in records if r["metric"] == "psnr"} == {128}
     for r in records:
         r["protocol"] |= {"images": 127} if "images" in r["protocol"] else {}
     (run.path / "metrics.json").write_text(json.dumps(records))
-    assert "psnr" not in results.measured("tiny-gear-s0", "tiny", 100)
+    assert "psnr" not in results.measured("tiny-gear-s0", "tiny", Scoring(100))
 
 
 def test_images_are_counted_from_the_scores():

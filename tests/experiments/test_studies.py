@@ -10,13 +10,23 @@ from gear.config import UserError, differences, to_dict
 from gear.experiments.presets import change
 from gear.experiments.published import published
 from gear.experiments.recipes import RECIPES, plan, recipe
-from gear.experiments.studies import STUDIES, cell_name, members, seeds_of, space, study
+from gear.experiments.results import scoring_words
+from gear.experiments.studies import (
+    STUDIES,
+    Scoring,
+    cell_name,
+    members,
+    of_study,
+    seeds_of,
+    space,
+    study,
+)
 
 TEACHERS = {
     "dinov2-b": "DINOv2",
     "dinov3-b": "DINOv3",
     "siglip2-b": "SigLIPv2",
-    "vjepa2-l": "V-JEPA2.1",
+    "vjepa2.1-b": "V-JEPA2.1",
 }
 AXES = {  # a study: its column of Table 15, the bold line, and what a cell's joint stage has there
     "temperature": ("Temp. Tab. 5", "Guidance temp. tau", lambda c: f"{c.objective.tau:g}"),
@@ -31,7 +41,7 @@ ALLOWED = {  # of a study: fields in which a cell's runs may differ from the pre
     "temperature": {"objective.tau"},
     "weight": {"objective.align_weight"},
     "components": {"objective.bridge", "objective.gan_weight"},
-    "size": {f"generator.{f}" for f in ("width", "layers", "heads", "tap_layer", "projector_dim")},
+    "size": {f"generator.{f}" for f in ("width", "layers", "heads", "tap_layer")},
     "teacher": {"teacher"},
     "depth": {"generator.tap_layer"},
     "initialisation": {"tokenizer_run"},
@@ -94,14 +104,13 @@ def test_a_cell_is_one_command(name):
         base = recipe(member.words[0])
         options = parse(TrainOptions(base), list(member.words[1:]))
         run = f"{member.words[0]}-{options.label}" if options.label else member.words[0]
-        assert (
-            run == member.name
-            and plan(options.config, run, base, options.label or None) == member.planned
-        )
+        shared = options.share_warm_up
+        planned = plan(options.config, run, base, options.label or None, share_warm_up=shared)
+        assert run == member.name and planned == member.planned
 
 
 def test_warm_ups_are_shared():
-    for name in STUDIES.keys() - {"tokenizer", "resolution"}:
+    for name in STUDIES.keys() - {"tokenizer"}:
         warm_ups = {
             n
             for m in members(name, "scenes", [0, 1])
@@ -112,7 +121,7 @@ def test_warm_ups_are_shared():
     assert {m.name for m in members("weight", "scenes", [0])} & {
         m.name for m in members("temperature", "scenes", [0])
     } == {
-        "scenes-gear-s0",
+        "scenes-joint-s0",
         "scenes-llamagen-repa-s0",
     }
 
@@ -137,3 +146,63 @@ def test_the_short_family_starts_from_the_same_warm_up():
     assert RECIPES["imagenet256-l-100k-joint"] == change(
         RECIPES["imagenet256-l-joint"], dict(steps=100_000, recipe="imagenet256-l-100k-joint")
     )
+
+
+@pytest.mark.parametrize("preset", ("scenes", "cifar10", "cifar10-smoke", "imagenet256-l"))
+def test_sizes_are_aligned_at_a_third_of_their_depth(preset):
+    for member in members("size", preset, [0]):
+        generator = member.planned[-1][1].generator
+        assert generator.layers == 3 * generator.tap_layer
+
+
+@pytest.mark.parametrize("preset", ("scenes", "cifar10", "imagenet256-l", "imagenet100-128"))
+@pytest.mark.parametrize("name", STUDIES)
+def test_gear_is_the_joint_runs_own_generator(name, preset):
+    """Sec. 4.1: in the ablations GEAR is what the joint stage trained, at the baseline's schedule; a
+    fresh generator is a column of its own.
+    """
+    stages = {"gear": "joint", "baseline": "generator", "transfer": "generator"}
+    found = members(name, preset, [0], transfer=True)
+    for member in found:
+        assert member.planned[-1][1].stage == stages[member.role]
+    schedules = {
+        (
+            config.steps,
+            config.batch_size,
+            config.optimizer.generator_lr,
+            config.optimizer.decay_from,
+        )
+        for config in (member.planned[-1][1] for member in found)
+    }
+    assert len(schedules) == 1
+    for member in found:
+        if member.role == "transfer":
+            assert member.planned[-1][1].tokenizer_run == member.planned[-2][0]
+            assert member.planned[-2][0] in {m.name for m in found if m.role == "gear"}
+
+
+def test_resolution_changes_the_joint_stage_alone():
+    """Table 13: one warm-up for all, and samples are compared at the preset's size."""
+    for member in members("resolution", "imagenet256-l", [0]):
+        *warm_up, own = member.planned
+        assert [(n, c.data.image_size) for n, c in warm_up] == [("imagenet256-l-tokenizer-s0", 256)]
+        size = own[1].data.image_size
+        scoring = of_study("resolution", "imagenet256-l", Scoring())
+        words = scoring_words("imagenet256-l", to_dict(own[1]), scoring)
+        assert ("--sample-size" in words) == (size != 256)
+        assert words[words.index("--count") + 1] == "50000"
+        plain = scoring_words(
+            "imagenet256-l", to_dict(own[1]), of_study("size", "scenes", Scoring())
+        )
+        assert "--sample-size" not in plain, "runs of another size alone are scored as they are"
+
+
+def test_a_shared_warm_up_keeps_its_size_and_nothing_else():
+    """Of other images there is another warm-up."""
+    base = recipe("scenes-joint-s0")
+    config = change(base, dict(data=dict(image_size=48, train_images=99)))
+    planned = plan(config, "scenes-joint-s0-x", base, "x", share_warm_up=True)
+    assert [(n, c.data.image_size, c.data.train_images) for n, c in planned] == [
+        ("scenes-tokenizer-s0-x", 32, 99),
+        ("scenes-joint-s0-x", 48, 99),
+    ]

@@ -18,7 +18,7 @@ from gear.__main__ import main
 from gear.config import UserError, to_dict
 from gear.experiments import sweep
 from gear.experiments.recipes import TINY, recipe
-from gear.experiments.studies import members
+from gear.experiments.studies import Scoring, members
 from gear.runs.folder import runs_dir
 from gear.runs.run import Run, run_names
 
@@ -66,7 +66,9 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
     main(["sweep", "depth", "--preset", "tiny", "--count", "100"])
     out = capsys.readouterr().out
     assert "18 runs in all, 0 to train with their parents, 0 sets of scores" in out
-    assert "after Holm's correction" in out and "layer 2 of 3" in out and "+-" in out
+    assert (
+        "after Benjamini and Hochberg's correction" in out and "layer 2 of 3" in out and "+-" in out
+    )
 
 
 def packed(*patterns):
@@ -85,7 +87,7 @@ def planned(monkeypatch, count=100):
     monkeypatch.setattr(
         sweep, "work", lambda tasks, finished, *_: seen.update(tasks=tasks, finished=finished)
     )
-    sweep.sweep("depth", "tiny", (0,), count=count, tell=lambda _: None)
+    sweep.sweep("depth", "tiny", (0,), scoring=Scoring(count), tell=lambda _: None)
     return {task.name: task.needs for task in seen.get("tasks", ())}, seen.get("finished", set())
 
 
@@ -109,14 +111,14 @@ def test_a_run_goes_before_the_record_of_its_name(monkeypatch):
     record_study("depth", seeds=(0,))
     packed("tiny-*")
     config = members("depth", "tiny", [0], ["tap-0"])[1].planned[-1][1]
-    recorded("tiny-gear-s0-tap-0", config)  # without scores, and without weights
+    recorded("tiny-joint-s0-tap-0", config)  # without scores, and without weights
     tasks, _ = planned(monkeypatch)
     assert (
-        "scores of tiny-gear-s0-tap-0" in tasks
-        and "tiny-gear-s0-tap-0" in tasks
-        and "tiny-gear-s0" not in tasks
+        "scores of tiny-joint-s0-tap-0" in tasks
+        and "tiny-joint-s0-tap-0" in tasks
+        and "tiny-joint-s0" not in tasks
     )
-    recorded("tiny-gear-s0-tap-0", replace(config, batch_size=7))
+    recorded("tiny-joint-s0-tap-0", replace(config, batch_size=7))
     with pytest.raises(UserError, match="batch_size: 7 -> "):
         planned(monkeypatch)
 
@@ -127,54 +129,47 @@ def test_a_record_of_another_configuration_settles_nothing(monkeypatch):
     record_scored(member.name, replace(member.planned[-1][1], batch_size=7))
     packed("tiny-*")
     tasks, _ = planned(monkeypatch)
-    assert {member.name, f"scores of {member.name}"} <= tasks.keys() and "tiny-gear-s0" not in tasks
+    assert {
+        member.name,
+        f"scores of {member.name}",
+    } <= tasks.keys() and "tiny-joint-s0" not in tasks
 
 
 def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     record_study("depth", seeds=(0,))
-    (runs_dir() / "tiny-gear-s0" / "metrics.json").unlink()
-    (runs_dir() / "tiny-gear-s0" / "checkpoints" / "0000024").mkdir(parents=True)  # it has weights
+    (runs_dir() / "tiny-joint-s0" / "metrics.json").unlink()
+    (runs_dir() / "tiny-joint-s0" / "checkpoints" / "0000024").mkdir(parents=True)  # it has weights
     seen, told = {}, []
     monkeypatch.setattr(
         sweep,
         "work",
         lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs),
     )
-    sweep.sweep("depth", "tiny", (0, 1), ["default", "tap-0"], count=100, tell=told.append)
+    sweep.sweep(
+        "depth", "tiny", (0, 1), ["default", "tap-0"], scoring=Scoring(100), tell=told.append
+    )
     names = [task.name for task in seen["tasks"]]
     assert names == [
         "tiny-tokenizer-s1",
         "tiny-llamagen-repa-s1-tap-0",
-        "tiny-gear-s1-tap-0",
+        "tiny-joint-s1-tap-0",
         "tiny-llamagen-repa-s1",
-        "tiny-gear-s1",
+        "tiny-joint-s1",
         "scores of tiny-llamagen-repa-s1-tap-0",
-        "scores of tiny-gear-s1-tap-0",
-        "scores of tiny-gear-s0",
+        "scores of tiny-joint-s1-tap-0",
+        "scores of tiny-joint-s0",
         "scores of tiny-llamagen-repa-s1",
-        "scores of tiny-gear-s1",
+        "scores of tiny-joint-s1",
     ]
     by_name = {task.name: task for task in seen["tasks"]}
-    chain, planned = (
-        by_name["tiny-gear-s1-tap-0"],
-        dict(members("depth", "tiny", [1], ["tap-0"])[1].planned),
-    )
-    assert chain.command[:6] == (
-        "train",
-        "tiny-gear-s1",
-        "--tap-layer",
-        "0",
-        "--label",
-        "tap-0",
-    )  # its joint stage, too:
-    assert chain.images == sum(
-        planned[n].steps * planned[n].batch_size for n in ("tiny-joint-s1-tap-0", chain.name)
-    )
-    assert (
-        chain.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs
-        and by_name[chain.needs].needs == ""
-    )
-    assert by_name["scores of tiny-gear-s0"].needs in seen["finished"] and seen["jobs"] >= 1
+    task = by_name["tiny-joint-s1-tap-0"]
+    planned = dict(members("depth", "tiny", [1], ["tap-0"])[1].planned)
+    words = ("train", "tiny-joint-s1", "--tap-layer", "0", "--label", "tap-0")
+    assert task.command[:6] == words
+    assert task.images == planned[task.name].steps * planned[task.name].batch_size
+    assert task.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs
+    assert by_name[task.needs].needs == ""
+    assert by_name["scores of tiny-joint-s0"].needs in seen["finished"] and seen["jobs"] >= 1
     every = {
         n: config
         for m in members("depth", "tiny", [1], ["default", "tap-0"])
@@ -182,13 +177,13 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     }
     images = sum(config.steps * config.batch_size for config in every.values())
     assert (
-        "7 to train with their parents, 5 sets of scores" in told[0]
+        "5 to train with their parents, 5 sets of scores" in told[0]
         and "FLOP" in told[0]
         and "h100" in told[0]
     )
     assert (
         f"{images:,} images" in told[0]
-        and len(every) == 7
+        and len(every) == 5
         and "not known before a run of the stage" in told[0]
     )
 
@@ -207,34 +202,36 @@ def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
             (recorded(name.replace("_", "-"), config).path / "checkpoints" / "0000024").mkdir(
                 parents=True
             )
-        sweep.sweep("depth", "tiny", (0,), ["tap-0"], count=100, tell=lambda _: None)
+        options = dict(scoring=Scoring(100), tell=lambda _: None, transfer=True)
+        sweep.sweep("depth", "tiny", (0,), ["tap-0"], **options)
         names = {task.name for task in seen["tasks"]}
         assert all(
             not task.needs or task.needs in names | set(seen["finished"]) for task in seen["tasks"]
         )
         return {task.name: (task.images, task.needs) for task in seen["tasks"] if task.images}
 
-    baseline, gear = members("depth", "tiny", [0], ["tap-0"])
-    assert (baseline.name, gear.name) == ("tiny-llamagen-repa-s0-tap-0", "tiny-gear-s0-tap-0")
+    baseline, joint, fresh = members("depth", "tiny", [0], ["tap-0"], transfer=True)
+    assert [m.role for m in (baseline, joint, fresh)] == ["baseline", "gear", "transfer"]
+    assert (joint.name, fresh.name) == ("tiny-joint-s0-tap-0", "tiny-gear-s0-tap-0")
     images = {
-        name: config.steps * config.batch_size for name, config in gear.planned + baseline.planned
+        name: config.steps * config.batch_size for name, config in fresh.planned + baseline.planned
     }
-    both = images["tiny-joint-s0-tap-0"] + images[gear.name]
     assert chains() == {
         "tiny-tokenizer-s0": (images["tiny-tokenizer-s0"], ""),
         baseline.name: (images[baseline.name], "tiny-tokenizer-s0"),
-        gear.name: (both, "tiny-tokenizer-s0"),
+        joint.name: (images[joint.name], "tiny-tokenizer-s0"),
+        fresh.name: (images[fresh.name], joint.name),
     }
-    record_scored(baseline.name, baseline.planned[-1][1])  # GEAR alone starts from the warm-up then
-    assert chains() == {gear.name: (images["tiny-tokenizer-s0"] + both, "")}
-    assert chains(tiny_tokenizer_s0=gear.planned[0][1]) == {gear.name: (both, "tiny-tokenizer-s0")}
-    joint = dict(gear.planned)["tiny-joint-s0-tap-0"]
+    record_scored(baseline.name, baseline.planned[-1][1])
+    record_scored(fresh.name, fresh.planned[-1][1])  # GEAR alone starts from the warm-up then
+    both = images["tiny-tokenizer-s0"] + images[joint.name]
+    assert chains() == {joint.name: (both, "")}
     task = next(task for task in seen["tasks"] if task.images)
-    Run.create("tiny-joint-s0-tap-0", to_dict(joint))
-    assert task.at() == "at step 0 of its parent 'tiny-joint-s0-tap-0'"
-    shutil.rmtree(runs_dir() / "tiny-joint-s0-tap-0")
-    assert chains(**{"tiny-joint-s0-tap-0": joint}) == {
-        gear.name: (images[gear.name], "tiny-joint-s0-tap-0")
+    Run.create("tiny-tokenizer-s0", to_dict(joint.planned[0][1]))
+    assert task.at() == "at step 0 of its parent 'tiny-tokenizer-s0'"
+    shutil.rmtree(runs_dir() / "tiny-tokenizer-s0")
+    assert chains(tiny_tokenizer_s0=joint.planned[0][1]) == {
+        joint.name: (images[joint.name], "tiny-tokenizer-s0")
     }
 
 

@@ -1,19 +1,25 @@
 """A verdict is computed from the runs: other numbers, another verdict, of a claim as of a study."""
 
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import record_study
+from helpers import record_study, recorded
 
 from gear.experiments import verdicts
-from gear.experiments.claims import CLAIMS, STATISTICS, Claim
+from gear.experiments.claims import CLAIMS, PAIRED, STATISTICS, Claim
+from gear.experiments.recipes import recipe
 from gear.experiments.results import results
-from gear.experiments.verdicts import compare, directions, family, tally
+from gear.experiments.studies import Scoring
+from gear.experiments.verdicts import by_chance, compare, directions, family, tally
+from gear.measures.paired import benjamini_hochberg
+from gear.runs.folder import runs_dir
 from gear.runs.names import RunName
 from gear.runs.run import Run
 
+BASELINE = ("llamagen-repa",)
 LOSS = "next-token loss (nats a token)"
 LOWER = Claim("Loss is lower than {against}'s", "Fig. 3", LOSS, "gear", ("llamagen-repa",), -1)
 ABOVE = Claim("Loss is above {against}", "", LOSS, "gear", ("",), +1)
@@ -86,13 +92,41 @@ def test_a_family_is_corrected_for_its_size():
     ]
     alone, two = family(rows[1:]), family(rows)
     unchanged = ["contradicted", "", "not testable: 2 seeds"]
-    assert alone.verdict.tolist() == alone.verdict_holm.tolist() == unchanged
-    assert two.p_holm[:2].tolist() == pytest.approx([2 * two.p[0], two.p[1]])
+    assert alone.verdict.tolist() == alone.verdict_corrected.tolist() == unchanged
+    assert two.p_corrected[:2].tolist() == pytest.approx([2 * two.p[0], two.p[1]])
     three = family([*rows, compare(pd.Series([-0.1, 0.2, 0.3]), 1)])
-    assert three.verdict[1] == "contradicted" and three.verdict_holm[1] == "undecided"
-    assert three.p_holm[1] == 2 * three.p[1]
-    decided = "1 of 4 reproduced, 1 after Holm's correction; 1 contradicted, 0 after it"
-    assert tally(three) == f"{decided}; 1 not testable: 2 seeds; 1 undecided"
+    assert three.verdict[1] == "contradicted" and three.verdict_corrected[1] == "undecided"
+    assert three.p_corrected[1] == 2 * three.p[1]
+    assert tally(three) == (
+        "Of 3 claimed directions chance alone would reproduce about 0.1 and contradict as many. "
+        "Of all 3 comparisons 1 are reproduced, 1 after Holm's correction; 1 contradicted, 0 after it; "
+        "1 not testable: 2 seeds; 1 undecided"
+    )
+
+
+def test_what_chance_decides_is_counted():
+    """Of 4,000 directions of three seeds that differ by nothing, one in forty each way is decided;
+    a claim with a margin is none of them.
+    """
+    rng = np.random.default_rng(0)
+    rows = [compare(rng.normal(size=3), 1) for _ in range(4_000)]
+    table = family(rows)
+    assert by_chance(table) == 100 and by_chance(family([compare(rng.normal(size=3), 0, 9.0)])) == 0
+    for verdict in ("reproduced", "contradicted"):
+        assert abs(sum(table.verdict == verdict) - 100) < 40
+        assert sum(table.verdict_corrected == verdict) <= 1
+
+
+def test_a_study_is_corrected_for_false_discoveries():
+    """p = 0.0025, 0.035, 0.035: by Holm the last two fall, by Benjamini and Hochberg they stand."""
+    rows = [
+        compare(pd.Series(differences), 1)
+        for differences in ([0.21, 0.25, 0.23], [0.1, 0.2, 0.15], [0.1, 0.2, 0.15])
+    ]
+    by_holm, by_rate = family(rows), family(rows, benjamini_hochberg)
+    assert by_holm.verdict_corrected.tolist() == ["reproduced", "undecided", "undecided"]
+    assert by_rate.verdict_corrected.tolist() == ["reproduced"] * 3
+    assert by_rate.p_corrected.tolist() == pytest.approx([3 * rows[0]["p"], *[rows[1]["p"]] * 2])
 
 
 def record(recipe, seed, ntp):
@@ -113,15 +147,16 @@ def test_changing_the_runs_changes_the_verdict(monkeypatch):
     assert row["verdict"] == "reproduced" and row["seeds"] == 3
     assert row["difference"] == pytest.approx(-0.199)
     assert row["low"] < row["difference"] < row["high"] < 0 and row["p"] < 0.05
-    assert row["claim"] == "Loss is lower than the warm-up's"
+    assert row["claim"] == "Loss is lower than LlamaGen-REPA's"
     record("gear", 1, 3.7)
     assert verdicts.claims().verdict[0] == "undecided"
 
 
 def test_without_runs_nothing_is_testable():
     table = verdicts.claims()
-    assert set(table.verdict) == set(table.verdict_holm) == {"not testable: 0 seeds"}
-    assert tally(table).endswith(f"; {len(table)} not testable: 0 seeds")
+    judged = table[table.verdict != ""]
+    assert set(judged.verdict) == set(judged.verdict_corrected) == {"not testable: 0 seeds"}
+    assert tally(table).endswith(f"; {len(judged)} not testable: 0 seeds")
     assert len(verdicts.claims_in_words(table).splitlines()) == len(table)
 
 
@@ -133,8 +168,9 @@ def test_a_claim_stands_alone():
     assert table.claim.is_unique and not table.claim.str.contains("[{}]").any()
     assert all(against in sentence for sentence, against in zip(table.claim, table.against))
     nouns = (
-        "Next-token loss", "H - NTP", "Alignment loss", "Usage entropy", "PSNR", "Patch CKNNA",
-        "Patch CKA", "Content CKA", "Image CKA", "Moran's I", "High-frequency ratio",
+        "Next-token loss", "H - NTP", "Alignment loss", "Usage entropy", "Posterior", "PSNR", "SSIM",
+        "Fréchet distance", "Patch CKNNA", "Patch CKA", "Content CKA", "Image CKNNA", "Image CKA",
+        "Moran's I", "High-frequency ratio",
     )  # fmt: skip
     assert all(claim.sentence.startswith(nouns) for claim in CLAIMS)
 
@@ -148,29 +184,29 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
     lines = verdicts.claims_as_markdown(table).splitlines()
     size, end = "-0.199 [-0.201, -0.197]", "reproduced | reproduced |"
     lower = f"Fig. 3 | {LOSS} | {size} | 3 of 3 | 8.4e-06 | {end}"
-    assert lines[2] == f"| Loss is lower than the warm-up's | {lower}"
+    assert lines[0].endswith(
+        "Of all 2 comparisons 2 are reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."
+    )
+    assert lines[4] == f"| Loss is lower than LlamaGen-REPA's | {lower}"
     above = f" | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
-    assert lines[3] == f"| Loss is above the floor | {above}"
-    assert lines[4:] == [
-        "",
-        "2 of 2 reproduced, 2 after Holm's correction; 0 contradicted, 0 after it.",
-    ]
+    assert lines[5:] == [f"| Loss is above the floor | {above}"]
     words = verdicts.claims_in_words(table).splitlines()
     assert words[0].startswith("reproduced  ")
-    assert words[0].endswith("  Loss is lower than the warm-up's (Fig. 3)")
+    assert words[0].endswith("  Loss is lower than LlamaGen-REPA's (Fig. 3)")
     values = f"{LOSS}: 3.301 against 3.5, {size}, 3 of 3 seeds agree"
     assert words[1].strip() == f"{values}, p = 8.4e-06, reproduced after Holm's correction"
 
 
 def test_statistics_read_the_layer_and_the_level_they_name():
-    """The last layer above its null; how far its maps are from the teacher's; the tokenizer after
-    quantisation; the floor.
+    """Layers from the tap on above their null; how far their maps are from the teacher's; the tap
+    and layer 0 alone; the tokenizer before and after quantisation; the lowest floor.
     """
-    run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1})
+    generator = {"tap_layer": 1, "layers": 2}
+    run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1, "generator": generator})
     run.append({"step": 1, "val/align_loss": -0.7})
     rows = [
         (layer, m, level, 0.1 * layer + v, 0.05, n)
-        for layer in (0, 1)
+        for layer in (0, 1, 2)
         for m, level, v, n in (
             ("cka", "patch", 0.5, 10),
             ("cka", "image", 0.8, 10),
@@ -184,8 +220,10 @@ def test_statistics_read_the_layer_and_the_level_they_name():
             (-1, "moran", 0.9),
             (0, "moran", 0.1),
             (1, "moran", 0.6),
+            (2, "moran", 1.0),
             (-1, "high_frequency", 0.2),
             (1, "high_frequency", 0.5),
+            (2, "high_frequency", 0.1),
         )
     ]
     columns = ["layer", "metric", "level", "value", "null", "n"]
@@ -199,21 +237,93 @@ def test_statistics_read_the_layer_and_the_level_they_name():
     run.table(
         "tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns)
     )
-    floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.2, -0.3]})
-    run.table("alignment_floors", {"images": 4000}, lambda: floors)
+    floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.3, -0.2]})
+    run.table("alignment_floors", {"per_class": 100}, lambda: floors)
     expected = {
-        "patch CKA above null": 0.55,
-        "image CKA above null": 0.85,
-        "content CKA above null": 0.45,
-        "patch CKNNA above null": 0.35,
-        "Moran's I, distance to teacher": 0.3,
-        "high-frequency ratio, distance to teacher": 0.3,
+        "patch CKA above null": 0.6,
+        "patch CKA above null, layer 0": 0.45,
+        "image CKA above null": 0.9,
+        "image CKA above null, tap": 0.85,
+        "content CKA above null": 0.5,
+        "patch CKNNA above null": 0.4,
+        "Moran's I, distance to teacher": 0.2,
+        "high-frequency ratio, distance to teacher": 0.2,
         "tokenizer's patch CKA, before": 0.5,
         "tokenizer's patch CKA, after": 0.2,
         "alignment loss minus the floor": -0.4,
     }
     for name, value in expected.items():
-        assert STATISTICS[name](run) == pytest.approx(value), name
+        assert STATISTICS[name](run, Scoring()) == pytest.approx(value), name
+
+
+def test_a_speed_up_is_of_a_run_and_its_baseline():
+    """The log of how many times sooner; as much below zero where the baseline is sooner."""
+    steps = np.arange(1, 101)
+    for name, ntp in (("fast", 4 - 0.02 * steps), ("slow", 4 - 0.01 * steps)):
+        run = Run.create(name, {"recipe": name, "seed": 0, "steps": 100})
+        for step, value in zip(steps.tolist(), ntp.tolist()):
+            run.append({"step": step, "ntp_loss": value})
+    fast, slow = (Run.open(name) for name in ("fast", "slow"))
+    sooner = PAIRED["log speed-up of next-token loss"]
+    assert sooner(fast, slow, Scoring()) == pytest.approx(math.log(2), abs=0.02)
+    assert sooner(slow, fast, Scoring()) == pytest.approx(-math.log(2), abs=0.02)
+
+
+def test_a_score_that_is_missing_is_asked_for(monkeypatch):
+    """The row names the command, and the others are judged."""
+    claim = Claim("SSIM is lower than {against}'s", "", "SSIM", "joint", ("tokenizer",), -1)
+    monkeypatch.setattr(verdicts, "CLAIMS", [claim, LOWER])
+    for seed in range(3):
+        for method in ("joint", "tokenizer"):
+            name = f"scenes-{method}-s{seed}"
+            recorded(name, recipe(name), [(0, 0, {"ssim": 0.5 - 0.1 * (method == "joint")})])
+    assert verdicts.claims().verdict[0] == "reproduced" and verdicts.claims().needs[0] == ""
+    (runs_dir() / "scenes-tokenizer-s1" / "metrics.json").unlink()
+    row = verdicts.claims().iloc[0]
+    assert row.verdict == "not testable: 0 seeds"
+    assert row.needs == "gear evaluate scenes-tokenizer-s1 --network scenes --reconstruction"
+    table = verdicts.claims()
+    assert f"needs: {row.needs}" in verdicts.claims_in_words(table)
+    assert f"| needs `{row.needs}` |" in verdicts.claims_as_markdown(table)
+
+
+def test_a_curve_of_samples_has_three_points(monkeypatch):
+    """GEAR reaches the baseline's last distance at half of its steps; with one score it is asked
+    for more, by a command.
+    """
+    speed_up = Claim("Samples of {against}", "", "log speed-up of samples", "joint", BASELINE, +1)
+    monkeypatch.setattr(verdicts, "CLAIMS", [speed_up])
+    curves = {"joint": (8, 4, 3, 2), "llamagen-repa": (16, 8, 6, 4)}
+    for method, values in curves.items():
+        for seed in range(3):
+            config = recipe(f"scenes-{method}-s{seed}")
+            scores = [(50 * (k + 1), 1.0, {"fd_scenes": v}) for k, v in enumerate(values)]
+            run = recorded(f"scenes-{method}-s{seed}", config, scores)
+            records = json.loads((run.path / "metrics.json").read_text())
+            for record in records:
+                record["protocol"] |= {"count": 1000} if "cfg_scale" in record["protocol"] else {}
+            (run.path / "metrics.json").write_text(json.dumps(records))
+    row = verdicts.claims().iloc[0]
+    assert row.difference == pytest.approx(math.log(2)) and row.seeds == 3
+    recorded("scenes-joint-s1", recipe("scenes-joint-s1"), [(200, 1.0, {"fd_scenes": 2.0})])
+    row = verdicts.claims().iloc[0]
+    assert row.seeds == 0 and row.needs.startswith("gear evaluate scenes-joint-s1 --network scenes")
+    assert row.needs.endswith(" --steps 50 100 150 200")
+
+
+def test_a_slower_method_is_contradicted(monkeypatch):
+    """Not undecided: where the end is never reached the statistic is negative."""
+    claim = Claim("x {against}", "", "log speed-up of next-token loss", "gear", BASELINE, +1)
+    monkeypatch.setattr(verdicts, "CLAIMS", [claim])
+    for seed in range(3):
+        for method, rate in (("gear", 0.01 + 0.0002 * seed), ("llamagen-repa", 0.02)):
+            run = Run.create(
+                f"scenes-{method}-s{seed}",
+                {"recipe": f"scenes-{method}", "seed": seed, "steps": 60},
+            )
+            for step in range(1, 61):
+                run.append({"step": step, "ntp_loss": 4 - rate * step})
+    assert verdicts.claims().verdict[0] == "contradicted"
 
 
 def test_only_finished_runs_are_judged_and_labels_are_told_apart():
@@ -230,7 +340,7 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
 
 
 def study_verdicts(name, **options):
-    table = results(name, "tiny", count=100, **options)
+    table = results(name, "tiny", scoring=Scoring(100), **options)
     return directions(table, name, "tiny")
 
 
@@ -285,17 +395,20 @@ def test_a_study_in_words_and_in_markdown():
     record_study("depth")
     table = study_verdicts("depth")
     judged, lines = table[table.verdict != ""], verdicts.directions_in_words(table).splitlines()
-    assert lines[0] == f"Differences that the paper prints: {tally(table)}"
-    assert f"{sum(judged.verdict == 'reproduced')} of {len(judged)} reproduced, " in lines[0]
+    assert lines[0].startswith(tally(table, benjamini_hochberg))
+    count = judged.p.notna().sum()
+    assert f"Of all {count} comparisons {sum(judged.verdict == 'reproduced')} are" in lines[0]
+    assert f"Of {count} claimed directions chance alone would reproduce about " in lines[0]
     assert "layer 1 of 3 against its baseline: " in "\n".join(lines) and " [" in "\n".join(lines)
-    text = verdicts.studies_as_markdown(["depth"], "tiny", count=100)
-    assert text.startswith("| study | in the paper | reproduced | contradicted | undecided |\n|---")
+    text = verdicts.studies_as_markdown(["depth"], "tiny", Scoring(100))
+    head = "| study | in the paper | by chance | reproduced | contradicted | undecided |\n|---"
+    assert text.startswith(head)
     cells = text.splitlines()[2].split(" | ")
-    assert cells[0] == "| `depth`" and cells[1] == "Table 11"
-    assert cells[4] == f"{(table.verdict == 'undecided').sum()} |"
+    assert cells[:3] == ["| `depth`", "Table 11", f"{by_chance(judged):.1f} of {len(judged)}"]
+    assert cells[5] == f"{(table.verdict == 'undecided').sum()} |"
     agreed, corrected = (
         table[table.verdict == "reproduced"],
-        sum(table.verdict_holm == "reproduced"),
+        sum(table.verdict_corrected == "reproduced"),
     )
-    assert len(agreed) and cells[2].startswith(f"{len(agreed)}, {corrected} after Holm (")
-    assert all(cell in cells[2] for cell in agreed.cell)
+    assert len(agreed) and cells[3].startswith(f"{len(agreed)}, {corrected} corrected (")
+    assert all(cell in cells[3] for cell in agreed.cell)

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from gear.measures.paired import LEVEL, effect, equivalence, holm, p_value
+from gear.measures.paired import (
+    LEVEL,
+    benjamini_hochberg,
+    effect,
+    equivalence,
+    holm,
+    p_value,
+)
 
 THREE = [-0.21, -0.25, -0.23]  # mean -0.23, standard deviation 0.02
 ERROR = 0.02 / math.sqrt(3)
@@ -75,3 +82,11 @@ def test_one_difference_has_no_interval_and_none_has_no_mean():
 def test_equal_differences_have_an_interval_without_width():
     same = [-0.5, -0.5, -0.5]
     assert effect(same) == (3, -0.5, 0, -0.5, -0.5) and p_value(same) == equivalence(same, 1) == 0
+
+
+def test_benjamini_hochberg_by_hand():
+    """Step up: n p / rank, the least of it and of all larger ones; what was not tested stays."""
+    found = benjamini_hochberg([0.01, 0.04, 0.03, math.nan, 0.005])
+    assert found[[0, 1, 2, 4]] == pytest.approx([0.02, 0.04, 0.04, 0.02]) and math.isnan(found[3])
+    assert len(benjamini_hochberg([])) == 0 and np.isnan(benjamini_hochberg([math.nan])).all()
+    assert (benjamini_hochberg([0.2, 0.3, 0.4]) <= holm([0.2, 0.3, 0.4])).all()

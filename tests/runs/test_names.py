@@ -52,9 +52,16 @@ def test_a_name_is_read_by_the_recipes_there_are(text, parts):
 
 
 def test_the_runs_of_studies_keep_their_names():
-    names = {m.name for study in STUDIES for preset in PRESETS for m in members(study, preset, [0])}
+    names = {
+        m.name
+        for study in STUDIES
+        for preset in PRESETS
+        for m in members(study, preset, [0], transfer=True)
+    }
     assert {
         "scenes-gear-s0-tau-0.05",
+        "scenes-joint-s0-tau-0.05",
+        "scenes-joint-no-init-s0",
         "scenes-lfq-gear-s0",
         "scenes-no-init-s0",
         "imagenet256-l-100k-gear-s0-tap-10",

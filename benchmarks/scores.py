@@ -30,7 +30,7 @@ def score(name, device, quick):
     evaluate(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
     tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
     tables.append((layer_profile, tables[0][1]))
-    tables.append((alignment_floors, dict(images=200 if quick else 4_000)))
+    tables.append((alignment_floors, dict(per_class=100)))
     for table, sizes in tables:
         table(run, device=device, **sizes)
     return name

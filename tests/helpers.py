@@ -177,6 +177,8 @@ def recorded(name, config, scores=(), **metrics):
         "reference_count": 2_000,
     }
     drawn["reference"] = config.data.source
+    if "resolution" in str(name) or name.endswith("px"):  # as that study is scored
+        drawn["samples_resized"] = 32
     rebuilt = base | {
         "split": "val",
         "images": min(2_000, config.data.val_images),

@@ -326,7 +326,8 @@ def test_notebooks_draw_them(name, trained, monkeypatch, home):
     monkeypatch.setenv("GEAR_RUNS", str(trained))
     run = {"codebook_usage": "joint", "tokenizer_alignment": "joint"}.get(name, "generator")
     keys = {"codebook_usage": ["joint", "control", "half"]}.get(
-        name, ["warm_up", "control", "half", "method"]
+        name,
+        ["warm_up", "control", "method", "transfer" if name == "generator_alignment" else "half"],
     )
     sample = {"images": 40, "k": 5} if "alignment" in name else {}
     render.execute(name, dict.fromkeys(keys, run) | sample)

@@ -195,8 +195,9 @@ def _sums_of_classes(run, count, device):
     """Return, of the teacher's unit features of a run's first training images: their sums by class
     (classes, L, C), numbers (classes,), and the sum of all squares. No more than a batch is held.
     """
-    source, teacher = data.open_trained(run), first_teacher(run, device)
-    images, classes = source.split("train"), run.config["generator"]["num_classes"]
+    teacher = first_teacher(run, device)
+    images = data.open_trained(run).split("train")
+    classes = run.config["generator"]["num_classes"]
     sums, counts, squares = None, torch.zeros(classes), 0.0
     for start in range(0, min(count, len(images)), BATCH):
         positions = np.arange(start, min(start + BATCH, count, len(images)))
@@ -274,7 +275,8 @@ def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="p
     """
     if pairing == "sees":  # position i + 1 has token i for its input; none sees the last
         rows, target = rows[:, 1:], target[:, :-1]
-    rows, target, unbiased = rows.double(), target.double(), estimator == "unbiased"
+    rows, target = rows.double(), target.double()
+    unbiased = estimator == "unbiased"
     levels = {"patch": (rows, target), "content": (rows - rows.mean(0), target - target.mean(0))}
     table = _image_level(*(_normalised(z.mean(1), normalise) for z in (rows, target)), k, unbiased)
     for level, sides in levels.items():

@@ -31,7 +31,8 @@ IMAGES, LABELS = scenes(8)
 def small(name, **changes):
     """A recipe of three steps, every one logged; the adversarial term sets in at the last."""
     return replace(
-        recipe(name), **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes
+        recipe(name),
+        **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes,
     )
 
 
@@ -60,10 +61,9 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
         scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
-        # Adam's first steps are signs of the gradient, which rounding decides where it is near zero
-        error = (other[key] - value).abs()
-        assert error.max() <= 2 * scale + 1e-6, key  # a sign that differs
-        assert (error > 2e-2 * scale + 1e-6).sum() <= 0.005 * error.numel(), key
+        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, (
+            key
+        )  # Adam's first steps are signs of the gradient
 
 
 TERMS = {
@@ -84,9 +84,12 @@ TERMS = {
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_batch_in_parts_is_the_same_step(name, tiny):
-    """Losses, among them the entropy of the whole batch's mean, and then weights."""
+    """Losses, among them the entropy of the whole batch's mean, and then weights.
+
+    With seed 0 one gradient is so near zero that rounding decides its sign, and so Adam's step.
+    """
     for parts in (1, 4):
-        train(small(name), f"parts-{parts}", replace(QUIET, accumulate=parts))
+        train(small(name, seed=2), f"parts-{parts}", replace(QUIET, accumulate=parts))
     assert_same_losses(*(logged(tiny / f"parts-{parts}") for parts in (1, 4)), TERMS[name])
     one, other = (Run.open(f"parts-{parts}").load_checkpoint("networks") for parts in (1, 4))
     assert_same_weights(one, other)
@@ -246,8 +249,12 @@ def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
     whole one goes on spread.
     """
     pytest.importorskip("lightning_fabric")
-    config, runtime = small(name, save_every=1), replace(QUIET, keep=STEPS)
+    config, runtime = small(name, save_every=1, seed=2), replace(QUIET, keep=STEPS)
     changes = [
+        "--seed",
+        "2",  # see test_a_batch_in_parts_is_the_same_step
+        "--tokenizer-run",
+        config.tokenizer_run,
         "--steps",
         "3",
         "--log-every",

@@ -18,7 +18,7 @@ import gear
 # isort: split
 
 from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
-from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate
+from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate_run
 
 JOBS = 8
 
@@ -27,7 +27,7 @@ def score(name, device, quick):
     """Score one run and keep what was found beside it."""
     run, images = gear.Run.open(name), 40 if quick else 1_000
     few = dict(sampling=Sampling(count=64), reference_count=100) if quick else {}
-    evaluate(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
+    evaluate_run(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
     tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
     tables.append((layer_profile, tables[0][1]))
     tables.append((alignment_floors, dict(per_class=100)))

@@ -41,7 +41,7 @@ from gear.config import (
 from gear.data import DataConfig
 from gear.device import find_device, open_device
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, read_metrics
-from gear.evaluation.protocols import sensitivity
+from gear.evaluation.protocols import protocol_sensitivity
 from gear.experiments import results
 from gear.experiments.jobs import train_many
 from gear.experiments.recipes import RECIPES, plan, recipe
@@ -449,13 +449,13 @@ def record(home):
     (lambda run: profiles.alignment_floors(run, 0), "per_class is 0"),
     (lambda run: generator_sensitivity(run, 15, 5), "images is 15: it has to be at least 16"),
     (lambda run: tokenizer_sensitivity(run, 16, -1), "k is -1"),
-    (lambda run: sensitivity(run, 7), "count is 7: it has to be at least 8"),
+    (lambda run: protocol_sensitivity(run, 7), "count is 7: it has to be at least 8"),
     (lambda run: profiles.layer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: profiles.tokenizer_profile(run, 40, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: profiles.alignment_floors(run, 40, device="gpu"), "no device 'gpu' here"),
     (lambda run: generator_sensitivity(run, 16, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: tokenizer_sensitivity(run, 16, 5, device="gpu"), "no device 'gpu' here"),
-    (lambda run: sensitivity(run, 8, device="gpu"), "no device 'gpu' here"),
+    (lambda run: protocol_sensitivity(run, 8, device="gpu"), "no device 'gpu' here"),
     (lambda run: probe.probe_tokenizer(None, None, 0.1, None, 5, device="gpu"), "no device 'gpu' here"),
     (lambda run: results.quality([run], Scoring(1)), "count is 1"),
     (lambda run: results.quality([run], 100, scales=(1.0, NAN)), "cfg_scale is nan"),

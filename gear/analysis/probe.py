@@ -179,7 +179,7 @@ def probe_tokenizer(tokenizer, images, tau, target, k, device="auto"):
             features = tokenizer_features(tokenizer, x)
             z = features["pre"].mT.unflatten(2, grid)  # (B, L, D) -> (B, D, h, w)
             indices, affinity = quantizer.indices(z).unflatten(1, grid), quantizer.affinity(z)
-            entropy = [codes.entropies(affinity.dense, t) for t in (tau, 1.0)]  # (B, L)
+            entropy = [codes.row_entropies(affinity.dense, t) for t in (tau, 1.0)]  # (B, L)
             decoded = tokenizer.decode(indices)
             measured = (indices, *features.values(), psnr(decoded, x), l1(decoded, x), *entropy)
             parts.append([values.cpu() for values in measured])

@@ -51,7 +51,7 @@ def _of_generator(run, images, k, device):
     hidden = generator_features(
         generator, tokenizer, pictures, labels, sorted(set(layers.values()))
     )
-    return sensitivity(
+    return sensitivity_table(
         {name: hidden[layer] for name, layer in layers.items()}, target, images, k, CHOICES, device
     )
 
@@ -61,7 +61,7 @@ def _of_tokenizer(run, images, k, device):
     pictures, _, target = _twice(run, images, k, device)
     choices = {name: values for name, values in CHOICES.items() if name != "pairing"}
     features = tokenizer_features(load_tokenizer(run.name).to(device), pictures)
-    return sensitivity(features, target, images, k, choices, device)
+    return sensitivity_table(features, target, images, k, choices, device)
 
 
 def _twice(run, images, k, device):
@@ -78,7 +78,7 @@ def _twice(run, images, k, device):
     return seen
 
 
-def sensitivity(features, target, images, k, choices, device="cpu"):
+def sensitivity_table(features, target, images, k, choices, device="cpu"):
     """Compare {layer: rows (2 images, L, D)} with the teacher's rows (2 images, L, C): see
     `generator_sensitivity`.
     """

@@ -7,7 +7,7 @@ from typing import Literal
 from gear.checkpoints import is_file, open_checkpoint
 from gear.cli.arguments import parse
 from gear.config import Checked, UserError, require
-from gear.evaluation.evaluate import EvaluateOptions, evaluate, evaluate_files, report
+from gear.evaluation.evaluate import EvaluateOptions, evaluate_files, evaluate_run, report
 from gear.evaluation.reconstruction import INTERPOLATIONS, check_public, table_18
 from gear.experiments.published import published
 from gear.runs.run import open_runs
@@ -35,7 +35,7 @@ def command(names, arguments):
         return _files(files, options, parsed.table)
     runs = [run for name in names for run in open_runs(name)]
     for run in runs:
-        evaluate(run.name, options)
+        evaluate_run(run.name, options)
     report(runs)
 
 

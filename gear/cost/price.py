@@ -168,7 +168,7 @@ def parts_that_fit(config, images, memory, is_compiled):
     raise UserError(
         f"one image at once needs {needed:.1f} GB, and {USABLE:.0%} of {free:.1f} GB are to be "
         "had: take a smaller "
-        f"generator, or --shard over several GPUs."
+        f"generator, or --fsdp over several GPUs."
     )
 
 

@@ -106,7 +106,7 @@ class EvaluateOptions(Checked):
     quiet: bool = False
 
 
-def evaluate(name, options=EvaluateOptions()):
+def evaluate_run(name, options=EvaluateOptions()):
     """Evaluate the run `name`; returns the records of this call and keeps them in
     runs/NAME/metrics.json.
 

@@ -29,7 +29,7 @@ from gear.measures.frechet import InceptionScore
 SPLITS = 10  # of the class score
 
 
-def sensitivity(run, count=500, network="scenes", device="auto"):
+def protocol_sensitivity(run, count=500, network="scenes", device="auto"):
     """Return what the run scores under one protocol and under its neighbours: a table of the run,
     cached with it.
 

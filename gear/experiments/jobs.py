@@ -81,8 +81,8 @@ def train_many(names, jobs, runtime=Runtime()):
     when the rest is done, and after SIGINT or SIGTERM, when every run under way is saved,
     Interrupted.
     """
-    if runtime.shard:
-        raise UserError("--shard is for one run, which torchrun starts: name a single recipe.")
+    if runtime.fsdp:
+        raise UserError("--fsdp is for one run, which torchrun starts: name a single recipe.")
     find_device(runtime.device)
     configs = {n: c for name in names for n, c in plan(recipe(name), name)}
     finished = {n for n, config in configs.items() if is_trained(Run(runs_dir() / n), config)}

@@ -308,8 +308,8 @@ def in_parts(config, name, runtime):
     if runtime.accumulate != "auto" or is_trained(Run(run_path(name)), config):
         return runtime
     require(
-        not runtime.shard,
-        "--accumulate auto counts a whole generator: with --shard, give a number.",
+        not runtime.fsdp,
+        "--accumulate auto counts a whole generator: with --fsdp, give a number.",
     )
     device, processes = find_device(runtime.device), world_size()
     if device.type == "cpu":

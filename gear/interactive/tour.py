@@ -18,7 +18,7 @@ from gear.figures.style import PALETTE, use_style
 from gear.generator.sampling import Guidance, generate
 from gear.images import to_uint8
 from gear.interactive.widgets import Panel, TokenGrid, ink
-from gear.measures.codes import entropies
+from gear.measures.codes import row_entropies
 
 NEAREST = 10  # codes drawn for a patch
 SAMPLES = 8  # drawn of a class
@@ -129,7 +129,7 @@ def draw_taus(tokenizer, image, position, taus):
     """Draw the soft read-out of an image (3, H, W) at several tau and the hard one: decoded, and
     one patch's masses.
     """
-    affinity = tokenizer.affinity(image[None])[0]  # (L, K)
+    affinity = tokenizer.affinity(image[None]).dense[0]  # (L, K)
     fig, axes = _grid(2, len(taus) + 1, width=10, height=2.7, left=0.05, bottom=0.1)
     for (above, below), tau in zip(axes.T, [*taus, 0]):
         _picture(
@@ -150,7 +150,7 @@ def draw_readout(tokenizer, images, image, position, tau):
     and the image decoded.
     """
     picture, f = images[image : image + 1], tokenizer.config.downsampling
-    affinity = tokenizer.affinity(picture)[0]  # (L, K)
+    affinity = tokenizer.affinity(picture).dense[0]  # (L, K)
     indices = tokenizer.encode(picture)[0]
     masses, size = _masses(affinity[position], tau)
     use_style()
@@ -172,7 +172,7 @@ def draw_readout(tokenizer, images, image, position, tau):
     _picture(panels[0], picture[0], "image")
     _picture(panels[1], decode_mixture(tokenizer, affinity, 0), "hard")
     _picture(panels[2], decode_mixture(tokenizer, affinity, tau), rf"soft, $\tau$ = {tau:.3g}")
-    sizes = entropies(affinity, tau).exp().view(indices.shape)
+    sizes = row_entropies(affinity, tau).exp().view(indices.shape)
     _show(panels[3], sizes, f"exp H, 1 to {BRIGHT}", norm=LogNorm(1, BRIGHT), cmap="magma")
     for panel, pixels in zip(panels, (f, f, f, 1)):
         _outline(panel, position, pixels)
@@ -187,7 +187,7 @@ def draw_samples(generator, tokenizer, grid, label, cfg_scale, temperature, seed
     labels, options = torch.full((SAMPLES,), label), dict(temperature=temperature, seed=seed)
     guided = generate(generator, labels, grid, cfg_scale=cfg_scale, **options)
     plain = generate(generator, labels, grid, cfg_scale=1.0, **options)
-    entropy = entropies(generator(guided, labels), 1.0).view(guided.shape)
+    entropy = row_entropies(generator(guided, labels), 1.0).view(guided.shape)
     top = math.log(generator.codebook_size)
     fig, axes = _grid(3, SAMPLES, width=6.4, height=3.2)
     for column, one, other, surprise in zip(
@@ -251,7 +251,7 @@ def _outline(axis, position, f):
 def _masses(affinity, tau):
     """Return the largest masses of softmax(A / tau), with their codes, and exp H: affinity (K,)."""
     masses = (affinity / tau).softmax(-1).topk(min(NEAREST, len(affinity)))
-    return masses, float(entropies(affinity, tau).exp())
+    return masses, float(row_entropies(affinity, tau).exp())
 
 
 def _bars(axis, masses, colour):

@@ -38,7 +38,7 @@ class Assignment:
     top_mass: dict[int, float]  # m -> mean posterior mass of a token's own m nearest codes
 
 
-def entropies(scores: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+def row_entropies(scores: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     """Return the entropy of each row of softmax(scores / tau) in nats: (..., K) -> (...), in [0, ln
     K].
 

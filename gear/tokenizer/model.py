@@ -75,16 +75,16 @@ class Tokenizer(nn.Module):
         return z.to(images.dtype)
 
     def affinity(self, images):
-        """Return the assignment A (Eq. 6) of every position to every code, formed whole: (B, h*w,
-        K) float32.
+        """Return the Affinity A (Eq. 6) of every position to every code, (B, h*w, K), whose
+        `.dense` is the float32 matrix.
         """
-        return self.quantizer.affinity(self.latents(images)).dense
+        return self.quantizer.affinity(self.latents(images))
 
     def mean_use(self, images):
         """Return the mean row of softmax(A / 0.01) over images, (K,): what the entropy term is
         about (Eq. 2).
         """
-        return self.quantizer.affinity(self.latents(images)).entropies()[1]
+        return self.affinity(images).entropies()[1]
 
     def encode(self, images, check=True):
         """Return the index grid (Eq. 1): (B, 3, H, W) -> (B, h, w) int64."""

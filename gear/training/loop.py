@@ -64,7 +64,7 @@ class Runtime(Checked):
     cached: bool = False
     # spread the generator's blocks over the processes that torchrun started: less memory, the same
     # step
-    shard: bool = False
+    fsdp: bool = False
 
 
 def _tell_batch_norm(config, processes, parts, runtime):
@@ -100,7 +100,7 @@ def train(config, name=None, runtime=Runtime(), wait=False):
     require(
         parts != "auto", "accumulate is 'auto': `train_with_parents` finds the number; give one."
     )
-    processes = Processes(device, config.batch_size, parts, runtime.shard)
+    processes = Processes(device, config.batch_size, parts, runtime.fsdp)
     _tell_batch_norm(config, processes, parts, runtime)
     is_alone = parts == processes.world == 1
     torch.manual_seed(step_seed(config.seed, -1))

@@ -39,9 +39,9 @@ class Processes:
             )
         if shard and self.world == 1:
             raise UserError(
-                "--shard spreads a generator that is too large for one GPU over several processes, "
+                "--fsdp spreads a generator that is too large for one GPU over several processes, "
                 "and this is one alone: "
-                "torchrun --nproc-per-node 2 -m gear train NAME --shard, or leave it out."
+                "torchrun --nproc-per-node 2 -m gear train NAME --fsdp, or leave it out."
             )
         self.share, self.shard = batch_size // self.world, shard
         if self.world > 1:

@@ -26,7 +26,7 @@ def way_of(config, device, runtime, is_alone):
     """
     if runtime.compile or runtime.eager:
         return "compiled" if runtime.compile else "plain"
-    if device.type != "cuda" or runtime.shard:
+    if device.type != "cuda" or runtime.fsdp:
         return "plain"
     return "graphed" if config.is_small and is_alone else "compiled"
 

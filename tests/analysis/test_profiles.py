@@ -13,7 +13,7 @@ from gear.analysis.features import generator_features, teacher_features, tokeniz
 from gear.analysis.sensitivity import (
     ONLY,
     generator_sensitivity,
-    sensitivity,
+    sensitivity_table,
     tokenizer_sensitivity,
 )
 from gear.config import UserError
@@ -147,7 +147,7 @@ def test_tables_from_before_the_choices_still_fit(tiny):
 
 def test_sensitivity_changes_one_choice_at_a_time(noise):
     rows, target = noise[0] + noise[1], noise[0]
-    table = sensitivity({"last": rows}, target, 20, 4, profiles.CHOICES).set_index(
+    table = sensitivity_table({"last": rows}, target, 20, 4, profiles.CHOICES).set_index(
         ["choice", "setting", "level", "metric"]
     )
     base = profiles.alignments(rows[:20], target[:20], 4)

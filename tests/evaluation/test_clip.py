@@ -193,7 +193,7 @@ def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
     """`--samples FILE --captions FILE`: 100 times the mean cosine, its interval, and CLIP's own
     protocol.
     """
-    from gear.evaluation.evaluate import EvaluateOptions, evaluate
+    from gear.evaluation.evaluate import EvaluateOptions, evaluate_run
 
     rng = np.random.default_rng(1)
     np.savez(tmp_path / "samples.npz", arr_0=rng.integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
@@ -205,7 +205,7 @@ def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
         clip=str(folder),
         reference_count=70,
     )
-    entry = next(r for r in evaluate("tiny", options) if r["metric"] == "clip_score")
+    entry = next(r for r in evaluate_run("tiny", options) if r["metric"] == "clip_score")
     network = CLIP(str(folder), config=config)
     seen = torch.from_numpy(np.load(tmp_path / "samples.npz")["arr_0"])
     want = 100 * network(seen, ["a cat", "a mat"] * 35)

@@ -25,7 +25,7 @@ from gear.evaluation import networks, scores, sources
 from gear.evaluation.evaluate import (
     EvaluateOptions,
     Sampling,
-    evaluate,
+    evaluate_run,
     metrics_table,
     read_metrics,
 )
@@ -676,7 +676,7 @@ def by_metric(records):
 
 
 def test_evaluate_writes_each_number_with_its_protocol(tiny):
-    records = evaluate("tiny", FEW)
+    records = evaluate_run("tiny", FEW)
     found, run = by_metric(records), Run.open("tiny")
     assert found.keys() == {
         "fd_scenes",
@@ -738,16 +738,16 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
     assert low < values["ntp_loss"] < high and "interval" not in found["fd_scenes"]
     written = (run.path / "metrics.json").read_bytes()
 
-    evaluate("tiny", FEW)  # from the samples that are there
+    evaluate_run("tiny", FEW)  # from the samples that are there
     assert (run.path / "metrics.json").read_bytes() == written
     chunks = sorted((run.path / "evaluation").rglob("*.npy"))
     assert len(chunks) == 2
     chunks[0].unlink()  # killed, and started again
     (run.path / "metrics.json").unlink()
-    evaluate("tiny", FEW)
+    evaluate_run("tiny", FEW)
     assert (run.path / "metrics.json").read_bytes() == written
 
-    other = by_metric(evaluate("tiny", few({"seed": 1})))  # both are kept, apart
+    other = by_metric(evaluate_run("tiny", few({"seed": 1})))  # both are kept, apart
     assert protocol_id(other["fd_scenes"]["protocol"]) != protocol_id(protocol)
     assert (
         other["fd_scenes"]["value"] != values["fd_scenes"]
@@ -759,11 +759,11 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
 
 
 def test_sweep_reuses_what_is_there(tiny):
-    one = by_metric(evaluate("tiny", few(metrics=("fd_scenes",))))
+    one = by_metric(evaluate_run("tiny", few(metrics=("fd_scenes",))))
     before = {
         path: path.stat().st_mtime_ns for path in (tiny / "tiny" / "evaluation").rglob("*.npy")
     }
-    records = evaluate("tiny", few(metrics=("fd_scenes",), sweep="cfg_scale=1,1.5,2"))
+    records = evaluate_run("tiny", few(metrics=("fd_scenes",), sweep="cfg_scale=1,1.5,2"))
     swept = [r for r in records if r["metric"] == "fd_scenes"]
     assert [r["protocol"]["cfg_scale"] for r in swept] == [1, 1.5, 2] and len(
         {r["value"] for r in swept}
@@ -777,11 +777,11 @@ def test_sweep_reuses_what_is_there(tiny):
 def test_samples_are_resized_before_they_are_rounded(tiny, home):
     """Table 13: bicubic of the decoder's floats, then uint8; the reference has the same size."""
     options = few(sample_size=16, metrics=("fd_scenes",), export=str(home / "x.npz"))
-    found = by_metric(evaluate("tiny", options))["fd_scenes"]["protocol"]
+    found = by_metric(evaluate_run("tiny", options))["fd_scenes"]["protocol"]
     assert found["samples_resized"] == 16 and found["samples_size"] == "16 x 16"
     assert found["reference_size"] == "16 x 16" and "image_size" not in found
     drawn = torch.from_numpy(read_npz(home / "x.npz")["arr_0"])
-    evaluate("tiny", replace(options, sample_size=0))
+    evaluate_run("tiny", replace(options, sample_size=0))
     plain = torch.from_numpy(read_npz(home / "x.npz")["arr_0"]).permute(0, 3, 1, 2).float()
     want = F.interpolate(plain, (16, 16), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
     errors = (drawn.float() - want).abs()
@@ -790,13 +790,13 @@ def test_samples_are_resized_before_they_are_rounded(tiny, home):
 
 
 def test_export_and_samples_of_a_file(tiny, home):
-    own = by_metric(evaluate("tiny", few(export=str(home / "out" / "samples.npz"))))
+    own = by_metric(evaluate_run("tiny", few(export=str(home / "out" / "samples.npz"))))
     images = read_npz(home / "out" / "samples.npz")["arr_0"]
     assert images.shape == (70, 32, 32, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(
         images, np.concatenate([np.load(p) for p in sorted((tiny / "tiny").rglob("*.npy"))])
     )
-    file = by_metric(evaluate("tiny", few(samples=str(home / "out" / "samples.npz"))))
+    file = by_metric(evaluate_run("tiny", few(samples=str(home / "out" / "samples.npz"))))
     assert file["fd_scenes"]["value"] == own["fd_scenes"]["value"] and "ntp_loss" not in file
     assert (
         file["fd_scenes"]["protocol"]["samples_hash"]
@@ -807,7 +807,7 @@ def test_export_and_samples_of_a_file(tiny, home):
         and "cfg_scale" not in file["fd_scenes"]["protocol"]
     )
     assert protocol_id(file["fd_scenes"]["protocol"]) != protocol_id(own["fd_scenes"]["protocol"])
-    same = by_metric(evaluate("tiny", few(reference=str(home / "out" / "samples.npz"))))
+    same = by_metric(evaluate_run("tiny", few(reference=str(home / "out" / "samples.npz"))))
     assert (
         same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6)
         and same["prdc_coverage"]["value"] == 1
@@ -831,9 +831,9 @@ def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
         dict(samples="s64.npz", reference="s64.npz"),
     ):
         paths = {option: str(home / file) for option, file in given.items()}
-        protocol = by_metric(evaluate("tiny", few(metrics=("fd_scenes",), **paths)))["fd_scenes"][
-            "protocol"
-        ]
+        protocol = by_metric(evaluate_run("tiny", few(metrics=("fd_scenes",), **paths)))[
+            "fd_scenes"
+        ]["protocol"]
         said, unlike = (
             capsys.readouterr().err,
             protocol["samples_size"] != protocol["reference_size"],
@@ -878,7 +878,7 @@ def test_arrays_that_are_no_samples_and_no_reference(array, said, tiny, home):
     for option in ("samples", "reference"):
         if said == "nothing can be measured" and option == "reference":
             continue  # the class score of samples needs no other set
-        refused(said, evaluate, "tiny", few(**{option: str(home / "x.npz")}))
+        refused(said, evaluate_run, "tiny", few(**{option: str(home / "x.npz")}))
     assert not (tiny / "tiny" / "metrics.json").exists()
 
 
@@ -927,7 +927,7 @@ def test_a_folder_may_be_called_npz(tiny, home):
     for i, image in enumerate(pixels(12).numpy()):
         networks.Image.fromarray(image).save(home / "x.npz" / f"{i}.png")
     protocol = by_metric(
-        evaluate("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",)))
+        evaluate_run("tiny", few(samples=str(home / "x.npz"), metrics=("fd_scenes",)))
     )["fd_scenes"]["protocol"]
     assert protocol["samples_count"] == 12
 
@@ -964,7 +964,7 @@ def test_reconstructions_are_what_the_tokenizer_decodes_a_few_at_a_time(device):
 def test_numbers_of_a_gpu_are_those_of_a_cpu(tiny):
     """But for samples, which are other ones there: reconstructions and likelihoods."""
     one, other = (
-        by_metric(evaluate("tiny", few(both=True, device=name))) for name in ("cpu", "cuda")
+        by_metric(evaluate_run("tiny", few(both=True, device=name))) for name in ("cpu", "cuda")
     )
     for metric in ("psnr", "ssim", "l1", "rfd_scenes", "ntp_loss", "usage_entropy"):
         assert other[metric]["value"] == pytest.approx(one[metric]["value"], rel=1e-3)
@@ -977,7 +977,7 @@ def test_numbers_of_a_gpu_are_those_of_a_cpu(tiny):
 
 
 def test_reconstruction_of_a_run(tiny):
-    found = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
+    found = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
     assert found.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
     assert (
         found["psnr"]["protocol"].items()
@@ -987,14 +987,14 @@ def test_reconstruction_of_a_run(tiny):
         found["rfd_scenes"]["protocol"]["network"] == "scenes"
         and not (tiny / "tiny" / "evaluation").exists()
     )
-    again = by_metric(evaluate("tiny", few(reconstruction=True, reference_count=40)))
+    again = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
     assert again == found
 
 
 def test_runs_of_one_protocol_share_a_column(tiny):
     shutil.copytree(tiny / "tiny", tiny / "twin")
     for name in ("tiny", "twin"):
-        evaluate(name, few(metrics=("fd_scenes",)))
+        evaluate_run(name, few(metrics=("fd_scenes",)))
     table, _ = metrics_table([Run.open(name) for name in ("tiny", "twin")])
     assert list(table.index) == ["tiny", "twin"] and table.notna().all().all()
     assert (table.loc["tiny"] == table.loc["twin"]).all()
@@ -1047,7 +1047,7 @@ def test_the_command_says_a_mistake(tiny, capsys):
 )
 def test_evaluate_refuses(changes, message, tiny):
     with pytest.raises(UserError) as said:
-        evaluate("tiny", few(**changes))
+        evaluate_run("tiny", few(**changes))
     assert message in str(said.value)
     assert not (tiny / "tiny" / "metrics.json").exists()
 
@@ -1355,7 +1355,7 @@ def test_metrics_that_cannot_be_read(tiny):
             read_metrics,
             Run.open("tiny"),
         )
-        refused("metrics.json cannot be read", evaluate, "tiny")
+        refused("metrics.json cannot be read", evaluate_run, "tiny")
     assert not (tiny / "tiny" / "evaluation").exists()  # it is said before anything is drawn
     (tiny / "tiny" / "metrics.json").write_text(json.dumps([good]), encoding="utf-16")
     assert read_metrics(Run.open("tiny")) == [good]
@@ -1530,11 +1530,11 @@ def test_rfid_is_of_floats_that_no_rounding_has_touched(
     options = few(
         network="inception", weights=inception_weights, reconstruction=True, reference_count=4
     )
-    assert by_metric(evaluate("tiny", options)).keys() == {"psnr", "ssim", "l1"}
+    assert by_metric(evaluate_run("tiny", options)).keys() == {"psnr", "ssim", "l1"}
     said = "no rfid: 'tiny' has 4 samples: 2,049 at least are needed for pool"
     assert said in capsys.readouterr().err
     monkeypatch.setattr(scores, "_distance", lambda *sets: (1.0, {}))
-    found = by_metric(evaluate("tiny", options))
+    found = by_metric(evaluate_run("tiny", options))
     assert found.keys() == {"psnr", "ssim", "l1", "rfid"}
     assert (
         found["rfid"]["protocol"].items()
@@ -1550,7 +1550,7 @@ def test_the_runs_teacher_is_the_default_space(tiny, monkeypatch):
         lambda name, *rest, **more: asked.append(name) or Later(),
     )
     with pytest.raises(ZeroDivisionError):
-        evaluate("tiny", few(network=""))
+        evaluate_run("tiny", few(network=""))
     assert asked == ["scenes"]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gear.__main__ import main
 from gear.checkpoints import load_tokenizer
-from gear.evaluation.evaluate import EvaluateOptions, evaluate, evaluate_files
+from gear.evaluation.evaluate import EvaluateOptions, evaluate_files, evaluate_run
 from gear.evaluation.networks import load_network_by_name
 from gear.evaluation.reconstruction import file_records, measure, table_18
 from gear.evaluation.scores import extract
@@ -66,7 +66,7 @@ def test_a_file_is_measured_as_its_run_is(tiny, home, file, photographs):
     options = EvaluateOptions(
         network="scenes", reconstruction=True, images=str(photographs), quiet=True
     )
-    of_run = by_metric(evaluate("tiny-joint", options))
+    of_run = by_metric(evaluate_run("tiny-joint", options))
     for name, entry in found.items():
         assert of_run[name]["value"] == pytest.approx(entry["value"], rel=1e-5)
     assert of_run["psnr"]["protocol"]["source"] == "photographs"

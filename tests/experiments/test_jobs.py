@@ -43,8 +43,8 @@ def test_how_runs_are_executed_is_handed_on():
     assert parse(TrainOptions(recipe("tiny")), list(command[2:])).runtime == replace(
         runtime, quiet=True, threads=1
     )
-    with pytest.raises(UserError, match="--shard is for one run"):
-        jobs.train_many(["tiny"], 1, Runtime(shard=True))
+    with pytest.raises(UserError, match="--fsdp is for one run"):
+        jobs.train_many(["tiny"], 1, Runtime(fsdp=True))
 
 
 def test_runs_are_trained_once_and_in_order(tiny, tiny_runs):

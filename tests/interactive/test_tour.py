@@ -46,7 +46,7 @@ def shown(axis):
 
 
 def test_the_soft_read_out_turns_hard_as_tau_falls(tokenizer, images):
-    affinity = tokenizer.affinity(images[:1])[0]
+    affinity = tokenizer.affinity(images[:1]).dense[0]
     hard = tokenizer.decode(tokenizer.encode(images[:1]))[0]
     far = [
         float((tour.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean())
@@ -58,9 +58,9 @@ def test_the_soft_read_out_turns_hard_as_tau_falls(tokenizer, images):
 
 def test_exp_h_counts_the_codes_of_a_mixture():
     even = torch.zeros(3, 16)
-    assert torch.allclose(tour.entropies(even, 0.1).exp(), torch.tensor(16.0))
+    assert torch.allclose(tour.row_entropies(even, 0.1).exp(), torch.tensor(16.0))
     two = torch.full((16,), -4.0).index_fill(0, torch.tensor([3, 9]), -1.0)
-    assert float(tour.entropies(two, 0.01).exp()) == pytest.approx(2)
+    assert float(tour.row_entropies(two, 0.01).exp()) == pytest.approx(2)
 
 
 def test_variants_put_each_code_in_the_patchs_place(tokenizer, images):
@@ -102,7 +102,7 @@ def test_changed_tokens_are_those_another_tokenizer_reads_otherwise(tokenizer, i
 def test_the_read_out_shows_the_masses_of_the_nearest_codes(tokenizer, images):
     fig = tour.draw_readout(tokenizer, images, 1, 20, 0.1)
     bars, strip, image, hard, soft, sizes = fig.axes
-    pi = (tokenizer.affinity(images[1:2])[0, 20] / 0.1).softmax(-1)
+    pi = (tokenizer.affinity(images[1:2]).dense[0, 20] / 0.1).softmax(-1)
     near = pi.topk(tour.NEAREST)
     assert np.allclose([bar.get_height() for bar in bars.patches], near.values, rtol=1e-5)
     assert [int(label.get_text()) for label in strip.get_xticklabels()] == near.indices.tolist()

@@ -84,7 +84,7 @@ def test_tokenizer(name, home):
     assert torch.equal(indices.flatten(1), want["indices"])
     assert_close(tokenizer.quantizer.lookup(indices), want["zq"])
     assert_close(tokenizer.decode(indices), want["recon"])
-    affinity = tokenizer.affinity(x)
+    affinity = tokenizer.affinity(x).dense
     assert_close(affinity.flatten(0, 1)[:, :256], want["assignment"])
     read = (
         Formed(affinity)

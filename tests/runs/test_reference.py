@@ -15,7 +15,7 @@ from PIL import Image
 import gear
 from gear.__main__ import main
 from gear.config import MissingRuns, UserError
-from gear.evaluation.evaluate import evaluate, metrics_table, scores
+from gear.evaluation.evaluate import evaluate_run, metrics_table, scores
 from gear.experiments.recipes import recipe
 from gear.figures import panel_rows
 from gear.interactive import monitor
@@ -135,7 +135,7 @@ def test_a_table_of_other_parameters_is_computed_and_not_kept(runs):
 def test_what_needs_weights_says_so_and_leaves_nothing(runs):
     only_records()
     before = sorted(runs_dir().rglob("*"))
-    for use in (gear.load_tokenizer, gear.load_generator, evaluate):
+    for use in (gear.load_tokenizer, gear.load_generator, evaluate_run):
         with pytest.raises(
             MissingRuns,
             match="^'tiny-gear-s0' is a record without weights. Train it: gear train tiny-gear-s0$",

@@ -265,7 +265,7 @@ def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
         "1",
         "--keep",
         "3",
-        "--shard",
+        "--fsdp",
         *beside,
     ]
 
@@ -342,9 +342,9 @@ for p in state.averages["generator"].module.blocks.parameters():
 
 def test_one_process_has_nobody_to_share_a_generator_with(tiny):
     with pytest.raises(
-        UserError, match="--shard spreads a generator .* torchrun --nproc-per-node 2"
+        UserError, match="--fsdp spreads a generator .* torchrun --nproc-per-node 2"
     ):
-        train(small("tiny"), "lonely", replace(QUIET, shard=True))
+        train(small("tiny"), "lonely", replace(QUIET, fsdp=True))
     assert not (tiny / "lonely").exists()
 
 

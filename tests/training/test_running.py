@@ -48,7 +48,7 @@ def placed(device="cuda", size=32, batch=32, is_alone=True):
         (placed(size=128, batch=32), {}, "graphed"),
         (placed(size=256), {}, "compiled"),
         (placed(is_alone=False), {}, "compiled"),
-        (placed(is_alone=False), {"shard": True}, "plain"),
+        (placed(is_alone=False), {"fsdp": True}, "plain"),
         (placed(), {"compile": True}, "compiled"),
         (placed(), {"eager": True}, "plain"),
         (placed(size=256), {"eager": True}, "plain"),
@@ -302,8 +302,8 @@ def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert parts_of(accumulate="auto") == price.parts_that_fit(config, 128, 70e9, is_compiled=True)
     with pytest.raises(
-        UserError, match="--accumulate auto counts a whole generator: with --shard, give a number"
+        UserError, match="--accumulate auto counts a whole generator: with --fsdp, give a number"
     ):
-        parts_of(accumulate="auto", shard=True)
+        parts_of(accumulate="auto", fsdp=True)
     with pytest.raises(UserError, match="accumulate is 'auto'"):
         loop.train(config, runtime=Runtime(accumulate="auto", device="cpu"))

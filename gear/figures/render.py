@@ -31,8 +31,11 @@ from gear.runs.names import REFERENCE, SEEDS, reseeded
 from gear.runs.run import Run, run_names
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
-INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
-NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: records come without
+FOLDERS = ("start", "paper", "beyond")  # of notebooks: to begin with, the paper's, and further ones
+ABLATIONS = "tab5_13_ablations"  # the notebook that draws one figure per study
+INTERACTIVE = ("runs", "tour", "train")  # notebooks for interactive use: they save no figure
+# drawn only when named, as the demo does: the reference records have no weights
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")
 
 
 class NeedsRuns(TrainingStopped):
@@ -46,8 +49,9 @@ class NeedsRuns(TrainingStopped):
 
 
 def notebooks():
-    """Return {name: path} of the project's notebooks."""
-    return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    """Return {name: path} of the project's notebooks, in the order of their folders."""
+    folders = (ROOT / "notebooks" / folder for folder in FOLDERS)
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.ipynb"))}
 
 
 def figure_notebooks():
@@ -59,22 +63,33 @@ def products():
     """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what
     draws it.
     """
-    found = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
-    if found.pop("ablations", None):  # drawn once for each of the paper's studies
-        found |= {f"ablations_{study}": ("ablations", {"study": study}) for study in STUDIES}
-    return found
+    figures = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
+    if figures.pop(ABLATIONS, None):  # drawn once for each of the paper's studies
+        for name, study in STUDIES.items():
+            figures[f"tab{study.table}_{name}"] = (ABLATIONS, {"study": name})
+    return figures
+
+
+def names_of(product):
+    """Return the names by which a product can be asked for: its own, its notebook's, its place in
+    the paper ("fig5"), and what follows the place ("generator_alignment").
+    """
+    notebook = products().get(product, (product, {}))[0]
+    kind, numbers, title = re.fullmatch(r"(?:(fig|tab)([\d_]+)_)?(.*)", product).groups()
+    places = [f"{kind}{number}" for number in (numbers or "").split("_") if number]
+    return {product, notebook, title, *places}
 
 
 def about(product):
     """Return a product's title, place in the paper ("" for none) and claim, from the head of its
     notebook.
     """
-    notebook, own = products()[product]
-    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
+    notebook, fixed = products()[product]
+    heading, _, text = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
     title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
-    if study := STUDIES.get(own.get("study")):
+    if study := STUDIES.get(fixed.get("study")):
         title, place = f"{title.partition(':')[0]}: {study.axis}", f"Table {study.table}"
-    return {"title": title, "place": place or "", "claim": claim.strip()}
+    return {"title": title, "place": place or "", "claim": text.strip()}
 
 
 def _targets(names, parameters):
@@ -87,28 +102,29 @@ def _targets(names, parameters):
     known = products() | {name: (name, {}) for name in INTERACTIVE}
     chosen = {}
     for name in names:
-        own = {product: target for product, target in known.items() if name in (product, target[0])}
-        if not own:
+        matches = {product: known[product] for product in known if name in names_of(product)}
+        if not matches:
             known_names = dict.fromkeys([*notebooks(), *known])
             raise UserError(
                 f"unknown notebook '{name}'.{nearest(name, known_names)} Known: "
                 f"{', '.join(known_names)}."
             )
-        chosen |= own
-    taken = _taken({notebook for notebook, _ in chosen.values()}, parameters)
-    wanted = {
-        product: (notebook, own | taken[notebook])
-        for product, (notebook, own) in chosen.items()
-        if all(parameters.get(key, value) == value for key, value in own.items())
+        chosen |= matches
+    accepted = _accepted({notebook for notebook, _ in chosen.values()}, parameters)
+    targets = {
+        product: (notebook, fixed | accepted[notebook])
+        for product, (notebook, fixed) in chosen.items()
+        if all(parameters.get(key, value) == value for key, value in fixed.items())
     }
-    if chosen and not wanted:
+    if chosen and not targets:
         raise UserError(f"no figure is drawn with {parameters}. There are: {', '.join(chosen)}.")
-    return wanted
+    return targets
 
 
-def _taken(names, parameters):
-    """Return {notebook: its own of `parameters`}; one notebook alone takes them all, and says
-    itself what it does not have.
+def _accepted(names, parameters):
+    """Return {notebook: those of `parameters` that it has}.
+
+    A single notebook gets them all, and its own check names those that it does not have.
     """
     if len(names) < 2 or not parameters:
         return dict.fromkeys(names, parameters)

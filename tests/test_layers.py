@@ -43,6 +43,7 @@ OPTIONAL = {
     "lightning_fabric.strategies",
     "lpips",
     "matplotlib",
+    "matplotlib.patches",
     "matplotlib.pyplot",
     "papermill",
     "safetensors.torch",

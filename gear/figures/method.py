@@ -62,13 +62,14 @@ def draw(tau):
 
 def _draw_networks(canvas):
     """Draw the boxes, the forward arrows in grey, and the two gradients."""
-    from matplotlib.patches import FancyBboxPatch
+    import matplotlib.patches
 
     canvas.set(xlim=(-0.1, 13.6), ylim=(0, 5.2))
     canvas.axis("off")
     look = {"boxstyle": "round,pad=0,rounding_size=0.12", "facecolor": "#F4F4F4", "lw": 1}
     for (x, y, width, height), text in BOXES.values():
-        canvas.add_patch(FancyBboxPatch((x, y), width, height, edgecolor="#555555", **look))
+        box = matplotlib.patches.FancyBboxPatch((x, y), width, height, ec="#555555", **look)
+        canvas.add_patch(box)
         canvas.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.5)
     for start, end in FORWARD:
         _draw_arrow(canvas, start, end, "#555555", lw=1, shift=0)

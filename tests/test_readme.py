@@ -18,7 +18,8 @@ from PIL import Image
 
 import gear
 from gear.__main__ import main
-from gear.experiments import verdicts
+from gear.experiments import results, verdicts
+from gear.experiments.studies import Scoring
 from gear.figures import render
 from gear.figures.execution import parameters_of
 from gear.files import ROOT
@@ -42,8 +43,8 @@ COMMANDS = dict.fromkeys(
     re.split(r"\s+#", line)[0].strip()
     for text in TEXTS.values()
     for block in blocks(text, "bash")
-    for line in block.splitlines()
-    if line.strip()
+    for line in block.replace("\\\n", "").splitlines()
+    if line.strip() and not line.startswith("#")
 )
 GEAR_COMMANDS = [command for command in COMMANDS if command.startswith("gear ")]
 OTHERS = [command for command in COMMANDS if not command.startswith("gear ")]
@@ -217,9 +218,12 @@ def test_numbers_are_those_of_the_tracked_runs(monkeypatch):
     assert len(rows) == 4
     for name, cells in rows:
         last = pd.DataFrame([run.metrics().iloc[-1] for run in gear.open_runs(f"{name}-s[0-9]")])
-        columns = last[["val/ntp_loss", "val/align_loss", "val/psnr"]]
+        scores = results.quality(f"{name}-s[0-9]", Scoring(1000), scales=(1.0,))
+        columns = last[["val/ntp_loss", "val/align_loss", "val/psnr"]].assign(
+            fd=scores[scores.metric == "fd"].value.to_numpy()
+        )
         for cell, (_, values) in zip(cells.split("|"), columns.items(), strict=True):
-            mean, spread = (text.strip() for text in cell.split("+-"))
+            mean, spread = (text.strip() for text in cell.split("±"))
             tolerance = 0.51 * 10 ** -len(mean.split(".")[1])
             assert float(mean) == pytest.approx(values.mean(), abs=tolerance), (name, cell)
             assert float(spread) == pytest.approx(values.std(), abs=tolerance), (name, cell)

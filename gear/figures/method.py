@@ -9,14 +9,14 @@ SCORES = np.array([-1.9, -0.9, -0.25, -0.1, -0.3, -0.7, -1.4, -2.2])  # one row 
 BOXES = {  # name: (x, y, width, height) in units of the canvas, text
     "image": ((0.0, 2.5, 1.0, 1.0), "image"),
     "encoder": ((1.5, 2.5, 1.3, 1.0), "encoder"),
-    "affinity": ((3.3, 2.5, 1.7, 1.0), "affinity A\nto the codebook"),
+    "affinity": ((3.3, 2.5, 1.7, 1.0), "affinity A to\nthe codebook"),
     "hard": ((5.7, 3.7, 2.1, 1.0), "hard read-out\nE[arg max A]"),
     "soft": ((5.7, 1.3, 2.1, 1.0), "soft read-out\nsoftmax(A / tau) E"),
     "generator": ((8.5, 3.7, 2.1, 1.0), "generator"),
     "frozen": ((8.5, 1.3, 2.1, 1.0), "the same generator,\nfrozen"),
     "ntp": ((11.3, 3.7, 2.2, 1.0), "next-token loss\n+ alignment loss"),
     "align": ((11.3, 1.3, 2.2, 1.0), "alignment loss"),
-    "decoder": ((3.3, 0.2, 1.7, 0.8), "decoder:\nreconstruction"),
+    "decoder": ((3.0, 0.1, 2.3, 1.0), "decoder of the chosen\ncodes: reconstruction"),
     "teacher": ((11.3, 2.65, 2.2, 0.7), "frozen teacher"),
 }
 FORWARD = (
@@ -35,6 +35,7 @@ FORWARD = (
 BACKWARD = {  # from where the gradient starts, along boxes, to the last it reaches; the colour
     ("ntp", "generator"): PALETTE["baseline"],
     ("align", "frozen", "soft", "affinity", "encoder"): PALETTE["GEAR"],
+    ("decoder", "affinity"): PALETTE["GEAR"],
 }
 
 
@@ -52,7 +53,7 @@ def draw(tau):
     for axis, (name, row) in zip(axes, masses.items()):
         colour = PALETTE["baseline"] if name == "hard" else PALETTE["GEAR"]
         axis.bar(range(1, len(row) + 1), row, color=colour, width=0.7)
-        axis.set(title=f"one row of A, {name}", xlabel="code", ylim=(0, 1.05))
+        axis.set(title=f"weights, {name}", xlabel="code", ylim=(0, 1.05))
     tables = [
         pd.DataFrame({"read-out": name, "code": np.arange(1, len(row) + 1), "mass": row})
         for name, row in masses.items()
@@ -91,8 +92,8 @@ def _draw_arrow(canvas, start, end, colour, lw, shift, ls="-"):
         head = (x1 if is_right else x1 + w1, y1 + h1 / 2 + shift)
     else:
         is_up = y0 < y1
-        tail = (x0 + w0 / 2, y0 + h0 if is_up else y0)
-        head = (x1 + w1 / 2, y1 if is_up else y1 + h1)
+        tail = (x0 + w0 / 2 + shift, y0 + h0 if is_up else y0)
+        head = (x1 + w1 / 2 + shift, y1 if is_up else y1 + h1)
     canvas.annotate(
         "", head, tail, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": lw, "ls": ls}
     )

@@ -1,11 +1,11 @@
-"""How figures look, and how they are kept: PNG, PDF and the CSV of what is drawn, byte for byte the
-same each time.
+"""How figures look, and how they are saved: PNG, PDF and a CSV of the numbers, with the same bytes
+each time.
 
 figures/NAME.png         the figure
         index.html       the page of all (gear.figures.gallery)
         pdf/NAME.pdf
         data/NAME.csv    the numbers drawn, rounded, with provenance in the first line
-             NAME.json   what is said of the figure
+             NAME.json   the words that go with the figure
 """
 
 import json
@@ -41,8 +41,8 @@ METHODS = {
     "warm-up": "warm-up",
     "control": "control (no guidance)",
     "half": "half the codes",
-    "GEAR": "GEAR",
     "transfer": "fresh generator on GEAR's tokenizer",
+    "GEAR": "GEAR",
     "naive": "NTP through inputs and targets",
     "naive inputs": "NTP through inputs",
     "straight-through": "straight-through alignment",
@@ -53,11 +53,11 @@ METHODS = {
 
 
 def use_style():
-    """Set the house style: sizes that stay legible at a README's width, embedded fonts, no date in
+    """Set the style: sizes that are legible at a README's width, embedded fonts, no dates in
     files.
     """
     import matplotlib
-    import seaborn  # 1.2 s, for which a command that draws nothing has no use
+    import seaborn  # 1.2 s, which a command that draws nothing need not wait
 
     seaborn.set_theme(style="ticks", context="paper")
     matplotlib.rcParams |= {
@@ -84,8 +84,8 @@ def use_style():
 
 
 def rounded(table):
-    """Round a table's numbers to six significant digits: what is drawn is what the CSV says, on
-    every machine.
+    """Round a table's numbers to six significant digits, so that the figure shows what the CSV
+    holds, on every machine.
     """
     table = table.copy()
     for column in table.select_dtypes("floating"):
@@ -127,8 +127,8 @@ def panels(layout, width=9.0, height=2.6, lettered=True):
 
 
 def scale(runs):
-    """Name the scale of what is drawn: data, image size, token grid, K, steps, seeds; where runs
-    differ, each value.
+    """Name the scale of runs: data, image size, token grid, K, steps, seeds; each value where runs
+    differ.
     """
     configs = [run.config for run in runs]
     side, (tokens, _) = configs[0]["data"]["image_size"], token_grid(configs[0])
@@ -137,8 +137,8 @@ def scale(runs):
     steps = " and ".join(dict.fromkeys(str(c["steps"]) for c in configs))
     seeds = sorted({c["seed"] for c in configs})
     return (
-        f"Small scale: {source} {side} px, {tokens}x{tokens} tokens, K = {codes}, {steps} steps of "
-        f"{configs[0]['batch_size']}; "
+        f"Small scale: {source} {side} px, {tokens}x{tokens} tokens, K = {codes}, {steps} steps, "
+        f"batch {configs[0]['batch_size']}; "
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
     )
 
@@ -147,16 +147,14 @@ def save(fig, name, runs, data, n, interval, null="none", face=None):
     """Write NAME.png, pdf/NAME.pdf and data/NAME.csv with provenance (runs, steps, configuration
     hashes; no date).
 
-    `runs` are the Runs drawn, or what else has a name, a step and a config_hash; `data` the table
-    of plotted numbers, `rounded`. On the figure's face stand the scale (or `face` in its place)
-    and, in words: `n`, what was measured on, `interval`, what bands and bars are, and `null`, the
-    level that means nothing.
+    `runs` are the Runs drawn (anything with a name, a step and a config_hash), and `data` is the
+    table of plotted numbers, `rounded`. Below the panels the figure prints the scale (or `face` in
+    its place) and three sentences: `n`, what was measured; `interval`, what bands and bars are; and
+    `null`, the level that means nothing.
     """
     statistics = {"n": n, "interval": interval, "null": null}
-    sentences = [
-        face or scale(runs),
-        ". ".join(f"{key}: {value}" for key, value in statistics.items()) + ".",
-    ]
+    printed = [f"{k}: {v}" for k, v in statistics.items() if not v.startswith("none")]
+    sentences = [face or scale(runs), ". ".join(printed) + "."]
     characters = int(fig.get_figwidth() * 16)  # of 8-point type in one line
     lines = [line for text in sentences for line in textwrap.wrap(text, characters)]
     fig.supxlabel("\n".join(lines), fontsize=8, color="#666666", x=0.01, ha="left")
@@ -187,13 +185,13 @@ def save(fig, name, runs, data, n, interval, null="none", face=None):
 
 
 def figure_path(name, suffix):
-    """Return where a figure's "png", "pdf", "csv" or "json" is kept."""
+    """Return the path of a figure's "png", "pdf", "csv" or "json"."""
     return figures_dir() / FOLDERS[suffix] / f"{name}.{suffix}"
 
 
 def runs_of(name):
-    """Return the runs in a figure's CSV, {run: {"step", "config"}}; none where it is absent or its
-    first line damaged.
+    """Return the runs in a figure's CSV, {run: {"step", "config"}}; {} where the file is absent or
+    its first line damaged.
     """
     try:
         runs = json.loads(
@@ -205,7 +203,7 @@ def runs_of(name):
 
 
 def kept_words(name):
-    """Return what data/NAME.json says of a figure, {} where it is absent or damaged."""
+    """Return the words of data/NAME.json, {} where the file is absent or damaged."""
     words = kept_json(figure_path(name, "json"))
     kinds = dict(
         title=str,

@@ -192,7 +192,7 @@ def read_table(path):
 
 
 def science(config):
-    """Return the fields of a configuration that determine results: all but the library's version."""
+    """Return the fields of a configuration that determine results: all but the gear version."""
     return {key: value for key, value in config.items() if key != "version"}
 
 
@@ -225,7 +225,7 @@ def read_scores(path):
 
 
 def _has_type(value, kind):
-    """Return whether a JSON value has the type `kind`; an int must also fit into a table of int64."""
+    """Return whether a JSON value has the type `kind`; an int must also fit into an int64 table."""
     return isinstance(value, kind) and not (
         kind is int and (isinstance(value, bool) or abs(value) >= 1 << 62)
     )

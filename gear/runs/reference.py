@@ -54,7 +54,7 @@ class Record:
         return config_hash(science(self.config))
 
     def metrics(self, file="metrics.jsonl"):
-        """Return what the run logged, as `Run.metrics` does; a pack keeps nothing of timing.jsonl."""
+        """Return what the run logged, as `Run.metrics` does; timing.jsonl is not kept in a pack."""
         if file != "metrics.jsonl":
             return pd.DataFrame()
         return self.pack.of(METRICS, self.pack.metrics, self.name).copy()

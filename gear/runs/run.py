@@ -89,8 +89,8 @@ class Run:
     def check_config(self, config, complete=lambda config: config):
         """Raise UserError naming the fields in which this run's configuration is not `config`.
 
-        config: a dict. complete: a function that adds the fields that an older version did not write. The versions
-        themselves may differ.
+        config: a dict. complete: a function that adds the fields that an older version did not
+        write. The versions themselves may differ.
         """
         if changed := differences(complete(science(self.config)), science(config)):
             fields = "\n  ".join(changed)

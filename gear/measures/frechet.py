@@ -142,7 +142,7 @@ def _root(covariance):
 
 
 def _non_negative(values):
-    """Clip eigenvalues that rounding made negative; raises UserError for any that is more negative."""
+    """Clip negative eigenvalues to 0; raises UserError for one that rounding does not explain."""
     if values.min() < -1e-6 * values.abs().max():
         raise UserError(
             f"a covariance has the eigenvalue {float(values.min()):.3g}: no features have a "

@@ -58,7 +58,7 @@ def radii(x, k, half=False):
         limits = (
             f"k has to lie in [1, {len(x) - 1}]"
             if len(x) > 1
-            else f"at least {k + 1} samples are needed"
+            else f"{k + 1} samples at least are needed"
         )
         raise UserError(f"k = {k} neighbours of {len(x)} samples: {limits}.")
     nearest = x.new_full((len(x), k + 1), torch.inf)

@@ -63,7 +63,7 @@ def check_pair(reconstruction, images):
     check_images(images)
     if reconstruction.shape != images.shape:
         shapes = f"{tuple(reconstruction.shape)} and {tuple(images.shape)}"
-        raise UserError(f"a reconstruction and its images have the same shape, not {shapes}.")
+        raise UserError(f"a reconstruction and its images have one shape, not {shapes}.")
     check_finite(reconstruction, "the reconstructions", "look at the tokenizer's weights")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-# length of a bootstrap block as a share of the curve; residuals of neighbouring steps are correlated
+# length of a bootstrap block as a share of the curve: residuals of nearby steps are correlated
 BLOCK = 0.02
 DRAWS = 200  # bootstrap draws
 

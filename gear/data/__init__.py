@@ -1,4 +1,4 @@
-"""Image sources, their training and validation splits, and a stream that can start at any sample."""
+"""Image sources, their splits for training and validation, and a stream that can start anywhere."""
 
 from gear.data.report import report as data_report
 from gear.data.stream import (

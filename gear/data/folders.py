@@ -259,7 +259,7 @@ class Folder:
 
 
 def in_order(folders):
-    """Sort class folders by name, or if every name begins with a number (0_cat, 10_dog), by number."""
+    """Sort class folders by name, or by number if every name begins with one (0_cat, 10_dog)."""
     numbers = [re.match(r"\d+", folder, re.ASCII) for folder in folders]
     if not all(numbers):
         return sorted(folders)

@@ -263,7 +263,7 @@ def _square_of_long_image(image, side, resample, x, y, resized):
 
 
 def resized_to(size, side):
-    """Return the width and height of an image of `size` after its short side is resized to `side`."""
+    """Return the width and height of an image of `size` with its short side resized to `side`."""
     scale = side / min(size)
     return [max(side, round(length * scale)) for length in size]
 

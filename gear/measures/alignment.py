@@ -222,9 +222,8 @@ def _nearest(x: torch.Tensor, k: int) -> _Graph:
     formed.
     """
     rows = min(len(x), max(1, 4 * CHUNK // len(x)))  # large, since each product reads all of x
-    buffer = x.new_empty(
-        rows, len(x)
-    )  # reused, since the results of chunks would fragment the memory
+    # one buffer for all chunks: the results kept of one would otherwise lie in the next one's space
+    buffer = x.new_empty(rows, len(x))
     chunks = []
     for start in range(0, len(x), rows):
         similarity = torch.mm(x[start : start + rows], x.T, out=buffer[: len(x) - start])

@@ -255,7 +255,7 @@ def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatc
     for part in (
         f"'cifar10' is not in {home / 'cache' / 'cifar10'}",
         "toronto.edu/~kriz/cifar-10",
-        "will do instead",
+        "Use a folder or a zip of class folders instead",
     ):
         assert part in str(error.value)
 

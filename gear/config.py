@@ -137,7 +137,8 @@ def check_value(name, value, kind):
     kind: a plain type, Annotated with a Range, a Literal, a tuple type, or a union of a number and
     a type of text, in that order. An int is accepted as a float; a bool is accepted as neither.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
     if origin is Annotated:
         check_value(name, value, arguments[0])
         for bounds in arguments[1:]:
@@ -271,7 +272,8 @@ def flatten(values, prefix=""):
 
 def differences(old, new):
     """List the fields in which two configuration dicts differ, each as "name: old -> new"."""
-    old, new = flatten(old), flatten(new)
+    old = flatten(old)
+    new = flatten(new)
     return [
         f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
         for k in sorted(old.keys() | new.keys())

@@ -134,6 +134,6 @@ def grouped(tensors):
     """Group tensors by the first part of their names: {"a.b": t} becomes {"a": {"b": t}}."""
     groups = {}
     for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
+        group, _, short_name = name.partition(".")
+        groups.setdefault(group, {})[short_name] = tensor
     return groups

@@ -64,7 +64,8 @@ def test_a_numpy_array_is_refused():
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16))
 def test_images_of_every_float_type_are_converted_to_the_networks_type(dtype, teacher):
-    tokenizer, images = tiny_tokenizer().eval(), IMAGES.to(dtype)
+    tokenizer = tiny_tokenizer().eval()
+    images = IMAGES.to(dtype)
     dense_affinity = lambda images: tokenizer.affinity(images).dense  # noqa: E731
     for function in (tokenizer.encode, dense_affinity, teacher):
         assert torch.equal(function(images), function(images.float()))

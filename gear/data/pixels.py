@@ -218,7 +218,8 @@ def _eight_bits(image):
         return Image.fromarray(_scaled(values, 65535))
     if image.mode == "F":
         values = np.asarray(image)
-        low, high = values.min(), values.max()
+        low = values.min()
+        high = values.max()
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(f"floats from {low:g} to {high:g}: only those in [0, 1] have a colour")
         return Image.fromarray(_scaled(values, 1))

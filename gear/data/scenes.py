@@ -225,7 +225,8 @@ def _triangle(u, v):
 
 
 def _cross(u, v):
-    au, av = np.abs(u), np.abs(v)
+    au = np.abs(u)
+    av = np.abs(v)
     return np.minimum(np.maximum(au - 1, av - 0.34), np.maximum(au - 0.34, av - 1))
 
 

@@ -67,7 +67,8 @@ class Shards:
                 f"{source}: {len(listings)} shards with neither labels nor class folders are one "
                 "class"
             )
-        self.entries, self.names = entries, list(entries)
+        self.entries = entries
+        self.names = list(entries)
 
     def open(self, name):
         number, offset, length = self.entries[name]
@@ -312,8 +313,8 @@ def _read_members(path, size):
     return members
 
 
-def _unreadable(path, why):
-    return UserError(f"the shard {path} cannot be read ({why}). Copy or write it again.")
+def _unreadable(path, reason):
+    return UserError(f"the shard {path} cannot be read ({reason}). Copy or write it again.")
 
 
 def _is_file(member):
@@ -337,7 +338,7 @@ def _next_archive(file, start):
     """Return the offset of the first block after `start` that is not zero: the next archive."""
     file.seek(start)
     while block := file.read(1 << 16):
-        if rest := block.lstrip(b"\0"):
-            return start + (len(block) - len(rest)) // BLOCK * BLOCK
+        if content := block.lstrip(b"\0"):
+            return start + (len(block) - len(content)) // BLOCK * BLOCK
         start += len(block)
     return start

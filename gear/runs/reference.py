@@ -26,7 +26,8 @@ from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE
 from gear.runs.records import Fields, read_parquet, read_table, science, write_parquet
 
-METRICS, SCORES = "metrics.parquet", "scores.parquet"
+METRICS = "metrics.parquet"
+SCORES = "scores.parquet"
 
 
 class Record:

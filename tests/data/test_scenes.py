@@ -28,15 +28,15 @@ def test_a_scene_is_a_function_of_its_number(size):
     """Its bytes are the same alone, in a batch of any order, and from a source with another first
     scene.
     """
-    whole = Scenes(0, 100, size)
+    source = Scenes(0, 100, size)
     numbers = np.array([70, 3, 41, 3])
     shifted = Scenes(40, 60, size)
     for method in (Scenes.images, Scenes.labels, Scenes.captions, lambda s, n: s.factors(n, 4)):
-        batch = method(whole, numbers)
+        batch = method(source, numbers)
         for i, n in enumerate(numbers):
-            np.testing.assert_array_equal(method(whole, [n])[0], batch[i])
+            np.testing.assert_array_equal(method(source, [n])[0], batch[i])
         np.testing.assert_array_equal(method(shifted, [1])[0], batch[2])
-    assert (whole.images([70]) != whole.images([71])).mean() > 0.5
+    assert (source.images([70]) != source.images([71])).mean() > 0.5
 
 
 @pytest.mark.parametrize(

@@ -109,16 +109,17 @@ def test_a_run_resumes_on_images_that_moved_to_the_same_bytes(pets, tmp_path):
 @pytest.mark.parametrize("change", ("another image", "one more", "another size"))
 def test_other_images_at_a_new_location_are_an_error(pets, tmp_path, change):
     run = trained(pets)
-    other = shutil.copytree(pets, tmp_path / "other")
+    new_folder = shutil.copytree(pets, tmp_path / "other")
     if change == "one more":
-        shutil.copy(pets / "b" / "0.png", other / "b" / "new.png")
+        shutil.copy(pets / "b" / "0.png", new_folder / "b" / "new.png")
     else:
         name = "x.png" if change == "another image" else "0.png"
-        (other / "b" / "0.png").unlink()
-        Image.new("RGB", (32, 32)).save(other / "b" / name)
-    for use in (lambda: trained_on(run, str(other)), lambda: trained(other)):
+        (new_folder / "b" / "0.png").unlink()
+        Image.new("RGB", (32, 32)).save(new_folder / "b" / name)
+    for use in (lambda: trained_on(run, str(new_folder)), lambda: trained(new_folder)):
         with pytest.raises(
-            UserError, match=f"run 'pets' was trained on '{pets}', and '{other}' holds other images"
+            UserError,
+            match=f"run 'pets' was trained on '{pets}', and '{new_folder}' holds other images",
         ):
             use()
     assert trained_on(run).source == str(pets)

@@ -76,9 +76,9 @@ def test_usage_invariances():
     base = codes.usage(INDICES, 256)
     renamed = codes.usage(torch.randperm(256)[INDICES.long()][torch.randperm(len(INDICES))], 256)
     doubled = codes.usage(INDICES.repeat(2), 256)
-    for other in (renamed, doubled):
-        assert other.entropy == pytest.approx(base.entropy, abs=1e-12)
-        torch.testing.assert_close(other.top_mass, base.top_mass)
+    for variant in (renamed, doubled):
+        assert variant.entropy == pytest.approx(base.entropy, abs=1e-12)
+        torch.testing.assert_close(variant.top_mass, base.top_mass)
     gains = base.top_mass.diff(prepend=torch.zeros(1))
     assert (gains >= 0).all() and (gains.diff() <= 1e-15).all() and base.top_mass[-1] == 1
     assert 0 <= base.entropy <= math.log(256 - base.dead)
@@ -92,9 +92,9 @@ def test_assignment_limits_and_invariances():
     assert entropies == sorted(entropies)
     shifted = codes.assignment(AFFINITY.double() + torch.randn(48, 1, dtype=torch.float64), 0.1)
     permuted = codes.assignment(AFFINITY[:, torch.randperm(128)], 0.1)
-    for other in (shifted, permuted):
-        assert other.entropy == pytest.approx(base.entropy, abs=1e-9)
-        assert other.top_mass == pytest.approx(base.top_mass, abs=1e-9)
+    for variant in (shifted, permuted):
+        assert variant.entropy == pytest.approx(base.entropy, abs=1e-9)
+        assert variant.top_mass == pytest.approx(base.top_mass, abs=1e-9)
 
 
 def test_larger_affinity_is_nearer():

@@ -46,8 +46,8 @@ def test_moran_golden(name, device):
     for reduction in ("channel_mean", "vector"):
         result = morans_i(maps, reduction).item()
         assert result == pytest.approx(expected["rook_b"]["I"], abs=1e-10)
-        for other in {"queen_b", "rook_torus_b"} if name.startswith("smooth") else ():
-            assert abs(result - expected[other]["I"]) > 0.01
+        for weights in {"queen_b", "rook_torus_b"} if name.startswith("smooth") else ():
+            assert abs(result - expected[weights]["I"]) > 0.01
 
 
 def test_moran_golden_map_drops_its_constant_channel():
@@ -131,12 +131,12 @@ def test_high_frequency_golden(name, device):
     maps = FFT[name][None].to(device)
     result = high_frequency_ratio(maps).item()
     assert result == pytest.approx(expected["PRIMARY radial>0.25 noDC pooled"], abs=1e-9)
-    for other in (
+    for definition in (
         "radial>0.25 withDC pooled",
         "chebyshev>0.25 noDC pooled",
         "radial>0.3535534 noDC pooled",
     ):
-        assert abs(result - expected[other]) > 0.02
+        assert abs(result - expected[definition]) > 0.02
     corner = high_frequency_ratio(maps, 0.3535534).item()
     assert corner == pytest.approx(expected["radial>0.3535534 noDC pooled"], abs=1e-9)
     if name == "m16":  # on a 7 x 9 grid no frequency lies on the circle

@@ -68,8 +68,8 @@ def test_invariances():
     base = speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"])
     affine = speedup(STEPS, 4.0 * CURVES["baseline_noisy"] - 7, 4.0 * CURVES["method_noisy"] - 7)
     units = speedup(STEPS / 1000, CURVES["baseline_noisy"], CURVES["method_noisy"])
-    for other in (affine, units):
-        assert (other.value, other.low, other.high) == pytest.approx(
+    for variant in (affine, units):
+        assert (variant.value, variant.low, variant.high) == pytest.approx(
             (base.value, base.low, base.high), rel=1e-4
         )
 

@@ -154,7 +154,8 @@ def test_a_run_takes_precedence_over_the_record_of_its_name(runs):
 
 def test_only_the_requested_panels_are_packed(runs):
     only_records("--panels", "tiny-gear-s1")
-    with_panel, without = Run.open("tiny-gear-s1"), Run.open("tiny-gear-s0")
+    with_panel = Run.open("tiny-gear-s1")
+    without = Run.open("tiny-gear-s0")
     assert list(with_panel.panels()) == [24] and without.panels() == {}
     assert [row.shape for row in panel_rows(with_panel)] == [(12, 32, 32, 3)] * 2
     with pytest.raises(

@@ -220,8 +220,8 @@ NAMES = "a b,a[1],x*y,what?,-s0,it's,ä日,{x},two\nlines,$HOME,5%,#,~".split(",
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_may_have_any_name(name, home):
     """An exact name takes precedence over its matches as a pattern."""
-    for other in ("a1", "xzy", "whats", name):
-        Run.create(other, CONFIG).append({"step": 1, "loss": 0.5})
+    for other_name in ("a1", "xzy", "whats", name):
+        Run.create(other_name, CONFIG).append({"step": 1, "loss": 0.5})
     assert (
         [run.name for run in open_runs(name)]
         == run_names(name)

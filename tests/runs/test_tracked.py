@@ -57,10 +57,11 @@ def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
     redrawn = files(home / "figures")
     for name in tracked:
         assert redrawn[name] == tracked[name], name
-    drawn = {path.stem for path in (home / "figures").glob("*.png")}
-    assert drawn == set(DRAWN), "every figure that can be drawn is tracked"
+    products = {path.stem for path in (home / "figures").glob("*.png")}
+    assert products == set(DRAWN), "every figure that can be drawn is tracked"
 
-    removed, index = "scenes-joint-no-init-s1", home / "runs" / "reference" / "runs.csv"
+    removed = "scenes-joint-no-init-s1"
+    index = home / "runs" / "reference" / "runs.csv"
     index.write_text(
         "".join(
             line

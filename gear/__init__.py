@@ -8,19 +8,21 @@ import sys
 
 try:
     os.getcwd()
-except FileNotFoundError:  # torch's libraries would end the process with a message of their own
-    print("gear: the working directory is gone. Change to one that is there: cd", file=sys.stderr)
+except FileNotFoundError:  # torch's libraries would end the process with an obscure message
+    print(
+        "gear: the working directory is gone. Change to one that exists, with cd.", file=sys.stderr
+    )
     sys.exit(2)
 
-# Read by torch's libraries when they load. Spinning threads starve beside any other load; and
-# without the second, a matrix product may depend on where its memory lies, so that a resumed run
-# would differ in the last bit.
+# torch's libraries read these two variables when they load. Threads that spin while they wait slow
+# down as soon as another process uses the same cores. Without MKL_CBWR a matrix product may depend
+# on the alignment of its memory, and a resumed run would differ in the last bit.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from gear.config import UserError, __version__
 
-# of public names, which are imported when they are first asked for: torch takes a second
+# public name -> the module that defines it, imported at first use because torch takes a second
 MODULES = {
     "Run": "runs.run",
     "load_generator": "checkpoints",
@@ -33,7 +35,7 @@ __all__ = ["UserError", "__version__", *MODULES]
 
 
 def __getattr__(name):
-    """Return a public name, or a module of the package: gear.Run, gear.data."""
+    """Import a public name (gear.Run) or a module of the package (gear.data) at its first use."""
     if name in MODULES:
         return getattr(importlib.import_module(f"gear.{MODULES[name]}"), name)
     if name.isidentifier() and importlib.util.find_spec(f"gear.{name}"):
@@ -46,8 +48,10 @@ def __dir__():
 
 
 class BeforeTorchvision:
-    """Import `gear._torchvision` just before torchvision, which may not import without it, whoever
-    asks for that.
+    """Import `gear._torchvision` just before any code imports torchvision.
+
+    Beside a CPU-only torch, torchvision cannot be imported without it. This finder itself finds
+    nothing.
     """
 
     def find_spec(self, name, path=None, target=None):

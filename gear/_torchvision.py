@@ -1,9 +1,9 @@
 """Let torchvision import beside a CPU-only torch.
 
 The PyPI wheel of torchvision carries operators compiled against CUDA. Beside a CPU-only torch its
-library does not load, and torchvision then fails to import because it registers fake kernels for
-two operators nobody declared. Declaring their schemas is enough for transforms, datasets and
-models; the compiled operators stay unavailable.
+library does not load. The import of torchvision then fails, because it registers fake kernels for
+two operators that were never declared. Declaring their schemas is enough for transforms, datasets
+and models; the compiled operators stay unavailable.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def _declare_missing_operators():
     for library in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(str(library))
-        except OSError:  # compiled for CUDA: declare what the import needs
+        except OSError:  # the library was compiled for CUDA: declare what the import needs
             declared = torch.library.Library("torchvision", "DEF")
             for schema in _SCHEMAS:
                 declared.define(schema)

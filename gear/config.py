@@ -1,5 +1,7 @@
-"""Configurations: frozen dataclasses whose fields declare their ranges, to JSON and back, and what
-a mistake raises.
+"""Configurations and the errors that users see.
+
+A configuration is a frozen dataclass. Its fields declare their ranges, and it converts to JSON and
+back.
 """
 
 import contextlib
@@ -15,17 +17,18 @@ from typing import Annotated
 __version__ = "0.1.0"
 
 
-class UserError(Exception):  # no ValueError: tyro would box those, and cut their lines
-    """Say what was wrong, what was expected and what to do; the command line prints it without a
-    traceback, exit code 2.
+class UserError(Exception):  # not a ValueError: tyro prints those in a box and cuts their lines
+    """Report a mistake that the user can correct: what was wrong, what was expected, what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class MissingRuns(UserError):
-    """Say which `runs` are missing, or lack weights or scores, and the `command` that makes them.
+    """Report `runs` that are missing or lack weights or scores, with the `command` that makes them.
 
-    Its first line ends in the command; a `hint` that holds on this machine alone is a line of its
-    own.
+    The first line of the message ends in the command. A `hint`, advice that holds on this machine
+    alone, follows on a line of its own.
     """
 
     def __init__(self, sentence, runs, command, hint=""):
@@ -35,24 +38,26 @@ class MissingRuns(UserError):
         self.parts = sentence, runs, command, hint
 
     def __reduce__(self):
-        return type(self), self.parts  # from one process to another
+        return type(self), self.parts  # pickled when it passes from one process to another
 
     @staticmethod
     def split(text):
-        """Return (sentence, command) from the text of one: a notebook's kernel hands on no more."""
+        """Return (sentence, command) from a message: a notebook's kernel passes on text alone."""
         sentence, _, command = text.partition("\n")[0].rpartition(": ")
         return sentence, command
 
 
 class TrainingStopped(RuntimeError):
-    """Say why a run stopped by itself and what of it stands; printed without a traceback, exit code
-    1.
+    """Report why a run stopped by itself and which of its results are saved.
+
+    The command line prints the message without a traceback and exits with code 1.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """Say what stands of a run that the signal `number` ended; printed without a traceback, exit
-    code 128 + `number`.
+    """Report which results are saved of a run that the signal `number` ended.
+
+    The command line prints the message without a traceback and exits with code 128 + `number`.
     """
 
     def __init__(self, message, number):
@@ -62,8 +67,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def given_by(option):
-    """Name the `option` whose value a UserError is about, if any: the library does not know how it
-    was asked.
+    """Put the name of an `option` before the message of any UserError raised inside.
+
+    The library knows the value at fault, and only the caller knows which option it came from. An
+    empty `option` leaves the message as it is.
     """
     try:
         yield
@@ -72,7 +79,7 @@ def given_by(option):
 
 
 def nearest(name, names):
-    """Phrase a suggestion for a misspelt `name` among `names`; empty when nothing is close."""
+    """Suggest the closest of `names` for a misspelt `name`; return "" when none is close."""
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -88,8 +95,9 @@ def check_range(values, bound, what):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, with both ends but the one named `without`; NaN and the
-    infinities are in no range.
+    """The numbers from `low` to `high`, both ends included except one that equals `without`.
+
+    NaN and the infinities are in no range.
     """
 
     low: float
@@ -105,31 +113,32 @@ class Range:
         return lower + (upper if self.high < sys.float_info.max else "")
 
 
-MOST = 1_000_000_000  # of whatever is counted
+MOST = 1_000_000_000  # upper bound of every count
 Count = Annotated[int, Range(1, MOST)]
-Whole = Annotated[int, Range(0, MOST)]  # a count whose field says what 0 means
-Samples = Annotated[int, Range(2, MOST)]  # of which statistics are taken: one has none
-# scikit-learn's range; torch and NumPy take what is derived from it, too
+Whole = Annotated[int, Range(0, MOST)]  # a count that may be 0; the field says what 0 means
+Samples = Annotated[int, Range(2, MOST)]  # number of samples; a deviation needs at least two
+# scikit-learn's range; torch and NumPy accept every seed that is derived from one in it
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Parallel = Annotated[int, Range(0, 1_024)]  # processes or threads
+Parallel = Annotated[int, Range(0, 1_024)]  # number of processes or threads
 Jobs = Annotated[int, Range(1, 1_024)]
-Pixels = Annotated[int, Range(1, 16_384)]  # of a side
+Pixels = Annotated[int, Range(1, 16_384)]  # length of one side
 Positive = Annotated[float, Range(0, without=0)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, without=1)]
-# of a soft read-out, which is hard at lower ones, where its quotients overflow
+# temperature of a soft read-out; below this bound affinity / tau overflows
 Tau = Annotated[float, Range(1e-6)]
 WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def check_value(name, value, kind):
-    """Raise UserError unless `value` has the type `kind`: an annotation, with a Range, of choices,
-    of a tuple's elements, or a number | words.
+    """Raise UserError unless `value` has the type `kind`.
 
-    An int will do for a float, and a bool for neither.
+    kind: a plain type, Annotated with a Range, a Literal, a tuple type, or a union of a number and
+    a type of text, in that order. An int is accepted as a float; a bool is accepted as neither.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
     if origin is Annotated:
         check_value(name, value, arguments[0])
         for bounds in arguments[1:]:
@@ -144,20 +153,19 @@ def check_value(name, value, kind):
                 f"{name} is {value!r}: it has to be one of {choices}.{nearest(value, arguments)}"
             )
     elif origin is typing.Union:
-        number, words = arguments
-        check_value(name, value, words if isinstance(value, str) else number)
+        number_kind, text_kind = arguments
+        check_value(name, value, text_kind if isinstance(value, str) else number_kind)
     elif origin is tuple:
-        kinds = (
+        element_kinds = (
             arguments
             if arguments[-1] is not ...
             else arguments[:1] * (len(value) if isinstance(value, tuple) else 0)
         )
-        if not isinstance(value, tuple) or len(value) != len(kinds):
-            raise UserError(
-                f"{name} is {value!r}: it has to be a tuple{f' of {len(kinds)}' if kinds else ''}."
-            )
-        for element, of_element in zip(value, kinds):
-            check_value(name, element, of_element)
+        if not isinstance(value, tuple) or len(value) != len(element_kinds):
+            length = f" of {len(element_kinds)}" if element_kinds else ""
+            raise UserError(f"{name} is {value!r}: it has to be a tuple{length}.")
+        for element, element_kind in zip(value, element_kinds):
+            check_value(name, element, element_kind)
     elif (
         not isinstance(value, (int, float) if kind is float else kind)
         or isinstance(value, bool)
@@ -169,21 +177,23 @@ def check_value(name, value, kind):
 
 
 def require(rule, message):
-    """Raise UserError with `message` unless a `rule` between fields holds."""
+    """Raise UserError with `message` unless `rule`, a condition on several fields, is true."""
     if not rule:
         raise UserError(message)
 
 
 def read_numbers(name, text, kind):
-    """Read "0,1,2" as a list of numbers of `kind`, an annotation with a Range; raises UserError for
-    anything else.
+    """Read numbers separated by commas, as in "0,1,2", and return them as a list.
+
+    kind: the type of each number, Annotated with a Range. Raises UserError for any other text, and
+    for a number outside the range.
     """
-    number = typing.get_args(kind)[0]
+    number_type = typing.get_args(kind)[0]
     try:
-        values = [number(value) for value in text.split(",")]
+        values = [number_type(value) for value in text.split(",")]
     except ValueError:
         raise UserError(
-            f"{name} are '{text}': numbers with commas between are expected, as in 0,1,2."
+            f"{name} are '{text}': numbers separated by commas are expected, as in 0,1,2."
         ) from None
     for value in values:
         check_value(name, value, kind)
@@ -191,11 +201,10 @@ def read_numbers(name, text, kind):
 
 
 class Checked:
-    """A dataclass that checks, wherever it is built, that each field has the type and the range of
-    its annotation.
+    """A dataclass that checks, whenever it is built, the type and the range of each field.
 
-    Raises UserError naming the field. A class with rules between fields adds them to
-    `__post_init__`, after this one's.
+    Raises UserError naming the field. A subclass with rules between fields extends `__post_init__`
+    and calls this one first.
     """
 
     def __post_init__(self):
@@ -210,14 +219,15 @@ def _kinds(cls):
 
 
 def to_dict(config):
-    """Turn a (nested) dataclass into plain JSON values; tuples become lists."""
+    """Convert a (nested) dataclass to plain JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls, values, where=""):
-    """Build dataclass `cls` from `values`, a dict: a missing key takes its default.
+    """Build the dataclass `cls` from a dict `values`; a missing key takes the field's default.
 
-    Raises UserError for an unknown key, and for a value that its field cannot have.
+    where: the path of `values` in the configuration ("objective."), for messages. Raises UserError
+    for an unknown key, for a missing key without a default, and for a value outside its range.
     """
     if not isinstance(values, dict):
         raise UserError(
@@ -249,7 +259,7 @@ def from_dict(cls, values, where=""):
 
 
 def flatten(values, prefix=""):
-    """Flatten nested dicts to {"a.b": value}."""
+    """Flatten nested dicts: {"a": {"b": value}} becomes {"a.b": value}."""
     flat = {}
     for key, value in values.items():
         flat |= (
@@ -261,8 +271,9 @@ def flatten(values, prefix=""):
 
 
 def differences(old, new):
-    """List the fields in which two configuration dicts differ, as 'name: old -> new' strings."""
-    old, new = flatten(old), flatten(new)
+    """List the fields in which two configuration dicts differ, each as "name: old -> new"."""
+    old = flatten(old)
+    new = flatten(new)
     return [
         f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
         for k in sorted(old.keys() | new.keys())
@@ -276,8 +287,8 @@ def config_hash(values):
 
 
 def changed_words(options):
-    """Return the command line's words for the fields of a dataclass that differ from their
-    defaults.
+    """Return the command-line flags for the fields of a dataclass that differ from their defaults,
+    as a list of words.
     """
     words = []
     for field in dataclasses.fields(options):

@@ -1,4 +1,4 @@
-"""The devices that networks run on, by the names that a command takes; and what seeds them."""
+"""Devices, opened by the names that commands accept, and the seeds of their random numbers."""
 
 import contextlib
 
@@ -9,11 +9,11 @@ from gear.config import UserError
 
 
 def find_device(name):
-    """Return the torch.device called `name`: "cpu", "cuda", "cuda:1", or "auto", the GPU if there
-    is one.
+    """Return the torch.device called `name`: "cpu", "cuda", "cuda:1", or "auto".
 
-    Raises UserError for any other name, and for a GPU that is not here. The device is left alone:
-    other processes may use it.
+    "auto" is the GPU if there is one, else the CPU. The device itself is not touched, because other
+    processes may use it. Raises UserError for any other name, and for a GPU that this machine
+    lacks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = {"auto": "cuda" if count else "cpu", "cpu": "cpu"} | (
@@ -26,12 +26,12 @@ def find_device(name):
 
 
 def open_device(name, precision="float32"):
-    """Return what `find_device` does, once this process has the device; raises UserError too where
-    it cannot have it.
+    """Return the device that `find_device` finds, after a test that this process can use it.
 
-    With the `precision` "float32" all that a GPU computes in float32 is float32 throughout. With
-    "bf16" convolutions may be TF32 there, and the products inside `tensor_core_products`; others
-    stay exact, since an arg-max hangs on them.
+    precision: with "float32", a GPU computes in float32 throughout. With "bf16", float32
+    convolutions may use TF32, and so may matrix products inside `tensor_core_products`; all other
+    products stay exact, because arg-max operations depend on them. Raises UserError as
+    `find_device` does, and for a device that cannot be used.
     """
     device = find_device(name)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -40,51 +40,51 @@ def open_device(name, precision="float32"):
         torch.empty(0, device=device)
     except RuntimeError as error:
         raise UserError(
-            f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait for it, or take "
-            "cpu."
+            f"device '{name}' cannot be used ({str(error).splitlines()[0]}): wait until it is "
+            "free, or use cpu."
         ) from None
     return device
 
 
 @contextlib.contextmanager
 def tensor_core_products():
-    """Let float32 products on a GPU be TF32 inside, where convolutions may be: see
+    """Allow TF32 in matrix products inside this context if convolutions may use it; see
     `open_device`.
     """
-    products = torch.backends.cuda.matmul
-    exact = products.allow_tf32
-    products.allow_tf32 = torch.backends.cudnn.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
-        products.allow_tf32 = exact
+        matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager
 def capturing(graph, device):
-    """Capture what runs inside as a CUDA graph, on a stream of `device`, a torch.device.
+    """Capture the operations inside this context as a CUDA graph, on a new stream of `device`.
 
-    Where that fails, the error is raised again once the process is as it was: on its own stream,
-    with a default generator that does not count itself as captured any more (its seed is lost).
+    If the capture fails, the process returns to its own stream and the device's default random
+    generator leaves its capturing state (its seed is lost); then the error is raised again.
     """
     with torch.cuda.device(device):
-        stream, number = torch.cuda.current_stream(), torch.cuda.current_device()
+        stream = torch.cuda.current_stream()
+        device_number = torch.cuda.current_device()
         try:  # other threads may allocate memory meanwhile, which the mode "global" forbids
-            aside = torch.cuda.Stream(device)
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            capture_stream = torch.cuda.Stream(device)
+            with torch.cuda.graph(graph, stream=capture_stream, capture_error_mode="thread_local"):
                 yield
         except Exception:
             torch.cuda.set_stream(stream)
-            fresh = torch.Generator(device).graphsafe_get_state()
-            torch.cuda.default_generators[number].graphsafe_set_state(fresh)
+            fresh_state = torch.Generator(device).graphsafe_get_state()
+            torch.cuda.default_generators[device_number].graphsafe_set_state(fresh_state)
             raise
 
 
 def derived_seed(seed, number):
-    """Return the seed of draw `number` (0, 1, 2, ...) of a run with `seed`: a hash of 32 bits, all
-    that a CPU's generator takes.
+    """Return the seed of draw `number` (0, 1, 2, ...) of a run with `seed`, a hash in [0, 2^32).
 
-    What one seed draws is unrelated to what another does. Of a run's own numbers, n of them, about
-    n^2 / 2^33 pairs share a seed.
+    A generator on a CPU accepts 32 bits at most. Draws of different runs are unrelated. Among n
+    draws of one run, about n^2 / 2^33 pairs share a seed.
     """
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])

@@ -1,5 +1,6 @@
-"""Tensors into networks. Loading is strict: an error lists every name that does not fit, and every
-value that is no number.
+"""Strict loading of tensors into networks.
+
+Errors list every tensor whose name, shape or type does not fit, or whose values are not finite.
 """
 
 import torch
@@ -8,8 +9,9 @@ from gear.config import UserError
 
 
 def load_module(module, tensors, source, assign=False):
-    """Load `tensors` into `module`, strictly; raises UserError listing the names that do not fit.
-    Returns the module.
+    """Load `tensors` into `module` and return the module.
+
+    Raises UserError, as `check_fit` does, listing the tensors that do not fit.
     """
     check_fit(module, tensors, source)
     module.load_state_dict(tensors, assign=assign)
@@ -17,8 +19,9 @@ def load_module(module, tensors, source, assign=False):
 
 
 def check_fit(network, tensors, source, what=""):
-    """Raise UserError unless `tensors` are those of a network by name and shape, and finite
-    numbers; it lists what is wrong.
+    """Raise UserError unless `tensors` have the names and shapes of a network's and finite values.
+
+    source, what: the message's words for the origin of the tensors and for the network.
     """
     what = what or type(network).__name__
     check_shapes(
@@ -28,19 +31,22 @@ def check_fit(network, tensors, source, what=""):
 
 
 def check_shapes(expected, tensors, source, what):
-    """Raise UserError listing what is missing, unexpected or of another shape; `expected` is {name:
-    shape}.
+    """Raise UserError listing the tensors that are missing, unexpected or of another shape.
+
+    expected: {name: shape}. source, what: as in `check_fit`.
     """
     if faults := mismatches(expected, {name: tuple(t.shape) for name, t in tensors.items()}):
         raise UserError(listed(f"the weights of '{source}' do not fit this {what}", faults))
 
 
 def check_numbers(network, tensors, source, what):
-    """Raise UserError listing those `tensors` for a network that are no floating-point numbers, or
-    hold NaN or infinity.
+    """Raise UserError listing the `tensors` that are not floating-point, or hold NaN or infinity.
+
+    Tensors that are integers in the network, such as counters, may be integers here too. source,
+    what: as in `check_fit`.
     """
-    counts = {name for name, t in network.state_dict().items() if not t.is_floating_point()}
-    if faults := odd_tensors(tensors, counts) or not_finite(tensors):
+    integers = {name for name, t in network.state_dict().items() if not t.is_floating_point()}
+    if faults := odd_tensors(tensors, integers) or not_finite(tensors):
         raise UserError(
             listed(
                 f"the weights of '{source}' are not all numbers that this {what} can have", faults
@@ -48,26 +54,30 @@ def check_numbers(network, tensors, source, what):
         )
 
 
-def mismatches(expected, found):
-    """List what is missing, unexpected or of another shape; both are {name: shape}."""
-    faults = [f"missing {n} {expected[n]}" for n in expected if n not in found]
-    faults += [f"unexpected {n} {found[n]}" for n in found if n not in expected]
+def mismatches(expected, actual):
+    """List the tensors that are missing, unexpected or of another shape, one sentence per tensor.
+
+    expected, actual: {name: shape}.
+    """
+    faults = [f"missing {n} {expected[n]}" for n in expected if n not in actual]
+    faults += [f"unexpected {n} {actual[n]}" for n in actual if n not in expected]
     return faults + [
-        f"{n} has shape {found[n]}, expected {s}"
+        f"{n} has shape {actual[n]}, expected {s}"
         for n, s in expected.items()
-        if n in found and found[n] != s
+        if n in actual and actual[n] != s
     ]
 
 
 def listed(what, faults):
-    """Phrase a list of faults, twelve at most."""
-    rest = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
-    return f"{what}:\n  " + "\n  ".join(faults[:12]) + rest
+    """Return a message of `what` is wrong with one line per fault, for at most twelve faults."""
+    remainder = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
+    return f"{what}:\n  " + "\n  ".join(faults[:12]) + remainder
 
 
 def odd_tensors(tensors, integers=()):
-    """List the tensors that are no plain floating-point numbers; those in `integers`, names, may be
-    whole numbers.
+    """List the tensors that are not dense floating-point tensors, one sentence per tensor.
+
+    integers: names of tensors that may hold integers instead.
     """
     odd = []
     for name, tensor in tensors.items():
@@ -90,28 +100,28 @@ def odd_tensors(tensors, integers=()):
 
 
 def not_finite(tensors):
-    """List the tensors that hold NaN or infinity."""
+    """List the tensors that hold NaN or infinity, one sentence per tensor."""
     faults = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not (values := tensor.float()).isfinite().all():
-            what = "NaN" if values.isnan().any() else "infinity"
-            faults.append(
-                f"{name} holds {what} in {int((~values.isfinite()).sum())} of {values.numel()} "
-                "values"
-            )
+            kind = "NaN" if values.isnan().any() else "infinity"
+            count = int((~values.isfinite()).sum())
+            faults.append(f"{name} holds {kind} in {count} of {values.numel()} values")
     return faults
 
 
 def load_networks(run, file="networks", step=None):
-    """Return a checkpoint's tensors grouped by their first name: {"tokenizer": {...},
-    "tokenizer_ema": {...}, ...}.
+    """Return the tensors of a run's checkpoint by network: {"tokenizer": {...}, ...}.
+
+    step: that of the checkpoint, by default the newest.
     """
     return grouped(run.load_checkpoint(file, step))
 
 
 def network(groups, name, source):
-    """Return the tensors of the network `name` of a run's `load_networks`; raises UserError when it
-    is not there.
+    """Return the tensors of the network `name` from `groups`, the result of `load_networks`.
+
+    source: the run's name, for the message. Raises UserError if the run has no such network.
     """
     if name not in groups:
         raise UserError(
@@ -121,9 +131,9 @@ def network(groups, name, source):
 
 
 def grouped(tensors):
-    """Group {"a.b": tensor} by the first part of a name: {"a": {"b": tensor}}."""
+    """Group tensors by the first part of their names: {"a.b": t} becomes {"a": {"b": t}}."""
     groups = {}
     for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
+        group, _, short_name = name.partition(".")
+        groups.setdefault(group, {})[short_name] = tensor
     return groups

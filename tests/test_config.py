@@ -1,4 +1,4 @@
-"""Configurations survive JSON, and say what is wrong with a bad one."""
+"""Configurations survive JSON, and a bad one gives a message that names its fault."""
 
 import pytest
 

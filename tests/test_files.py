@@ -1,5 +1,5 @@
-"""Text in the encodings that editors write, arrays with their hash: read right, or said in one
-message what is wrong.
+"""Text in the encodings that editors write, and arrays with their hash, are read correctly; a
+damaged file gives one message.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def test_a_line_ends_where_an_editor_ends_it(character, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     (
         (
             "ein Bär\nun café".encode("cp1252"),
@@ -51,17 +51,19 @@ def test_a_line_ends_where_an_editor_ends_it(character, tmp_path):
         ("a\0b".encode("utf-16"), "not a text file: it holds zero characters"),
     ),
 )
-def test_what_is_no_text_or_in_another_encoding_is_said_and_not_guessed(content, said, tmp_path):
+def test_another_encoding_and_content_that_is_no_text_are_reported_and_not_guessed(
+    content, message, tmp_path
+):
     (tmp_path / "text").write_bytes(content)
     for read in (read_text, read_lines):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read(tmp_path / "text")
 
 
-def test_a_file_that_is_not_there_or_a_folder(tmp_path):
-    for path, said in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+def test_an_absent_file_and_a_folder_are_reported(tmp_path):
+    for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(
-            UserError, match=f"{path} cannot be read .{said}.*: a text file is expected"
+            UserError, match=f"{path} cannot be read .{message}.*: a text file is expected"
         ):
             read_text(path)
     (tmp_path / "empty").write_bytes(b"")
@@ -77,7 +79,7 @@ def test_json_of_every_encoding(encoding, tmp_path):
 @pytest.mark.parametrize(
     "content", (b"", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff", b"1" * 5000, b"\0")
 )
-def test_what_is_no_json(content, tmp_path):
+def test_content_that_is_no_json_is_refused(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError):
         read_json(tmp_path / "a.json")
@@ -97,8 +99,8 @@ def test_an_array_comes_back_unless_a_bit_has_changed(array, tmp_path):
     for i in range(len(content)):
         path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         assert read_array(path) is None, i
-    for wrong in (b"", content[:20], content[:-1], content + b"\0", content[:-32]):
-        path.write_bytes(wrong)
+    for damaged in (b"", content[:20], content[:-1], content + b"\0", content[:-32]):
+        path.write_bytes(damaged)
         assert read_array(path) is None
     path.unlink()
     assert read_array(path) is None

@@ -1,5 +1,5 @@
-"""What is no image is refused at the public face: by type, by shape, by range; and a step of
-training does not look.
+"""Public functions refuse tensors that are no images, by type, shape and range; a training step
+does not read values.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from gear.tokenizer import model, quantize
 from gear.training.state import State
 
 IMAGES = scenes(2)[0]
-NONE = {  # what is given in place of images, and what is said of it
+NOT_IMAGES = {  # argument in place of images, and part of the message about it
     "0 to 255": ((IMAGES + 1) * 127.5, "images reach 2[0-9]{2}"),
     "0 to 2": (IMAGES + 1, "images reach [12]"),
     "one NaN": (
@@ -41,57 +41,61 @@ def teacher():
     return load_teacher("scenes", DataConfig(), 4)
 
 
-@pytest.mark.parametrize("kind", NONE)
-def test_what_is_no_image(kind, teacher):
-    images, said = NONE[kind]
+@pytest.mark.parametrize("kind", NOT_IMAGES)
+def test_tensors_that_are_no_images_are_refused(kind, teacher):
+    images, message = NOT_IMAGES[kind]
     tokenizer = tiny_tokenizer().eval()
-    faces = [check_images, teacher, side_by_side([teacher, teacher])]
-    for face in [
-        *faces,
+    functions = [check_images, teacher, side_by_side([teacher, teacher])]
+    for function in [
+        *functions,
         *(
             getattr(tokenizer, name)
             for name in ("encode", "latents", "affinity", "mean_use", "forward")
         ),
     ]:
-        with pytest.raises(UserError, match=f"{said}.*are expected"):
-            face(images)
+        with pytest.raises(UserError, match=f"{message}.*are expected"):
+            function(images)
 
 
-def test_an_array_is_no_tensor():
+def test_a_numpy_array_is_refused():
     with pytest.raises(UserError, match="images are .B, 3, H, W. floats in .-1, 1., not ndarray"):
         tiny_tokenizer().eval().encode(np.zeros((1, 3, 32, 32), np.float32))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16))
-def test_every_float_type_is_taken_as_the_networks_own(dtype, teacher):
-    tokenizer, images = tiny_tokenizer().eval(), IMAGES.to(dtype)
-    for face in (tokenizer.encode, tokenizer.affinity, teacher):
-        assert torch.equal(face(images), face(images.float()))
+def test_images_of_every_float_type_are_converted_to_the_networks_type(dtype, teacher):
+    tokenizer = tiny_tokenizer().eval()
+    images = IMAGES.to(dtype)
+    dense_affinity = lambda images: tokenizer.affinity(images).dense  # noqa: E731
+    for function in (tokenizer.encode, dense_affinity, teacher):
+        assert torch.equal(function(images), function(images.float()))
     double = tiny_tokenizer().double().eval()
     assert torch.equal(double.encode(IMAGES), double.encode(IMAGES.double()))
 
 
-def test_what_rounding_adds_is_no_fault():
+def test_values_that_rounding_pushed_beyond_the_range_are_accepted():
     assert tiny_tokenizer().eval().encode(IMAGES.sign() * 1.0009).shape == (2, 8, 8)
 
 
 def test_training_does_not_wait_for_values(tiny, monkeypatch):
-    """Neither does the frozen tokenizer of the stage `generator`, which is in evaluation mode, nor
-    the teacher.
+    """This holds for the teacher, and for the frozen tokenizer of the stage `generator`, which is
+    in evaluation mode, too.
     """
-    looked = []
-    look = lambda images, values=True: looked.append(values)  # noqa: E731
-    monkeypatch.setattr(model, "check_images", look)
-    monkeypatch.setattr("gear.teachers.scenes.check_images", look)
+    checks_values = []
+    record_check = lambda images, values=True: checks_values.append(values)  # noqa: E731
+    monkeypatch.setattr(model, "check_images", record_check)
+    monkeypatch.setattr("gear.teachers.scenes.check_images", record_check)
     for module in (model, quantize):
         monkeypatch.setattr(
-            module, "check_finite", lambda values, what, remedy, check=True: looked.append(check)
+            module,
+            "check_finite",
+            lambda values, what, remedy, check=True: checks_values.append(check),
         )
     labels = torch.zeros(2, dtype=torch.long)
     tiny_state("joint").observe(IMAGES, labels)
     state = State(recipe("tiny"), torch.device("cpu"))
     assert not state.tokenizer.training
     state.observe(IMAGES, labels)
-    assert len(looked) == 6 and not any(looked)
+    assert len(checks_values) == 6 and not any(checks_values)
     state.tokenizer.encode(IMAGES)
-    assert any(looked)
+    assert any(checks_values)

@@ -528,7 +528,7 @@ COMMANDS = {
     "train tiny --dry-run --utilisation nan": "utilisation is nan: it has to be above 0 and at most 1",
     "train tiny --dry-run --accumulate 3": "accumulate is 3: it has to divide batch_size, which is 16",
     "sweep depth --preset tiny --seeds -1": "--seeds: seeds is -1",
-    "sweep depth --preset tiny --seeds 0,x": "--seeds: seeds are '0,x': numbers with commas between",
+    "sweep depth --preset tiny --seeds 0,x": "--seeds: seeds are '0,x': numbers separated by commas",
     "sweep depth --preset tiny --count 1": "count is 1: a score is of two samples at least",
     "sweep depth --preset tiny --jobs -1": "jobs is -1",
     "sweep depth --preset tiny --device gpu": "no device 'gpu' here",

@@ -1,6 +1,4 @@
-"""Images: where they come from, which of them training may see, and a stream that can start at any
-sample.
-"""
+"""Image sources, their splits for training and validation, and a stream that can start anywhere."""
 
 from gear.data.report import report as data_report
 from gear.data.stream import (

@@ -1,4 +1,4 @@
-"""Names of images within a source, the same for a folder and for any archive of it."""
+"""The names of images within a source; they are the same for a folder and any archive of it."""
 
 import posixpath
 import re
@@ -6,7 +6,7 @@ import unicodedata
 
 from gear.config import UserError
 
-SPLITS = {  # words in names of folders, and what they mean
+SPLITS = {  # words in the names of folders, and the splits that they stand for
     "train": "train",
     "training": "train",
     "val": "val",
@@ -22,69 +22,68 @@ SPLITS = {  # words in names of folders, and what they mean
 
 
 def tidy(path, separators="/"):
-    """Return a path within an archive as a folder's walk would name it: no ".", no "..", composed
-    letters.
+    """Normalise a path within an archive to the name that a folder's walk gives: no "." or "..".
 
-    Letters come composed (NFC), for a Mac packs them in two parts.
+    Letters are composed (NFC), because a Mac stores accents separately.
     """
     parts = re.split(f"[{re.escape(separators)}]", path)
     return unicodedata.normalize("NFC", "/".join(p for p in parts if p not in ("", ".", "..")))
 
 
 def named(entries, source):
-    """Return ({name: entry}, top) of {tidy path: entry}: a folder that holds all class folders does
-    not count.
+    """Return ({name: entry}, top) of {tidy path: entry}.
 
-    Raises UserError where the folders are splits, which hold the same classes.
+    A name is the path without `top`, the folders around all class folders ("" or "a/b/"). Raises
+    UserError if the folders are splits of one data set, which are not classes.
     """
     top = ""
     while True:
-        rest = [path.removeprefix(top) for path in entries]
-        folders = {path.split("/")[0] for path in rest if "/" in path}
+        names = [path.removeprefix(top) for path in entries]
+        folders = {name.split("/")[0] for name in names if "/" in name}
         splits = _splits(folders)
         if splits:
             first = min(splits, key=lambda folder: (not folder.lower().startswith("train"), folder))
-            inside = posixpath.join(str(source), top, first)
+            example = posixpath.join(str(source), top, first)
             raise UserError(
                 f"'{source}' holds the splits {', '.join(sorted(splits))}, which are no classes: "
-                "give "
-                f"one of them, as in '{inside}' (an archive: unpacked)."
+                f"give one of them, as in '{example}' (unpack an archive first)."
             )
-        if len(folders) != 1 or any(path.count("/") < 2 for path in rest):
-            return {path: entries[top + path] for path in sorted(rest)}, top
+        if len(folders) != 1 or any(name.count("/") < 2 for name in names):
+            return {name: entries[top + name] for name in sorted(names)}, top
         top += f"{folders.pop()}/"
 
 
 def follow(files, links, census, prefix=""):
-    """Add to {path: entry} of an archive what its `links` {path: target} lead to, files or folders.
+    """Resolve the links of an archive: add an entry to `files` for every file that they lead to.
 
-    Those that lead nowhere are counted in the `census`, with the `prefix` before their paths.
+    files: {path: entry}. links: {path: target}; a target is a file or a folder. Links that lead
+    nowhere are counted in the `census`, with `prefix` before their paths.
     """
     for path, target in links.items():
-        for _ in links:  # a link to a link, and no ring of them
+        for _ in links:  # follows links to links; the number of steps is bounded, for cycles
             target = links.get(target, target)
         if target in files:
             files[path] = files[target]
             continue
-        inside = {
+        files_inside = {
             path + name[len(target) :]: entry
             for name, entry in files.items()
             if name.startswith(f"{target}/")
         }
-        if not inside or path.startswith(f"{target}/"):
+        if not files_inside or path.startswith(f"{target}/"):
             census.leave_out(f"{prefix}{path}", "a link to nothing, or no plain file", is_loss=True)
         else:
-            files |= inside
+            files |= files_inside
 
 
 def _splits(folders):
-    """Return those folders that are splits of one data set: `train` and `val`, `cars_train` and
-    `cars_test`.
+    """Return the folders that are splits of one data set, such as `train` and `val` or `cars_train`
+    and `cars_test`; an empty set if there are none.
     """
-    alike = {}
+    groups = {}  # the folder's other words -> {folder: split}
     for folder in folders:
         words = re.findall(r"[^\W\d_]+", folder.lower())
         for word in SPLITS.keys() & set(words):
             words.remove(word)
-            alike.setdefault(" ".join(words), {})[folder] = SPLITS[word]
-    return next((set(group) for group in alike.values() if len(set(group.values())) > 1), set())
+            groups.setdefault(" ".join(words), {})[folder] = SPLITS[word]
+    return next((set(group) for group in groups.values() if len(set(group.values())) > 1), set())

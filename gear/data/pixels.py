@@ -1,9 +1,9 @@
-"""Pixels as a viewer shows them: which files are images, and how any of them becomes a uint8 RGB
-square.
+"""The rules by which files are recognised as images and become uint8 RGB squares.
 
-The rules, for folders, zips and shards alike: the orientation that a camera noted is applied; 16
-bits become 8 by v / 257; floats in [0, 1] by 255 v; what is transparent lies over white; of several
-frames the first is read. A colour profile is not applied: `gear data` names it.
+The pixels are those that an image viewer shows. The orientation that a camera noted is applied; 16
+bits become 8 by v / 257, floats in [0, 1] by 255 v; transparent images are laid over white; of
+several frames the first is read. A colour profile is not applied, but `gear data` names it. The
+rules hold for folders, zips and shards alike.
 """
 
 import functools
@@ -13,16 +13,16 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-RULES = "pixels 2"  # a change of the rules above makes what was computed from pixels stale
-GROUND = (255, 255, 255)  # what lies behind transparent pixels
-LONGEST = 16  # sides: of an image longer than that, the part that is kept is cut out first
-MARGIN = 3  # pixels around it that an enlarged part depends on
+RULES = "pixels 2"  # version of the rules above; a change makes results from pixels stale
+GROUND = (255, 255, 255)  # colour behind transparent pixels
+LONGEST = 16  # ratio of long to short side above which an image is cropped before it is resized
+MARGIN = 3  # pixels around a crop that interpolation depends on
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
-UPRIGHT = {  # what undoes an orientation, by its number in EXIF
+UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,7 +32,7 @@ UPRIGHT = {  # what undoes an orientation, by its number in EXIF
     8: Image.Transpose.ROTATE_90,
 }
 COMMON = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SYSTEM = {  # what Macs, Windows and storage boxes put among images
+SYSTEM = {  # files and folders that macOS, Windows and network storage put among images
     "__macosx",
     "thumbs.db",
     "desktop.ini",
@@ -42,9 +42,9 @@ SYSTEM = {  # what Macs, Windows and storage boxes put among images
     "system volume information",
     "lost+found",
 }
-# Pillow knows their names and cannot read them here
+# formats that Pillow recognises but cannot read without a plug-in
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-UNOPENED = {  # images, and Pillow has no decoder for them
+UNOPENED = {  # extensions of images for which Pillow has no decoder
     ".heic",
     ".heif",
     ".jxl",
@@ -68,7 +68,7 @@ UNOPENED = {  # images, and Pillow has no decoder for them
     ".emf",
     ".dcm",
 }
-OTHER = {  # no images: taken for what they are called, without a look at millions of captions
+OTHER = {  # extensions of files that are no images; such files are not opened, to save time
     ".txt",
     ".json",
     ".jsonl",
@@ -131,13 +131,13 @@ OTHER = {  # no images: taken for what they are called, without a look at millio
 
 @functools.cache
 def _openable():
-    """The extensions that Pillow reads beside the common ones; asking loads all of its plug-ins."""
+    """Return all extensions that Pillow reads; the first call loads all of its plug-ins."""
     readable = lambda kind: kind in Image.OPEN and kind not in STUBS  # noqa: E731
     return {suffix for suffix, kind in Image.registered_extensions().items() if readable(kind)}
 
 
 def is_hidden(name):
-    """Tell what a system hides among images: `._1.png`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
+    """Return whether a path is a hidden file of the system: `._1.png`, `__MACOSX/`, `Thumbs.db`."""
     path = PurePosixPath(name)
     return any(part.startswith(".") or part.lower() in SYSTEM for part in path.parts)
 
@@ -147,10 +147,10 @@ def suffix_of(name):
 
 
 def why_no_image(name, open_file):
-    """Return (reason, is_loss) for which a file is left out, or None for an image.
+    """Return (reason, is_loss) if a file is left out, or None if it is an image.
 
-    A usual extension is believed; any other file is opened, by `open_file()`, and Pillow tells by
-    its content. A loss is an image that cannot be had, as against a file that is none.
+    Common extensions are trusted. Files with unknown extensions are opened by `open_file()`, and
+    Pillow recognises images by their content. is_loss: the file is an image, but cannot be read.
     """
     suffix = suffix_of(name)
     if is_hidden(name):
@@ -168,18 +168,18 @@ def _is_image(open_file):
     try:
         with open_file() as file, Image.open(file) as image:
             return image.format not in STUBS
-    except Exception:  # a decoder raises whatever it likes at what is none of its own
+    except Exception:  # decoders raise errors of any type
         return False
 
 
 def to_rgb(image):
-    """Return an image that Pillow opened as RGB, 8 bits, upright, over white where it is
-    transparent.
+    """Convert an image that Pillow opened to RGB of 8 bits, upright, with white behind transparent
+    pixels.
 
-    Raises ValueError for floats outside [0, 1] and for integers whose white is not known.
+    Raises ValueError for floats outside [0, 1] and for integers whose white is unknown.
     """
     image.load()
-    # asked once it is loaded: Pillow turns a TIFF itself
+    # read after loading, which turns a TIFF upright already
     upright = UPRIGHT.get(_orientation(image))
     image = _eight_bits(image)
     if image.has_transparency_data:
@@ -190,16 +190,16 @@ def to_rgb(image):
 
 
 def _orientation(image):
-    """Return the orientation that a camera noted, 1 to 8; 1 where the note cannot be read."""
+    """Return the orientation that a camera noted, from 1 to 8, or 1 if there is no valid note."""
     try:
         number = image.getexif().get(ExifTags.Base.Orientation, 1)
         return number if number in UPRIGHT else 1
-    except Exception:  # a damaged note is no reason to lose the pixels
+    except Exception:  # the pixels are good even if the note is damaged
         return 1
 
 
 def _eight_bits(image):
-    """Bring a channel of more than eight bits to L."""
+    """Convert an image of more than eight bits per value to the mode L; return others unchanged."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
         white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1  # a TIFF may have twelve
@@ -207,7 +207,7 @@ def _eight_bits(image):
         if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0 there
             values = white - values
         grey = Image.fromarray(_scaled(values, white))
-        # a grey that stands for nothing
+        # one value of grey may mean "transparent"
         if isinstance(clear := image.info.get("transparency"), int):
             grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         return grey
@@ -218,7 +218,8 @@ def _eight_bits(image):
         return Image.fromarray(_scaled(values, 65535))
     if image.mode == "F":
         values = np.asarray(image)
-        low, high = values.min(), values.max()
+        low = values.min()
+        high = values.max()
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(f"floats from {low:g} to {high:g}: only those in [0, 1] have a colour")
         return Image.fromarray(_scaled(values, 1))
@@ -230,22 +231,24 @@ def _scaled(values, white):
 
 
 def square(image, side, resample, draw=None):
-    """Resize an RGB image's short side to `side` pixels and crop: (side, side, 3) uint8.
+    """Resize an RGB image's short side to `side` pixels and crop a square: (side, side, 3) uint8.
 
-    The crop is at the centre, or where `draw`, two numbers in [0, 1), says.
+    draw: two numbers in [0, 1), the position of the crop; by default the centre.
     """
     width, height = resized = resized_to(image.size, side)
-    room = np.array(resized) - side
-    x, y = room // 2 if draw is None else (draw * (room + 1)).astype(int)
-    if max(resized) > LONGEST * side:  # enlarged whole, a sliver would fill the memory
-        return _square_of_sliver(image, side, resample, x / width, y / height, resized)
+    slack = np.array(resized) - side
+    x, y = slack // 2 if draw is None else (draw * (slack + 1)).astype(int)
+    if max(resized) > LONGEST * side:  # resizing all of a long image could exhaust the memory
+        return _square_of_long_image(image, side, resample, x / width, y / height, resized)
     image = image.resize(resized, resample)
     return np.asarray(image.crop((x, y, x + side, y + side)))
 
 
-def _square_of_sliver(image, side, resample, x, y, resized):
-    """Cut out what the square at (x, y), shares of the image, is made of; resize that, as Pillow
-    would: across, then down.
+def _square_of_long_image(image, side, resample, x, y, resized):
+    """Return the square at (x, y), given as shares of the image, without resizing all of it.
+
+    Only the pixels that the square depends on are resized, horizontally and then vertically as
+    Pillow does.
     """
     begins = [x * image.width, y * image.height]
     ends = [begin + side * length / new for begin, length, new in zip(begins, image.size, resized)]
@@ -261,17 +264,16 @@ def _square_of_sliver(image, side, resample, x, y, resized):
 
 
 def resized_to(size, side):
-    """Return the width and height to which an image of `size` is resized: its short side is
-    `side`.
-    """
+    """Return the width and height of an image of `size` with its short side resized to `side`."""
     scale = side / min(size)
     return [max(side, round(length * scale)) for length in size]
 
 
 def described(image):
-    """Say what an image that Pillow opened is, by its header: format, mode, and oddities.
+    """Return the properties in the header of an image that Pillow opened, as a dict.
 
-    {"format", "mode": text, "turned": bool, "profile": its name or "", "frames": their number}.
+    format, mode: text. turned: whether the camera noted a rotation. profile: the name of the colour
+    profile, or "". frames: their number.
     """
     return {
         "format": image.format or "",
@@ -283,7 +285,7 @@ def described(image):
 
 
 def _profile(content):
-    """Return the name of a colour profile, "" for none."""
+    """Return the name of a colour profile, or "" if there is none."""
     try:
         return content and ImageCms.getProfileDescription(io.BytesIO(content)).strip() or ""
     except ImageCms.PyCMSError:

@@ -1,4 +1,4 @@
-"""What a source holds, in words: what one looks at first of one's own images."""
+"""A report in words on the content of a source, to check one's own images before training."""
 
 from collections import Counter
 
@@ -12,25 +12,24 @@ from gear.data.stream import Source
 
 
 def report(config, count=1_000):
-    """Say what a DataConfig's source holds: classes with their numbers and images, sizes, modes,
-    what was left out.
+    """Describe the source of a DataConfig: its classes with numbers and images, the sizes and modes
+    of images, and the files that were left out.
 
-    `count` images, a sample of all classes, are opened (0: all of them). Raises UserError as
-    `open_source` does.
+    count: the number of images to open, a random sample of all classes; 0 opens all. Raises
+    UserError as `open_source` does.
     """
     opened = Source(config)
     source = opened.split("all")
     if isinstance(source, Scenes):
         numbers = (
-            f"{config.train_images} to train on, {config.val_images} to validate on, drawn when "
-            "they are asked for"
+            f"{config.train_images} to train on, {config.val_images} to validate on, rendered on "
+            "demand"
         )
         return "\n".join([f"scenes: {numbers}", *_classes(source.classes, None)])
-    val = len(opened.split("val"))
+    num_val = len(opened.split("val"))
     lines = [
-        f"{config.source}: {len(source)} images, {len(source) - val} to train on, {val} to "
-        "validate on; "
-        f"{len(source.classes)} class{'es' if len(source.classes) > 1 else ''}"
+        f"{config.source}: {len(source)} images, {len(source) - num_val} to train on, {num_val} to "
+        f"validate on; {len(source.classes)} class{'es' if len(source.classes) > 1 else ''}"
     ]
     if source.store.top:
         lines.append(f"all of them lie in {source.store.top}, whose folders are the classes")
@@ -39,32 +38,32 @@ def report(config, count=1_000):
     )
     if source.store.census.reasons:
         lines.append(f"left out: {source.store.census}")
-    return "\n".join([*lines, *_looked_at(source, source.names[: count or None])])
+    return "\n".join([*lines, *_image_lines(source, source.names[: count or None])])
 
 
 def _classes(classes, counts):
+    """Return one line per class: number, name and, unless `counts` is None, number of images."""
     width = max(len(name) for name in classes)
-    counted = [""] * len(classes) if counts is None else [f"{n:>8} images" for n in counts]
+    columns = [""] * len(classes) if counts is None else [f"{n:>8} images" for n in counts]
     return [
-        f"{i:>6}  {name:{width}}{number}" for i, (name, number) in enumerate(zip(classes, counted))
+        f"{i:>6}  {name:{width}}{column}" for i, (name, column) in enumerate(zip(classes, columns))
     ]
 
 
-def _looked_at(source, names):
-    """Open images, and say what they are like: a line each for formats, modes, sizes and
-    oddities.
-    """
-    facts, unreadable = Counter(), []
+def _image_lines(source, names):
+    """Open images and return one line each on their formats, modes, sizes and irregularities."""
+    num_images = Counter()  # (property, value) -> number of images
+    unreadable = []
     for name in tqdm(names, "opening images", delay=2, leave=False):
         try:
             with source.store.open(name) as file, Image.open(file) as image:
-                fact = described(image)
-                fact["size"] = to_rgb(image).size
-            facts.update(fact.items())
-        except Exception as error:  # a decoder raises whatever it likes
+                properties = described(image)
+                properties["size"] = to_rgb(image).size
+            num_images.update(properties.items())
+        except Exception as error:  # decoders raise errors of any type
             unreadable.append(f"{name} ({error})")
-    of = lambda key: {value: n for (k, value), n in facts.most_common() if k == key}  # noqa: E731
-    lines = [f"of {len(names)} images that were opened:"]
+    of = lambda key: {value: n for (k, value), n in num_images.most_common() if k == key}  # noqa: E731
+    lines = [f"of {len(names)} images that were opened (with the number of images):"]
     lines += [
         f"  {key}s: " + ", ".join(f"{v} ({n})" for v, n in of(key).items())
         for key in ("format", "mode")

@@ -1,10 +1,10 @@
-"""The procedural source `scenes`: coloured, textured shapes on 1/f backgrounds, with everything
-that made them.
+"""The procedural source `scenes`: coloured, textured shapes on 1/f backgrounds, with the factors
+that generated them.
 
-Each scene is a function of its number alone, so any part of the stream can be made anywhere, at any
-time. One object stands in front and names the class (shape x texture); up to two others stand
-behind it and the class says nothing of them, so that class and position do not determine what a
-patch shows.
+Each scene is a function of its number alone, so that any part of the stream can be rendered on any
+machine at any time. The front object determines the class (shape x texture). Up to two more objects
+are behind it, independent of the class, so that class and position do not determine what a patch
+shows.
 """
 
 import numpy as np
@@ -26,9 +26,9 @@ GROUNDS = {
     "olive": (104, 108, 58), "navy": (48, 58, 98), "rose": (150, 106, 112),
 }  # fmt: skip
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
-OBJECTS = 3  # the front one, which names the class, and at most two behind it
-PRESENCE = (1.0, 0.8, 0.4)  # probability that an object is there
-FACTORS = {
+OBJECTS = 3  # the front object, which determines the class, and at most two behind it
+PRESENCE = (1.0, 0.8, 0.4)  # probability that each object is present
+FACTORS = {  # factor -> number of its values; 0 means background, except for the ground
     "shape": len(SHAPES) + 1,
     "texture": len(TEXTURES) + 1,
     "colour": len(COLOURS) + 1,
@@ -37,14 +37,15 @@ FACTORS = {
 
 
 class Scenes:
-    """Scenes number `first` to `first + length` at `size` pixels.
+    """The scenes with the numbers `first` to `first + length`, exclusive, of `size` pixels.
 
-    `images`, `labels`, `factors` and `captions` take an array of positions in [0, length) and
-    answer for just those.
+    `images`, `labels`, `factors` and `captions` take an array of positions in [0, length).
     """
 
     def __init__(self, first, length, size):
-        self.first, self.length, self.size = first, length, size
+        self.first = first
+        self.length = length
+        self.size = size
         self.classes = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
 
     def __len__(self):
@@ -60,26 +61,28 @@ class Scenes:
         return False
 
     def labels(self, positions):
-        """Return the class of each scene, (B,) int64 in [0, 24): shape * 4 + texture of the front
-        object.
+        """Return the class of each scene, (B,) int64 in [0, 24).
+
+        The class is shape * 4 + texture of the front object.
         """
         front = self._draw(positions, noise=False)
         return front["shape"][:, 0] * len(TEXTURES) + front["texture"][:, 0]
 
     def images(self, positions):
-        """Render scenes, (B,) positions -> (B, size, size, 3) uint8."""
+        """Render scenes: positions (B,) -> (B, size, size, 3) uint8."""
         return self._render(self._draw(positions))[0]
 
     def factors(self, positions, patch):
-        """Return what each patch shows, (B, size/patch, size/patch, 4) int64: shape, texture,
+        """Return the factors of each patch, (B, size/patch, size/patch, 4) int64: shape, texture,
         colour, ground colour.
 
-        An object's factors count from 1, 0 is background; a patch belongs to whatever covers most
-        of it.
+        A patch belongs to the object, or the background, that covers most of it. The first three
+        factors count from 1; 0 is background. patch: its side in pixels.
         """
         draw = self._draw(positions)
-        owner = self._render(draw)[1]  # (B, S, S): 0 background, i + 1 for object i
-        b, g = len(owner), self.size // patch
+        owner = self._render(draw)[1]  # (B, S, S): 0 is background, i + 1 is object i
+        b = len(owner)
+        g = self.size // patch
         cover = np.stack([owner == i for i in range(OBJECTS + 1)], -1)  # (B, S, S, 4)
         top = cover.reshape(b, g, patch, g, patch, -1).mean((2, 4)).argmax(-1)  # (B, g, g)
         pick = [
@@ -92,36 +95,35 @@ class Scenes:
         return np.stack([*pick, ground], -1).astype(np.int64)
 
     def captions(self, positions):
-        """Describe scenes exactly, one sentence each: every object one sees, front to back, with
-        its place, and the ground.
+        """Describe each scene in one exact sentence: every visible object from front to back with
+        its position, and the ground.
         """
-        draw, sentences = self._draw(positions), []
+        draw = self._draw(positions)
+        sentences = []
         owner = self._render(draw)[1]
-        shapes, textures, colours, grounds = (
-            list(SHAPES),
-            list(TEXTURES),
-            list(COLOURS),
-            list(GROUNDS),
-        )
+        colours = list(COLOURS)
+        grounds = list(GROUNDS)
         for b in range(len(draw["ground"])):
             parts = []
             for i in (i for i in range(OBJECTS) if (owner[b] == i + 1).any()):
                 column = ("left", "centre", "right")[min(int(draw["x"][b, i] * 3), 2)]
                 row = ("top", "middle", "bottom")[min(int(draw["y"][b, i] * 3), 2)]
                 size = "large" if draw["radius"][b, i] > 0.24 else "small"
-                thing = (
-                    f"{colours[draw['colour'][b, i]]} {textures[draw['texture'][b, i]]} "
-                    f"{shapes[draw['shape'][b, i]]}"
+                description = (
+                    f"{colours[draw['colour'][b, i]]} {TEXTURES[draw['texture'][b, i]]} "
+                    f"{SHAPES[draw['shape'][b, i]]}"
                 )
-                parts.append(f"a {size} {thing} at the {row} {column}")
+                parts.append(f"a {size} {description} at the {row} {column}")
             sentences.append(
                 f"{', behind it '.join(parts)}, on a {grounds[draw['ground'][b]]} ground"
             )
         return sentences
 
     def _draw(self, positions, noise=True):
-        """Draw the factors of scenes: dict of arrays (B, OBJECTS), or (B,) for the ground, and
-        unless told not to, noise.
+        """Draw the random factors of scenes, as a dict of arrays (B, OBJECTS); ground and light are
+        (B,).
+
+        With `noise`, the random numbers of the background and of the colours are added.
         """
         generators = [
             np.random.Generator(np.random.Philox(key=self.first + int(p)))
@@ -150,37 +152,40 @@ class Scenes:
         return draw
 
     def _render(self, draw):
-        """Paint scenes back to front; returns uint8 images (B, S, S, 3) and the owner of each pixel
-        (B, S, S).
+        """Paint scenes from back to front; return images (B, S, S, 3) uint8 and the owner of each
+        pixel, (B, S, S): 0 is background, i + 1 is object i.
         """
-        size, b = self.size, len(draw["ground"])
+        size = self.size
+        b = len(draw["ground"])
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
         image = self._ground(draw, axis)
         owner = np.zeros((b, size, size), np.int64)
         palette = np.array(list(COLOURS.values()), np.float32) / 255
         for i in reversed(range(OBJECTS)):
             rows = np.flatnonzero(draw["present"][:, i])
-            of_rows = {key: draw[key][rows, i] for key in ("shape", "texture", "colour", "jitter")}
+            factors = {key: draw[key][rows, i] for key in ("shape", "texture", "colour", "jitter")}
             x, y, radius, phase = (
                 draw[k][rows, i].astype(np.float32)[:, None, None]
                 for k in ("x", "y", "radius", "phase")
             )
-            u = (axis[None, None, :] - x) / radius  # object coordinates, radius 1
+            u = (axis[None, None, :] - x) / radius  # object coordinates: the radius is 1
             v = (axis[None, :, None] - y) / radius
             shadow = 1 / (1 + np.exp(np.minimum(6 * (np.hypot(u - 0.2, v - 0.3) - 1), 30)))
             below = image[rows] * (1 - 0.35 * shadow)[..., None]
-            # signed, in pixels
-            distance = _by_kind(DISTANCES, of_rows["shape"], u, v) * radius * size
+            # signed distance to the outline, in pixels
+            distance = _by_kind(DISTANCES, factors["shape"], u, v) * radius * size
             mask = np.clip(0.5 - distance, 0, 1)
-            darkness = _by_kind(DARKNESSES, of_rows["texture"], u, v, phase)
-            colour = palette[of_rows["colour"]] + 0.12 * of_rows["jitter"]
+            darkness = _by_kind(DARKNESSES, factors["texture"], u, v, phase)
+            colour = palette[factors["colour"]] + 0.12 * factors["jitter"]
             paint = colour[:, None, None] * (1 - 0.6 * darkness)[..., None]
             image[rows] = below + mask[..., None] * (paint - below)
             owner[rows] = np.where(mask > 0.5, i + 1, owner[rows])
         return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
 
     def _ground(self, draw, axis):
-        """Paint backgrounds: a colour, a slope of light and 1/f noise; (B, S, S, 3) in [0, 1]."""
+        """Paint backgrounds of one colour, a gradient of light and 1/f noise: (B, S, S, 3) float32,
+        about in [0, 1].
+        """
         size = self.size
         frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
         spectrum = (
@@ -204,8 +209,9 @@ class Scenes:
 
 
 def _by_kind(formulas, kinds, *coordinates):
-    """Apply to each scene the formula of its kind, (B,): coordinates (B, 1 or S, 1 or S) -> (B, S,
-    S) float64.
+    """Apply formulas[kinds[b]] to the coordinates of each scene b: (B, S, S) float64.
+
+    kinds: (B,) integers. coordinates: arrays (B, 1 or S, 1 or S).
     """
     values = np.empty(np.broadcast_shapes(*(c.shape for c in coordinates)))
     for kind, formula in enumerate(formulas):
@@ -219,11 +225,12 @@ def _triangle(u, v):
 
 
 def _cross(u, v):
-    au, av = np.abs(u), np.abs(v)
+    au = np.abs(u)
+    av = np.abs(v)
     return np.minimum(np.maximum(au - 1, av - 0.34), np.maximum(au - 0.34, av - 1))
 
 
-DISTANCES = (  # of SHAPES, signed, in object coordinates; negative inside
+DISTANCES = (  # signed distance to the outline of each of SHAPES; negative inside
     lambda u, v: np.hypot(u, v) - 1,
     lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.85,
     _triangle,
@@ -241,7 +248,7 @@ def _soft(x):
     return np.clip(0.5 + 2 * x, 0, 1)
 
 
-DARKNESSES = (  # of TEXTURES, in object coordinates, in [0, 1]
+DARKNESSES = (  # darkness in [0, 1] at a point of each of TEXTURES
     lambda u, v, phase: 0.0,
     lambda u, v, phase: _soft(_wave(u + v, phase)),
     lambda u, v, phase: _soft(_wave(u, phase) * _wave(v, phase)),

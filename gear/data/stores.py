@@ -1,9 +1,9 @@
-"""Where images lie: a folder, a zip, a download. A store names its images, and counts what it
-leaves out.
+"""Stores: access to the images in a folder, a zip or a download.
 
-A name is the path of an image within its source, with "/" between, the same for a folder and for
-any archive of it. A store answers `open(name)`, a binary file; `length(name)`, its bytes;
-`stamp(name)`, which changes when the image does.
+The name of an image is its path within the source, with "/" between folders; it is the same for a
+folder and for any archive of it. A store has `names`; `census`, the files that it leaves out;
+`open(name)`, which returns a binary file; `length(name)`, in bytes; and `stamp(name)`, a value that
+changes when the image does.
 """
 
 import io
@@ -20,54 +20,59 @@ from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
 from gear.files import cache_dir
 
-# name: torchvision's class, classes
+# name -> (class in torchvision.datasets, number of classes)
 DOWNLOADS = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}
 
 
 class Directory:
-    """The images of a folder, whose links are followed, or one image file."""
+    """The images of a folder, with links followed, or one image file."""
 
     def __init__(self, root):
-        self.census, self.folders = Census(), []
+        self.census = Census()
+        self.folders = []
         self.root = root if root.is_dir() else root.parent
         paths = self._walk("", ()) if root.is_dir() else [root.name]
-        taken = {}
-        for path in filter(self._is_taken, paths):
-            if tidy(path) in taken:
+        images = {}  # tidy path -> path
+        for path in filter(self._is_image, paths):
+            if tidy(path) in images:
                 self.census.leave_out(
                     path, "of the same name as another, its letters composed", is_loss=True
                 )
-            taken[tidy(path)] = path
-        self.entries, self.top = named(taken, root) if root.is_dir() else (taken, "")
+            images[tidy(path)] = path
+        self.entries, self.top = named(images, root) if root.is_dir() else (images, "")
         self.names = list(self.entries)
 
-    def _is_taken(self, path):
+    def _is_image(self, path):
         return self.census.takes(path, lambda: open(self.root / path, "rb"))
 
-    def _walk(self, folder, above):
-        """Yield the paths of files in and under a folder; `above` are the folders it lies in."""
-        place = self.root / folder
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in above:
+    def _walk(self, folder, parents):
+        """Yield the paths of all files in a folder and its sub-folders.
+
+        parents: (device, inode) of the folders around it, by which cycles of links are found.
+        """
+        full_path = self.root / folder
+        status = os.stat(full_path)
+        if (status.st_dev, status.st_ino) in parents:
             self.census.leave_out(folder, "a link to a folder it lies in")
             return
         try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(full_path), key=lambda entry: entry.name)
         except OSError as error:
             self.census.leave_out(folder, f"a folder: {error.strerror}", is_loss=True)
             return
         for entry in entries:
             path = f"{folder}{entry.name}"
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError as error:  # a ring of links
+                is_folder = entry.is_dir()
+                is_file = entry.is_file()
+            except OSError as error:  # a cycle of links
                 self.census.leave_out(path, error.strerror, is_loss=True)
                 continue
             if is_folder and is_hidden(entry.name):
                 self.census.leave_out(path, "hidden by a system")
             elif is_folder:
                 self.folders.append(tidy(path))
-                yield from self._walk(f"{path}/", (*above, (here.st_dev, here.st_ino)))
+                yield from self._walk(f"{path}/", (*parents, (status.st_dev, status.st_ino)))
             elif is_file:
                 yield path
             elif entry.is_symlink():
@@ -82,26 +87,33 @@ class Directory:
         return (self.root / self.entries[name]).stat().st_size
 
     def stamp(self, name):
-        """Return what changes when the image does."""
-        there = (self.root / self.entries[name]).stat()
-        return there.st_size, there.st_mtime_ns
+        """Return a value that changes when the image does."""
+        status = (self.root / self.entries[name]).stat()
+        return status.st_size, status.st_mtime_ns
 
 
 class Zip:
-    """The images of a zip, read in place."""
+    """The images of a zip, read without unpacking it."""
 
     def __init__(self, path):
-        self.path, self._handles, self.census, self.folders = path, {}, Census(), []
+        self.path = path
+        self.census = Census()
+        self.folders = []
+        self._handles = {}  # process -> open zip
         try:
             members = self._zip().infolist()
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, OSError) as error:
-            raise UserError(f"'{path}' is not a zip that can be read ({error}).") from None
+            raise UserError(
+                f"'{path}' is not a zip that can be read ({error}). Pack the images again."
+            ) from None
         paths = {member: _path_in_zip(member) for member in members}
-        is_plain = any("/" in path.rstrip("/") for path in paths.values())
-        separators = "/" if is_plain else "/\\"  # some packers know no other
-        files, links = {}, {}
+        has_slashes = any("/" in path.rstrip("/") for path in paths.values())
+        separators = "/" if has_slashes else "/\\"  # some Windows packers write backslashes alone
+        files = {}
+        links = {}
         for member, path in paths.items():
-            is_folder, path = path.endswith(tuple(separators)), tidy(path, separators)
+            is_folder = path.endswith(tuple(separators))
+            path = tidy(path, separators)
             if is_folder:
                 self.folders.append(path)
                 continue
@@ -114,26 +126,26 @@ class Zip:
                 links.pop(path, None)
                 files[path] = member
         follow(files, links, self.census)
-        taken = {path: member for path, member in files.items() if self._is_taken(path, member)}
-        self.entries, self.top = named(taken, self.path)
+        images = {path: member for path, member in files.items() if self._is_image(path, member)}
+        self.entries, self.top = named(images, self.path)
         self.names = list(self.entries)
 
-    def _is_taken(self, path, member):
+    def _is_image(self, path, member):
         return self.census.takes(path, lambda: self._open(member))
 
     def _target(self, path, member):
-        """Return the path to which a link leads, "" where it cannot be read."""
+        """Return the path to which a link leads, or "" if the link cannot be read."""
         try:
             with self._open(member) as file:
                 return posixpath.normpath(
                     posixpath.join(posixpath.dirname(path), os.fsdecode(file.read()))
                 )
-        except Exception:  # a damaged member raises whatever its decoder likes
+        except Exception:  # a damaged member raises errors of any type
             return ""
 
     def _zip(self):
-        """Return this process's handle: one shared with worker processes would share its position
-        in the file.
+        """Return this process's handle of the zip; a shared handle would share its position in the
+        file.
         """
         if os.getpid() not in self._handles:
             self._handles[os.getpid()] = zipfile.ZipFile(self.path)
@@ -153,10 +165,11 @@ class Zip:
 
 
 def _path_in_zip(member):
-    """Return a member's path as a file system would have it: without a flag its bytes are read as
-    code page 437.
+    """Return a member's path as a file system encodes it.
+
+    zipfile decodes a path without the UTF-8 flag by code page 437, which is undone here.
     """
-    if member.flag_bits & 0x800:  # UTF-8
+    if member.flag_bits & 0x800:  # the flag for UTF-8
         return member.orig_filename
     try:
         return os.fsdecode(member.orig_filename.encode("cp437"))
@@ -165,14 +178,16 @@ def _path_in_zip(member):
 
 
 class Download:
-    """The training images of a torchvision data set, named CLASS/NUMBER and kept in the cache
-    folder.
+    """The training images of a torchvision data set, downloaded to the cache folder.
+
+    Images are named CLASS/NUMBER.
     """
 
     def __init__(self, name):
-        import torchvision.datasets  # it loads torch's compiler, which takes 2 s
+        import torchvision.datasets  # loads torch's compiler, which takes 2 s
 
-        kind, root = getattr(torchvision.datasets, DOWNLOADS[name][0]), cache_dir() / name
+        kind = getattr(torchvision.datasets, DOWNLOADS[name][0])
+        root = cache_dir() / name
         try:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # one process downloads, the others wait
@@ -180,12 +195,16 @@ class Download:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"'{name}' is not in {root}, and could not be downloaded from {kind.url} "
-                f"({getattr(error, 'reason', error)}). A folder or a zip of class folders will do "
+                f"({getattr(error, 'reason', error)}). Use a folder or a zip of class folders "
                 "instead."
             ) from None
-        self.census, self.folders, self.top = Census(), [], ""
-        classes, targets = self._data.classes, self._data.targets
-        self.entries = {f"{classes[label]}/{i:05d}": i for i, label in enumerate(targets)}
+        self.census = Census()
+        self.folders = []
+        self.top = ""
+        classes = self._data.classes
+        self.entries = {
+            f"{classes[label]}/{i:05d}": i for i, label in enumerate(self._data.targets)
+        }
         self.names = list(self.entries)
 
     def open(self, name):
@@ -198,4 +217,4 @@ class Download:
         return 0
 
     def stamp(self, name):
-        return ""  # torchvision has compared the files with their checksums
+        return ""  # the images never change: torchvision compares the files with their checksums

@@ -1,8 +1,8 @@
-"""A source of images, which of them training may see, and a stream that can start at any sample.
+"""Configured image sources with their splits, and a stream of samples that can start anywhere.
 
-A source answers `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`, and
-`order(rng)`, that of an epoch. Sample n of the stream is a function of (seed, n) alone, whatever
-the batch size, the workers or the sample one starts from.
+The images of a split have `len`, `classes`, `images(positions)` -> uint8 NHWC, `labels(positions)`
+and `order(rng)`, the random order of one epoch. Sample n of the stream is a function of (seed, n)
+alone: it depends neither on the batch size, nor on the workers, nor on the first sample.
 """
 
 import functools
@@ -31,33 +31,35 @@ from gear.data.scenes import NUM_CLASSES, Scenes
 from gear.data.stores import DOWNLOADS
 from gear.images import to_float
 
-PATCH = 4  # pixels of a patch whose factors are asked for: the stride of the scenes teacher
-LABELS = ("class", "factors")  # what is no file
+PATCH = 4  # side in pixels of the patches that have factors: the stride of the scenes teacher
+LABELS = ("class", "factors")  # values of `labels` that do not name a file
 SPLITS = ("train", "val", "all")
 
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    # or "cifar10", "cifar100", a folder or zip of images (a sub-folder a class, or flat), tar
-    # shards
+    # "scenes", "cifar10", "cifar100", a folder or zip of images (one sub-folder per class, or
+    # flat), or tar shards
     source: str = "scenes"
-    image_size: Pixels = 32  # of a side
-    train_images: Count = 12_000  # scenes only
-    val_images: Count = 2_000  # scenes only
-    # of the resize of the short side
+    image_size: Pixels = 32  # side of an image, in pixels
+    train_images: Count = 12_000  # number of training images; scenes only
+    val_images: Count = 2_000  # number of validation images; scenes only
+    # filter for resizing the short side of an image
     interpolation: Literal["bicubic", "bilinear", "box"] = "bicubic"
-    # mirror half of a folder's training images; scenes stay, their captions say left and right
+    # mirror half of a folder's training images; scenes are never mirrored, since their captions say
+    # left and right
     flip: bool = True
-    # "class": a sub-folder is a class. Or a file that numbers classes, a folder a line or
-    # "folder,number"; or "factors": what each patch shows (scenes; trains the teacher)
+    # "class": every sub-folder is a class. Or the path of a file that numbers the class folders,
+    # with lines "folder" or "folder,number". Or "factors": what each patch shows (scenes only; they
+    # train the scenes teacher)
     labels: str = "class"
-    # where the validation images lie, in the same class folders (ImageNet's own, say): then nothing
-    # of `source` is held out; "": a twentieth of `source`
+    # folder, zip or shards of validation images in the same class folders, such as ImageNet's own;
+    # all of `source` is then for training. "": a twentieth of `source` is for validation
     val_source: str = ""
 
 
 class Source:
-    """The images of a DataConfig. A folder is walked once, when its first split is asked for."""
+    """The images of a DataConfig; a folder is read once, when its first split is requested."""
 
     def __init__(self, config):
         self.config = config
@@ -80,10 +82,11 @@ class Source:
         return images
 
     def split(self, split):
-        """Return the "train" or "val" split, no image being in both, or "all".
+        """Return the images of the split "train" or "val", which are disjoint, or of "all".
 
-        "all" is all of a folder, without what `val_source` names; of scenes, which have no end,
-        those of "val". Raises UserError for another split, and where there is no such source.
+        "all" is all of a folder, without the images of `val_source`. Scenes are unlimited, and
+        "all" is "val" there. Raises UserError for another split and for a source that does not
+        exist.
         """
         config = self.config
         require(
@@ -97,8 +100,8 @@ class Source:
         if config.source == "scenes":  # disjoint ranges of scene numbers
             if config.labels not in LABELS:
                 raise UserError(
-                    f"the classes of 'scenes' have their numbers: labels '{config.labels}' are for "
-                    "folders."
+                    f"the classes of 'scenes' have fixed numbers: labels '{config.labels}' are for "
+                    "folders. Use 'class' or 'factors'."
                 )
             first, length = (
                 (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
@@ -114,19 +117,20 @@ class Source:
 
 
 def open_source(config, split):
-    """Return a split of a DataConfig's images: `Source.split`."""
+    """Return the images of a DataConfig for one split; see `Source.split`."""
     return Source(config).split(split)
 
 
 def opened_source(source):
-    """Return a Source as it is, and that of a DataConfig."""
+    """Return a Source unchanged, or the Source of a DataConfig."""
     return source if isinstance(source, Source) else Source(source)
 
 
 def absolute(config):
-    """Return a DataConfig whose paths mean the same from any working directory."""
+    """Return a DataConfig with absolute paths, valid from any working directory."""
     path = lambda text: os.path.abspath(os.path.expanduser(text)) if text else ""  # noqa: E731
-    source, labels = config.source, config.labels
+    source = config.source
+    labels = config.labels
     return replace(
         config,
         val_source=path(config.val_source),
@@ -136,10 +140,10 @@ def absolute(config):
 
 
 def num_classes(config, absent=None):
-    """Return the number of classes of a DataConfig's source; what would have to be downloaded is
-    not.
+    """Return the number of classes of a DataConfig's source, without downloading anything.
 
-    `absent`, where given, is the answer for a folder or zip that is not there.
+    absent: the value to return for a folder or zip that does not exist; without it, such a source
+    raises UserError.
     """
     if config.source == "scenes":
         return NUM_CLASSES
@@ -157,52 +161,54 @@ def num_classes(config, absent=None):
 
 
 def check_classes(config, classes, expected):
-    """Raise UserError unless the `classes` found in a source are the `expected` ones: their names,
-    or their number.
+    """Raise UserError unless the names `classes` of a source are the `expected` ones.
+
+    expected: a list of names, or a number of classes.
     """
     if (
         expected in (classes, len(classes))
         or not isinstance(expected, int)
         and len(expected) == len(classes) == 1
     ):
-        return  # what a single class is called changes no label
-    tell = lambda names: (
+        return  # the name of a single class does not matter: its label is 0
+    describe = lambda names: (
         f"{len(names)} ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"
     )  # noqa: E731
-    wanted = expected if isinstance(expected, int) else tell(expected)
+    expected_text = expected if isinstance(expected, int) else describe(expected)
     raise UserError(
-        f"classes in '{config.source}': {tell(classes)}; this run has {wanted} "
+        f"classes in '{config.source}': {describe(classes)}; this run has {expected_text} "
         "(generator.num_classes). Put the class folders back as they were, or train a run of "
         "another name (--label)."
     )
 
 
 class Stream(Dataset):
-    """Training samples by their number n = 0, 1, 2, ...: epochs of seeded permutations, seeded
-    crops and flips.
+    """Training samples by their number n = 0, 1, 2, ...
+
+    Each epoch is a seeded permutation of the training images; crops and flips are seeded by n.
     """
 
     def __init__(self, source, seed):
         opened = opened_source(source)
-        self.config, self.seed, self.source = opened.config, seed, opened.split("train")
+        self.config = opened.config
+        self.seed = seed
+        self.source = opened.split("train")
         self.mirrors = self.config.flip and not isinstance(self.source, Scenes)
-        self._epoch, self._order = None, None
+        self._epoch = None
+        self._order = None
 
     def _position(self, n):
         epoch, offset = divmod(n, len(self.source))
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                self.source.order(np.random.default_rng((self.seed, epoch))),
-            )
+            self._epoch = epoch
+            self._order = self.source.order(np.random.default_rng((self.seed, epoch)))
         return self._order[offset]
 
     def __getitems__(self, numbers):
         try:
             return self._samples(numbers)
-        except (
-            UserError
-        ) as error:  # handed over, because a worker process would wrap it in its traceback
+        except UserError as error:
+            # returned and raised in the parent: a worker process would add its own traceback
             return error
 
     def _samples(self, numbers):
@@ -210,7 +216,7 @@ class Stream(Dataset):
         return torch.from_numpy(self.render(positions, crops, mirrored)), self.labels(positions)
 
     def choose(self, numbers):
-        """Say what samples show: positions (B,), crops (B, 2) in [0, 1), and whether they are
+        """Return what samples show: positions (B,), crops (B, 2) in [0, 1), and whether each is
         mirrored (B,).
         """
         positions = np.array([self._position(n) for n in numbers])
@@ -218,7 +224,7 @@ class Stream(Dataset):
         return positions, draws[:, :2], (draws[:, 2] < 0.5) & self.mirrors
 
     def render(self, positions, crops, mirrored):
-        """Return what `choose` chose: (B, H, W, 3) uint8."""
+        """Return the images that `choose` chose: (B, H, W, 3) uint8."""
         images = self.source.images(
             positions, **({} if isinstance(self.source, Scenes) else {"draws": crops})
         )
@@ -230,13 +236,12 @@ class Stream(Dataset):
 
 
 def stream(source, seed, batch_size, start=0, workers=0, rows=slice(None), samples=None):
-    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)) of a DataConfig or
-    Source, from a sample on.
+    """Return an endless iterator of (images (B, H, W, 3) uint8, labels (B,)).
 
-    Of each batch it prepares the `rows` alone: those of one process. `samples`, by default
-    Stream(source, seed), may be another Stream, which answers with more. Nothing is drawn from
-    torch's global generator. Raises UserError, when it gets there, for an image that cannot be
-    read.
+    source: a DataConfig or Source. start: the number of the first sample. rows: a slice of every
+    batch; only those samples, the ones of one process, are prepared. samples: by default
+    Stream(source, seed), or another Stream that returns more per sample. torch's global generator
+    is not used. Raises UserError during iteration if images are unreadable.
     """
 
     def numbers():
@@ -249,49 +254,50 @@ def stream(source, seed, batch_size, start=0, workers=0, rows=slice(None), sampl
 
 
 def loaded(samples, batches, workers=0):
-    """Return an iterator of what a Stream answers to each list of numbers in `batches`, in that
-    order.
+    """Return an iterator of the samples of a Stream, one batch per list of numbers in `batches`, in
+    that order.
     """
     loader = DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         generator=torch.Generator(),
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_ignore_interrupts,
     )
     return map(_raised, iter(loader))
 
 
-def _leave_interrupts_to_the_parent(worker):
-    """A terminal's Ctrl-C reaches workers too, and the parent needs them to finish its step; they
-    end when it does.
+def _ignore_interrupts(worker):
+    """Ignore SIGINT in a worker process: a terminal's Ctrl-C reaches it, but the parent needs its
+    workers to finish the step. Workers end when the parent does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
 def _raised(batch):
+    """Return a batch, or raise the UserError that a worker returned in its place."""
     if isinstance(batch, UserError):
         raise batch
     return batch
 
 
 def _labels(source, config, positions):
-    """Return classes (B,), or what each patch shows (B, h, w, 4), as the configuration asks."""
+    """Return classes (B,), or factors per patch (B, h, w, 4), as the configuration says."""
     return (
         source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
     )
 
 
 def load(source, split="val", count=None):
-    """Return the first `count` images of a split of a DataConfig or Source, centre-cropped, never
-    flipped, and their labels.
+    """Return the first `count` images of a split and their labels; all images by default.
 
-    (N, 3, H, W) float32 in [-1, 1] and (N,) int64, or (N, h, w, 4) where the configuration asks for
+    source: a DataConfig or Source. Images are (N, 3, H, W) float32 in [-1, 1], cropped at the
+    centre and not flipped. Labels are (N,) int64, or (N, h, w, 4) if the configuration asks for
     factors. Raises UserError for a count below 1.
     """
     source = opened_source(source)
@@ -304,8 +310,9 @@ def load(source, split="val", count=None):
 
 
 def upload(samples, device):
-    """Send what a stream gives to a device, without waiting for it; images (B, H, W, 3) uint8
-    become float there.
+    """Copy the samples of a stream to a device without waiting; return a list of tensors there.
+
+    Images (B, H, W, 3) uint8 are converted to float on the device.
     """
     if device.type == "cuda":
         samples = [sample.pin_memory().to(device, non_blocking=True) for sample in samples]

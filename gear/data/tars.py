@@ -1,12 +1,12 @@
-"""Tar shards, read in place: where each image lies is looked up once, by Python's `tarfile`, and
-kept.
+"""Tar shards, read without unpacking them.
 
-Any sample of a shard can then be read by its number, so that sample n of the stream stays a
-function of (seed, n) and a run resumes at any sample without reading what went before.
+Python's `tarfile` lists the position of every file in a shard once, and the list is kept in the
+cache folder. Any sample can then be read directly. Sample n of the stream therefore stays a
+function of (seed, n), and a run resumes at any sample without reading earlier ones.
 
-An image and the files that go with it share their name up to the extension: KEY.png, KEY.cls,
-KEY.json. They may lie apart. What follows the first dot may be the extension, too: KEY.seg.png goes
-with KEY.png where that is there, and is an image of its own where it is not.
+An image and its companion files share their name up to the extension: KEY.png, KEY.cls, KEY.json.
+They need not be adjacent. The extension may also begin at the first dot: KEY.seg.png is a companion
+of KEY.png, but an image of its own if there is no KEY.png.
 """
 
 import contextlib
@@ -28,21 +28,25 @@ from gear.data.names import follow, named, tidy
 from gear.data.pixels import is_hidden
 from gear.files import cache_dir, say_once, write_atomically
 
-GROUP = 16  # shards that are read at a time: an epoch mixes samples among so many
+GROUP = 16  # number of shards that are read, and whose samples are mixed, at a time
 MOST_CLASSES = 1_000_000
-BLOCK = 512  # bytes: a tar consists of such blocks
+BLOCK = 512  # size in bytes of the blocks of a tar
 
 
 class Shards:
-    """The images of shards, named LABEL/SHARD/KEY; without labels as in a zip, several shards'
-    SHARD:KEY.
+    """The images of tar shards.
 
-    A label is what KEY.cls holds, or "label" in KEY.json. Raises UserError where a shard is missing
-    or cut short, and where only some images have a label.
+    The label of an image is the content of KEY.cls, or "label" in KEY.json. Labelled images are
+    named LABEL/SHARD/KEY. Others are named by their paths, as in a zip; if there are several
+    shards, the file name is SHARD:KEY. Raises UserError if a shard is missing or cut short, or if
+    only some of the images have a label.
     """
 
     def __init__(self, source):
-        self.paths, self.census, self.folders, self.top = _paths(source), Census(), [], ""
+        self.paths = _paths(source)
+        self.census = Census()
+        self.folders = []
+        self.top = ""
         self._descriptors = functools.lru_cache(2 * GROUP)(_Descriptor)
         bar = tqdm(self.paths, "reading shards", delay=2, leave=False)
         listings = [_Listing(path, self.census) for path in bar]
@@ -53,8 +57,8 @@ class Shards:
             groups = [listing.by_label() for listing in listings]
         else:
             groups = [listing.by_path(len(listings) > 1) for listing in listings]
-        entries = {
-            name: (i, *place) for i, group in enumerate(groups) for name, place in group.items()
+        entries = {  # name -> (number of the shard, offset, length)
+            name: (i, *extent) for i, group in enumerate(groups) for name, extent in group.items()
         }
         if not self.numbered:
             entries, self.top = named(entries, source)
@@ -63,7 +67,8 @@ class Shards:
                 f"{source}: {len(listings)} shards with neither labels nor class folders are one "
                 "class"
             )
-        self.entries, self.names = entries, list(entries)
+        self.entries = entries
+        self.names = list(entries)
 
     def open(self, name):
         number, offset, length = self.entries[name]
@@ -76,16 +81,17 @@ class Shards:
         return _stamp(self.paths[self.entries[name][0]])
 
     def order(self, names, rng):
-        """Return an epoch's order of `names`: shards in a random order, samples mixed among GROUP
-        of them at a time.
+        """Return the positions of `names` in the random order of one epoch.
+
+        Shards are visited in random groups of GROUP; the samples of a group are mixed.
         """
         shards = np.array([self.entries[name][0] for name in names])
-        turn = rng.permutation(len(self.paths))[shards] // GROUP
-        return np.lexsort((rng.random(len(names)), turn))
+        group = rng.permutation(len(self.paths))[shards] // GROUP
+        return np.lexsort((rng.random(len(names)), group))
 
 
 class _Descriptor:
-    """An open shard. A read says where it begins, so that processes may share the descriptor."""
+    """An open shard. Reads pass their offset, so that processes can share the descriptor."""
 
     def __init__(self, path, process):
         self.file = open(path, "rb")
@@ -100,16 +106,19 @@ class _Listing:
     """
 
     def __init__(self, path, census):
-        self.path, self.images = path, {}
+        self.path = path
+        self.images = {}
         files = _files(path, census)
-        aside = {
-            _stem(name) + posixpath.splitext(name)[1].lower(): place
-            for name, place in files.items()
+        companions = {  # the same files with their extensions in lower case
+            _stem(name) + posixpath.splitext(name)[1].lower(): extent
+            for name, extent in files.items()
         }
         read = _Descriptor(path, os.getpid()).read
-        take = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
+        is_image = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
         images = [
-            name for name in files if not name.lower().endswith((".cls", ".json")) and take(name)
+            name
+            for name in files
+            if not name.lower().endswith((".cls", ".json")) and is_image(name)
         ]
         stems = {_stem(name) for name in images}
         for name in images:
@@ -117,14 +126,14 @@ class _Listing:
                 census.leave_out(f"{path.name}/{name}", "it goes with an image")
             else:
                 self.images[name] = files[name]
-        self.labels = {name: self._label(name, aside, read) for name in self.images}
+        self.labels = {name: self._label(name, companions, read) for name in self.images}
         labelled = {stem for name in self.images for stem in (_stem(name), _key(name))}
         for name in files:
             if name.lower().endswith(".cls") and _stem(name) not in labelled:
                 census.leave_out(f"{path.name}/{name}", "a label without its image", is_loss=True)
 
     def _label(self, name, files, read):
-        """Return an image's label, or None. Raises UserError for one that is no class number."""
+        """Return the label of an image, or None. Raises UserError if it is no class number."""
         for stem in dict.fromkeys((_stem(name), _key(name))):
             try:
                 if f"{stem}.cls" in files:
@@ -140,46 +149,47 @@ class _Listing:
         return None
 
     def by_label(self):
-        """Return {LABEL/SHARD/KEY: place} of every image; raises UserError for one without a
-        label.
+        """Return {LABEL/SHARD/KEY: (offset, length)} of the images.
+
+        Raises UserError for an image without a label.
         """
-        places = {}
+        extents = {}
         for path, label in self.labels.items():
             if label is None:
                 raise UserError(
                     f"{self.path}: sample '{_stem(path)}' has no label, others have. Add "
-                    f"{_stem(path)}.cls, the number "
-                    f"of its class."
+                    f"{_stem(path)}.cls with the number of its class."
                 )
             if not 0 <= label < MOST_CLASSES:
                 raise UserError(
-                    f"{self.path}: the label of sample '{_stem(path)}' is {label}: 0 to "
-                    f"{MOST_CLASSES - 1:,} can be."
+                    f"{self.path}: the label of sample '{_stem(path)}' is {label}: a number from 0 "
+                    f"to {MOST_CLASSES - 1:,} is expected."
                 )
             shard = f"{label:05d}/{self.path.name}"
-            # 0.png beside 0.jpg
-            key = _stem(path) if f"{shard}/{_stem(path)}" not in places else path
-            places[f"{shard}/{key}"] = self.images[path]
-        return places
+            # the extension is kept where two images differ in it alone, as 0.png and 0.jpg
+            key = _stem(path) if f"{shard}/{_stem(path)}" not in extents else path
+            extents[f"{shard}/{key}"] = self.images[path]
+        return extents
 
     def by_path(self, several):
-        """Return {name: place} of images without labels: their paths, of `several` shards with the
-        shard's name.
+        """Return {name: (offset, length)} of images without labels.
+
+        A name is the path, with the shard's name in it if there are `several` shards.
         """
         if not several:
             return self.images
-        places = {}
-        for path, place in self.images.items():
+        extents = {}
+        for path, extent in self.images.items():
             folder, _, file = path.rpartition("/")
-            name, whole = (
+            short_name, full_name = (
                 posixpath.join(folder, f"{self.path.name}:{part}") for part in (_stem(file), file)
             )
-            places[name if name not in places else whole] = place
-        return places
+            extents[short_name if short_name not in extents else full_name] = extent
+        return extents
 
 
 def _class_number(label):
-    """Return a label of JSON as an int; raises ValueError for true, 3.5 and the like."""
+    """Return a label from JSON as an int; raises ValueError for others, such as true and 3.5."""
     number = int(label)
     if isinstance(label, bool) or number != float(label):
         raise ValueError(f"{label!r}")
@@ -192,7 +202,7 @@ def _stem(name):
 
 
 def _key(name):
-    """Return a name up to the first dot of its last part: WebDataset's key."""
+    """Return a name up to the first dot of its last part, which is WebDataset's key."""
     folder, _, file = name.rpartition("/")
     return posixpath.join(folder, file.partition(".")[0])
 
@@ -203,15 +213,15 @@ def _paths(source):
         return sorted(root.glob("*.tar"))
     paths = [root]
     if "{" in str(source) and not root.is_file():
-        import braceexpand  # the one who trains on a folder can do without
+        import braceexpand  # an optional package, needed for lists of shards alone
 
         with contextlib.suppress(braceexpand.UnbalancedBracesError):
             paths = [Path(path).expanduser() for path in braceexpand.braceexpand(str(source))]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise UserError(
             f"{len(missing)} of {len(paths)} shards of '{source}' are not there "
-            f"({', '.join(missing[:3])}): a folder of "
-            f".tar files or a list of them is expected, as in 'shards/{{000000..000009}}.tar'."
+            f"({', '.join(missing[:3])}): a folder of .tar files or a list of them is expected, as "
+            "in 'shards/{000000..000009}.tar'."
         )
     if len({path.name for path in paths}) < len(paths):
         raise UserError(
@@ -221,16 +231,18 @@ def _paths(source):
 
 
 def _stamp(path):
-    there = path.stat()
-    return there.st_size, there.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _files(path, census):
-    """Return the files of a shard, {tidy path: (offset, length)}: links stand for what they link
-    to, later copies win.
+    """Return the files of a shard, {tidy path: (offset, length)}.
+
+    A link stands for its target. Of several files with one path the last counts.
     """
-    files, links = {}, {}
-    for name, *place in _members(path, *_stamp(path)):
+    files = {}
+    links = {}
+    for name, *location in _members(path, *_stamp(path)):
         name = tidy(name)
         if is_hidden(name):
             census.leave_out(f"{path.name}/{name}", "hidden by a system")
@@ -238,19 +250,20 @@ def _files(path, census):
         if name in files or name in links:
             census.leave_out(f"{path.name}/{name}", "an earlier copy of what stands there twice")
             links.pop(name, None)
-        if len(place) == 2:
-            files[name] = tuple(place)
-        else:
+        if len(location) == 2:  # offset and length of a file
+            files[name] = tuple(location)
+        else:  # target of a link
             files.pop(name, None)
-            links[name] = tidy(place[0])
+            links[name] = tidy(location[0])
     follow(files, links, census, f"{path.name}/")
     return files
 
 
 @functools.lru_cache(None)
 def _members(path, size, mtime):
-    """List a shard's files, (name, offset, length), and links, (name, target); kept in the cache
-    folder.
+    """List a shard's files, (name, offset, length), and links, (name, target).
+
+    The list is kept in the cache folder.
     """
     key = hashlib.sha256(f"{os.fsencode(path.resolve())} {size} {mtime}".encode()).hexdigest()[:24]
     cached = cache_dir() / "shards" / f"{key}.json"
@@ -258,7 +271,7 @@ def _members(path, size, mtime):
         digest, _, text = cached.read_text().partition("\n")
         if digest == hashlib.sha256(text.encode()).hexdigest():
             return json.loads(text)
-    except (OSError, ValueError):  # not there yet, or damaged
+    except (OSError, ValueError):  # the list is absent or damaged
         pass
     members = _read_members(path, size)
     text = json.dumps(members)
@@ -266,13 +279,14 @@ def _members(path, size, mtime):
         digest = hashlib.sha256(text.encode()).hexdigest()
         write_atomically(cached, lambda p: p.write_text(f"{digest}\n{text}"))
     except OSError:
-        pass  # then it is read again next time
+        pass  # the shard is then read again next time
     return members
 
 
 def _read_members(path, size):
-    """Read the headers of a tar, or of several in one file, as `cat a.tar b.tar` makes."""
-    members, start = [], 0
+    """Read the headers of a tar, or of several concatenated ones, as `cat a.tar b.tar` makes."""
+    members = []
+    start = 0
     with open(path, "rb") as file:
         file.seek(-min(2 * BLOCK, size), os.SEEK_END)
         end = file.read()
@@ -286,10 +300,10 @@ def _read_members(path, size):
             try:
                 archive = tarfile.open(fileobj=file, mode="r:")
                 members += filter(None, map(_member, archive.getmembers()))
-            except Exception as error:  # headers are numbers in text, and anything may stand there
+            except Exception as error:  # damaged headers raise errors of any type
                 raise _unreadable(path, error) from None
             start = _next_archive(file, archive.offset)
-            if start == archive.offset:  # tarfile ends without a word at what is no header
+            if start == archive.offset:  # tarfile stops silently at a block that is no header
                 raise _unreadable(path, f"no header at byte {start}")
     if any(
         offset < 0 or length < 0 or offset + length > size
@@ -299,8 +313,8 @@ def _read_members(path, size):
     return members
 
 
-def _unreadable(path, why):
-    return UserError(f"the shard {path} cannot be read ({why}). Copy or write it again.")
+def _unreadable(path, reason):
+    return UserError(f"the shard {path} cannot be read ({reason}). Copy or write it again.")
 
 
 def _is_file(member):
@@ -308,7 +322,7 @@ def _is_file(member):
 
 
 def _member(info):
-    """Return (name, offset, length) of a file, (name, target) of a link, None of a folder."""
+    """Return (name, offset, length) for a file, (name, target) for a link, None for a folder."""
     if info.isdir():
         return None
     if info.isreg() and not info.issparse():
@@ -317,14 +331,14 @@ def _member(info):
         return info.name, posixpath.normpath(
             posixpath.join(posixpath.dirname(info.name), info.linkname)
         )
-    return info.name, info.linkname  # a hard link; of a device or a sparse file it is empty
+    return info.name, info.linkname  # a hard link; the target of other kinds is ""
 
 
 def _next_archive(file, start):
-    """Return where after `start` the zeros that end an archive end, too."""
+    """Return the offset of the first block after `start` that is not zero: the next archive."""
     file.seek(start)
     while block := file.read(1 << 16):
-        if rest := block.lstrip(b"\0"):
-            return start + (len(block) - len(rest)) // BLOCK * BLOCK
+        if content := block.lstrip(b"\0"):
+            return start + (len(block) - len(content)) // BLOCK * BLOCK
         start += len(block)
     return start

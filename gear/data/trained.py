@@ -1,8 +1,6 @@
-"""What a run was trained on, where that lies today, and whether it is still the same: one door for
-all who ask.
+"""The images that a run was trained on: where they are today, and whether they are unchanged.
 
-runs/NAME/data.json     where the images lie, their classes, and by what the images are told from
-                        others
+runs/NAME/data.json     the location of the images, their classes, and a hash that identifies them
 """
 
 import hashlib
@@ -16,22 +14,26 @@ from gear.data.stores import DOWNLOADS
 from gear.data.stream import DataConfig, Source, absolute, check_classes
 from gear.files import say_once, write_atomically
 
-FACTS = {"source": str, "labels": str, "classes": list, "images": int, "identity": str}
+FACTS = {  # fields of data.json and their types
+    "source": str,
+    "labels": str,
+    "classes": list,
+    "images": int,
+    "identity": str,
+}
 
 
 def trained_on(run, source="", labels=""):
-    """Return the DataConfig of a run's images, its source being where they lie today: that of
-    `open_trained`.
-    """
+    """Return the DataConfig of a run's images with their location of today; see `open_trained`."""
     return open_trained(run, source, labels).config
 
 
 def open_trained(run, source="", labels=""):
-    """Return the Source of a run's images, where they lie today.
+    """Return the Source of the images that a run was trained on, at their location of today.
 
-    `source` and `labels` say where they, and a file of labels, have moved to; that is remembered.
-    Raises UserError where there are no images, where their classes are not those that the run was
-    trained on, and where a new place holds other images.
+    source, labels: the new locations of the images and of the file of labels, if they have moved;
+    both are written to the run. Raises UserError if there are no images, if their classes are not
+    those of the run, or if a new location holds other images.
     """
     config = from_dict(DataConfig, run.config["data"])
     if config.source == "scenes" or config.source in DOWNLOADS:
@@ -41,18 +43,16 @@ def open_trained(run, source="", labels=""):
                 f"'{source}'."
             )
         return Source(config)
-    before = _facts(run)
-    place = absolute(DataConfig(source)).source if source else place_of(run)
+    facts = _facts(run)
+    location = absolute(DataConfig(source)).source if source else place_of(run)
     labels = (
-        absolute(DataConfig(labels=labels)).labels
-        if labels
-        else before.get("labels", config.labels)
+        absolute(DataConfig(labels=labels)).labels if labels else facts.get("labels", config.labels)
     )
-    config = replace(absolute(config), source=place, labels=labels)
-    if not (source or os.path.exists(place) or any(c in place for c in "{,")):
+    config = replace(absolute(config), source=location, labels=labels)
+    if not (source or os.path.exists(location) or any(c in location for c in "{,")):
         raise UserError(
-            f"the images of run '{run.name}' are not at '{place}' any more. Where have they moved? "
-            f"gear data NEW --moved {run.name}"
+            f"the images of run '{run.name}' are not at '{location}' any more. Say where they are "
+            f"now: gear data NEW --moved {run.name}"
         )
     if config.val_source and not os.path.exists(config.val_source):
         raise UserError(
@@ -62,28 +62,30 @@ def open_trained(run, source="", labels=""):
     opened = Source(config)
     images = opened.split("all")
     check_classes(
-        config, images.classes, before.get("classes", run.config["generator"]["num_classes"])
+        config, images.classes, facts.get("classes", run.config["generator"]["num_classes"])
     )
-    if before:
-        _compare(run, before, images, place)
-    if source and (place, labels) != (before.get("source"), before.get("labels")):
+    if facts:
+        _compare(run, facts, images, location)
+    if source and (location, labels) != (facts.get("source"), facts.get("labels")):
         note(run, opened)
     return opened
 
 
 def place_of(run):
-    """Return where a run's images lie as far as is known, without a look at them: an absolute path
-    or a data set's name.
+    """Return the last known location of a run's images: an absolute path, or a data set's name.
+
+    The images themselves are not read.
     """
-    began = absolute(DataConfig(run.config["data"]["source"])).source
-    last = _facts(run).get("source", began)
-    # they may have moved back
-    return began if os.path.exists(began) and not os.path.exists(last) else last
+    first = absolute(DataConfig(run.config["data"]["source"])).source
+    last = _facts(run).get("source", first)
+    # the images may have moved back to their first location
+    return first if os.path.exists(first) and not os.path.exists(last) else last
 
 
 def note(run, source):
-    """Write down the Source that a run is trained on; for images that are nobody's, as scenes,
-    there is nothing to write.
+    """Write the location and identity of the Source that a run is trained on to data.json.
+
+    Nothing is written for scenes and downloads, which never move.
     """
     config = source.config
     if config.source == "scenes" or config.source in DOWNLOADS or not run.path.exists():
@@ -104,7 +106,7 @@ def note(run, source):
 
 
 def _facts(run):
-    """Return what `note` wrote, {} for a run from before it did."""
+    """Return the content of data.json, or {} for a run of an older version, which lacks it."""
     path = run.path / "data.json"
     try:
         facts = json.loads(path.read_text())
@@ -115,24 +117,25 @@ def _facts(run):
         return {}
     except (AttributeError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}). Restore it, or remove it: then nothing is compared."
+            f"{path} cannot be read ({error}). Restore it, or remove it: the images are then not "
+            "compared with those of the training."
         ) from None
 
 
-def _compare(run, before, images, place):
-    """Raise UserError where a new place holds other images; say it where the old one has
+def _compare(run, facts, images, location):
+    """Raise UserError if a new location holds other images; print a line if the old one has
     changed.
     """
-    is_same = before["identity"] == _identity(images)
-    numbers = f"{len(images)} images, {before['images']} when the run was trained"
-    if place == before["source"]:
+    is_same = facts["identity"] == _identity(images)
+    numbers = f"{len(images)} images, {facts['images']} when the run was trained"
+    if location == facts["source"]:
         if not is_same:
-            say_once(f"'{place}' has changed since run '{run.name}' was trained: {numbers}.")
+            say_once(f"'{location}' has changed since run '{run.name}' was trained: {numbers}.")
     elif not is_same:
         raise UserError(
-            f"run '{run.name}' was trained on '{before['source']}', and '{place}' holds other "
-            f"images ({numbers}; their "
-            f"names and sizes are compared). For other images train another run (--label, --name)."
+            f"run '{run.name}' was trained on '{facts['source']}', and '{location}' holds other "
+            f"images ({numbers}; their names and sizes are compared). For other images train "
+            "another run (--label, --name)."
         )
 
 

@@ -1,1 +1,1 @@
-"""From arrays to numbers: pure functions, no file and no run."""
+"""Measures: pure functions from arrays to numbers, without files and runs."""

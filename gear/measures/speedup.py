@@ -1,25 +1,28 @@
-"""How much sooner one training curve reaches the level at which another ends (Fig. 3)."""
+"""The speed-up of one training curve over another: how much sooner it reaches the level at which
+the other ends (Fig. 3).
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-# of the curve: residuals are correlated, so they are resampled in blocks of this length
+# length of a bootstrap block as a share of the curve: residuals of nearby steps are correlated
 BLOCK = 0.02
-DRAWS = 200
+DRAWS = 200  # bootstrap draws
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """value, and its 95 % bootstrap interval; all None when the method never reaches the baseline's
-    end.
+    """A speed-up and its 95 % bootstrap interval.
+
+    All fields are None if the method never reaches the baseline's final loss.
     """
 
     value: float | None
-    # never below 1: a draw that does not reach its target counts as 1, the most it can be
+    # at least 1: a draw that does not reach the target counts as 1, the largest value it can have
     low: float | None
-    # inf when the crossing may lie before the first logged point; value is then a lower bound
+    # inf if the crossing may lie before the first logged step; value is then a lower bound
     high: float | None
 
 
@@ -29,12 +32,13 @@ def speedup(
     """Divide the baseline's last step by the step at which the method reaches the baseline's final
     loss.
 
-    The final loss is the mean over the last `tail` of the steps (0: the last point only). The
-    method's curve is first made non-increasing (isotonic least squares: the first crossing of a
-    noisy curve is far too early), then interpolated linearly. The interval is a seeded moving-block
-    bootstrap of the residuals of both curves. steps, baseline, method: (n,), one logged stride,
-    losses that fall. Definition ours, the paper gives none. ValueError if they differ in length,
-    are not finite, steps are not positive and increasing, or tail not in [0, 1).
+    steps, baseline, method: (n,), the logged steps and the two losses at them; losses fall. The
+    final loss is the mean over the last share `tail` of the steps (0: the last point only). The
+    method's curve is made non-increasing by isotonic least squares, because a noisy curve first
+    crosses the level far too early; it is then interpolated linearly. The interval is a seeded
+    moving-block bootstrap of the residuals of both curves. The definition is ours; the paper gives
+    none. Raises ValueError if the curves differ in length or are not finite, steps are not positive
+    and increasing, or tail is outside [0, 1).
     """
     steps, baseline, method = curves = [
         np.asarray(curve, dtype=np.float64) for curve in (steps, baseline, method)
@@ -69,7 +73,7 @@ def speedup(
 
 
 def _non_increasing(steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    import sklearn.isotonic  # 1.7 s, which who draws no speed-up does not wait for
+    import sklearn.isotonic  # takes 1.7 s, so it is imported only for speed-ups
 
     return sklearn.isotonic.IsotonicRegression(increasing=False).fit_transform(steps, curve)
 
@@ -79,9 +83,9 @@ def _ratio(steps: np.ndarray, target: float, curve: np.ndarray) -> float | None:
     i = int(np.argmax(fit <= target))
     if fit[i] > target:
         return None
-    # interp wants ascending x
-    t = steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])
-    return float(steps[-1] / t)
+    # np.interp expects ascending x, and the fit descends
+    crossing = steps[0] if i == 0 else np.interp(target, fit[[i, i - 1]], steps[[i, i - 1]])
+    return float(steps[-1] / crossing)
 
 
 def _resample(residual: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where runs are written: the folder of all, and that of one."""
+"""Where runs are written: the folder of all runs and the folder of one run."""
 
 import os
 from pathlib import Path
@@ -18,19 +18,20 @@ def runs_dir():
 def run_path(name):
     """Return the folder of the run `name`.
 
-    Raises UserError for a path, for what cannot be a folder's name in UTF-8, and for the name of
-    the folder of records.
+    Raises UserError for a path, for text that cannot be a folder's name in UTF-8, and for the name
+    of the folder of records.
     """
     name = str(name)
     if name == REFERENCE:
         raise UserError(
-            f"'{name}' is no name of a run: that folder holds the records without weights."
+            f"'{name}' is no name of a run: the folder of that name holds the records of runs "
+            "without weights. Choose another name."
         )
     is_path = name in ("", "..") or name != Path(name).name
     if is_path or len(os.fsencode(name)) > NAME_BYTES or not is_utf8(name):
-        what = "a path" if name in (".", "..") or "/" in name else "no name of a folder, in UTF-8"
+        kind = "a path" if name in (".", "..") or "/" in name else "no name of a folder, in UTF-8"
         raise UserError(
-            f"'{name}' is {what}; a run is opened by name, that of its folder in {runs_dir()} "
+            f"'{name}' is {kind}; a run is opened by name: the name of its folder in {runs_dir()} "
             "($GEAR_RUNS)."
         )
     return runs_dir() / name

@@ -1,4 +1,4 @@
-"""Which runs there are, and what tells a run from another folder."""
+"""The list of existing runs, and the test that tells a run from any other folder."""
 
 import fnmatch
 
@@ -13,8 +13,8 @@ from gear.runs.reference import reference
 def run_names(pattern="*"):
     """Return the names of runs and records that match the shell `pattern`, sorted.
 
-    The exact name of one gives that one alone, whatever it would match as a pattern. A folder whose
-    files are not those of a run is left out, and named once on stderr.
+    If a run of the name `pattern` exists, it alone is returned, whatever else the pattern matches.
+    A folder whose files are not those of a run is left out and reported once on stderr.
     """
     folders = {path.parent.name for path in runs_dir().glob("*/config.json")} - {REFERENCE}
     names = folders | set(reference().names)
@@ -30,16 +30,16 @@ def _is_run(folder):
         reason = "metrics.jsonl: it is a folder" if (folder / "metrics.jsonl").is_dir() else ""
     except ValueError as error:
         reason = f"config.json: {error}"
-    reason = reason if is_utf8(folder.name) else "its name is no UTF-8, which tables hold alone"
+    reason = reason if is_utf8(folder.name) else "its name is no UTF-8, as tables require"
     if reason:
         say_once(f"{folder}: not a run of gear ({reason}); left out")
     return not reason
 
 
 def readable(read, otherwise):
-    """Return `read()`, or where that raises UserError print it and return `otherwise`.
+    """Return `read()`; if that raises UserError, print the error and return `otherwise`.
 
-    One damaged run hides no other.
+    A listing of many runs thus survives a damaged one.
     """
     try:
         return read()

@@ -1,24 +1,24 @@
-"""Names of runs: built, read and checked here alone."""
+"""The names of runs: how they are built, parsed and checked."""
 
 import re
 from dataclasses import dataclass, replace
 
 from gear.config import UserError
 
-NAME_BYTES = 255  # of a folder's name, at most
-REFERENCE = "reference"  # the folder among the runs that holds records (gear.runs.reference)
-SEEDS = "-s[012]"  # ends the patterns of runs in notebooks: the seeds 0, 1 and 2
+NAME_BYTES = 255  # the longest name of a folder that file systems accept
+REFERENCE = "reference"  # the folder, beside those of the runs, of records (gear.runs.reference)
+SEEDS = "-s[012]"  # the end of notebooks' patterns of runs: seeds 0, 1 and 2
 SEED = r"-s(0|-?[1-9][0-9]*)"
-ENDING = re.compile(rf"(?s)(?:{SEED})?(?:-(.+))?")  # of a name that begins with a recipe
-FOREIGN = re.compile(rf"(?s)(.+?|)(?:{SEED}(?:-(.+))?)?")
+ENDING = re.compile(rf"(?s)(?:{SEED})?(?:-(.+))?")  # what may follow the recipe in a name
+FOREIGN = re.compile(rf"(?s)(.+?|)(?:{SEED}(?:-(.+))?)?")  # a name that begins with no recipe
 
 
 @dataclass(frozen=True)
 class RunName:
-    """What a run is called: PRESET-METHOD-sSEED-CELL, without the parts that are empty.
+    """The name of a run: PRESET-METHOD-sSEED-CELL, without the parts that are empty.
 
-    Preset and method are the run's recipe. A cell is one setting of a study, or another label: what
-    differs from the recipe.
+    Preset and method form the run's recipe. The cell says how the run differs from the recipe: it
+    is one setting of a study, or a label that the user chose.
     """
 
     preset: str
@@ -37,10 +37,10 @@ class RunName:
 
     @classmethod
     def parse(cls, text, recipes):
-        """Read a run's name, which may begin with a recipe; `str` gives the text back.
+        """Parse the name of a run; `str` of the result is the same text.
 
-        recipes: {name: RunName}, of which the longest that fits counts. In any other name, what
-        stands before the seed is the preset.
+        recipes: {name: RunName}. If the text begins with the name of a recipe, the longest one
+        gives preset and method. Otherwise the part before the seed is the preset.
         """
         words = text.split("-")
         for count in range(len(words), 0, -1):
@@ -53,19 +53,23 @@ class RunName:
 
 
 def listed(pattern):
-    """Return the names that a list of digits, "NAME-s[012]", asks for; none for another pattern."""
+    """Return the names that a list of digits stands for: "NAME-s[01]" gives "NAME-s0", "NAME-s1".
+
+    Any other pattern gives an empty list.
+    """
     parts = re.fullmatch(r"([^*?[]*)\[(\d+)\]([^*?[]*)", pattern)
     return [f"{parts[1]}{digit}{parts[3]}" for digit in parts[2]] if parts else []
 
 
 def reseeded(pattern, seeds):
-    """Return a pattern of runs that ends in SEEDS, for other `seeds`.
+    """Return a `pattern` of runs that ends in SEEDS with other `seeds`.
 
-    Raises UserError where there are several of them and one has two digits.
+    Raises UserError for several seeds of which one has two digits.
     """
     if len(seeds) > 1 and max(seeds) > 9:
         raise UserError(
-            f"seeds {seeds}: a pattern of runs has one digit for each seed, or names a single one."
+            f"seeds {seeds}: a pattern of runs has one digit for each seed. Use seeds from 0 to 9, "
+            "or a single seed."
         )
     digits = "".join(map(str, seeds))
     return pattern.replace(SEEDS, f"-s[{digits}]" if len(seeds) > 1 else f"-s{digits}")

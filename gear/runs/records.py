@@ -1,5 +1,6 @@
-"""A run's own files, held against what a run writes when they are read: a damaged one is a message,
-never a traceback.
+"""The files of a run: how they are written, and how their content is checked when they are read.
+
+A damaged file gives a message, never a traceback.
 """
 
 import functools
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from gear.config import UserError
 from gear.files import is_utf8, parse_json, read_json, write_atomically
 
-FIELDS = {  # of a configuration, and what they are
+FIELDS = {  # fields of a configuration and their types
     "recipe": str,
     "stage": str,
     "teacher": str,
@@ -27,11 +28,11 @@ FIELDS = {  # of a configuration, and what they are
     "objective": dict,
     "optimizer": dict,
 }
-COUNTS = ("steps", "batch_size", "eval_images")  # one at least of each
+COUNTS = ("steps", "batch_size", "eval_images")  # fields that are at least 1
 
 
 class Fields(dict):
-    """A JSON object of the file `path`: a key that is missing raises UserError."""
+    """An object of the JSON file `path`; reading a missing key raises UserError."""
 
     def __init__(self, path, values):
         super().__init__(values)
@@ -44,29 +45,34 @@ class Fields(dict):
 
 
 def read_config(path):
-    """Return the configuration in config.json as Fields; raises ValueError for what is none."""
+    """Return the configuration in config.json as Fields.
+
+    Raises ValueError for a file that is not the configuration of a run.
+    """
     config = read_json(path, object_hook=lambda values: Fields(path, values))
     if not isinstance(config, dict) or not config.keys() >= {"recipe", "steps"}:
         raise ValueError("it is not the configuration of a run, which has a recipe and steps")
-    wrong = {
+    wrong_fields = {
         key: config[key]
         for key, kind in FIELDS.items()
-        if key in config and not _is_of(config[key], kind)
+        if key in config and not _has_type(config[key], kind)
     }
-    wrong |= {
-        key: config[key] for key in COUNTS if key in config and key not in wrong and config[key] < 1
+    wrong_fields |= {
+        key: config[key]
+        for key in COUNTS
+        if key in config and key not in wrong_fields and config[key] < 1
     }
-    if wrong:
-        listed = ", ".join(f"'{key}' is {value!r:.40}" for key, value in wrong.items())
+    if wrong_fields:
+        listed = ", ".join(f"'{key}' is {value!r:.40}" for key, value in wrong_fields.items())
         raise ValueError(f"it is not the configuration of a run: {listed}")
     return config
 
 
 def read_log(path):
-    """Return the records of metrics.jsonl or timing.jsonl, and what is wrong with the first line
-    that is none, or "".
+    """Return (records, fault) of metrics.jsonl or timing.jsonl.
 
-    A last line that a kill cut short is left out; nothing is wrong with that.
+    Reading stops at the first line that is not a record, and `fault` describes it; it is "" where
+    all lines are records. A damaged last line, which a kill may leave, is dropped and is no fault.
     """
     try:
         lines = (
@@ -87,21 +93,22 @@ def read_log(path):
 
 def _record(line):
     record = parse_json(line)
-    if not isinstance(record, dict) or not _is_of(record.get("step"), int):
+    if not isinstance(record, dict) or not _has_type(record.get("step"), int):
         raise ValueError("an object with a `step` is expected")
-    wrong = [
+    wrong_fields = [
         k
         for k, v in record.items()
-        if not (v is None or isinstance(v, (bool, float)) or _is_of(v, int))
+        if not (v is None or isinstance(v, (bool, float)) or _has_type(v, int))
     ]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is no number")
+    if wrong_fields:
+        raise ValueError(f"{wrong_fields[0]} is no number")
     return record
 
 
 def state_faults(state, expected):
-    """List what is wrong with the JSON state of a checkpoint, of which the fields in `expected` are
-    known.
+    """List what is wrong with the JSON `state` of a checkpoint, one sentence per fault.
+
+    expected: {field: value}, the fields whose values are known beforehand.
     """
     if not isinstance(state, dict):
         return ["an object is expected"]
@@ -116,25 +123,27 @@ def state_faults(state, expected):
         if not isinstance(values, dict):
             faults.append(f"meter.{name} is {'missing' if values is None else f'{values!r:.40}'}")
         elif not all(isinstance(value, (int, float)) for value in values.values()):
-            faults.append(f"meter.{name} holds what is no number")
-    if not _is_of(state.get("skipped", 0), int) or not isinstance(state.get("classes", []), list):
-        faults.append("skipped and classes are no number and no list")
+            faults.append(f"meter.{name} holds a value that is no number")
+    if not _has_type(state.get("skipped", 0), int):
+        faults.append("skipped is no number")
+    if not isinstance(state.get("classes", []), list):
+        faults.append("classes is no list")
     return faults
 
 
 def write_tensors(tensors, path):
-    """Write {name: tensor} as a safetensors file; the library itself opens paths in UTF-8 alone."""
-    # 1 s, for which one who lists runs or reads their metrics does not wait
+    """Write {name: tensor} as a safetensors file."""
+    # imported here because it takes 1 s, which listing runs or reading their metrics can do without
     import safetensors.torch
 
-    if is_utf8(path):
+    if is_utf8(path):  # the library itself opens no other paths
         safetensors.torch.save_file(tensors, path)
     else:
         path.write_bytes(safetensors.torch.save(tensors))
 
 
 def read_tensors(path):
-    """Return the {name: tensor} of a safetensors file; raises what the library raises."""
+    """Return the {name: tensor} of a safetensors file; the library's errors pass through."""
     import safetensors.torch
 
     return (
@@ -145,8 +154,9 @@ def read_tensors(path):
 
 
 def write_parquet(path, frame, made_by):
-    """Write a DataFrame with `made_by`, a dict of JSON values, in the file's metadata; see
-    `read_parquet`.
+    """Write a DataFrame with `made_by`, a dict of JSON values that says how it was made.
+
+    `made_by` is written to the file's metadata; see `read_parquet`.
     """
     table = pa.Table.from_pandas(frame, preserve_index=False)
     metadata = table.schema.metadata | {b"gear": json.dumps(made_by, sort_keys=True).encode()}
@@ -163,31 +173,33 @@ def write_parquet(path, frame, made_by):
 
 
 def read_parquet(path):
-    """Return (made by, DataFrame) of a file that `write_parquet` wrote; raises whatever the damage
-    brings about.
+    """Return (made_by, DataFrame) of a file that `write_parquet` wrote.
+
+    A damaged file raises an exception of any type.
     """
     table = pq.read_table(path, page_checksum_verification=True)
     return dict(json.loads(table.schema.metadata[b"gear"])), table.to_pandas()
 
 
 def read_table(path):
-    """Return (made by, table) of a parquet file that `Run.table` kept, or ({}, None) where it is
-    absent or damaged.
+    """Return (made_by, DataFrame) of a file that `Run.table` wrote, or ({}, None) if it is absent
+    or damaged.
     """
     try:
         return read_parquet(path)
-    except Exception:  # pyarrow and pandas raise what they like; the table is then computed again
+    except Exception:  # pyarrow and pandas raise any type; the table is then computed again
         return {}, None
 
 
 def science(config):
-    """Return what of a configuration says what was computed: all but the library's version."""
+    """Return the fields of a configuration that determine results: all but the gear version."""
     return {key: value for key, value in config.items() if key != "version"}
 
 
 def read_scores(path):
-    """Return the records in metrics.json, none if there is none; raises UserError for what is
-    none.
+    """Return the records in metrics.json, an empty list if the file is absent.
+
+    Raises UserError for a file that is damaged or holds anything else.
     """
     try:
         records = read_json(path) if path.exists() else []
@@ -200,7 +212,7 @@ def read_scores(path):
             if not (
                 isinstance(record["metric"], str)
                 and isinstance(protocol, dict)
-                and _is_of(protocol.get("step", 0), int)
+                and _has_type(protocol.get("step", 0), int)
             ):
                 raise ValueError(f"record {i} has a metric, a protocol or a step of another kind")
             if not (isinstance(record["value"], (int, float)) and abs(record["value"]) < math.inf):
@@ -212,10 +224,8 @@ def read_scores(path):
         ) from None
 
 
-def _is_of(value, kind):
-    """Say whether a JSON value is of a kind; a whole number is one that a table of numbers can
-    hold.
-    """
+def _has_type(value, kind):
+    """Return whether a JSON value has the type `kind`; an int must also fit into an int64 table."""
     return isinstance(value, kind) and not (
         kind is int and (isinstance(value, bool) or abs(value) >= 1 << 62)
     )

@@ -1,16 +1,16 @@
-"""Records: what is left of finished runs without their weights, many in one folder of a few files.
+"""Packs of records: a folder of few files that keeps many finished runs without their weights.
 
 runs/reference/runs.csv         one line per run: run, preset, method, cell, seed, parent, config
                                 hash
                configs.json     {run: configuration}
-               metrics.parquet  what metrics.jsonl holds: run, step, one column per metric
-               scores.parquet   what metrics.json holds: run, metric, value, interval, protocol as
+               metrics.parquet  content of metrics.jsonl: run, step, one column per metric
+               scores.parquet   content of metrics.json: run, metric, value, interval, protocol as
                                 JSON
                TABLE.parquet    one analysis: run, and the columns of its table
                samples/         RUN.STEP.png, sample panels of a few runs
 
-The metadata of metrics.parquet list the metrics of each run; those of TABLE.parquet, what made each
-table.
+The metadata of metrics.parquet list the metrics of each run. The metadata of TABLE.parquet say how
+each run's table was made.
 """
 
 import functools
@@ -26,20 +26,22 @@ from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE
 from gear.runs.records import Fields, read_parquet, read_table, science, write_parquet
 
-METRICS, SCORES = "metrics.parquet", "scores.parquet"
+METRICS = "metrics.parquet"
+SCORES = "scores.parquet"
 
 
 class Record:
-    """What is left of one run without its weights, read as a Run is.
+    """One run of a pack, without weights. It has the reading methods of a Run.
 
-    What needs weights raises MissingRuns.
+    Methods that need weights raise MissingRuns.
     """
 
-    is_finished = False  # as of a Run: whether the weights of its last step are there
+    is_finished = False  # the weights of the last step are absent, which is what Run means by it
 
     def __init__(self, pack, name):
-        self.pack, self.name = pack, name
-        self.path = pack.folder / name  # no file lies there
+        self.pack = pack
+        self.name = name
+        self.path = pack.folder / name  # no file exists there
 
     def __repr__(self):
         return f"Record({self.name!r}, step={self.step})"
@@ -53,7 +55,7 @@ class Record:
         return config_hash(science(self.config))
 
     def metrics(self, file="metrics.jsonl"):
-        """Return what the run logged as `Run.metrics` does; of timing.jsonl nothing is kept."""
+        """Return what the run logged, as `Run.metrics` does; timing.jsonl is not kept in a pack."""
         if file != "metrics.jsonl":
             return pd.DataFrame()
         return self.pack.of(METRICS, self.pack.metrics, self.name).copy()
@@ -70,7 +72,7 @@ class Record:
         return []
 
     def panels(self):
-        """Return the sample panels that are kept, {step: path}."""
+        """Return the sample panels in the pack as {step: path}."""
         return self.pack.panels.get(self.name, {})
 
     def scores(self):
@@ -78,12 +80,13 @@ class Record:
         return self.pack.scores.get(self.name, [])
 
     def table(self, name, parameters, compute):
-        """Return the analysis `name` if it was made with `parameters`, else `compute()`, not
-        kept.
+        """Return the analysis `name` if it was made with `parameters`, else `compute()`.
+
+        A computed table is not kept.
         """
         made_by, frame = self.pack.analyses.get(name, {}).get(self.name, ({}, None))
-        fits = made_by == {"parameters": parameters, "step": self.step, "config": self.config_hash}
-        return frame.copy() if fits else compute()
+        expected = {"parameters": parameters, "step": self.step, "config": self.config_hash}
+        return frame.copy() if made_by == expected else compute()
 
     def load_checkpoint(self, file=None, step=None):
         """Raise MissingRuns: a record has no weights."""
@@ -92,9 +95,9 @@ class Record:
 
 
 class Pack:
-    """The records of a folder, read when they are first asked for; an absent folder holds none.
+    """The records in a folder. Each file is read at its first use; a damaged one raises UserError.
 
-    A damaged file raises UserError.
+    An absent folder holds no records.
     """
 
     def __init__(self, folder):
@@ -120,7 +123,7 @@ class Pack:
 
     @cached_property
     def analyses(self):
-        """{analysis: {run: (what made it, DataFrame)}}"""
+        """{analysis: {run: (made_by, DataFrame)}}; made_by says how the table was made."""
         files = {path.name for path in self.folder.glob("*.parquet")} - {METRICS, SCORES}
         return {file.removesuffix(".parquet"): self._tables(file) for file in files}
 
@@ -133,14 +136,14 @@ class Pack:
         return panels
 
     def of(self, file, values, name):
-        """Return what a file holds of one run; raises UserError where it lacks that."""
+        """Return values[name]; raises UserError naming the `file` where the run is missing."""
         if name not in values:
             remedy = f"restore it (git checkout {self.folder}), or make it again (make reference)"
-            raise UserError(f"{self.folder / file} holds nothing of '{name}': {remedy}.")
+            raise UserError(f"{self.folder / file} holds nothing about '{name}': {remedy}.")
         return values[name]
 
     def _tables(self, file):
-        """Return {run: (what the metadata say of it, DataFrame)} of a parquet file."""
+        """Return {run: (its entry in the metadata, DataFrame)} of a parquet file."""
         made_by, table = self._read(file, read_parquet) or ({}, pd.DataFrame({"run": []}))
         tables = {}
         for name, rows in table.groupby("run", sort=False):
@@ -148,31 +151,32 @@ class Pack:
         return tables
 
     def _read(self, file, read):
-        """Return what `read` makes of a file, None where it is absent."""
+        """Return `read(path)` of a file, or None if the file is absent."""
         path = self.folder / file
         try:
             return read(path) if path.exists() else None
-        except Exception as error:  # pyarrow and pandas raise whatever the damage brings about
+        except Exception as error:  # a damaged file makes pyarrow and pandas raise any type
             remedy = f"restore it (git checkout {path.parent}), or make it again (make reference)"
             raise UserError(f"{path} cannot be read ({error}): {remedy}.") from None
 
 
 def reference():
-    """Return the Pack among the user's runs; what was read of it is kept until it is written
-    again.
+    """Return the Pack among the user's runs.
+
+    The same object is returned, with the files it has read, until the pack is written again.
     """
     folder = runs_dir() / REFERENCE
-    index = folder / "runs.csv"  # the last file that is written
+    index = folder / "runs.csv"  # `write_pack` writes it last
     return _pack(folder, index.stat().st_mtime_ns if index.exists() else 0)
 
 
 @functools.lru_cache(maxsize=4)
-def _pack(folder, written):
+def _pack(folder, written_at):
     return Pack(folder)
 
 
 def _records(table):
-    """Return the lines of scores.parquet as the records that metrics.json holds."""
+    """Convert rows of scores.parquet to records as in metrics.json."""
     records = []
     for line in table.itertuples():
         interval = {} if math.isnan(line.low) else {"interval": [line.low, line.high]}
@@ -187,14 +191,14 @@ def _records(table):
 
 
 def write_pack(folder, runs, names, with_panels=()):
-    """Write the records of `runs`, Runs, into `folder`, in place of all that an earlier pack wrote
-    there.
+    """Write the records of `runs`, a list of Run, into `folder`; they replace an earlier pack.
 
-    names: {run: RunName}. with_panels: the names of those runs whose sample panels are kept, too.
+    names: {run: RunName}. with_panels: the names of the runs whose sample panels are kept too.
+    Raises UserError for a folder that holds other files than a pack's.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "runs.csv").exists():
-        raise UserError(f"{folder} holds other things than a pack: name an empty folder.")
-    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # a pack without an index is none
+        raise UserError(f"{folder} holds other files than a pack's: name an empty folder.")
+    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # the index first: it makes a pack
         for path in folder.glob(pattern):
             path.unlink()
     logs = {run.name: run.metrics() for run in runs}
@@ -206,22 +210,23 @@ def write_pack(folder, runs, names, with_panels=()):
         for step, path in run.panels().items() if run.name in with_panels else ():
             copy = folder / "samples" / f"{run.name}.{step:07d}.png"
             write_atomically(copy, lambda target, path=path: target.write_bytes(path.read_bytes()))
-    for file, made in tables.items():
-        filled = {
-            name: frame for name, (_, frame) in made.items() if frame is not None and len(frame)
-        }
-        frames = [frame.assign(run=name) for name, frame in filled.items()]
+    for file, tables_of_runs in tables.items():
+        frames = [
+            frame.assign(run=name)
+            for name, (_, frame) in tables_of_runs.items()
+            if frame is not None and len(frame)
+        ]
         if frames:
             frame = pd.concat(frames, ignore_index=True)
-            made_by = {name: made_by for name, (made_by, _) in made.items() if made_by}
+            made_by = {name: made_by for name, (made_by, _) in tables_of_runs.items() if made_by}
             write_parquet(folder / file, frame[["run", *frame.columns.drop("run")]], made_by)
     text = json.dumps({run.name: run.config for run in runs}, indent=1, sort_keys=True) + "\n"
     write_atomically(folder / "configs.json", lambda path: path.write_text(text))
-    index = pd.DataFrame([_line(run, names[run.name]) for run in runs])
+    index = pd.DataFrame([_index_row(run, names[run.name]) for run in runs])
     write_atomically(folder / "runs.csv", lambda path: index.to_csv(path, index=False))
 
 
-def _line(run, name):
+def _index_row(run, name):
     config = run.config
     return {
         "run": run.name,
@@ -235,9 +240,9 @@ def _line(run, name):
 
 
 def _score_table(run):
-    lines = []
+    rows = []
     for record in run.scores():
         low, high = record.get("interval", (math.nan, math.nan))
         protocol = json.dumps(record["protocol"])
-        lines.append((record["metric"], float(record["value"]), low, high, protocol))
-    return pd.DataFrame(lines, columns=["metric", "value", "low", "high", "protocol"])
+        rows.append((record["metric"], float(record["value"]), low, high, protocol))
+    return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "protocol"])

@@ -1,13 +1,13 @@
-"""A run directory: configuration, metrics, checkpoints, scores, analysis tables and sample panels,
-opened by name.
+"""Run directories, opened by name: configuration, metrics, checkpoints, scores, analysis tables and
+sample panels.
 
 runs/NAME/config.json          the complete configuration, with the library version
-          metrics.jsonl        one object a line, always with `step`; only values that a repetition
-                               reproduces
-          timing.jsonl         wall-clock figures
+          metrics.jsonl        one object per line, always with `step`; only values that a repeated
+                               run reproduces
+          timing.jsonl         wall-clock times
           checkpoints/NNNNNNN  safetensors and state.json, complete or absent
           lock                 held by the process that trains the run
-          metrics.json         what `gear evaluate` measured
+          metrics.json         scores that `gear evaluate` measured
           analysis/TABLE.parquet
           samples/*.png
 """
@@ -38,12 +38,13 @@ from gear.runs.records import (
 )
 from gear.runs.reference import Record, reference
 
-PANEL_WIDTH, PANEL_GAP = 12, 2  # images in a row of a sample panel, and the pixels between them
+PANEL_WIDTH = 12  # images per row of a sample panel
+PANEL_GAP = 2  # pixels between the images of a sample panel
 
 
 class Run:
-    """One run directory. `Run.open(name)` opens an existing run, `Run.create(name, config)` makes
-    one.
+    """One run directory: `Run.open(name)` opens an existing one, `Run.create(name, config)` makes a
+    new one.
     """
 
     def __init__(self, path):
@@ -57,41 +58,39 @@ class Run:
 
     @classmethod
     def open(cls, name):
-        """Open the run called `name` in `runs_dir()`, or where there is none its Record.
+        """Return the run called `name` in `runs_dir()`, or its Record if the run itself is absent.
 
-        Raises MissingRuns with the nearest name when there is neither, and UserError for a folder
-        that is no run.
+        Raises MissingRuns with the nearest name if there is neither, and UserError for a folder
+        that is not a run.
         """
         run = cls(run_path(name))
         if run.exists:
-            _ = run.config  # what is no run is said at once
+            _ = run.config  # raises at once for a folder that is not a run
             return run
         if name in reference().names:
             return Record(reference(), name)
-        here = (
-            f" What is called '{name}' here is a path: a run is opened by name."
+        path_hint = (
+            f" '{name}' in the working directory is a path: a run is opened by name."
             if Path(name).exists()
             else ""
         )
-        hint = (
-            f"Runs are looked for in {runs_dir()} ($GEAR_RUNS).{nearest(name, run_names())}{here}"
-        )
+        suggestion = nearest(name, run_names())
+        hint = f"Runs are looked for in {runs_dir()} ($GEAR_RUNS).{suggestion}{path_hint}"
         raise MissingRuns(f"no run '{name}'. Train it", [name], f"gear train {name}", hint)
 
     @classmethod
     def create(cls, name, config):
-        """Make the run `name` with `config` (a dict); returns it."""
+        """Write `config`, a dict, as the configuration of the run `name` and return the run."""
         run = cls(run_path(name))
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
         write_atomically(run.path / "config.json", lambda p: p.write_text(text))
         return run
 
     def check_config(self, config, complete=lambda config: config):
-        """Raise UserError naming the fields in which this run's configuration differs from `config`
-        (a dict).
+        """Raise UserError naming the fields in which this run's configuration is not `config`.
 
-        `complete` fills in what a configuration written by an older version lacks; the version
-        itself may differ.
+        config: a dict. complete: a function that adds the fields that an older version did not
+        write. The versions themselves may differ.
         """
         if changed := differences(complete(science(self.config)), science(config)):
             fields = "\n  ".join(changed)
@@ -106,14 +105,13 @@ class Run:
 
     @functools.cached_property
     def config(self):
-        """The configuration in config.json, read once: a Run does not see what replaces it."""
+        """The configuration in config.json, read once; later changes of the file are not seen."""
         try:
             return read_config(self.path / "config.json")
         except ValueError as error:
             raise UserError(
                 f"{self.path / 'config.json'} cannot be read ({error}). Restore it, or if the "
-                "folder is none of gear's runs, "
-                f"choose another name."
+                "folder is not a run of gear, choose another name."
             ) from None
 
     @property
@@ -123,8 +121,9 @@ class Run:
     # -- metrics -----------------------------------------------------------------------------------
 
     def append(self, record, file="metrics.jsonl"):
-        """Add a line to a file; raises FloatingPointError naming a value that is not finite, and
-        then writes nothing.
+        """Append a record, {name: number} with `step`, to a log.
+
+        Raises FloatingPointError naming a value that is not finite; nothing is then written.
         """
         for name, value in record.items():
             if not math.isfinite(value):
@@ -133,30 +132,31 @@ class Run:
             out.write(json.dumps(record) + "\n")
 
     def metrics(self, file="metrics.jsonl"):
-        """Return metrics.jsonl as a DataFrame indexed by row, sorted by `step`; several lines of
-        one step are merged.
+        """Return a log as a DataFrame sorted by `step`, one row per step.
+
+        Several lines of one step are merged.
         """
         table = pd.DataFrame(self._log(file))
         return table if table.empty else table.groupby("step", as_index=False).first()
 
     def rewind(self, step):
-        """Drop what was logged after `step`, and a line that a kill cut short: the next steps write
-        it again.
+        """Drop all that was logged after `step`; training from there writes it again.
 
-        Analyses, panels of later steps and what a killed save left go with it: they belong to
-        weights that will not come back.
+        Temporary files of a killed save, analyses, and panels of later steps are removed too: they
+        belong to weights that no longer exist.
         """
-        for leftover in self.path.rglob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for temporary in self.path.rglob(".*.tmp"):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
         shutil.rmtree(self.path / "analysis", ignore_errors=True)
-        for drawn_at, panel in self.panels().items():
-            if drawn_at > step:
+        for panel_step, panel in self.panels().items():
+            if panel_step > step:
                 panel.unlink()
         for file in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / file
             if path.exists():
-                kept = [json.dumps(r) + "\n" for r in read_log(path)[0] if r["step"] <= step]
-                write_atomically(path, lambda p, text="".join(kept): p.write_text(text))
+                records, _ = read_log(path)
+                lines = [json.dumps(r) + "\n" for r in records if r["step"] <= step]
+                write_atomically(path, lambda p, text="".join(lines): p.write_text(text))
 
     @property
     def logged_step(self):
@@ -166,18 +166,18 @@ class Run:
     def _log(self, file):
         records, fault = read_log(self.path / file)
         if fault:
-            last = f"up to step {records[-1]['step']} only" if records else "nowhere"
+            extent = f"up to step {records[-1]['step']} only" if records else "nowhere"
             steps = self.checkpoint_steps()
+            checkpoint = f"; the checkpoint is of step {steps[-1]}" if steps else ""
             raise UserError(
-                f"{self.path / file} can be read "
-                f"{last}{f'; the checkpoint is of step {steps[-1]}' if steps else ''}: {fault}. "
+                f"{self.path / file} can be read {extent}{checkpoint}: {fault}. "
                 f"Restore the file, or remove {self.path} and train again."
             )
         return records
 
     @property
     def step(self):
-        """The step of the newest checkpoint; without weights, the last one logged."""
+        """The step of the newest checkpoint, or without checkpoints the last logged step."""
         steps = self.checkpoint_steps()
         return steps[-1] if steps else self.logged_step
 
@@ -188,8 +188,9 @@ class Run:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def checkpoint_steps(self):
-        """Return the steps of the complete checkpoints, ascending (an interrupted save has a
-        temporary name).
+        """Return the steps of the complete checkpoints, ascending.
+
+        An interrupted save has a temporary name and is not among them.
         """
         return sorted(
             int(p.name) for p in (self.path / "checkpoints").glob("[0-9]" * 7) if p.is_dir()
@@ -197,8 +198,9 @@ class Run:
 
     @property
     def best_step(self):
-        """The step of the checkpoint with the lowest next-token loss on validation images, or
-        without a generator the highest PSNR; None where none was validated.
+        """The step of the checkpoint that is best on validation images; None if none was validated.
+
+        The best has the lowest next-token loss, or without a generator the highest PSNR.
         """
         table = self.metrics()
         metric, sign = ("val/ntp_loss", -1) if "val/ntp_loss" in table else ("val/psnr", 1)
@@ -208,18 +210,18 @@ class Run:
         return None if validated.empty else int(validated.step[(sign * validated[metric]).idxmax()])
 
     def save_checkpoint(self, step, tensors, state, keep=2):
-        """Write {file: {name: tensor}} and the JSON `state` of `step`; keep the newest `keep`
-        checkpoints, and the best.
+        """Write the checkpoint of `step`, and remove all but the newest `keep` and the best one.
 
-        The folder is written under a temporary name, flushed and renamed: it is complete or absent.
+        tensors: {file: {name: tensor}}. state: a dict of JSON values. The folder is written under a
+        temporary name, flushed and renamed: it is complete or absent.
         """
 
         def fill(temporary):
             for name, values in tensors.items():
-                whole = {k: v.detach().cpu().contiguous() for k, v in values.items()}
-                write_tensors(whole, temporary / f"{name}.safetensors")
+                on_cpu = {k: v.detach().cpu().contiguous() for k, v in values.items()}
+                write_tensors(on_cpu, temporary / f"{name}.safetensors")
             (temporary / "state.json").write_text(json.dumps(state, indent=1))
-            if (self.path / "metrics.jsonl").exists():  # never behind its checkpoint
+            if (self.path / "metrics.jsonl").exists():  # the log must not end before the checkpoint
                 flush(self.path / "metrics.jsonl")
 
         folder = self.path / "checkpoints" / f"{step:07d}"
@@ -230,10 +232,10 @@ class Run:
                 shutil.rmtree(folder.with_name(f"{old:07d}"))
 
     def load_checkpoint(self, file, step=None):
-        """Return {name: tensor} of `file` ("networks", "optimizers") at `step`, by default the
-        newest.
+        """Return {name: tensor} of a file ("networks", "optimizers") of the checkpoint of `step`.
 
-        Raises UserError when the run has no weights or the file is truncated.
+        step: by default the newest. Raises MissingRuns if the run has no such checkpoint, and
+        UserError if the file is damaged.
         """
         folder = self._checkpoint(step)
         try:
@@ -241,14 +243,15 @@ class Run:
         except Exception as error:  # safetensors raises its own Rust exception type
             raise UserError(
                 f"checkpoint {folder / file}.safetensors cannot be read ({error}): it is truncated "
-                "or not a checkpoint. "
-                f"Remove the folder {folder} and train again: gear train {self.name} goes on from "
-                "the one before it."
+                f"or not a checkpoint. Remove the folder {folder} and train again: "
+                f"gear train {self.name} goes on from the checkpoint before it."
             ) from None
 
     def load_state(self, step=None):
-        """Return the JSON state of `step`, by default the newest; raises UserError unless it is
-        this run's and complete.
+        """Return the JSON state of the checkpoint of `step`, by default the newest.
+
+        Raises MissingRuns if the run has no such checkpoint, and UserError if the state is damaged
+        or belongs to another run.
         """
         path = self._checkpoint(step) / "state.json"
         expected = {"step": int(path.parent.name), "config": self.config_hash}
@@ -260,7 +263,7 @@ class Run:
             raise UserError(
                 f"{path} does not fit this run ({'; '.join(faults)}). Remove the folder "
                 f"{path.parent} and train again: "
-                f"gear train {self.name} goes on from the one before it."
+                f"gear train {self.name} goes on from the checkpoint before it."
             )
         return state
 
@@ -274,7 +277,7 @@ class Run:
             )
         return self.path / "checkpoints" / f"{steps[-1] if step is None else step:07d}"
 
-    # -- what was made of the weights --------------------------------------------------------------
+    # -- samples, scores and analyses --------------------------------------------------------------
 
     def panels(self):
         """Return the sample panels, samples/NNNNNNN.png, as {step: path}."""
@@ -284,36 +287,37 @@ class Run:
         }
 
     def scores(self):
-        """Return the records in metrics.json, none if there is none; raises UserError for one that
-        cannot be read.
+        """Return the records in metrics.json, an empty list if the file is absent.
+
+        Raises UserError for a damaged file.
         """
         return read_scores(self.path / "metrics.json")
 
     def table(self, name, parameters, compute):
         """Return analysis/NAME.parquet if it was made with `parameters` at this step, else
-        `compute()` and keep it.
+        `compute()`.
 
-        `parameters` is a dict of JSON values; `compute` returns a DataFrame. The parameters, the
-        step and the hash of the configuration travel in the file's metadata. A table that fits the
-        run with other parameters is not replaced.
+        parameters: a dict of JSON values. compute: a function that returns a DataFrame. A computed
+        table is written, with the parameters, the step and the hash of the configuration in the
+        file's metadata; it does not replace a table of this step with other parameters.
         """
         path = self.path / "analysis" / f"{name}.parquet"
         made_by = {"parameters": parameters, "step": self.step, "config": self.config_hash}
-        found, frame = read_table(path)
-        if found == made_by:
+        stored_made_by, frame = read_table(path)
+        if stored_made_by == made_by:
             return frame
         frame = compute()
-        if found == made_by | {"parameters": found.get("parameters")}:
+        if stored_made_by == made_by | {"parameters": stored_made_by.get("parameters")}:
             return frame
         write_parquet(path, frame, made_by)
         return frame
 
 
 def open_runs(pattern):
-    """Open the run or record called `pattern`, or all that match the shell `pattern`.
+    """Return the runs or records that match a shell `pattern`, or the one of that name.
 
-    A list of digits such as `-s[012]` asks for each of them. Raises MissingRuns when there is none,
-    and for the first of a list that is missing.
+    A list of digits such as `-s[012]` requires a run for every digit. Raises MissingRuns if no run
+    matches, and for the first missing run of a list.
     """
     names = run_names(pattern)
     if names != [pattern]:
@@ -324,15 +328,14 @@ def open_runs(pattern):
 def load_runs(pattern="*"):
     """Return the metrics of all runs that match `pattern` as one tidy DataFrame.
 
-    Columns: run, recipe, seed, step, metric, value. Of several runs one whose log is damaged is
-    left out, and named.
+    Columns: run, recipe, seed, step, metric, value. If several runs match, those with a damaged log
+    are left out and reported on stderr.
     """
-    frames, runs = [], open_runs(pattern)
+    frames = []
+    runs = open_runs(pattern)
     for run in runs:
-        config, table = (
-            run.config,
-            run.metrics() if len(runs) == 1 else readable(run.metrics, pd.DataFrame()),
-        )
+        config = run.config
+        table = run.metrics() if len(runs) == 1 else readable(run.metrics, pd.DataFrame())
         if not table.empty:
             frames.append(
                 table.melt("step", var_name="metric", value_name="value")

@@ -1,5 +1,5 @@
-"""Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder says
-what is wrong.
+"""Splits never overlap, sample n of the stream is a function of (seed, n), and a bad folder gives
+a message that names the fault.
 """
 
 import functools
@@ -29,7 +29,7 @@ SCENES = DataConfig(image_size=16, train_images=20, val_images=10)
 
 
 def paint(path, size=(24, 20), seed=0):
-    """Save a PNG of random pixels, so that every image and every crop of it is told apart."""
+    """Save a PNG of random pixels, so that all images and all their crops differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -37,7 +37,7 @@ def paint(path, size=(24, 20), seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ninety images in three class sub-folders, one of them nested."""
+    """Save ninety images in three class folders, one of them with a sub-folder."""
     for i in range(90):
         paint(tmp_path / "images" / ("ant", "bee/wild", "cat")[i % 3] / f"{i:02d}.png", seed=i)
     return DataConfig(source=str(tmp_path / "images"), image_size=16)
@@ -52,7 +52,8 @@ def names(config, split):
 
 def test_scene_splits_are_disjoint_ranges_of_numbers():
     huge = replace(SCENES, train_images=10**9, val_images=10**9)
-    train, val = open_source(huge, "train"), open_source(huge, "val")
+    train = open_source(huge, "train")
+    val = open_source(huge, "val")
     assert train.first + train.length <= val.first and len(train) == len(val) == 10**9
     first = {split: data.load(SCENES, split)[0].flatten(1) for split in ("train", "val")}
     assert torch.cdist(first["train"], first["val"]).min() > 1 and (
@@ -62,13 +63,15 @@ def test_scene_splits_are_disjoint_ranges_of_numbers():
 
 
 def test_folder_splits_are_disjoint_and_complete(folder):
-    train, val = names(folder, "train"), names(folder, "val")
+    train = names(folder, "train")
+    val = names(folder, "val")
     assert not set(train) & set(val) and sorted(train + val) == [f"{i:02d}.png" for i in range(90)]
     assert 1 <= len(val) <= 12
 
 
 def test_a_file_keeps_its_split_when_others_are_added(folder, tmp_path):
-    train, val = set(names(folder, "train")), set(names(folder, "val"))
+    train = set(names(folder, "train"))
+    val = set(names(folder, "val"))
     for i in range(60):
         paint(tmp_path / "images" / ("ant", "dog")[i % 2] / f"new{i}.png")
     assert train <= set(names(folder, "train")) and val <= set(names(folder, "val"))
@@ -85,16 +88,16 @@ def test_two_images_are_enough_for_a_split(tmp_path):
 # -- folders ---------------------------------------------------------------------------------------
 
 
-def test_validation_images_may_lie_elsewhere(folder, tmp_path):
-    """ImageNet's own validation set: then no training image is held out, and none is looked at."""
-    other = tmp_path / "val"
+def test_validation_images_may_be_in_another_folder(folder, tmp_path):
+    """All images of the source are then for training, as with ImageNet's own validation set."""
+    val_folder = tmp_path / "val"
     classes = ["ant", "bee", "cat"]
     for i, name in enumerate(classes):
-        (other / name).mkdir(parents=True)
-        Image.new("RGB", (40, 30), (10 * i, 0, 0)).save(other / name / "x.png")
-    config = replace(folder, val_source=str(other))
-    train, val, every = (open_source(config, split) for split in ("train", "val", "all"))
-    assert len(train) == len(every) == len(open_source(replace(config, val_source=""), "all"))
+        (val_folder / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (10 * i, 0, 0)).save(val_folder / name / "x.png")
+    config = replace(folder, val_source=str(val_folder))
+    train, val, all_images = (open_source(config, split) for split in ("train", "val", "all"))
+    assert len(train) == len(all_images) == len(open_source(replace(config, val_source=""), "all"))
     assert len(val) == 3 and val.classes == train.classes == classes
     images, labels = data.load(config, "val")
     assert sorted(labels.tolist()) == [0, 1, 2]
@@ -138,18 +141,18 @@ def test_a_flat_folder_is_one_class(tmp_path):
     assert data.load(config, "train")[1].tolist() == [0, 0, 0, 0]
 
 
-def test_missing_folder_names_the_path(tmp_path):
+def test_the_message_for_a_missing_folder_names_the_path(tmp_path):
     with pytest.raises(UserError, match=r"there are no images at '.*/nowhere'"):
         open_source(DataConfig(source=str(tmp_path / "nowhere")), "train")
 
 
-def test_folder_without_images_names_the_path(tmp_path):
+def test_the_message_for_a_folder_without_images_names_the_path(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match=rf"'{tmp_path}' holds no images .*\.png"):
         open_source(DataConfig(source=str(tmp_path)), "train")
 
 
-def test_one_image_leaves_none_to_train_on(tmp_path):
+def test_one_image_is_too_few_for_two_splits(tmp_path):
     paint(tmp_path / "one" / "0.png")
     with pytest.raises(UserError, match="too few images .1.: none is left for the split .train"):
         open_source(DataConfig(source=str(tmp_path / "one")), "train")
@@ -170,7 +173,7 @@ def spoil(folder, count, kind="text"):
 
 
 @pytest.mark.parametrize("workers", (0, 2))
-def test_unreadable_images_of_the_stream_are_one_plain_message(folder, workers):
+def test_unreadable_images_of_the_stream_give_one_message(folder, workers):
     spoil(folder, 80)
     with pytest.raises(
         UserError, match=r"^1 of \d+ images cannot be read, over 1%: \S+png"
@@ -187,11 +190,13 @@ def test_one_unreadable_image_in_a_hundred_is_named_and_replaced_by_its_class(
     (path,) = spoil(folder, 1, kind)
     source = open_source(folder, "train")
     label = source.labels(np.array([0]))[0]
-    stand_in = next(i for i in range(1, len(source)) if source.labels(np.array([i]))[0] == label)
-    np.testing.assert_array_equal(source.images(np.array([0])), source.images(np.array([stand_in])))
+    replacement = next(i for i in range(1, len(source)) if source.labels(np.array([i]))[0] == label)
+    np.testing.assert_array_equal(
+        source.images(np.array([0])), source.images(np.array([replacement]))
+    )
     source.images(np.array([0]))
-    said = capsys.readouterr().err
-    assert said.count(str(path)) == 1 and "1 so far" in said
+    output = capsys.readouterr().err
+    assert output.count(str(path)) == 1 and "1 so far" in output
 
 
 def zipped(folder, tmp_path, top=""):
@@ -206,25 +211,29 @@ def zipped(folder, tmp_path, top=""):
 @pytest.mark.parametrize("top", ("", "train/"))
 def test_a_zip_is_read_in_place_and_equals_its_folder(folder, tmp_path, top):
     packed = zipped(folder, tmp_path, top)
-    one, other = open_source(folder, "train"), open_source(packed, "train")
-    assert one.names == other.names and one.classes == other.classes
+    of_folder = open_source(folder, "train")
+    of_zip = open_source(packed, "train")
+    assert of_folder.names == of_zip.names and of_folder.classes == of_zip.classes
     for workers in (0, 2):
-        ours, theirs = (taken(config, 40, 8, workers=workers) for config in (folder, packed))
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        samples, zip_samples = (
+            samples_of(config, 40, 8, workers=workers) for config in (folder, packed)
+        )
+        assert torch.equal(samples[0], zip_samples[0]) and torch.equal(samples[1], zip_samples[1])
 
 
-def test_a_zip_is_opened_once_a_process(folder, tmp_path, monkeypatch):
-    """Opening reads the whole directory of the archive: once an image would be far slower than the
-    images.
+def test_a_zip_is_opened_once_per_process(folder, tmp_path, monkeypatch):
+    """Opening reads the directory of the archive; doing that for every image would take far longer
+    than reading the images.
     """
-    opened, real = [], zipfile.ZipFile
+    opened = []
+    zip_file = zipfile.ZipFile
     packed = zipped(folder, tmp_path)
-    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or zip_file(path))
     open_source(packed, "train").images(np.arange(30))
     assert len(opened) == 1
 
 
-def test_what_is_no_zip_and_a_zip_without_images_are_errors(tmp_path):
+def test_a_file_that_is_no_zip_and_a_zip_without_images_are_errors(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no zip at all")
     with pytest.raises(UserError, match="a.zip' is not a zip"):
         open_source(DataConfig(source=str(tmp_path / "a.zip")), "train")
@@ -242,10 +251,10 @@ def test_factors_need_scenes(folder):
 # -- downloads -------------------------------------------------------------------------------------
 
 
-def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatch):
-    """The number of classes is known without it."""
+def test_a_failed_download_names_the_folder_the_address_and_an_alternative(home, monkeypatch):
+    """The number of classes is known without the download."""
     for scheme in ("http", "https"):
-        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # where nothing listens
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     config = DataConfig(source="cifar10")
@@ -255,7 +264,7 @@ def test_a_download_that_fails_says_what_where_and_what_instead(home, monkeypatc
     for part in (
         f"'cifar10' is not in {home / 'cache' / 'cifar10'}",
         "toronto.edu/~kriz/cifar-10",
-        "will do instead",
+        "Use a folder or a zip of class folders instead",
     ):
         assert part in str(error.value)
 
@@ -265,8 +274,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
 
 @pytest.fixture
 def little_cifar(tmp_path, monkeypatch):
-    """Serve an archive like CIFAR-10's, of 60 images in three classes, as the source "cifar10";
-    returns the server.
+    """Serve an archive like that of CIFAR-10, with 60 images in three classes, as "cifar10".
+
+    Returns the server.
     """
 
     def pack(archive, name, content):
@@ -287,15 +297,11 @@ def little_cifar(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     class Little(datasets.CIFAR10):
-        url, tgz_md5 = (
-            f"http://127.0.0.1:{server.server_port}/{path.name}",
-            hashlib.md5(path.read_bytes()).hexdigest(),
-        )
-        train_list, test_list, meta = (
-            [batch],
-            [],
-            {"filename": names, "key": "label_names", "md5": md5},
-        )
+        url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+        tgz_md5 = hashlib.md5(path.read_bytes()).hexdigest()
+        train_list = [batch]
+        test_list = []
+        meta = {"filename": names, "key": "label_names", "md5": md5}
 
     monkeypatch.setattr(datasets, "CIFAR10", Little)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -306,9 +312,10 @@ def little_cifar(tmp_path, monkeypatch):
 def test_a_download_is_kept_and_split_like_a_folder(little_cifar):
     config = DataConfig(source="cifar10")
     open_source(config, "train")
-    little_cifar.shutdown()  # from here on there is no network
+    little_cifar.shutdown()  # there is no network from here on
     little_cifar.server_close()
-    train, val = open_source(config, "train"), open_source(config, "val")
+    train = open_source(config, "train")
+    val = open_source(config, "val")
     assert (
         not set(train.names) & set(val.names) and len(train) + len(val) == 60 and 1 <= len(val) < 10
     )
@@ -331,9 +338,7 @@ BANDS = np.repeat(
 
 @pytest.mark.parametrize("wide", (True, False))
 def test_resize_keeps_the_short_side_and_crops_the_centre(tmp_path, wide):
-    """Three square bands at half the size: the centre is the green one, the corners are the red and
-    the blue.
-    """
+    """The image consists of three square bands: the centre is green, the ends are red and blue."""
     image = np.broadcast_to(
         BANDS[None] if wide else BANDS[:, None], (32, 96, 3) if wide else (96, 32, 3)
     )
@@ -345,13 +350,12 @@ def test_resize_keeps_the_short_side_and_crops_the_centre(tmp_path, wide):
         DataConfig(source=str(tmp_path / "bands"), image_size=16, interpolation="box"), "train"
     )
     for draws, colour in ((None, 1), (np.zeros((1, 2)), 0), (np.full((1, 2), 1 - 1e-9), 2)):
-        got = source.images([0], draws)
-        assert (
-            got.shape == (1, 16, 16, 3) and (got == 255 * np.eye(3, dtype=np.uint8)[colour]).all()
-        )
+        images = source.images([0], draws)
+        assert images.shape == (1, 16, 16, 3)
+        assert (images == 255 * np.eye(3, dtype=np.uint8)[colour]).all()
 
 
-def test_an_image_of_the_right_size_is_not_touched(tmp_path):
+def test_an_image_of_the_right_size_is_not_changed(tmp_path):
     for i in range(2):
         paint(tmp_path / "exact" / f"{i}.png", size=(16, 16), seed=i)
     source = open_source(DataConfig(source=str(tmp_path / "exact"), image_size=16), "train")
@@ -363,8 +367,8 @@ def test_an_image_of_the_right_size_is_not_touched(tmp_path):
 # -- the stream ------------------------------------------------------------------------------------
 
 
-def taken(config, total, batch_size, start=0, workers=0, seed=3):
-    """The samples `start` to `start + total` of the stream, with their labels."""
+def samples_of(config, total, batch_size, start=0, workers=0, seed=3):
+    """Return the samples `start` to `start + total` of the stream and their labels."""
     batches = islice(data.stream(config, seed, batch_size, start, workers), total // batch_size)
     images, labels = zip(*batches)
     return data.to_float(torch.cat(images)), torch.cat(labels)
@@ -373,49 +377,50 @@ def taken(config, total, batch_size, start=0, workers=0, seed=3):
 @pytest.mark.parametrize("workers", (0, 2))
 @pytest.mark.parametrize("source", ("scenes", "folder"))
 def test_a_stream_from_sample_n_is_the_tail_of_the_stream(source, workers, folder):
-    """Crops, flips and the order of later epochs included, whatever the batch size."""
+    """This includes crops, flips and the order of later epochs, for any batch size."""
     config = replace(SCENES if source == "scenes" else folder, flip=True)
-    images, labels = taken(config, 120, 8)
+    images, labels = samples_of(config, 120, 8)
     for start, batch_size in ((24, 8), (60, 6), (7, 1)):
-        tail, tail_labels = taken(config, 24, batch_size, start, workers)
+        tail, tail_labels = samples_of(config, 24, batch_size, start, workers)
         assert torch.equal(tail, images[start : start + 24])
         assert torch.equal(tail_labels, labels[start : start + 24])
 
 
-def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
-    images = taken(SCENES, 60, 5)[0].flatten(1)
-    alone = data.load(SCENES, "train")[0].flatten(1)
-    order = torch.cdist(images, alone).argmin(1).view(3, 20)
-    assert torch.equal(images, alone[order.flatten()])
+def test_each_epoch_shows_every_image_once_in_its_own_order():
+    images = samples_of(SCENES, 60, 5)[0].flatten(1)
+    in_order = data.load(SCENES, "train")[0].flatten(1)
+    order = torch.cdist(images, in_order).argmin(1).view(3, 20)
+    assert torch.equal(images, in_order[order.flatten()])
     assert (order.sort(1).values == torch.arange(20)).all() and not torch.equal(order[0], order[1])
 
 
-def test_the_seed_makes_the_order():
-    assert not torch.equal(taken(SCENES, 20, 20)[0], taken(SCENES, 20, 20, seed=4)[0])
+def test_the_order_depends_on_the_seed():
+    assert not torch.equal(samples_of(SCENES, 20, 20)[0], samples_of(SCENES, 20, 20, seed=4)[0])
 
 
 def test_flip_mirrors_half_of_a_folder_and_no_scene(folder):
     square = replace(
         folder, image_size=20
-    )  # the short side: crops differ along the other, the same with and without flips
-    plain, flipped = (taken(replace(square, flip=flip), 90, 30)[0] for flip in (False, True))
-    kept, mirrored = (
-        (flipped == plain).flatten(1).all(1),
-        (flipped == plain.flip(-1)).flatten(1).all(1),
+    )  # the short side of the images: crops move along the long side, equally with and without flips
+    plain, flipped = (samples_of(replace(square, flip=flip), 90, 30)[0] for flip in (False, True))
+    is_equal = (flipped == plain).flatten(1).all(1)
+    is_mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
+    assert (is_equal ^ is_mirrored).all() and 25 < is_mirrored.sum() < 65
+    without_flip, with_flip = (
+        samples_of(replace(SCENES, flip=flip), 20, 20)[0] for flip in (False, True)
     )
-    assert (kept ^ mirrored).all() and 25 < mirrored.sum() < 65
-    one, other = (taken(replace(SCENES, flip=flip), 20, 20)[0] for flip in (False, True))
-    assert torch.equal(one, other)
+    assert torch.equal(without_flip, with_flip)
 
 
 def test_the_stream_draws_nothing_from_the_global_generator():
-    """Else the first step after a resume would drop other labels than the same step of an
+    """Otherwise the first step after a resume would drop other labels than the same step of an
     uninterrupted run.
     """
     torch.manual_seed(0)
     before = torch.get_rng_state()
     stream = data.stream(SCENES, 0, 4)
-    next(stream), next(stream)
+    next(stream)
+    next(stream)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -423,10 +428,11 @@ def test_the_first_images_of_a_folder_are_of_all_classes(folder):
     assert set(data.load(folder, "train", count=20)[1].tolist()) == {0, 1, 2}
 
 
-def test_factor_labels_go_with_their_images():
+def test_factor_labels_match_their_images():
     images, factors = next(data.stream(replace(SCENES, labels="factors"), 0, 6))
-    alone, source = data.load(SCENES, "train")[0], open_source(SCENES, "train")
-    positions = torch.cdist(data.to_float(images).flatten(1), alone.flatten(1)).argmin(1).numpy()
+    in_order = data.load(SCENES, "train")[0]
+    source = open_source(SCENES, "train")
+    positions = torch.cdist(data.to_float(images).flatten(1), in_order.flatten(1)).argmin(1).numpy()
     np.testing.assert_array_equal(factors, source.factors(positions, 4))
 
 
@@ -438,7 +444,7 @@ def test_load_takes_the_first_and_never_flips(folder):
 
 
 @pytest.mark.parametrize("count", (0, -1, 2.5, "4"))
-def test_a_count_of_no_images_is_an_error(count):
+def test_an_invalid_count_is_an_error(count):
     with pytest.raises(UserError, match="count is"):
         data.load(SCENES, "val", count)
 
@@ -447,12 +453,12 @@ def test_a_count_of_no_images_is_an_error(count):
 
 
 def test_uint8_survives_the_round_trip_and_fills_the_range():
-    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
-    floats = to_float(every)
+    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    floats = to_float(values)
     assert floats.dtype == torch.float32 and floats.shape == (1, 3, 16, 16)
     assert (floats.min(), floats.max()) == (-1, 1)
     torch.testing.assert_close(floats[0, 0].flatten(), torch.linspace(-1, 1, 256))
-    assert torch.equal(to_uint8(floats), every)
+    assert torch.equal(to_uint8(floats), values)
 
 
 def test_to_uint8_clamps_and_rounds_half_up():
@@ -463,16 +469,16 @@ def test_to_uint8_clamps_and_rounds_half_up():
             to_uint8(torch.full((1, 3, 4, 4), bad))
 
 
-def test_an_image_whose_decoder_fails_in_its_own_way_is_skipped(tmp_path, capsys):
-    """A PNG whose pixels go on in a chunk of a broken name: no OSError."""
+def test_an_image_whose_decoder_raises_an_unusual_error_is_skipped(tmp_path, capsys):
+    """A PNG whose pixels continue in a chunk with a broken name raises no OSError."""
     for i in range(200):
         paint(tmp_path / "pics" / "ab"[i % 2] / f"{i}.png", seed=i)
     path = tmp_path / "pics" / "a" / "0.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
     content = bytearray(path.read_bytes())
-    place = content.rindex(b"IDAT")
-    assert place > content.index(b"IDAT")
-    content[place : place + 4] = b"I\x00AT"
+    offset = content.rindex(b"IDAT")
+    assert offset > content.index(b"IDAT")
+    content[offset : offset + 4] = b"I\x00AT"
     path.write_bytes(content)
     images = [
         data.load(DataConfig(source=str(tmp_path / "pics"), image_size=16), split)[0]
@@ -481,7 +487,7 @@ def test_an_image_whose_decoder_fails_in_its_own_way_is_skipped(tmp_path, capsys
     assert sum(map(len, images)) == 200 and "0.png cannot be read" in capsys.readouterr().err
 
 
-def test_an_encrypted_zip_says_so(tmp_path):
+def test_the_message_for_an_encrypted_zip_says_that_it_is_encrypted(tmp_path):
     path = tmp_path / "locked.zip"
     paint(tmp_path / "one.png")
     with zipfile.ZipFile(path, "w") as archive:
@@ -491,18 +497,18 @@ def test_an_encrypted_zip_says_so(tmp_path):
     for signature, offset in (
         (b"PK\x03\x04", 6),
         (b"PK\x01\x02", 8),
-    ):  # the flag "encrypted" of every entry
-        place = content.find(signature)
-        while place >= 0:
-            content[place + offset] |= 1
-            place = content.find(signature, place + 4)
+    ):  # sets the flag "encrypted" of every entry
+        entry = content.find(signature)
+        while entry >= 0:
+            content[entry + offset] |= 1
+            entry = content.find(signature, entry + 4)
     path.write_bytes(content)
     with pytest.raises(UserError, match="images cannot be read, over 1%.*encrypted"):
         data.load(DataConfig(source=str(path), image_size=16), "train")
 
 
-def test_what_a_system_hides_among_images_is_no_image(tmp_path):
-    """A zip made on a Mac: a shadow of every file, in a folder of its own or beside it."""
+def test_hidden_files_of_a_system_are_no_images(tmp_path):
+    """A zip made on a Mac has a hidden companion for every file, beside it or in another folder."""
     paint(tmp_path / "one.png")
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
         for i in range(40):
@@ -512,8 +518,8 @@ def test_what_a_system_hides_among_images_is_no_image(tmp_path):
         archive.extractall(tmp_path / "folder")
     paint(tmp_path / "folder" / "pics" / "a" / "._0.png")
     for source in (tmp_path / "mac.zip", tmp_path / "folder" / "pics"):
-        found = [
+        splits = [
             open_source(DataConfig(source=str(source), image_size=16), split)
             for split in ("train", "val")
         ]
-        assert found[0].classes == ["a", "b"] and sum(map(len, found)) == 40
+        assert splits[0].classes == ["a", "b"] and sum(map(len, splits)) == 40

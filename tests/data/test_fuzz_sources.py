@@ -1,4 +1,4 @@
-"""Any tree of names and bytes, and any damaged archive, gives images with the right labels, or one
+"""Any tree of names and bytes, and any damaged archive, gives images with the right labels or one
 message.
 """
 
@@ -48,24 +48,25 @@ PATH = st.tuples(st.lists(FOLDER, max_size=3), WORD, EXTENSION).map(
 TREE = st.dictionaries(PATH, CONTENT, min_size=1, max_size=8)
 
 
-def grown(root, tree):
-    """Write a tree; returns what of it a file system takes: no file is a folder, too, and no two
-    names are one.
+def write_tree(root, tree):
+    """Write the files of a tree; return those that the file system accepts.
+
+    A path that is both a file and a folder, or a name that is too long, is not written.
     """
-    kept = {}
+    written = {}
     for path, content in tree.items():
-        place = root / path
+        file = root / path
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(content)
-            kept[path] = content
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            written[path] = content
         except OSError:
             continue
-    return kept
+    return written
 
 
 def opened(path):
-    """Open a source: (source, None), or (None, message)."""
+    """Open a source; return (source, None), or (None, message) if it is refused."""
     try:
         return open_source(DataConfig(str(path), 8), "all"), None
     except UserError as error:
@@ -79,7 +80,7 @@ def test_any_tree_gives_images_with_their_labels_or_one_message(tree):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         root.mkdir()
-        tree = grown(root, tree)
+        tree = write_tree(root, tree)
         with (
             zipfile.ZipFile(f"{folder}/z.zip", "w") as archive,
             tarfile.open(f"{folder}/t.tar", "w") as tar,
@@ -89,7 +90,7 @@ def test_any_tree_gives_images_with_their_labels_or_one_message(tree):
                 entry = tarfile.TarInfo(path)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-        (source, message), *others = (
+        (source, message), *of_archives = (
             opened(path) for path in (root, f"{folder}/z.zip", f"{folder}/t.tar")
         )
         composed = {unicodedata.normalize("NFC", path): content for path, content in tree.items()}
@@ -109,17 +110,17 @@ def test_any_tree_gives_images_with_their_labels_or_one_message(tree):
                 for name, image in zip(source.names, images):
                     assert png(int(image[0, 0, 0])) == composed[source.store.top + name]
         if len(composed) == len(tree):
-            for other, said in others:
-                assert (said is None) == (message is None)
-                if other is not None:
-                    same = (
-                        other.classes == source.classes or len(source.classes) == 1
-                    )  # a flat one is called as its file
-                    assert other.names == source.names and same
+            for archive_source, archive_message in of_archives:
+                assert (archive_message is None) == (message is None)
+                if archive_source is not None:
+                    has_same_classes = (
+                        archive_source.classes == source.classes or len(source.classes) == 1
+                    )  # the class of a flat source is named after its file
+                    assert archive_source.names == source.names and has_same_classes
 
 
 def assert_no_traceback(words, capsys):
-    """Run a command; whatever it is given, it ends well or with one message and exit code 2."""
+    """Run a command, and check that it succeeds or ends with one message and exit code 2."""
     try:
         main(words)
     except SystemExit as end:
@@ -129,16 +130,16 @@ def assert_no_traceback(words, capsys):
 
 
 def changes(content):
-    """A damage of some bytes: cut, flipped, spliced."""
-    place = st.integers(0, len(content))
-    cut = place.map(lambda end: content[:end])
+    """Return a strategy of damaged contents: bytes are cut, flipped, spliced or swapped."""
+    offset = st.integers(0, len(content))
+    cut = offset.map(lambda end: content[:end])
     flips = st.lists(
         st.tuples(st.integers(0, len(content) - 1), st.integers(1, 255)), min_size=1, max_size=6
     )
-    splice = st.tuples(place, place, st.binary(max_size=40)).map(
+    splice = st.tuples(offset, offset, st.binary(max_size=40)).map(
         lambda t: content[: t[0]] + t[2] + content[t[1] :]
     )
-    swap = st.tuples(place, place, place).map(
+    swap = st.tuples(offset, offset, offset).map(
         lambda t: content[: t[0]] + content[t[1] : t[1] + 512] + content[t[2] :]
     )
 
@@ -186,7 +187,7 @@ def an_image():
     (("x.zip", a_zip()), ("x.tar", a_tar()), ("x.jpg", an_image())),
     ids=("zip", "tar", "image"),
 )
-def test_a_damaged_archive_is_read_or_told(name, content, tmp_path, capsys):
+def test_a_damaged_archive_is_read_or_reported(name, content, tmp_path, capsys):
     @SETTINGS
     @given(changes(content))
     def check(damaged):
@@ -197,7 +198,7 @@ def test_a_damaged_archive_is_read_or_told(name, content, tmp_path, capsys):
     check()
 
 
-def test_a_damaged_file_of_labels_is_read_or_told(tmp_path, capsys):
+def test_a_damaged_file_of_labels_is_read_or_reported(tmp_path, capsys):
     for i in range(4):
         (tmp_path / "pets" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "pets" / "ab"[i % 2] / f"{i}.png").write_bytes(png(i))

@@ -1,5 +1,5 @@
-"""Pixels are what a viewer shows: every mode, depth and orientation, in folders, zips and shards
-alike.
+"""Pixels equal those that an image viewer shows, for every mode, depth and orientation, in folders,
+zips and shards.
 """
 
 import io
@@ -19,8 +19,8 @@ from gear.data.pixels import INTERPOLATIONS, described, square, to_rgb, why_no_i
 RAMP = np.linspace(0, 65535, 16).astype(np.uint16)  # 16 columns, from black to white
 
 
-def seen(path, side=16):
-    """The pixels of the one image of a source."""
+def only_image(path, side=16):
+    """Return the pixels of the only image of a source."""
     return open_source(DataConfig(str(path), side), "all").images([0])[0]
 
 
@@ -31,7 +31,7 @@ def encoded(image, kind, **options):
 
 
 def packed(folder, name, content, store):
-    """Put one file into a folder, a zip or a tar; returns the source."""
+    """Put one file into a folder, a zip or a tar, and return the path of that source."""
     folder.mkdir(exist_ok=True)
     if store == "folder":
         (folder / "a").mkdir()
@@ -49,12 +49,12 @@ def packed(folder, name, content, store):
 
 
 def square_of(row):
-    """Repeat a row of 16 values to an image."""
+    """Repeat a row of 16 values to an image of 16 x 16."""
     return np.repeat(row[None], 16, 0)
 
 
 GREY = np.arange(0, 256, 17)  # 0, 17, ... 255
-DEEP = {  # what shows the 16 greys in many depths
+DEEP = {  # the same 16 greys in many formats and depths: (format, image, options)
     "16-bit PNG": ("PNG", Image.fromarray(square_of(RAMP)), {}),
     "16-bit TIFF": ("TIFF", Image.fromarray(square_of(RAMP)), {}),
     "16-bit TIFF, big end first": ("TIFF", Image.fromarray(square_of(RAMP).astype(">u2")), {}),
@@ -97,7 +97,7 @@ def test_sixteen_greys_are_those_greys_in_any_depth(tmp_path, kind, store):
     source = packed(tmp_path / "s", f"0.{extension}", encoded(image, format, **options), store)
     rounding = 1 if kind == "YCbCr TIFF" else 0
     np.testing.assert_allclose(
-        seen(source).astype(int), np.repeat(square_of(GREY)[..., None], 3, 2), atol=rounding
+        only_image(source).astype(int), np.repeat(square_of(GREY)[..., None], 3, 2), atol=rounding
     )
 
 
@@ -117,10 +117,10 @@ def test_a_twelve_bit_tiff_and_one_whose_white_is_zero(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "TIFF", "WEBP"))
 def test_every_orientation_is_undone(tmp_path, kind, orientation):
-    """A picture with a red corner at the top left, laid as a camera would note it."""
+    """The image has a red corner at the top left and is turned as a camera would store it."""
     upright = np.full((32, 24, 3), 255, np.uint8)
     upright[:16, :12] = (255, 0, 0)
-    undo = {
+    transpositions = {
         2: 0,
         3: 3,
         4: 1,
@@ -128,10 +128,10 @@ def test_every_orientation_is_undone(tmp_path, kind, orientation):
         6: 2,
         7: 6,
         8: 4,
-    }  # how it was laid: ImageOps' table, turned round
-    laid = Image.fromarray(upright)
+    }  # how the camera turned the image: the inverse of ImageOps' table
+    turned = Image.fromarray(upright)
     if orientation > 1:
-        laid = laid.transpose(Image.Transpose(undo[orientation]))
+        turned = turned.transpose(Image.Transpose(transpositions[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = (
@@ -142,13 +142,13 @@ def test_every_orientation_is_undone(tmp_path, kind, orientation):
         else {}
     )
     path = tmp_path / f"0.{kind.lower()}"
-    laid.save(path, kind, exif=exif, **options)
-    got = seen(path, 24).astype(int)
-    assert got.shape == (24, 24, 3)
+    turned.save(path, kind, exif=exif, **options)
+    pixels = only_image(path, 24).astype(int)
+    assert pixels.shape == (24, 24, 3)
     assert (
-        abs(got[2, 2] - (255, 0, 0)).max() < 12
-        and abs(got[2, 21] - 255).max() < 12
-        and abs(got[21, 2] - 255).max() < 12
+        abs(pixels[2, 2] - (255, 0, 0)).max() < 12
+        and abs(pixels[2, 21] - 255).max() < 12
+        and abs(pixels[21, 2] - 255).max() < 12
     )
 
 
@@ -157,13 +157,13 @@ def test_every_orientation_is_undone(tmp_path, kind, orientation):
     Image.fromarray(np.dstack([np.zeros((16, 16, 3), np.uint8), square_of(255 - GREY).astype(np.uint8)])),
     Image.fromarray(np.dstack([np.zeros((16, 16), np.uint8), square_of(255 - GREY).astype(np.uint8)]), "LA"),
 ), ids=("RGBA", "LA"))  # fmt: skip
-def test_what_is_transparent_lies_over_white(tmp_path, image):
-    """Black that fades: as much white as it is transparent."""
+def test_transparent_pixels_are_laid_over_white(tmp_path, image):
+    """Black of growing transparency becomes grey of growing brightness."""
     image.save(tmp_path / "0.png")
-    np.testing.assert_array_equal(seen(tmp_path / "0.png")[0, :, 0], GREY)
+    np.testing.assert_array_equal(only_image(tmp_path / "0.png")[0, :, 0], GREY)
 
 
-def test_transparent_colours_of_a_palette_and_of_a_png_lie_over_white(tmp_path):
+def test_transparent_colours_of_a_palette_and_of_a_png_are_laid_over_white(tmp_path):
     halves = np.zeros((16, 16), np.uint8)
     halves[:, 8:] = 1
     palette = Image.fromarray(halves, "P")
@@ -174,8 +174,8 @@ def test_transparent_colours_of_a_palette_and_of_a_png_lie_over_white(tmp_path):
         tmp_path / "rgb.png", transparency=(9, 9, 9)
     )
     for name, colour in (("p.png", (10, 20, 30)), ("p.gif", (10, 20, 30)), ("rgb.png", (0, 0, 0))):
-        got = seen(tmp_path / name)
-        assert tuple(got[0, 0]) == colour and tuple(got[0, 15]) == (255, 255, 255), name
+        pixels = only_image(tmp_path / name)
+        assert tuple(pixels[0, 0]) == colour and tuple(pixels[0, 15]) == (255, 255, 255), name
 
 
 @pytest.mark.parametrize("image, reason", (
@@ -183,25 +183,25 @@ def test_transparent_colours_of_a_palette_and_of_a_png_lie_over_white(tmp_path):
     (Image.fromarray(np.full((16, 16), np.nan, np.float32)), "floats from nan to nan"),
     (Image.fromarray(np.full((16, 16), 70000, np.int32)), "32-bit integers, whose white is not known"),
 ))  # fmt: skip
-def test_pixels_without_a_known_white_are_an_error_that_says_so(tmp_path, image, reason):
+def test_pixels_without_a_known_white_are_an_error(tmp_path, image, reason):
     image.save(tmp_path / "0.tif")
     with pytest.raises(UserError, match=f"1 of 1 images cannot be read, over 1%.*{reason}"):
-        seen(tmp_path / "0.tif")
+        only_image(tmp_path / "0.tif")
 
 
-def test_a_damaged_note_of_the_camera_costs_no_pixels(tmp_path):
+def test_an_image_with_a_damaged_camera_note_is_read(tmp_path):
     Image.fromarray(np.full((16, 16, 3), 77, np.uint8)).save(
         tmp_path / "0.png", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff"
     )
-    assert (seen(tmp_path / "0.png") == 77).all()
+    assert (only_image(tmp_path / "0.png") == 77).all()
 
 
-def test_a_movie_shows_its_first_frame(tmp_path):
+def test_the_first_of_several_frames_is_read(tmp_path):
     frames = [Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (50, 100, 150)]
     for name in ("0.gif", "0.tif", "0.webp"):
         options = {"lossless": True} if name.endswith("webp") else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-        assert (seen(tmp_path / name) == 50).all()
+        assert (only_image(tmp_path / name) == 50).all()
         with Image.open(tmp_path / name) as image:
             assert described(image)["frames"] == 3
 
@@ -209,7 +209,7 @@ def test_a_movie_shows_its_first_frame(tmp_path):
 # -- which files are images ------------------------------------------------------------------------
 
 
-def test_a_file_is_an_image_by_its_content_whatever_it_is_called(tmp_path):
+def test_an_image_is_recognised_by_its_content_under_any_name(tmp_path):
     content = encoded(Image.fromarray(np.full((16, 16, 3), 5, np.uint8)), "PNG")
     for name in ("picture", "0a1b2c3d", "x.dat", "y.picture", "Z.JFIF", "a.tiff", "b.gif"):
         assert why_no_image(name, lambda: io.BytesIO(content)) is None, name
@@ -227,9 +227,9 @@ def test_a_file_is_an_image_by_its_content_whatever_it_is_called(tmp_path):
 # -- size and memory -------------------------------------------------------------------------------
 
 
-def test_a_sliver_is_cut_before_it_is_enlarged(tmp_path):
-    """Its pixels are those of the whole enlarged image, but for rounding; its memory is that of any
-    image.
+def test_a_long_image_is_cropped_before_it_is_resized(tmp_path):
+    """Its pixels equal those of the image resized whole, up to rounding, and it needs no more
+    memory than other images.
     """
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (200, 9, 3), np.uint8))
@@ -271,12 +271,12 @@ def test_a_colour_profile_is_named(tmp_path):
         )
 
 
-def test_a_clear_grey_of_sixteen_bits_lies_over_white_and_an_orientation_of_nine_is_none(tmp_path):
+def test_a_transparent_grey_of_sixteen_bits_and_an_invalid_orientation(tmp_path):
     Image.fromarray(square_of(RAMP)).save(tmp_path / "0.png", transparency=0)
-    assert seen(tmp_path / "0.png")[0, :2, 0].tolist() == [255, 17]
+    assert only_image(tmp_path / "0.png")[0, :2, 0].tolist() == [255, 17]
     exif = Image.Exif()
     exif[0x0112] = 9
     Image.fromarray(square_of(GREY).astype(np.uint8)).save(tmp_path / "1.png", exif=exif)
-    np.testing.assert_array_equal(seen(tmp_path / "1.png")[0, :, 0], GREY)
+    np.testing.assert_array_equal(only_image(tmp_path / "1.png")[0, :, 0], GREY)
     with Image.open(tmp_path / "1.png") as image:
         assert not described(image)["turned"]

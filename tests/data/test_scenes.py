@@ -1,4 +1,4 @@
-"""A scene is a function of its number; labels, factors and captions say what its pixels show."""
+"""A scene is a function of its number, and labels, factors and captions agree with its pixels."""
 
 import re
 
@@ -19,21 +19,24 @@ def images():
 
 @pytest.fixture(scope="module")
 def pixels():
-    """The factors of every pixel: (B, 32, 32, 4)."""
+    """Return the factors of every pixel: (B, 32, 32, 4)."""
     return SOURCE.factors(ALL, 1)
 
 
 @pytest.mark.parametrize("size", (16, 32))
 def test_a_scene_is_a_function_of_its_number(size):
-    """Alone, in a batch in any order, and from a source that starts elsewhere: the same bytes."""
-    whole, numbers = Scenes(0, 100, size), np.array([70, 3, 41, 3])
+    """Its bytes are the same alone, in a batch of any order, and from a source with another first
+    scene.
+    """
+    source = Scenes(0, 100, size)
+    numbers = np.array([70, 3, 41, 3])
     shifted = Scenes(40, 60, size)
-    for ask in (Scenes.images, Scenes.labels, Scenes.captions, lambda s, n: s.factors(n, 4)):
-        batch = ask(whole, numbers)
+    for method in (Scenes.images, Scenes.labels, Scenes.captions, lambda s, n: s.factors(n, 4)):
+        batch = method(source, numbers)
         for i, n in enumerate(numbers):
-            np.testing.assert_array_equal(ask(whole, [n])[0], batch[i])
-        np.testing.assert_array_equal(ask(shifted, [1])[0], batch[2])
-    assert (whole.images([70]) != whole.images([71])).mean() > 0.5
+            np.testing.assert_array_equal(method(source, [n])[0], batch[i])
+        np.testing.assert_array_equal(method(shifted, [1])[0], batch[2])
+    assert (source.images([70]) != source.images([71])).mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -86,20 +89,18 @@ def test_patch_factors_are_those_of_the_object_that_covers_most_of_it():
             owner[b, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].ravel(), minlength=OBJECTS + 1
         )
         top = cover.argmax()
-        want = (
+        expected = (
             (0, 0, 0)
             if top == 0
             else tuple(draw[k][b, top - 1] + 1 for k in ("shape", "texture", "colour"))
         )
-        assert tuple(factors[b, r, c]) == (*want, draw["ground"][b])
+        assert tuple(factors[b, r, c]) == (*expected, draw["ground"][b])
         behind += top > 1
-    assert behind > 100  # objects behind the front one are there to be told apart
+    assert behind > 100  # the objects behind the front one are tested, too
 
 
 def test_nothing_hides_the_front_object(images):
-    """Where it is, all of it is: the others take none of its pixels and, but for its rim, change
-    none.
-    """
+    """The other objects take none of its pixels and change none, except at its rim."""
     draw = SOURCE._draw(ALL)
     alone, owner = SOURCE._render(draw | {"present": draw["present"] & [True, False, False]})
     front = SOURCE._render(draw)[1] == 1
@@ -107,48 +108,48 @@ def test_nothing_hides_the_front_object(images):
     assert (images == alone).all(-1)[front].mean() > 0.9 > (images == alone).all(-1).mean()
 
 
-def test_a_pixel_belongs_to_what_covers_half_of_it():
-    """The pixels of a whole circle count its area, pi r^2, to 2 %."""
+def test_a_pixel_belongs_to_the_object_that_covers_half_of_it():
+    """The number of pixels of a complete circle is its area, pi r^2, within 2 %."""
     draw = SOURCE._draw(ALL)
     x, y, radius = (draw[k][:, 0] for k in ("x", "y", "radius"))
-    whole = (
+    is_complete_circle = (
         (draw["shape"][:, 0] == 0) & (np.minimum(x, y) > radius) & (np.maximum(x, y) < 1 - radius)
     )
-    area = (SOURCE._render(draw)[1] == 1).sum((1, 2))[whole]
-    assert whole.sum() > 5 and area.mean() == pytest.approx(
-        np.pi * (radius[whole] ** 2).mean() * 32**2, rel=0.02
+    area = (SOURCE._render(draw)[1] == 1).sum((1, 2))[is_complete_circle]
+    assert is_complete_circle.sum() > 5 and area.mean() == pytest.approx(
+        np.pi * (radius[is_complete_circle] ** 2).mean() * 32**2, rel=0.02
     )
 
 
-def test_factors_of_a_pixel_are_zero_together_and_the_ground_is_one_a_scene(pixels):
+def test_factors_of_a_pixel_are_zero_together_and_each_scene_has_one_ground(pixels):
     background = (pixels[..., :3] == 0).any(-1)
     assert 0.3 < background.mean() < 0.8 and (pixels[background][:, :3] == 0).all()
     assert (pixels[..., 3] == pixels[:, :1, :1, 3]).all()
     assert pixels.min() == 0 and pixels.reshape(-1, 4).max(0).tolist() == [6, 4, 8, 5]
 
 
-def test_captions_name_the_objects_one_sees_and_the_ground(pixels):
-    """The (colour, texture, shape) triples of a caption are those of its scene's pixels; the first
-    is the front object.
+def test_captions_name_the_visible_objects_and_the_ground(pixels):
+    """The triples (colour, texture, shape) of a caption are those of its scene's pixels, and the
+    first is the front object.
     """
     names = [("", *SHAPES), ("", *TEXTURES), ("", *COLOURS)]
     counts = []
     for caption, label, factors in zip(SOURCE.captions(ALL), SOURCE.labels(ALL), pixels):
-        told = re.findall(
+        named = re.findall(
             r"a (?:large|small) (\w+) (\w+) (\w+) at the (?:top|middle|bottom) (?:left|centre|right)",
             caption,
         )
         rows = np.unique(factors.reshape(-1, 4), axis=0)
-        seen = {(names[2][k], names[1][t], names[0][s]) for s, t, k, _ in rows if s > 0}
-        assert set(told) == seen and f"{told[0][1]} {told[0][2]}" == SOURCE.classes[label]
+        visible = {(names[2][k], names[1][t], names[0][s]) for s, t, k, _ in rows if s > 0}
+        assert set(named) == visible and f"{named[0][1]} {named[0][2]}" == SOURCE.classes[label]
         assert caption.endswith(f"on a {list(GROUNDS)[rows[0, 3]]} ground")
-        counts.append(len(told))
+        counts.append(len(named))
     assert set(counts) == {1, 2, 3}
 
 
 def test_flat_patches_have_the_colour_that_their_factors_name(images):
-    """The ground is never flat; flat plain paint is its palette colour, jittered by at most 0.06 of
-    the range.
+    """The ground is never flat. A flat plain patch has its palette colour, changed by at most 0.06
+    of the range.
     """
     patches = images.reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, 16, 3)
     flat = (patches == patches[..., :1, :]).all((-1, -2))
@@ -159,5 +160,5 @@ def test_flat_patches_have_the_colour_that_their_factors_name(images):
     assert np.abs(patches[flat][:, 0].astype(int) - palette)[plain].max() <= 0.06 * 255 + 1
 
 
-def test_factor_sizes_count_background_but_not_for_the_ground():
+def test_the_numbers_of_factor_values_include_background_except_for_the_ground():
     assert scenes.FACTORS == {"shape": 7, "texture": 5, "colour": 9, "ground": 6}

@@ -1,4 +1,4 @@
-"""What a folder or a zip holds is counted; names and classes follow rules that one can see."""
+"""The images of folders and zips are found and named correctly, and left-out files are counted."""
 
 import io
 import os
@@ -21,9 +21,7 @@ def png(value=0):
 
 
 def grow(root, names):
-    """Make files of the names, an image each with its place in the list as its grey; returns the
-    root.
-    """
+    """Save one image per name, grey by its position in the list, and return the root."""
     for i, name in enumerate(names):
         path = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -32,12 +30,12 @@ def grow(root, names):
     return root
 
 
-def opened(path, split="all", **how):
-    return open_source(DataConfig(str(path), 16, **how), split)
+def opened(path, split="all", **fields):
+    return open_source(DataConfig(str(path), 16, **fields), split)
 
 
 def by_class(source):
-    """{class name: number of images}."""
+    """Return {class name: number of images}."""
     return dict(
         zip(
             source.classes,
@@ -62,15 +60,15 @@ def zipped(path, root, names, prefix=""):
 
 
 @pytest.mark.parametrize("linked", (["c"], ["a", "b", "c"]))
-def test_class_folders_that_are_links_are_walked(tmp_path, linked):
+def test_links_to_class_folders_are_followed(tmp_path, linked):
     grow(tmp_path / "far", NAMES)
     (tmp_path / "near").mkdir()
     for name in "abc":
-        place = tmp_path / "far" / name
+        folder = tmp_path / "far" / name
         if name in linked:
-            (tmp_path / "near" / name).symlink_to(place)
+            (tmp_path / "near" / name).symlink_to(folder)
         else:
-            place.rename(tmp_path / "near" / name)
+            folder.rename(tmp_path / "near" / name)
     assert by_class(opened(tmp_path / "near")) == {"a": 20, "b": 20, "c": 20}
 
 
@@ -83,7 +81,7 @@ def test_links_to_images_are_images_and_two_links_to_a_folder_are_two_classes(tm
     assert by_class(opened(near)) == {"a": 20, "b": 20, "c": 2}
 
 
-def test_a_ring_of_links_ends(tmp_path, capsys):
+def test_a_cycle_of_links_ends(tmp_path, capsys):
     root = grow(tmp_path / "r", NAMES)
     (root / "a" / "up").symlink_to(root)
     assert by_class(opened(root)) == {"a": 20, "b": 20, "c": 20}
@@ -98,7 +96,7 @@ def test_links_to_nothing_are_counted_and_too_many_are_an_error(tmp_path, capsys
         f"{root}: 100 images; left out: 1 (a link to nothing), as a/x.png"
         in capsys.readouterr().err
     )
-    (root / "a" / "y.png").symlink_to(root / "a" / "y.png")  # to itself
+    (root / "a" / "y.png").symlink_to(root / "a" / "y.png")  # a link to itself
     with pytest.raises(
         UserError,
         match="2 of 102 images in .* cannot be taken, over 1%: 1 .a link to nothing.: a/x.png",
@@ -128,14 +126,14 @@ def test_links_within_a_zip_are_followed(tmp_path):
         opened(tmp_path / "a.zip")
 
 
-# -- what is no usual image ------------------------------------------------------------------------
+# -- unusual formats -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "extension",
     ("tif", "tiff", "gif", "jfif", "jpe", "jp2", "tga", "ppm", "ico", "avif", "dds", ""),
 )
-def test_a_class_in_another_format_is_a_class(tmp_path, extension):
+def test_a_class_of_images_in_an_unusual_format_is_read(tmp_path, extension):
     root = grow(tmp_path / "m", NAMES[:40])
     kind = {"tga": "TGA", "jfif": "JPEG", "jpe": "JPEG", "": "PNG"}.get(extension)
     for i in range(20):
@@ -159,12 +157,12 @@ def test_a_class_that_pillow_does_not_open_is_an_error_and_captions_are_named(tm
         (root / "a" / f"{i}.txt").write_text("a cat")
     (root / "b" / ".DS_Store").write_bytes(b"x")
     assert by_class(opened(root)) == {"a": 20, "b": 20}
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "20 (.txt, no image), as a/0.txt" in said
-        and "1 (hidden by a system), as b/.DS_Store" in said
+        "20 (.txt, no image), as a/0.txt" in output
+        and "1 (hidden by a system), as b/.DS_Store" in output
     )
-    assert opened(root, "train") and not capsys.readouterr().err  # said once
+    assert opened(root, "train") and not capsys.readouterr().err  # reported once
     for i in range(20):
         (root / "c").mkdir(exist_ok=True)
         (root / "c" / f"{i}.heic").write_bytes(b"x")
@@ -194,12 +192,13 @@ def test_names_in_any_bytes_have_classes_and_splits(tmp_path):
     ]
     root = grow(tmp_path / "l", names)
     assert sorted(by_class(opened(root)).values()) == [1, 1, 40]
-    train, val = opened(root, "train"), opened(root, "val")
+    train = opened(root, "train")
+    val = opened(root, "val")
     assert len(train) + len(val) == 42 and not set(train.names) & set(val.names)
     assert len(train.identity()) == 64 and train.images([0]).shape == (1, 16, 16, 3)
 
 
-def test_a_zip_of_any_packer_parts_folders_the_same_way(tmp_path):
+def test_a_zip_of_any_packer_has_the_same_names_and_splits_as_its_folder(tmp_path):
     root = grow(tmp_path / "r", NAMES)
     plain = opened(root, "train")
     backslashes = tmp_path / "backslashes.zip"
@@ -218,8 +217,8 @@ def test_a_zip_of_any_packer_parts_folders_the_same_way(tmp_path):
         np.testing.assert_array_equal(source.images([0, 5]), plain.images([0, 5]))
 
 
-def test_letters_of_two_parts_are_the_composed_ones(tmp_path):
-    """A Mac packs e and its accent apart; unpacked elsewhere they are one."""
+def test_decomposed_letters_are_composed(tmp_path):
+    """A Mac stores "e" and its accent as two characters; other systems store one."""
     names = [f"caf\u00e9/{i}.png" for i in range(20)] + [f"b/{i}.png" for i in range(20)]
     root = grow(tmp_path / "r", names)
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
@@ -228,7 +227,7 @@ def test_letters_of_two_parts_are_the_composed_ones(tmp_path):
     assert opened(tmp_path / "mac.zip", "train").names == opened(root, "train").names
 
 
-def test_zip_names_without_a_flag_are_the_bytes_of_the_folder(tmp_path):
+def test_zip_names_without_the_flag_for_utf8_keep_their_bytes(tmp_path):
     for encoding in ("utf-8", "latin-1", "cp932"):
         name = {"cp932": "\u732b"}.get(encoding, "caf\u00e9").encode(encoding)
         root = grow(tmp_path / encoding, [name + b"/%d.png" % i for i in range(20)] + NAMES[:20])
@@ -283,14 +282,16 @@ def test_a_root_of_splits_is_recognised(tmp_path, folders, flat, pack):
         opened(path)
 
 
-def test_one_folder_around_all_class_folders_does_not_count(tmp_path):
+def test_a_folder_around_all_class_folders_is_not_part_of_names(tmp_path):
     root = grow(tmp_path / "top", [f"train/{n}" for n in NAMES])
     assert by_class(opened(root)) == {"a": 20, "b": 20, "c": 20}
     assert opened(root, "train").names == opened(root / "train", "train").names
-    assert by_class(opened(grow(tmp_path / "one", NAMES[:20]))) == {"a": 20}  # one class is one
+    assert by_class(opened(grow(tmp_path / "one", NAMES[:20]))) == {
+        "a": 20
+    }  # a single class folder is a class
 
 
-def test_number_folders_are_in_the_order_of_their_numbers(tmp_path):
+def test_folders_with_numbers_are_in_numerical_order(tmp_path):
     root = grow(tmp_path / "n", [f"{c}/{i}.png" for c in range(12) for i in range(3)])
     source = opened(root)
     assert source.classes == [str(c) for c in range(12)]
@@ -303,19 +304,20 @@ def test_number_folders_are_in_the_order_of_their_numbers(tmp_path):
     assert in_order({"007", "10", "9"}) == ["007", "9", "10"]
 
 
-LABELS = {
-    "a folder a line": ("c\nb\na\n", ["c", "b", "a"]),
+LABELS = {  # kind of a file of labels: (its text, the class names)
+    "one folder per line": ("c\nb\na\n", ["c", "b", "a"]),
     "Windows": ("\ufeffc\r\nb\r\na\r\n", ["c", "b", "a"]),
     "numbers": ("a,2\nb,0\nc,1\n", ["b", "c", "a"]),
     "tabs and gaps": ("a\t4\nb\t0\nc\t1", ["b", "c", "00002", "00003", "a"]),
     "more classes than folders": ("c\nx\nb\na", ["c", "x", "b", "a"]),
-    "what is in them": ("b tench, Tinca tinca\na goldfish\nc great white shark", ["b", "a", "c"]),
+    "descriptions": ("b tench, Tinca tinca\na goldfish\nc great white shark", ["b", "a", "c"]),
 }
 
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_a_file_of_labels_numbers_the_classes(tmp_path, kind):
-    root, (text, classes) = grow(tmp_path / "n", NAMES), LABELS[kind]
+    root = grow(tmp_path / "n", NAMES)
+    text, classes = LABELS[kind]
     (tmp_path / "labels.txt").write_bytes(text.encode())
     source = opened(root, labels=str(tmp_path / "labels.txt"))
     assert source.classes == classes
@@ -333,7 +335,7 @@ def test_a_file_of_labels_numbers_the_classes(tmp_path, kind):
     ("", "0 lines, 0 folders, 0 numbers"),
     ("a,-1\nb,0\nc,1", "no line for"),
 ))  # fmt: skip
-def test_a_file_of_labels_that_does_not_fit_says_so(tmp_path, text, message):
+def test_a_file_of_labels_that_does_not_fit_is_an_error(tmp_path, text, message):
     root = grow(tmp_path / "n", NAMES)
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -352,7 +354,7 @@ def test_an_unknown_split_is_an_error(tmp_path):
 # -- the report ------------------------------------------------------------------------------------
 
 
-def test_the_report_says_what_a_source_holds(tmp_path):
+def test_the_report_describes_a_source(tmp_path):
     root = grow(tmp_path / "r", [f"top/{n}" for n in NAMES])
     (root / "top" / "empty").mkdir()
     (root / "top" / "notes.txt").write_text("x")
@@ -360,8 +362,8 @@ def test_the_report_says_what_a_source_holds(tmp_path):
     exif[0x0112] = 6
     Image.new("L", (20, 10)).save(root / "top" / "a" / "turned.jpg", exif=exif)
     (root / "top" / "b" / "0.png").write_bytes(b"no image")
-    said = data_report(DataConfig(str(root)), 0)
-    for part in (
+    report = data_report(DataConfig(str(root)), 0)
+    for line in (
         "61 images, ",
         "3 classes",
         "all of them lie in top/",
@@ -375,11 +377,11 @@ def test_the_report_says_what_a_source_holds(tmp_path):
         "turned upright, as their cameras noted: 1",
         "cannot be read: 1: b/0.png (cannot identify image file",
     ):
-        assert part in said, part
+        assert line in report, line
     assert "    23  " in data_report(DataConfig())
 
 
-# -- what a stranger tried -------------------------------------------------------------------------
+# -- cases that users reported ---------------------------------------------------------------------
 
 
 OTHER_SPLITS = (
@@ -429,7 +431,7 @@ def test_folders_that_are_links_in_archives_are_followed(tmp_path):
     assert by_class(opened(tmp_path / "a.zip")) == {"a": 20, "b": 20}
 
 
-def test_an_empty_class_folder_is_said(tmp_path, capsys):
+def test_an_empty_class_folder_is_reported(tmp_path, capsys):
     root = grow(tmp_path / "r", NAMES)
     (root / "d").mkdir()
     assert (
@@ -446,19 +448,19 @@ def test_labels_need_class_folders(tmp_path):
             opened(root, labels=labels)
 
 
-def test_labels_after_a_blank_and_in_other_spellings(tmp_path):
+def test_labels_after_a_space_and_with_decomposed_letters(tmp_path):
     root = grow(tmp_path / "n", [f"caf\u00e9 {c}/{i}.png" for c in "ab" for i in range(9)])
     (tmp_path / "l.txt").write_text("cafe\u0301 b 0\ncafe\u0301 a 1\n")
     assert opened(root, labels=str(tmp_path / "l.txt")).classes == ["caf\u00e9 b", "caf\u00e9 a"]
 
 
-def test_two_names_that_are_one_when_composed_are_counted(tmp_path):
+def test_two_names_that_are_equal_when_composed_are_reported(tmp_path):
     root = grow(tmp_path / "n", ["a/caf\u00e9.png", "a/cafe\u0301.png", *NAMES])
     with pytest.raises(UserError, match="1 of 62 images .*of the same name as another"):
         opened(root)
 
 
-def test_what_storage_boxes_add_is_no_class(tmp_path):
+def test_folders_of_network_storage_are_no_classes(tmp_path):
     names = [
         *NAMES,
         "@eaDir/a/0.jpg",
@@ -477,6 +479,6 @@ def test_what_storage_boxes_add_is_no_class(tmp_path):
         ("{/a/x.tar,/b/y.tar}", "2 of 2 shards .* are not there"),
     ),
 )
-def test_sources_that_are_none(source, message):
+def test_sources_without_images_are_errors(source, message):
     with pytest.raises(UserError, match=message):
         opened(source)

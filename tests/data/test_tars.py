@@ -1,5 +1,5 @@
-"""Tar shards are a source like a folder: split by name, sample n a function of (seed, n); a bad
-shard says what is wrong.
+"""Tar shards behave like a folder: they are split by name, sample n is a function of (seed, n), and
+a bad shard gives a message.
 """
 
 import io
@@ -22,7 +22,8 @@ from gear.experiments.recipes import recipe
 from gear.runs.run import Run
 from gear.training.loop import Runtime, train
 
-SHARDS, SAMPLES = 10, 9
+SHARDS = 10
+SAMPLES = 9  # per shard
 
 
 def pixels(number):
@@ -36,7 +37,7 @@ def encoded(number):
 
 
 def write_shard(path, samples):
-    """Write {file name: bytes} as a tar."""
+    """Write {file name: bytes} as a tar and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in samples.items():
@@ -47,8 +48,8 @@ def write_shard(path, samples):
 
 
 def sample(number, label=None):
-    """The files of a sample: its image, and its class as `label` says, by number % 3 unless
-    told.
+    """Return the files of a sample, {name: bytes}: its image, and its class number % 3 in the form
+    `label` ("cls", "json" or None).
     """
     kinds = {
         "cls": (".cls", str(number % 3).encode()),
@@ -81,7 +82,8 @@ def number(name):
 @pytest.mark.parametrize("label", ("cls", "json"))
 def test_images_and_labels_are_those_of_the_shards_and_splits_are_disjoint(tmp_path, label):
     config = write_shards(tmp_path / label, label)
-    train, val = open_source(config, "train"), open_source(config, "val")
+    train = open_source(config, "train")
+    val = open_source(config, "val")
     assert (
         sorted(number(n) for n in train.names + val.names) == list(range(90))
         and 1 <= len(val) <= 12
@@ -92,7 +94,7 @@ def test_images_and_labels_are_those_of_the_shards_and_splits_are_disjoint(tmp_p
         assert train.labels(position) == number(name) % 3
 
 
-def test_shards_without_labels_are_one_class_and_say_so(tmp_path, capsys):
+def test_shards_without_labels_are_one_class_which_is_reported(tmp_path, capsys):
     assert open_source(write_shards(tmp_path / "bare", None), "train").classes == ["bare"]
     assert (
         "bare: 10 shards with neither labels nor class folders are one class"
@@ -100,13 +102,13 @@ def test_shards_without_labels_are_one_class_and_say_so(tmp_path, capsys):
     )
 
 
-def test_a_list_of_shards_is_the_folder_of_them(config):
+def test_a_list_of_shards_equals_their_folder(config):
     spec = replace(config, source=f"{config.source}/train-{{000000..000009}}.tar")
-    one, other = (open_source(c, "train") for c in (config, spec))
-    assert one.names == other.names and one.identity() == other.identity()
+    of_folder, of_list = (open_source(c, "train") for c in (config, spec))
+    assert of_folder.names == of_list.names and of_folder.identity() == of_list.identity()
 
 
-def taken(config, total, batch_size, start=0, workers=0):
+def samples_of(config, total, batch_size, start=0, workers=0):
     batches = islice(data.stream(config, 3, batch_size, start, workers), total // batch_size)
     images, labels = zip(*batches)
     return torch.cat(images), torch.cat(labels)
@@ -115,9 +117,9 @@ def taken(config, total, batch_size, start=0, workers=0):
 @pytest.mark.parametrize("workers", (0, 2))
 def test_a_stream_from_sample_n_is_the_tail_of_the_stream(config, workers):
     config = replace(config, flip=True)
-    images, labels = taken(config, 200, 8)
+    images, labels = samples_of(config, 200, 8)
     for start, batch_size in ((24, 8), (100, 4), (7, 1)):
-        tail, tail_labels = taken(config, 24, batch_size, start, workers)
+        tail, tail_labels = samples_of(config, 24, batch_size, start, workers)
         assert torch.equal(tail, images[start : start + 24]) and torch.equal(
             tail_labels, labels[start : start + 24]
         )
@@ -132,7 +134,9 @@ def test_an_epoch_shows_every_image_once_and_reads_a_few_shards_at_a_time(config
     ) != list(orders[2])
     shard = [number(source.names[p]) // SAMPLES for p in orders[0]]
     changes = sum(a != b for a, b in zip(shard, shard[1:]))
-    assert len(set(shard[:14])) == 2 and changes > 2 * SHARDS  # two shards at a time, mixed
+    assert (
+        len(set(shard[:14])) == 2 and changes > 2 * SHARDS
+    )  # samples of two shards at a time are mixed
 
 
 def test_a_run_on_shards_resumes_to_the_same_bytes(config, home):
@@ -161,12 +165,15 @@ def test_a_cached_run_on_shards_equals_an_uncached_one(config, tiny):
     assert_same_run(tiny / "plain", tiny / "cached")
 
 
-def test_what_was_read_of_a_shard_is_kept_until_it_changes(config, home, monkeypatch):
+def test_the_list_of_a_shard_is_kept_until_the_shard_changes(config, home, monkeypatch):
     open_source(config, "train")
     tars._members.cache_clear()
-    opened, read = [], tars._read_members
+    opened = []
+    read_members = tars._read_members
     monkeypatch.setattr(
-        tars, "_read_members", lambda path, size: (opened.append(path.name), read(path, size))[1]
+        tars,
+        "_read_members",
+        lambda path, size: (opened.append(path.name), read_members(path, size))[1],
     )
     assert len(open_source(config, "all")) == 90 and not opened
     changed = write_shard(home / "shards" / "train-000003.tar", sample(500, "cls"))
@@ -241,7 +248,7 @@ def test_a_folder_of_images_with_a_tar_beside_them_stays_a_folder(tmp_path):
     ).classes == ["a", "b"]
 
 
-def test_an_unreadable_image_of_a_shard_has_a_stand_in(config, home, monkeypatch, capsys):
+def test_an_unreadable_image_of_a_shard_is_replaced(config, home, monkeypatch, capsys):
     monkeypatch.setattr("gear.data.folders.UNREADABLE_SHARE", 0.1)
     write_shard(home / "shards" / "train-000000.tar", {"000.png": b"no image", "000.cls": b"0"})
     assert (
@@ -250,25 +257,27 @@ def test_an_unreadable_image_of_a_shard_has_a_stand_in(config, home, monkeypatch
     )
 
 
-# -- whatever a packer writes ----------------------------------------------------------------------
+# -- layouts that packers write --------------------------------------------------------------------
 
 
 def flat(value):
-    """A PNG of one grey."""
+    """Return the bytes of a PNG of one grey."""
     out = io.BytesIO()
     Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(out, "PNG")
     return out.getvalue()
 
 
-def pack(path, members, **how):
-    """Write (name, bytes) in their order, a name as often as it comes; (name, target) makes a
-    symbolic link.
+def pack(path, members, **options):
+    """Write `members`, (name, bytes) for a file and (name, target) for a symbolic link, as a tar.
+
+    A name may occur several times. Returns the path.
     """
-    with tarfile.open(path, "w", **how) as tar:
+    with tarfile.open(path, "w", **options) as tar:
         for name, content in members:
             entry = tarfile.TarInfo(name)
             if isinstance(content, str):
-                entry.type, entry.linkname = tarfile.SYMTYPE, content
+                entry.type = tarfile.SYMTYPE
+                entry.linkname = content
                 tar.addfile(entry)
             else:
                 entry.size = len(content)
@@ -277,7 +286,7 @@ def pack(path, members, **how):
 
 
 def greys(path):
-    """The classes of a source, and {grey: label} of its images."""
+    """Return the classes of a source and {grey: label} of its images."""
     source = open_source(DataConfig(str(path), 16), "all")
     positions = np.arange(len(source))
     values = source.images(positions)[:, 0, 0, 0].tolist()
@@ -286,6 +295,7 @@ def greys(path):
 
 
 def pair(k, key=None):
+    """Return the image of class k, which is grey by 50 k, and its label."""
     return [(f"{key or k}.png", flat(50 * k)), (f"{key or k}.cls", str(k).encode())]
 
 
@@ -302,8 +312,8 @@ LAYOUTS = {
         m for k in range(4) for n, b in pair(k) for m in ((f"._{n}", b"\0\5\26\7"), (n, b))
     ],
     "a Mac's folder": [(".DS_Store", b"x"), *(m for k in range(4) for m in pair(k))],
-    "begun with a dot": [m for k in range(4) for m in pair(k, f"./{k}")],
-    "apart": [(f"{k}.png", flat(50 * k)) for k in range(4)]
+    "names that begin with a dot": [m for k in range(4) for m in pair(k, f"./{k}")],
+    "images before labels": [(f"{k}.png", flat(50 * k)) for k in range(4)]
     + [(f"{k}.cls", str(k).encode()) for k in range(4)],
     "labels first": [(f"{k}.cls", b"%d" % k) for k in (3, 1, 2, 0)]
     + [(f"{k}.png", flat(50 * k)) for k in range(4)],
@@ -336,13 +346,13 @@ LAYOUTS = {
     ids=("ustar", "gnu", "pax"),
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_four_labelled_images_are_four_however_they_are_packed(tmp_path, layout, format):
+def test_four_labelled_images_are_read_from_every_layout(tmp_path, layout, format):
     if format == tarfile.USTAR_FORMAT and layout.startswith("long"):
         pytest.skip("ustar has no such names")
     assert greys(pack(tmp_path / "a.tar", LAYOUTS[layout], format=format)) == FOUR
 
 
-def test_tars_one_after_another_are_read_to_the_end(tmp_path):
+def test_all_of_several_concatenated_tars_are_read(tmp_path):
     first, second = (
         pack(tmp_path / f"{i}.tar", [m for k in ks for m in pair(k)])
         for i, ks in enumerate(((0, 1), (2, 3)))
@@ -350,13 +360,13 @@ def test_tars_one_after_another_are_read_to_the_end(tmp_path):
     (tmp_path / "both.tar").write_bytes(first.read_bytes() + second.read_bytes())
     assert greys(tmp_path / "both.tar") == FOUR
     content = bytearray((tmp_path / "both.tar").read_bytes())
-    content[len(first.read_bytes()) + 148] ^= 255  # a checksum of the second
+    content[len(first.read_bytes()) + 148] ^= 255  # a checksum of the second tar
     (tmp_path / "both.tar").write_bytes(content)
     with pytest.raises(UserError, match="both.tar cannot be read .no header at byte 10240."):
         greys(tmp_path / "both.tar")
 
 
-def test_what_stands_twice_is_named(tmp_path, capsys):
+def test_a_file_that_occurs_twice_is_reported(tmp_path, capsys):
     members = [("0.png", flat(0)), ("0.png", flat(5)), ("0.cls", b"0"), *pair(1)]
     assert greys(pack(tmp_path / "a.tar", members)) == (FOUR[0][:2], {5: 0, 50: 1})
     assert (
@@ -364,15 +374,15 @@ def test_what_stands_twice_is_named(tmp_path, capsys):
     )
 
 
-def test_two_images_of_a_key_are_two(tmp_path):
-    other = io.BytesIO()
-    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(other, "BMP")
-    assert greys(pack(tmp_path / "a.tar", [*pair(0), ("0.bmp", other.getvalue()), *pair(1)]))[
+def test_two_images_with_one_key_are_both_read(tmp_path):
+    bitmap = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(bitmap, "BMP")
+    assert greys(pack(tmp_path / "a.tar", [*pair(0), ("0.bmp", bitmap.getvalue()), *pair(1)]))[
         1
     ] == {0: 0, 200: 0, 50: 1}
 
 
-def test_class_folders_in_a_tar_are_those_of_the_folder(tmp_path):
+def test_class_folders_in_a_tar_equal_those_of_the_folder(tmp_path):
     members = [(f"pets/{'ab'[k % 2]}/{k}.png", flat(k)) for k in range(40)]
     packed = open_source(DataConfig(str(pack(tmp_path / "a.tar", members)), 16), "train")
     for name, content in members:
@@ -384,12 +394,12 @@ def test_class_folders_in_a_tar_are_those_of_the_folder(tmp_path):
         tar.add(tmp_path / "pets", "pets")
     (tmp_path / "c").write_bytes(
         (tmp_path / "b.tar").read_bytes()
-    )  # by content, without its extension
-    for again in (
+    )  # recognised by its content, without an extension
+    for source in (
         open_source(DataConfig(str(tmp_path / name), 16), "train") for name in ("b.tar", "c")
     ):
-        assert again.names == folder.names
-        np.testing.assert_array_equal(again.images([0, 1]), folder.images([0, 1]))
+        assert source.names == folder.names
+        np.testing.assert_array_equal(source.images([0, 1]), folder.images([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -407,14 +417,14 @@ def test_links_to_nothing_and_damaged_headers_are_errors(tmp_path):
     ):
         greys(pack(tmp_path / "a.tar", [*pair(0), *pair(1), ("9.png", "8.png")]))
     content = bytearray(pack(tmp_path / "b.tar", LAYOUTS["plain"]).read_bytes())
-    content[124:135] = b"77777777777"  # a length
+    content[124:135] = b"77777777777"  # an impossible length
     content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:512]))
     (tmp_path / "b.tar").write_bytes(content)
     with pytest.raises(UserError, match="b.tar cannot be read"):
         greys(tmp_path / "b.tar")
 
 
-def test_a_damaged_listing_in_the_cache_is_made_again(tmp_path, home):
+def test_a_damaged_list_in_the_cache_is_made_again(tmp_path, home):
     path = pack(tmp_path / "a.tar", LAYOUTS["plain"])
     assert greys(path) == FOUR
     (cached,) = (home / "cache" / "shards").glob("*.json")
@@ -435,23 +445,23 @@ def test_a_packed_tar_and_a_brace_in_a_name(tmp_path):
         greys(tmp_path / "a.tar.gz")
     assert (
         greys(pack(tmp_path / "{0,1}.tar", LAYOUTS["plain"])) == FOUR
-    )  # a file of that name goes before the pattern
+    )  # a file of that name takes precedence over the pattern
     with pytest.raises(UserError, match="1 of 1 shards .* are not there"):
         greys(tmp_path / "{0.tar")
 
 
-# -- what a stranger tried -------------------------------------------------------------------------
+# -- cases that users reported ---------------------------------------------------------------------
 
 
 def test_labels_keep_their_numbers(tmp_path):
-    """Of a subset of ImageNet, say: a class without images keeps its number."""
+    """A class without images keeps its number, as in a subset of ImageNet."""
     classes, labels = greys(
         pack(tmp_path / "a.tar", [*pair(3), ("x.png", flat(9)), ("x.cls", b"5")])
     )
     assert labels == {150: 3, 9: 5} and classes == [f"{i:05d}" for i in range(6)]
 
 
-def test_several_shards_part_folders_as_one_does(tmp_path):
+def test_class_folders_in_several_shards_are_classes(tmp_path):
     for shard in range(2):
         pack(
             tmp_path / f"{shard}.tar",
@@ -474,7 +484,7 @@ def test_several_shards_part_folders_as_one_does(tmp_path):
         open_source(DataConfig(str(splits), 16), "all")
 
 
-def test_extensions_of_labels_in_capitals(tmp_path):
+def test_labels_with_extensions_in_capitals_are_read(tmp_path):
     assert (
         greys(
             pack(

@@ -1,5 +1,5 @@
-"""A run meets its data again with the checks it was trained under, wherever one stands and wherever
-the data moved.
+"""The images of a run are found again from any working directory and after they moved, with the
+checks of the training.
 """
 
 import json
@@ -53,7 +53,7 @@ def trained(source, name="pets", **changes):
 
 
 def test_a_run_finds_its_images_from_any_folder(pets, monkeypatch, tmp_path):
-    """A relative path means another folder elsewhere."""
+    """A relative path would name another folder in another working directory."""
     monkeypatch.chdir(tmp_path)
     run = trained("pets")
     assert run.config["data"]["source"] == str(pets)
@@ -68,7 +68,7 @@ def test_a_run_finds_its_images_from_any_folder(pets, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("change", ("added", "removed", "renamed"))
-def test_classes_that_changed_are_an_error_for_whoever_asks(pets, change):
+def test_changed_classes_are_an_error(pets, change):
     run = trained(pets)
     if change == "added":
         shutil.copytree(pets / "b", pets / "a")
@@ -76,12 +76,12 @@ def test_classes_that_changed_are_an_error_for_whoever_asks(pets, change):
         shutil.rmtree(pets / "b")
     else:
         (pets / "b").rename(pets / "a")
-    for ask in (trained_on, lambda run: observed(run, "val", 4)):
+    for open_images in (trained_on, lambda run: observed(run, "val", 4)):
         with pytest.raises(UserError, match=r"classes in '.*pets': .*this run has 3 \(b, c, d\)"):
-            ask(run)
+            open_images(run)
 
 
-def test_images_that_moved_are_the_same_run(pets, tmp_path, capsys):
+def test_images_that_moved_are_found_again(pets, tmp_path, capsys):
     run = trained(pets)
     moved = pets.rename(tmp_path / "moved")
     with pytest.raises(
@@ -90,8 +90,8 @@ def test_images_that_moved_are_the_same_run(pets, tmp_path, capsys):
     ):
         trained_on(run)
     assert trained_on(run, str(moved)).source == str(moved)
-    assert trained_on(run).source == str(moved)  # it is remembered
-    assert trained(moved).config["data"]["source"] == str(pets)  # and no other run
+    assert trained_on(run).source == str(moved)  # the new location is remembered
+    assert trained(moved).config["data"]["source"] == str(pets)  # and it does not make another run
     moved.rename(pets)
     assert trained_on(run).source == str(pets)
 
@@ -107,40 +107,41 @@ def test_a_run_resumes_on_images_that_moved_to_the_same_bytes(pets, tmp_path):
 
 
 @pytest.mark.parametrize("change", ("another image", "one more", "another size"))
-def test_other_images_elsewhere_are_not_the_run(pets, tmp_path, change):
+def test_other_images_at_a_new_location_are_an_error(pets, tmp_path, change):
     run = trained(pets)
-    other = shutil.copytree(pets, tmp_path / "other")
+    new_folder = shutil.copytree(pets, tmp_path / "other")
     if change == "one more":
-        shutil.copy(pets / "b" / "0.png", other / "b" / "new.png")
+        shutil.copy(pets / "b" / "0.png", new_folder / "b" / "new.png")
     else:
         name = "x.png" if change == "another image" else "0.png"
-        (other / "b" / "0.png").unlink()
-        Image.new("RGB", (32, 32)).save(other / "b" / name)
-    for ask in (lambda: trained_on(run, str(other)), lambda: trained(other)):
+        (new_folder / "b" / "0.png").unlink()
+        Image.new("RGB", (32, 32)).save(new_folder / "b" / name)
+    for use in (lambda: trained_on(run, str(new_folder)), lambda: trained(new_folder)):
         with pytest.raises(
-            UserError, match=f"run 'pets' was trained on '{pets}', and '{other}' holds other images"
+            UserError,
+            match=f"run 'pets' was trained on '{pets}', and '{new_folder}' holds other images",
         ):
-            ask()
+            use()
     assert trained_on(run).source == str(pets)
 
 
-def test_images_that_changed_in_their_place_are_said_to(pets, capsys):
+def test_images_that_changed_at_their_old_location_are_reported(pets, capsys):
     run = trained(pets)
     shutil.copy(pets / "b" / "0.png", pets / "b" / "new.png")
     trained_on(run)
-    said = (
+    line = (
         f"'{pets}' has changed since run 'pets' was trained: 61 images, 60 images when the run was "
         "trained"
     )
-    assert said.replace("60 images when", "60 when") in capsys.readouterr().err
+    assert line.replace("60 images when", "60 when") in capsys.readouterr().err
 
 
-def test_what_does_not_move_and_what_was_never_noted(pets, tiny, tmp_path):
+def test_scenes_do_not_move_and_a_run_may_lack_its_data_file(pets, tiny, tmp_path):
     with pytest.raises(UserError, match="was trained on 'scenes', which does not move to"):
         trained_on(Run.open("tiny"), str(pets))
     assert trained_on(Run.open("tiny")) == DataConfig(train_images=512, val_images=128)
     run = trained(pets)
-    (run.path / "data.json").unlink()  # as of a run from before it was written
+    (run.path / "data.json").unlink()  # a run of an older version has none
     shutil.copytree(pets / "b", pets / "a")
     with pytest.raises(UserError, match="this run has 3 .generator.num_classes"):
         trained_on(run)
@@ -150,14 +151,15 @@ def test_what_does_not_move_and_what_was_never_noted(pets, tiny, tmp_path):
             trained_on(run)
 
 
-def test_the_command_line_says_where_data_moved_to(pets, tmp_path, capsys, monkeypatch):
+def test_the_command_line_sets_the_new_location_of_images(pets, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained("pets", "pets-a")
     trained("pets", "pets-b")
     pets.rename(tmp_path / "moved")
     main(["data", "moved", "--moved", "pets-*"])
-    said = capsys.readouterr().out
-    assert "moved: 60 images" in said and said.count(f"its images lie in {tmp_path / 'moved'}") == 2
+    output = capsys.readouterr().out
+    assert "moved: 60 images" in output
+    assert output.count(f"its images lie in {tmp_path / 'moved'}") == 2
     assert json.loads((tmp_path / "runs" / "pets-b" / "data.json").read_text())["source"] == str(
         tmp_path / "moved"
     )
@@ -173,7 +175,7 @@ def test_the_command_line_says_where_data_moved_to(pets, tmp_path, capsys, monke
 
 
 @pytest.mark.slow
-def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_requires_the_classes_of_the_training(pets, tmp_path, capsys, monkeypatch):
     base = recipe("tiny")
     config = replace(base, data=replace(base.data, source=str(pets)), eval_images=4)
     train_with_parents(plan(config, "tiny-pets", base, "pets"), QUIET)
@@ -207,7 +209,7 @@ def test_an_evaluation_goes_by_the_classes_of_training(pets, tmp_path, capsys, m
     assert not os.path.exists(pets)
 
 
-def test_another_order_of_classes_is_another_run(pets, tmp_path):
+def test_another_order_of_classes_is_an_error(pets, tmp_path):
     for name, text in (("a.txt", "b\nc\nd\n"), ("z.txt", "d\nc\nb\n")):
         (tmp_path / name).write_text(text)
 
@@ -223,14 +225,14 @@ def test_another_order_of_classes_is_another_run(pets, tmp_path):
         UserError, match="classes in '.*pets': 3 .d, c, b.; this run has 3 .b, c, d."
     ):
         with_labels("z.txt")
-    assert with_labels("").name == "x"  # the same numbers
+    assert with_labels("").name == "x"  # the class numbers are the same
     (tmp_path / "a.txt").rename(tmp_path / "moved.txt")
     assert with_labels("moved.txt").name == "x" and trained_on(run).labels == str(
         tmp_path / "moved.txt"
     )
 
 
-def test_images_of_the_same_names_and_other_sizes_are_said_to_have_changed(pets, capsys):
+def test_images_with_the_same_names_and_other_sizes_are_reported(pets, capsys):
     run = trained(pets)
     for path in (pets / "b").iterdir():
         Image.new("RGB", (32, 32)).save(path)

@@ -1,4 +1,4 @@
-"""CKA, CKNNA and mutual k-NN against the platonic-rep numbers, brute force and their
+"""CKA, CKNNA and mutual k-NN against the numbers of platonic-rep, brute force and their
 invariances.
 """
 
@@ -27,7 +27,7 @@ ALIGN = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "alig
 PATCH = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "patch.npz").items()}
 A, B = ALIGN["A"], ALIGN["B"]
 FORMS = {"raw": lambda x: x, "l2": l2_normalise}
-EPS = 2e-5  # the reference adds 1e-6 to its denominators, we do not
+EPS = 2e-5  # tolerance: the reference adds 1e-6 to its denominators, gear does not
 METRICS = (cka, partial(cka, unbiased=False), cknna, mutual_knn)
 
 
@@ -40,7 +40,7 @@ def rotation(d, seed=1):
 
 
 def dense_cknna(x, y, k):
-    """CKNNA with the n x n masks of the reference's definition, written out."""
+    """Compute CKNNA by the reference's definition, with explicit n x n masks."""
     kernels = [z.double() @ z.double().T for z in (x, y)]
     masks = []
     for kernel in kernels:
@@ -48,7 +48,9 @@ def dense_cknna(x, y, k):
         masks.append(torch.zeros_like(kernel).scatter(1, nearest, 1))
 
     def hsic(k1, m1, k2, m2):
-        p, q, n = m1 * m2 * k1, m1 * m2 * k2, len(k1)
+        p = m1 * m2 * k1
+        q = m1 * m2 * k2
+        n = len(k1)
         return (p @ q).trace() + p.sum() * q.sum() / (n - 1) / (n - 2) - 2 * (p @ q).sum() / (n - 2)
 
     (kx, ky), (mx, my) = kernels, masks
@@ -58,31 +60,31 @@ def dense_cknna(x, y, k):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pair", (("A", "B"), ("A", "B_outlier"), ("A", "I_indep")))
 def test_golden(pair, form, device):
-    want = EXPECTED["align"]["expected"]["A_vs_" + {"I_indep": "I"}.get(pair[1], pair[1])][form]
+    expected = EXPECTED["align"]["expected"]["A_vs_" + {"I_indep": "I"}.get(pair[1], pair[1])][form]
     x, y = (FORMS[form](ALIGN[name].to(device)) for name in pair)
-    assert cka(x, y, unbiased=False) == pytest.approx(want["cka_biased"], abs=1e-8)
-    assert cka(x, y) == pytest.approx(want["cka_unbiased"], abs=EPS)
+    assert cka(x, y, unbiased=False) == pytest.approx(expected["cka_biased"], abs=1e-8)
+    assert cka(x, y) == pytest.approx(expected["cka_unbiased"], abs=EPS)
     for k in (5, 10, 20):
-        assert cknna(x, y, k) == pytest.approx(want[f"cknna_k{k}"], abs=EPS)
-    assert cknna(x, y, 79) == pytest.approx(want["cknna_k79_full"], abs=EPS)
+        assert cknna(x, y, k) == pytest.approx(expected[f"cknna_k{k}"], abs=EPS)
+    assert cknna(x, y, 79) == pytest.approx(expected["cknna_k79_full"], abs=EPS)
     for k in (1, 5, 10):
-        assert mutual_knn(x, y, k) == pytest.approx(want[f"mutual_knn_k{k}"], abs=1e-6)
+        assert mutual_knn(x, y, k) == pytest.approx(expected[f"mutual_knn_k{k}"], abs=1e-6)
     assert (
-        abs(cknna(x, y) - want["cknna_k10_biased"]) > 0.05
-    )  # that one lets a row be its own neighbour
+        abs(cknna(x, y) - expected["cknna_k10_biased"]) > 0.05
+    )  # in that variant a row is its own neighbour
 
 
 def test_golden_of_other_protocols():
-    want = EXPECTED["align"]["expected"]
+    expected = EXPECTED["align"]["expected"]
     assert cka(ALIGN["D_discrete"], B) == pytest.approx(
-        want["D_vs_B"]["raw"]["cka_unbiased"], abs=EPS
+        expected["D_vs_B"]["raw"]["cka_unbiased"], abs=EPS
     )
-    assert cknna(A, B) == pytest.approx(want["A_vs_B_ifsq_raw_k10"], abs=EPS)
-    equation = want["A_vs_B_prh_paper_equation_variant_NOT_CODE"]
+    assert cknna(A, B) == pytest.approx(expected["A_vs_B_ifsq_raw_k10"], abs=EPS)
+    equation = expected["A_vs_B_prh_paper_equation_variant_NOT_CODE"]
     assert abs(cknna(A, B) - equation["raw_k10"]) > 0.05
-    for batches in want[
+    for batches in expected[
         "A_vs_B_minibatch"
-    ]:  # per-batch averages are another, upward biased statistic
+    ]:  # averages over batches are a different statistic, which is biased upwards
         size = batches["batch_size"]
         parts = [cknna(x, y) for x, y in zip(A.split(size), B.split(size))]
         assert np.mean(parts) == pytest.approx(batches["mean_of_batch_cknna_k10"], abs=EPS)
@@ -92,30 +94,30 @@ def test_golden_of_other_protocols():
 @pytest.mark.parametrize("form", FORMS)
 def test_within_image_golden(form, monkeypatch, device):
     monkeypatch.setattr(alignment, "CHUNK", 64**2 * 4)  # 6 images in chunks of 4 and 2
-    want = EXPECTED["patch"]["expected"]
-    got = within_image(*(FORMS[form](PATCH[name].to(device)) for name in ("X", "Y")))
-    assert got.cknna.device == got.null_cka.device == torch.device("cpu")
+    expected = EXPECTED["patch"]["expected"]
+    result = within_image(*(FORMS[form](PATCH[name].to(device)) for name in ("X", "Y")))
+    assert result.cknna.device == result.null_cka.device == torch.device("cpu")
     for name, key in (
         ("cknna", "cknna_k10"),
         ("cka", "cka_unbiased"),
         ("mutual_knn", "mutual_knn_k10"),
     ):
-        values = [image[key] for image in want[f"within_image_{form}"]["per_image"]]
-        assert getattr(got, name).tolist() == pytest.approx(values, abs=EPS)
-    chance = want[f"within_image_mismatched_null_{form}"]  # X[i] with Y[i + 1]
-    assert got.null_cknna.mean().item() == pytest.approx(chance["mean_cknna_k10"], abs=EPS)
-    assert got.null_cka.mean().item() == pytest.approx(chance["mean_cka_unbiased"], abs=EPS)
+        values = [image[key] for image in expected[f"within_image_{form}"]["per_image"]]
+        assert getattr(result, name).tolist() == pytest.approx(values, abs=EPS)
+    chance = expected[f"within_image_mismatched_null_{form}"]  # X[i] with Y[i + 1]
+    assert result.null_cknna.mean().item() == pytest.approx(chance["mean_cknna_k10"], abs=EPS)
+    assert result.null_cka.mean().item() == pytest.approx(chance["mean_cka_unbiased"], abs=EPS)
 
 
 @pytest.mark.parametrize("unbiased", (True, False))
 @pytest.mark.parametrize(
     "shift", (1, 2, 4, -1, 15)
-)  # one cycle through the images, several, back, around
+)  # one cycle through the images, several cycles, backwards, more than N
 def test_within_image_equals_the_scalar_metrics(shift, unbiased, monkeypatch):
     monkeypatch.setattr(alignment, "CHUNK", 30**2 * 4)  # 6 images in chunks of 4 and 2
     x, y = gaussian(6, 30, 6), gaussian(6, 30, 9, seed=1)
     y[..., :6] += x
-    got = within_image(x, y, k=4, shift=shift, unbiased=unbiased)
+    result = within_image(x, y, k=4, shift=shift, unbiased=unbiased)
     metrics = {
         "cknna": partial(cknna, k=4),
         "cka": partial(cka, unbiased=unbiased),
@@ -123,17 +125,19 @@ def test_within_image_equals_the_scalar_metrics(shift, unbiased, monkeypatch):
     }
     for i in range(6):
         for name, metric in metrics.items():
-            assert getattr(got, name)[i].item() == pytest.approx(metric(x[i], y[i]), abs=1e-10)
-            assert getattr(got, f"null_{name}")[i].item() == pytest.approx(
+            assert getattr(result, name)[i].item() == pytest.approx(metric(x[i], y[i]), abs=1e-10)
+            assert getattr(result, f"null_{name}")[i].item() == pytest.approx(
                 metric(x[i], y[(i + shift) % 6]), abs=1e-10
             )
 
 
 def test_within_image_marks_only_the_constant_images():
     x, y = gaussian(20, 37, 4), gaussian(20, 37, 5, seed=1)
-    x[5:] = x[5:, :1]  # equal tokens, whose centred kernel is rounding, not zero
-    got = within_image(x, y, k=3)
-    assert got.cka.isnan().tolist() == got.null_cka.isnan().tolist() == [False] * 5 + [True] * 15
+    x[5:] = x[5:, :1]  # equal tokens: their centred kernel is rounding error, not zero
+    result = within_image(x, y, k=3)
+    assert (
+        result.cka.isnan().tolist() == result.null_cka.isnan().tolist() == [False] * 5 + [True] * 15
+    )
 
 
 @pytest.mark.parametrize("k", (1, 3, 10, 59))
@@ -162,7 +166,8 @@ def test_cka_equals_the_gram_form():
 @pytest.mark.parametrize("metric", METRICS)
 def test_identity_rotation_scale_permutation_padding(metric):
     x, y = l2_normalise(A), l2_normalise(B)
-    value, order = metric(x, y), torch.randperm(80)
+    value = metric(x, y)
+    order = torch.randperm(80)
     assert metric(x, x) == pytest.approx(1, abs=1e-12)
     for x1, y1 in (
         (x @ rotation(8), y),
@@ -177,9 +182,8 @@ def test_identity_rotation_scale_permutation_padding(metric):
 def test_symmetry():
     for metric in (cka, partial(cka, unbiased=False), mutual_knn):
         assert metric(A, B) == pytest.approx(metric(B, A), abs=1e-12)
-    # CKNNA's means take columns of one kernel and rows of the other over directed edges, so it is
-    # symmetric only
-    # when every edge has its reverse
+    # CKNNA takes the column sums of one kernel and the row sums of the other over directed edges, so
+    # it is symmetric only if every edge has its reverse
     assert cknna(A, B, 79) == pytest.approx(cknna(B, A, 79), abs=1e-12)
     assert 1e-4 < abs(cknna(A, B) - cknna(B, A)) < 0.02
 
@@ -214,9 +218,9 @@ def test_chance_of_cka():
 
 
 def test_null_is_the_chance_level_and_is_seeded():
-    got = null(A, B, partial(cka, unbiased=False))
-    assert got == null(A, B, partial(cka, unbiased=False))
-    assert 0.03 < got.mean < 0.15 and 0 < got.std < 0.05
+    result = null(A, B, partial(cka, unbiased=False))
+    assert result == null(A, B, partial(cka, unbiased=False))
+    assert 0.03 < result.mean < 0.15 and 0 < result.std < 0.05
     assert abs(null(A, B, cka).mean) < 0.03
     assert null(A, B, mutual_knn, draws=40).mean == pytest.approx(10 / 79, abs=0.01)
     calls = []
@@ -228,14 +232,18 @@ def test_null_is_the_chance_level_and_is_seeded():
 
 
 @pytest.mark.parametrize("metric", (*METRICS, partial(cknna, k=3), partial(mutual_knn, k=79)))
-def test_a_relabelled_null_is_the_null_measured_anew(metric):
-    got, anew = null(A, B, metric), null(A, B, lambda x, y: metric(x, y))
-    assert (got.mean, got.std) == pytest.approx((anew.mean, anew.std), abs=1e-12)
+def test_a_null_by_relabelling_equals_the_null_computed_anew(metric):
+    relabelled = null(A, B, metric)
+    computed_anew = null(A, B, lambda x, y: metric(x, y))
+    assert (relabelled.mean, relabelled.std) == pytest.approx(
+        (computed_anew.mean, computed_anew.std), abs=1e-12
+    )
 
 
-def test_a_null_measures_each_side_once(monkeypatch):
-    calls, nearest = [], alignment._nearest
-    monkeypatch.setattr(alignment, "_nearest", lambda *given: calls.append(1) or nearest(*given))
+def test_a_null_computes_each_graph_once(monkeypatch):
+    calls = []
+    nearest = alignment._nearest
+    monkeypatch.setattr(alignment, "_nearest", lambda *args: calls.append(1) or nearest(*args))
     null(A, B, cknna, draws=5)
     assert len(calls) == 2
 
@@ -250,12 +258,12 @@ def test_ties():
 
 
 def test_ties_do_not_follow_row_order():
-    """All rows of x tie, and the hubs of y are just those rows an unshuffled top-k returns: order
-    invents agreement.
+    """All rows of x tie, and the hubs of y are the rows that top-k returns without a shuffle: the
+    order alone would produce agreement.
     """
     x, y = torch.ones(160, 3), torch.ones(160, 3)
     y[torch.zeros(160, dtype=torch.float64).topk(5).indices] = 2
-    assert mutual_knn(x, y, 5) < 0.3  # chance is 5 / 159, without the shuffle it is near 1
+    assert mutual_knn(x, y, 5) < 0.3  # chance is 5 / 159; without the shuffle the value is near 1
 
 
 def test_l2_normalise():

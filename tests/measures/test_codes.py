@@ -1,6 +1,4 @@
-"""Usage (marginal) and assignment (posterior) statistics against scipy's numbers and their
-identities.
-"""
+"""Usage (marginal) and assignment (posterior) against SciPy's numbers and their identities."""
 
 import json
 import math
@@ -20,15 +18,18 @@ AFFINITY = -torch.from_numpy(ARRAYS["distances"])
 
 
 def test_usage_golden():
-    got, want = codes.usage(INDICES, 256), EXPECTED["usage"]
-    assert got.entropy == pytest.approx(want["H_plugin_nats"], abs=1e-9)
-    assert got.effective_size == pytest.approx(want["exp_H"], abs=1e-9)
-    assert got.miller_madow == pytest.approx(want["H_miller_madow"], abs=1e-9)
-    assert got.top_mass[:10].tolist() == pytest.approx(want["top_mass_cum_1_to_10"], abs=1e-12)
-    assert got.top_mass[99].item() == pytest.approx(want["top100_mass"], abs=1e-12)
-    assert (got.dead, got.n, got.top_mass.dtype) == (
-        want["n_dead"],
-        want["n_tokens"],
+    result = codes.usage(INDICES, 256)
+    expected = EXPECTED["usage"]
+    assert result.entropy == pytest.approx(expected["H_plugin_nats"], abs=1e-9)
+    assert result.effective_size == pytest.approx(expected["exp_H"], abs=1e-9)
+    assert result.miller_madow == pytest.approx(expected["H_miller_madow"], abs=1e-9)
+    assert result.top_mass[:10].tolist() == pytest.approx(
+        expected["top_mass_cum_1_to_10"], abs=1e-12
+    )
+    assert result.top_mass[99].item() == pytest.approx(expected["top100_mass"], abs=1e-12)
+    assert (result.dead, result.n, result.top_mass.dtype) == (
+        expected["n_dead"],
+        expected["n_tokens"],
         torch.float64,
     )
 
@@ -37,18 +38,21 @@ def test_usage_golden():
 def test_assignment_golden(tau, monkeypatch):
     monkeypatch.setattr(
         codes, "CHUNK", 128 * 7
-    )  # 48 tokens in uneven chunks: the sum must not care
-    got, want = codes.assignment(AFFINITY, tau), EXPECTED[f"posterior_tau{tau}"]
-    assert got.entropy == pytest.approx(want["mean_token_entropy_nats"], abs=1e-7)
-    assert got.effective_size == pytest.approx(want["effective_size_exp_of_mean_entropy"], abs=1e-5)
-    assert abs(got.effective_size - want["mean_of_exp_entropy_WRONG"]) > 1e-2
+    )  # 48 tokens in uneven chunks, which must not change the sums
+    result = codes.assignment(AFFINITY, tau)
+    expected = EXPECTED[f"posterior_tau{tau}"]
+    assert result.entropy == pytest.approx(expected["mean_token_entropy_nats"], abs=1e-7)
+    assert result.effective_size == pytest.approx(
+        expected["effective_size_exp_of_mean_entropy"], abs=1e-5
+    )
+    assert abs(result.effective_size - expected["mean_of_exp_entropy_WRONG"]) > 1e-2
     for m in (1, 10, 100):
-        assert got.top_mass[m] == pytest.approx(want[f"cum_mass_top{m}"], abs=1e-7)
-    assert got.top_mass[1000] == pytest.approx(1, abs=1e-12)  # capped at K = 128
+        assert result.top_mass[m] == pytest.approx(expected[f"cum_mass_top{m}"], abs=1e-7)
+    assert result.top_mass[1000] == pytest.approx(1, abs=1e-12)  # capped at K = 128
 
 
 @pytest.mark.parametrize("size, count", ((512, 100), (7, 7), (1, 1)))
-def test_the_largest_are_topks_bit_for_bit(size, count):
+def test_the_largest_values_equal_those_of_topk_exactly(size, count):
     p = (torch.randn(50, size, dtype=torch.float64) * 30).softmax(1)
     p[0] = p[0, 0]  # equal values
     assert torch.equal(codes._largest(p, count), p.topk(count).values)
@@ -72,9 +76,9 @@ def test_usage_invariances():
     base = codes.usage(INDICES, 256)
     renamed = codes.usage(torch.randperm(256)[INDICES.long()][torch.randperm(len(INDICES))], 256)
     doubled = codes.usage(INDICES.repeat(2), 256)
-    for other in (renamed, doubled):
-        assert other.entropy == pytest.approx(base.entropy, abs=1e-12)
-        torch.testing.assert_close(other.top_mass, base.top_mass)
+    for variant in (renamed, doubled):
+        assert variant.entropy == pytest.approx(base.entropy, abs=1e-12)
+        torch.testing.assert_close(variant.top_mass, base.top_mass)
     gains = base.top_mass.diff(prepend=torch.zeros(1))
     assert (gains >= 0).all() and (gains.diff() <= 1e-15).all() and base.top_mass[-1] == 1
     assert 0 <= base.entropy <= math.log(256 - base.dead)
@@ -88,9 +92,9 @@ def test_assignment_limits_and_invariances():
     assert entropies == sorted(entropies)
     shifted = codes.assignment(AFFINITY.double() + torch.randn(48, 1, dtype=torch.float64), 0.1)
     permuted = codes.assignment(AFFINITY[:, torch.randperm(128)], 0.1)
-    for other in (shifted, permuted):
-        assert other.entropy == pytest.approx(base.entropy, abs=1e-9)
-        assert other.top_mass == pytest.approx(base.top_mass, abs=1e-9)
+    for variant in (shifted, permuted):
+        assert variant.entropy == pytest.approx(base.entropy, abs=1e-9)
+        assert variant.top_mass == pytest.approx(base.top_mass, abs=1e-9)
 
 
 def test_larger_affinity_is_nearer():

@@ -1,4 +1,4 @@
-"""Moran's I, high-frequency ratio and iREPA's similarities against esda, an explicit DFT and
+"""Moran's I, the high-frequency ratio and iREPA's similarities against esda, an explicit DFT and
 iREPA's code.
 """
 
@@ -41,30 +41,28 @@ def blur(maps):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_moran_golden(name, device):
-    want = EXPECTED["moran"]["expected"][name]
+    expected = EXPECTED["moran"]["expected"][name]
     maps = MORAN[name][None, ..., None].to(device)
     for reduction in ("channel_mean", "vector"):
-        got = morans_i(maps, reduction).item()
-        assert got == pytest.approx(want["rook_b"]["I"], abs=1e-10)
-        for other in {"queen_b", "rook_torus_b"} if name.startswith("smooth") else ():
-            assert abs(got - want[other]["I"]) > 0.01
+        result = morans_i(maps, reduction).item()
+        assert result == pytest.approx(expected["rook_b"]["I"], abs=1e-10)
+        for weights in {"queen_b", "rook_torus_b"} if name.startswith("smooth") else ():
+            assert abs(result - expected[weights]["I"]) > 0.01
 
 
 def test_moran_golden_map_drops_its_constant_channel():
-    want, maps = (
-        EXPECTED["moran"]["expected"]["feature_map_8x8x6"],
-        MORAN["feature_map_8x8x6"][None],
-    )
+    expected = EXPECTED["moran"]["expected"]["feature_map_8x8x6"]
+    maps = MORAN["feature_map_8x8x6"][None]
     channels = [morans_i(maps[..., [c]]).item() for c in range(6)]
-    per_channel = [channel["rook_b"] for channel in want["per_channel_excluding_constant_ch5"]]
+    per_channel = [channel["rook_b"] for channel in expected["per_channel_excluding_constant_ch5"]]
     assert channels[:5] == pytest.approx(per_channel, abs=1e-10) and np.isnan(channels[5])
-    assert morans_i(maps).item() == pytest.approx(want["channel_mean_rook_b"], abs=1e-10)
+    assert morans_i(maps).item() == pytest.approx(expected["channel_mean_rook_b"], abs=1e-10)
     assert morans_i(maps, "vector").item() == pytest.approx(
-        want["vector_moran_rook_b_from_esda_channels"], abs=1e-10
+        expected["vector_moran_rook_b_from_esda_channels"], abs=1e-10
     )
     assert (
-        abs(morans_i(maps).item() - want["channel_mean_rook_r"]) > 0.02
-    )  # row-standardised weights: not ours
+        abs(morans_i(maps).item() - expected["channel_mean_rook_r"]) > 0.02
+    )  # that value has row-standardised weights, ours has binary ones
 
 
 @pytest.mark.parametrize("grid", ((8, 8), (7, 9), (2, 5), (1, 5)))
@@ -93,81 +91,90 @@ def test_moran_invariances():
     maps = blur(gaussian(4, 7, 9, 5)) * torch.tensor([1, 2, 5, 10, 0.1])
     for reduction in ("channel_mean", "vector"):
         base = morans_i(maps, reduction)
-        for same in (maps.flip(1), maps.flip(2), maps.transpose(1, 2), -3 * maps + torch.arange(5)):
-            torch.testing.assert_close(morans_i(same, reduction), base)
+        for transformed in (
+            maps.flip(1),
+            maps.flip(2),
+            maps.transpose(1, 2),
+            -3 * maps + torch.arange(5),
+        ):
+            torch.testing.assert_close(morans_i(transformed, reduction), base)
         with_constant = torch.cat([maps, torch.full_like(maps[..., :1], 0.1)], -1)
         torch.testing.assert_close(morans_i(with_constant, reduction), base)
         assert (
             morans_i(maps.reshape(4, 9, 7, 5), reduction) - base
-        ).abs().max() > 0.05  # a wrong raster order shows
+        ).abs().max() > 0.05  # a wrong raster order changes the value
     torch.testing.assert_close(morans_i(maps @ rotation(5), "vector"), morans_i(maps, "vector"))
     assert (morans_i(maps @ rotation(5)) - morans_i(maps)).abs().max() > 1e-3
     torch.testing.assert_close(morans_i(maps * torch.tensor([9, 1, 3, 1, 2])), morans_i(maps))
 
 
-def test_degenerate_images_are_nan_alone():
+def test_constant_images_alone_are_nan():
     maps = gaussian(20, 7, 9, 4)
-    maps[5:] = maps[5:, :1, :1]  # means over 63 equal cells are off by rounding
+    maps[5:] = maps[5:, :1, :1]  # the mean over 63 equal cells has a rounding error
     for values in (morans_i(maps), morans_i(maps, "vector"), high_frequency_ratio(maps)):
         assert values.isnan().tolist() == [False] * 5 + [True] * 15
 
 
 def test_chunks_and_dtypes(monkeypatch):
     maps = gaussian(5, 8, 8, 3).to(torch.bfloat16)
-    whole = [morans_i(maps), high_frequency_ratio(maps), *local_similarity(maps)]
+    in_one_chunk = [morans_i(maps), high_frequency_ratio(maps), *local_similarity(maps)]
     monkeypatch.setattr(spatial, "CHUNK", 2 * 64**2)
-    parts = [morans_i(maps), high_frequency_ratio(maps), *local_similarity(maps.double())]
-    for a, b in zip(whole, parts):
+    in_chunks = [morans_i(maps), high_frequency_ratio(maps), *local_similarity(maps.double())]
+    for a, b in zip(in_one_chunk, in_chunks):
         assert a.dtype == torch.float64 and a.shape == (5,)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ("m16", "m7x9"))
 def test_high_frequency_golden(name, device):
-    want, maps = EXPECTED["fft"]["expected"][name], FFT[name][None].to(device)
-    got = high_frequency_ratio(maps).item()
-    assert got == pytest.approx(want["PRIMARY radial>0.25 noDC pooled"], abs=1e-9)
-    for other in (
+    expected = EXPECTED["fft"]["expected"][name]
+    maps = FFT[name][None].to(device)
+    result = high_frequency_ratio(maps).item()
+    assert result == pytest.approx(expected["PRIMARY radial>0.25 noDC pooled"], abs=1e-9)
+    for definition in (
         "radial>0.25 withDC pooled",
         "chebyshev>0.25 noDC pooled",
         "radial>0.3535534 noDC pooled",
     ):
-        assert abs(got - want[other]) > 0.02
+        assert abs(result - expected[definition]) > 0.02
     corner = high_frequency_ratio(maps, 0.3535534).item()
-    assert corner == pytest.approx(want["radial>0.3535534 noDC pooled"], abs=1e-9)
-    if name == "m16":  # on 7 x 9 no frequency lies on the circle
-        assert abs(got - want["radial>=0.25 noDC pooled"]) > 5e-3
+    assert corner == pytest.approx(expected["radial>0.3535534 noDC pooled"], abs=1e-9)
+    if name == "m16":  # on a 7 x 9 grid no frequency lies on the circle
+        assert abs(result - expected["radial>=0.25 noDC pooled"]) > 5e-3
 
 
 def test_high_frequency_of_pure_tones():
-    got = high_frequency_ratio(FFT["sines"].movedim(-1, 0)[..., None])
-    assert got.tolist() == pytest.approx(
+    result = high_frequency_ratio(FFT["sines"].movedim(-1, 0)[..., None])
+    assert result.tolist() == pytest.approx(
         EXPECTED["fft"]["expected"]["sines_per_channel_PRIMARY"]["values"], abs=1e-9
     )
     y, x = torch.arange(20)[:, None] / 20, torch.arange(20) / 20
     on_the_circle = (2 * torch.pi * (3 * y + 4 * x)).cos()[
         None, ..., None
-    ]  # |f| = 0.25 up to rounding: low
+    ]  # |f| = 0.25 up to rounding, which counts as low
     assert high_frequency_ratio(on_the_circle).item() < 1e-9
 
 
 def test_high_frequency_of_white_noise():
     values = high_frequency_ratio(gaussian(400, 16, 16, 2))
-    want = EXPECTED["fft"]["expected"]["white_noise_expectation_16x16"]["PRIMARY radial>0.25 noDC"]
-    assert want == 207 / 255 and abs(values.mean() - want) < 4 * values.std() / 20
+    expected = EXPECTED["fft"]["expected"]["white_noise_expectation_16x16"][
+        "PRIMARY radial>0.25 noDC"
+    ]
+    assert expected == 207 / 255 and abs(values.mean() - expected) < 4 * values.std() / 20
 
 
 def test_high_frequency_invariances():
     maps = gaussian(4, 7, 9, 5)
     base = high_frequency_ratio(maps)
-    for same in (
+    for transformed in (
         maps + 100 * torch.arange(5),
         -3 * maps,
         maps.roll((2, 3), (1, 2)),
         maps @ rotation(5),
     ):
-        torch.testing.assert_close(high_frequency_ratio(same), base)
-    once, twice = high_frequency_ratio(blur(maps)), high_frequency_ratio(blur(blur(maps)))
+        torch.testing.assert_close(high_frequency_ratio(transformed), base)
+    once = high_frequency_ratio(blur(maps))
+    twice = high_frequency_ratio(blur(blur(maps)))
     assert (0 < twice).all() and (twice < once).all() and (once < base).all() and (base <= 1).all()
 
 
@@ -180,15 +187,16 @@ def test_high_frequency_is_the_share_of_energy():
 
 
 def test_spectrum_gives_moran_on_the_torus():
-    """Two routes to one number: autocorrelation at the four neighbours = spectrum weighted by
-    cosines.
+    """Autocorrelation with the four neighbours equals the spectrum weighted by cosines, so both
+    give the same number.
     """
     field = blur(gaussian(1, 7, 9, 1))[0, ..., 0]
     z = field - field.mean()
     power = torch.fft.fft2(z).abs().square()
     fy, fx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in z.shape)
     weight = ((2 * torch.pi * fy).cos()[:, None] + (2 * torch.pi * fx).cos()) / 2
-    open_edges, torus_edges = 7 * 8 + 6 * 9, 2 * 63
+    open_edges = 7 * 8 + 6 * 9
+    torus_edges = 2 * 63
     wrap = (z[0] * z[-1]).sum() + (z[:, 0] * z[:, -1]).sum()
     torus = (
         (morans_i(field[None, ..., None]).item() * open_edges / 63 + wrap / z.square().sum())
@@ -201,18 +209,18 @@ def test_spectrum_gives_moran_on_the_torus():
 
 
 def test_local_similarity_golden():
-    want = EXPECTED["patch"]["expected"]["irepa_spatial_metrics_Y"]
-    got = local_similarity(PATCH["Y"].view(6, 8, 8, 12))
-    for values, key in zip(got, ("lds_far6", "cds_dmax8", "rmsc")):
-        assert values.tolist() == pytest.approx(want[key], abs=1e-5)
+    expected = EXPECTED["patch"]["expected"]["irepa_spatial_metrics_Y"]
+    result = local_similarity(PATCH["Y"].view(6, 8, 8, 12))
+    for values, key in zip(result, ("lds_far6", "cds_dmax8", "rmsc")):
+        assert values.tolist() == pytest.approx(expected[key], abs=1e-5)
 
 
 def test_local_similarity_identities():
     maps = blur(gaussian(3, 7, 9, 6)) + 1
     base = local_similarity(maps)
     scale = gaussian(3, 7, 9, 1).abs() + 0.1
-    for same in (maps @ rotation(6), maps * scale, maps.flip(1), maps.transpose(1, 2)):
-        for a, b in zip(local_similarity(same), base):
+    for transformed in (maps @ rotation(6), maps * scale, maps.flip(1), maps.transpose(1, 2)):
+        for a, b in zip(local_similarity(transformed), base):
             torch.testing.assert_close(a, b)
     for value in local_similarity(torch.ones(1, 7, 9, 3)):
         assert value.item() == pytest.approx(0, abs=1e-7)

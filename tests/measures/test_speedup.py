@@ -1,4 +1,4 @@
-"""Speed-up of one loss curve over another: analytic curves, the golden noisy pair, its interval."""
+"""The speed-up of one loss curve over another: analytic curves, the golden noisy pair, intervals."""
 
 import json
 from pathlib import Path
@@ -23,31 +23,29 @@ def noisy(curve, sigma, seed):
 
 
 def test_golden_clean():
-    got = speedup(STEPS, CURVES["baseline_clean"], CURVES["method_clean"], tail=0)
-    assert got.value == pytest.approx(
+    result = speedup(STEPS, CURVES["baseline_clean"], CURVES["method_clean"], tail=0)
+    assert result.value == pytest.approx(
         EXPECTED["clean_exact_target_last_point"]["speedup"], abs=1e-9
     )
-    assert got.low == pytest.approx(got.value) and got.high == pytest.approx(
-        got.value
-    )  # no residual, no spread
+    assert result.low == pytest.approx(result.value) and result.high == pytest.approx(
+        result.value
+    )  # without residuals the interval has no width
 
 
 def test_golden_noisy():
-    got, want = (
-        speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"]),
-        EXPECTED["noisy_primary"],
-    )
-    assert got.value == pytest.approx(want["speedup"], abs=1e-6)
-    assert abs(got.value - EXPECTED["noisy_raw_first_crossing_WRONG"]) > 0.5
-    assert 1 < got.low < got.value < got.high < 4
-    assert got == speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"])
+    result = speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"])
+    expected = EXPECTED["noisy_primary"]
+    assert result.value == pytest.approx(expected["speedup"], abs=1e-6)
+    assert abs(result.value - EXPECTED["noisy_raw_first_crossing_WRONG"]) > 0.5
+    assert 1 < result.low < result.value < result.high < 4
+    assert result == speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"])
 
 
 @pytest.mark.parametrize("factor", (1.0, 2.0, 4.0, 10.0))
 def test_rescaled_curve_is_exact(factor):
     steps = np.arange(1, 401) * 100
-    got = speedup(steps, loss(steps), loss(factor * steps), tail=0)
-    assert got.value == pytest.approx(factor, abs=1e-9)
+    result = speedup(steps, loss(steps), loss(factor * steps), tail=0)
+    assert result.value == pytest.approx(factor, abs=1e-9)
 
 
 def test_uneven_steps_interpolate():
@@ -55,10 +53,10 @@ def test_uneven_steps_interpolate():
     assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0).value == pytest.approx(100 / 35)
     assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.5).value == pytest.approx(
         100 / 35
-    )  # after step 50
+    )  # the tail is the steps after 50
     assert speedup(steps, [9, 8, 7, 3], [8, 4, 2, 1], tail=0.6).value == pytest.approx(
         100 / 17.5
-    )  # 50 and 100
+    )  # the tail is the steps 50 and 100
 
 
 def test_a_curve_against_itself():
@@ -70,26 +68,26 @@ def test_invariances():
     base = speedup(STEPS, CURVES["baseline_noisy"], CURVES["method_noisy"])
     affine = speedup(STEPS, 4.0 * CURVES["baseline_noisy"] - 7, 4.0 * CURVES["method_noisy"] - 7)
     units = speedup(STEPS / 1000, CURVES["baseline_noisy"], CURVES["method_noisy"])
-    for other in (affine, units):
-        assert (other.value, other.low, other.high) == pytest.approx(
+    for variant in (affine, units):
+        assert (variant.value, variant.low, variant.high) == pytest.approx(
             (base.value, base.low, base.high), rel=1e-4
         )
 
 
-def test_a_method_that_never_arrives():
-    got = speedup(STEPS, CURVES["baseline_clean"], CURVES["baseline_clean"] + 1)
-    assert (got.value, got.low, got.high) == (None, None, None)
+def test_a_method_that_never_reaches_the_target_has_no_speedup():
+    result = speedup(STEPS, CURVES["baseline_clean"], CURVES["baseline_clean"] + 1)
+    assert (result.value, result.low, result.high) == (None, None, None)
 
 
-def test_a_draw_that_never_arrives_counts_as_one():
+def test_a_draw_that_never_reaches_the_target_counts_as_one():
     steps = np.arange(1, 401) * 100
-    got = speedup(steps, noisy(loss(steps), 0.05, 0), noisy(loss(steps), 0.05, 0))
-    assert got.low == 1 and 1 < got.value < got.high
+    result = speedup(steps, noisy(loss(steps), 0.05, 0), noisy(loss(steps), 0.05, 0))
+    assert result.low == 1 and 1 < result.value < result.high
 
 
-def test_arriving_at_the_first_point_is_a_lower_bound():
-    got = speedup(STEPS, CURVES["baseline_clean"], np.full(len(STEPS), 1.0))
-    assert got.value == pytest.approx(STEPS[-1] / STEPS[0]) and got.high == float("inf")
+def test_reaching_the_target_at_the_first_point_is_a_lower_bound():
+    result = speedup(STEPS, CURVES["baseline_clean"], np.full(len(STEPS), 1.0))
+    assert result.value == pytest.approx(STEPS[-1] / STEPS[0]) and result.high == float("inf")
 
 
 def test_one_outlier_is_not_a_crossing():
@@ -99,7 +97,7 @@ def test_one_outlier_is_not_a_crossing():
     assert method[20] < loss(steps[-1]) - 0.02
     assert speedup(steps, loss(steps), method, tail=0).value == pytest.approx(
         2, rel=0.05
-    )  # raw: 19
+    )  # the first crossing of the raw curve would give 19
 
 
 def test_interval_covers_the_truth():

@@ -1,5 +1,5 @@
-"""A run's name is built and read in one place: what is built is read back, whatever dashes its
-parts have.
+"""The name of a run is built and parsed in one module: parsing returns the parts that built the
+name, also if they contain dashes.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from gear.experiments.studies import PRESETS, STUDIES, members
 from gear.runs.names import RunName, listed, reseeded
 
 
-def test_what_is_built_is_read_back():
+def test_parsing_returns_the_parts_that_built_a_name():
     for name, seed, cell in itertools.product(
         NAMES.values(), (None, 0, 3, 12), ("", "tau-0.05", "s1", "a-s2-b", "x\ny")
     ):
-        made = replace(name, seed=seed, cell=cell)
-        if str(made) not in RECIPES and not (
+        built = replace(name, seed=seed, cell=cell)
+        if str(built) not in RECIPES and not (
             seed is None and cell == "s1"
-        ):  # which reads as seed 1
-            assert run_name(str(made)) == made
+        ):  # the name of the latter is parsed as seed 1
+            assert run_name(str(built)) == built
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_is_built_is_read_back():
         ("", ("", "", "", None)),
     ],
 )
-def test_a_name_is_read_by_the_recipes_there_are(text, parts):
+def test_a_name_is_parsed_by_the_longest_matching_recipe(text, parts):
     assert run_name(text) == RunName(*parts) and str(run_name(text)) == text
 
 
@@ -72,7 +72,7 @@ def test_the_runs_of_studies_keep_their_names():
         assert run_name(name).seed == 0 and run_name(name).recipe in RECIPES
 
 
-def test_other_parts_and_a_cell_is_no_recipe():
+def test_parts_can_be_replaced_and_a_name_with_a_cell_is_no_recipe():
     assert with_parts("scenes-joint", seed=1) == "scenes-joint-s1"
     assert with_parts("scenes-joint-s1", cell="tau-0.1") == "scenes-joint-s1-tau-0.1"
     assert (

@@ -1,5 +1,5 @@
-"""A record without weights reads as its run does, to the last bit; what needs weights says what to
-do.
+"""A record without weights returns the same values as its run, to the last bit; methods that need
+weights raise a message with the command to train them.
 """
 
 import json
@@ -32,10 +32,11 @@ def pack(*words):
 
 @pytest.fixture
 def runs(home):
-    """Two runs with all that a record keeps, as they read, {run: {what: value}}; and one that is
-    not at its end.
+    """Create two finished runs with everything that a record keeps, and an unfinished one.
+
+    Returns the values that the finished runs give, {run: {name: value}}.
     """
-    made = {}
+    values_of_runs = {}
     for seed in (0, 1):
         run = record_scored(f"tiny-gear-s{seed}", recipe(f"tiny-gear-s{seed}"))
         run.append({"step": 30, "b": 1 / 3 + seed, "dead": 0} | ({"a": 0.1} if seed else {}))
@@ -47,7 +48,7 @@ def runs(home):
         )
         (run.path / "samples").mkdir()
         Image.new("RGB", (12 * 34 + 2, 70)).save(run.path / "samples" / "0000024.png")
-        made[run.name] = {
+        values_of_runs[run.name] = {
             "config": run.config,
             "hash": run.config_hash,
             "step": run.step,
@@ -60,7 +61,7 @@ def runs(home):
     Run.create("tiny-half", {"recipe": "tiny-half", "seed": 0, "steps": 9}).append(
         {"step": 8, "b": 1.0}
     )
-    return made
+    return values_of_runs
 
 
 def only_records(*words):
@@ -90,7 +91,7 @@ def test_a_record_reads_as_its_run_did_to_the_last_bit(runs):
         )
         pd.testing.assert_frame_equal(load_runs(name), run["log"], check_exact=True)
         pd.testing.assert_frame_equal(scores(record), run["score_table"], check_exact=True)
-        table = record.table("layer_profile", {"k": 5}, lambda: pytest.fail("it is there"))
+        table = record.table("layer_profile", {"k": 5}, lambda: pytest.fail("the record holds it"))
         pd.testing.assert_frame_equal(table, run["table"], check_exact=True)
         assert (
             record.scores() == run["scores"]
@@ -100,7 +101,7 @@ def test_a_record_reads_as_its_run_did_to_the_last_bit(runs):
     assert metrics_table(open_runs("tiny*"))[0].index.tolist() == list(runs)
 
 
-def test_the_folder_holds_a_few_files_and_says_what_each_run_is(runs):
+def test_the_folder_holds_a_few_files_and_an_index_of_the_runs(runs):
     pack("tiny-gear-s*")
     folder = runs_dir() / "reference"
     assert {path.name for path in folder.iterdir()} == {
@@ -121,18 +122,18 @@ def test_a_score_keeps_its_interval(runs):
     assert Run.open("tiny-gear-s0").scores() == records
 
 
-def test_a_table_of_other_parameters_is_computed_and_not_kept(runs):
+def test_a_table_with_other_parameters_is_computed_and_not_kept(runs):
     only_records()
     before = sorted(path.name for path in runs_dir().rglob("*"))
-    made = Run.open("tiny-gear-s0").table(
+    table = Run.open("tiny-gear-s0").table(
         "layer_profile", {"k": 6}, lambda: pd.DataFrame({"x": [7.0]})
     )
     assert (
-        made.x.tolist() == [7.0] and sorted(path.name for path in runs_dir().rglob("*")) == before
+        table.x.tolist() == [7.0] and sorted(path.name for path in runs_dir().rglob("*")) == before
     )
 
 
-def test_what_needs_weights_says_so_and_leaves_nothing(runs):
+def test_functions_that_need_weights_raise_and_leave_no_files(runs):
     only_records()
     before = sorted(runs_dir().rglob("*"))
     for use in (gear.load_tokenizer, gear.load_generator, evaluate_run):
@@ -144,16 +145,17 @@ def test_what_needs_weights_says_so_and_leaves_nothing(runs):
     assert sorted(runs_dir().rglob("*")) == before
 
 
-def test_the_users_run_goes_before_the_record_of_its_name(runs):
+def test_a_run_takes_precedence_over_the_record_of_its_name(runs):
     pack("tiny-gear-s1")
     assert isinstance(Run.open("tiny-gear-s1"), Run) and run_names("tiny-gear*") == list(runs)
     shutil.rmtree(runs_dir() / "tiny-gear-s1")
     assert isinstance(Run.open("tiny-gear-s1"), Record) and run_names("tiny-gear*") == list(runs)
 
 
-def test_panels_are_those_that_were_asked_for(runs):
+def test_only_the_requested_panels_are_packed(runs):
     only_records("--panels", "tiny-gear-s1")
-    with_panel, without = Run.open("tiny-gear-s1"), Run.open("tiny-gear-s0")
+    with_panel = Run.open("tiny-gear-s1")
+    without = Run.open("tiny-gear-s0")
     assert list(with_panel.panels()) == [24] and without.panels() == {}
     assert [row.shape for row in panel_rows(with_panel)] == [(12, 32, 32, 3)] * 2
     with pytest.raises(
@@ -173,7 +175,7 @@ def test_the_monitor_shows_records(runs):
     assert progress["step"] == 30 and not monitor.is_training(Run.open("tiny-gear-s0"))
 
 
-def test_a_pack_that_is_written_again_is_read_again_and_nothing_of_the_old_one_stays(runs, capsys):
+def test_a_pack_that_is_written_again_is_read_again_and_replaces_the_old_one(runs, capsys):
     pack("--panels", "tiny-gear-s1")
     assert reference().names == ["tiny-gear-s0", "tiny-gear-s1"] and len(reference().panels) == 1
     pack("tiny-gear-s0")
@@ -196,13 +198,13 @@ def test_a_damaged_file_of_the_pack_is_one_message(file, runs):
         run.config, run.metrics(), run.scores(), run.table("layer_profile", {"k": 5}, lambda: None)
 
 
-def test_what_cannot_be_packed(runs, capsys):
-    for words, said in (
+def test_packing_nothing_is_an_error(runs, capsys):
+    for words, message in (
         (["pack"], "name a folder"),
         (["pack", "x", "tiny-half"], "none of these runs is trained to its end"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(UserError, match="'reference' is no name of a run"):
         Run.open("reference")

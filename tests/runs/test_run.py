@@ -1,4 +1,4 @@
-"""A run directory keeps what it is given, whole, and says what it misses."""
+"""A run directory keeps its files complete, and reports missing and damaged ones."""
 
 import json
 import math
@@ -31,12 +31,12 @@ def test_open_suggests_the_nearest_name():
 
 def test_another_config_under_the_same_name_is_an_error_that_names_the_fields():
     run = Run.create("r", CONFIG)
-    run.check_config(CONFIG | {"version": "2"})  # the library's version is not science
+    run.check_config(CONFIG | {"version": "2"})  # the version does not determine results
     with pytest.raises(UserError, match=r"tau: 0.1 -> 0.2"):
         run.check_config(CONFIG | {"tau": 0.2})
     run.check_config(
         CONFIG | {"new": 1}, complete=lambda old: {"new": 1} | old
-    )  # written before `new` was a field
+    )  # a configuration of a version without the field `new`
     assert Run.open("r").config["tau"] == 0.1
 
 
@@ -89,7 +89,8 @@ def test_a_run_without_weights_says_how_to_get_them():
 
 
 def test_table_is_computed_once_and_again_when_its_parameters_change():
-    run, calls = Run.create("r", CONFIG), []
+    run = Run.create("r", CONFIG)
+    calls = []
 
     def compute():
         calls.append(1)
@@ -99,7 +100,7 @@ def test_table_is_computed_once_and_again_when_its_parameters_change():
     assert run.table("t", {"k": 10}, compute).equals(first) and len(calls) == 1
     run.table("t", {"k": 5}, compute)
     assert len(calls) == 2
-    run.append({"step": 7, "loss": 0.0})  # the run went on: the table no longer fits
+    run.append({"step": 7, "loss": 0.0})  # training continued: the table is of another step
     run.table("t", {"k": 5}, compute)
     assert len(calls) == 3
 
@@ -120,18 +121,20 @@ def test_load_runs_is_tidy():
         load_runs("q")
 
 
-def test_a_table_cut_short_is_made_again_and_other_parameters_do_not_replace_it():
+def test_a_table_cut_short_is_computed_again_and_other_parameters_do_not_replace_it():
     run = Run.create("r", {"recipe": "r", "steps": 1})
-    made = lambda value: lambda: pd.DataFrame({"a": [value]})  # noqa: E731
-    run.table("t", {"n": 1}, made(1))
-    assert run.table("t", {"n": 2}, made(2)).a.item() == 2  # and not kept: the first is still there
-    assert run.table("t", {"n": 1}, made(9)).a.item() == 1
+    table_of = lambda value: lambda: pd.DataFrame({"a": [value]})  # noqa: E731
+    run.table("t", {"n": 1}, table_of(1))
+    assert run.table("t", {"n": 2}, table_of(2)).a.item() == 2  # computed, but not kept
+    assert run.table("t", {"n": 1}, table_of(9)).a.item() == 1
     path = run.path / "analysis" / "t.parquet"
     path.write_bytes(path.read_bytes()[:50])
-    assert run.table("t", {"n": 1}, made(3)).a.item() == 3 and pd.read_parquet(path).a.item() == 3
+    assert (
+        run.table("t", {"n": 1}, table_of(3)).a.item() == 3 and pd.read_parquet(path).a.item() == 3
+    )
 
 
-def test_what_is_no_configuration_is_said():
+def test_a_file_that_is_no_configuration_is_reported():
     run = Run.create("r", {})
     with pytest.raises(
         UserError,
@@ -140,7 +143,7 @@ def test_what_is_no_configuration_is_said():
         _ = run.config
 
 
-FOREIGN = {  # what makes of a folder no run, and what is said of it
+FOREIGN = {  # kind of a folder that is no run: (function that makes it, part of the message)
     "of something else": (
         lambda p: (p / "config.json").write_text('{"model_type": "vit"}'),
         "has a recipe and steps",
@@ -163,11 +166,11 @@ FOREIGN = {  # what makes of a folder no run, and what is said of it
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_folder_that_is_no_run_hides_none(kind, home, capsys):
-    """It is named once, nobody is told to remove what is not gear's, and by its own name it is
-    still an error.
+def test_a_folder_that_is_no_run_does_not_hide_runs(kind, home, capsys):
+    """The folder is reported once, without the advice to remove it, because it is not gear's;
+    opening it by name is an error.
     """
-    spoil, said = FOREIGN[kind]
+    spoil, message = FOREIGN[kind]
     for name in ("a", "z"):
         Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
     (runs_dir() / "m").mkdir()
@@ -179,19 +182,19 @@ def test_a_folder_that_is_no_run_hides_none(kind, home, capsys):
             == list(load_runs().run.unique())
             == ["a", "z"]
         )
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        told.count(f"{runs_dir() / 'm'}: not a run of gear (config.json: ") == 1
-        and said in told
-        and "left out" in told
+        output.count(f"{runs_dir() / 'm'}: not a run of gear (config.json: ") == 1
+        and message in output
+        and "left out" in output
     )
     for open_it in (Run.open, open_runs, load_runs):
         with pytest.raises(UserError, match="config.json cannot be read") as error:
             open_it("m")
-        assert said in str(error.value) and "remove" not in str(error.value)
+        assert message in str(error.value) and "remove" not in str(error.value)
 
 
-def test_what_else_lies_among_the_runs(home, capsys):
+def test_other_files_among_the_runs_are_ignored(home, capsys):
     run = Run.create("a", CONFIG)
     (runs_dir() / "file").touch()
     (runs_dir() / "broken").symlink_to("nowhere")
@@ -215,10 +218,10 @@ NAMES = "a b,a[1],x*y,what?,-s0,it's,ä日,{x},two\nlines,$HOME,5%,#,~".split(",
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_may_be_called_anything(name, home):
-    """Its exact name goes before what that would match as a pattern."""
-    for other in ("a1", "xzy", "whats", name):
-        Run.create(other, CONFIG).append({"step": 1, "loss": 0.5})
+def test_a_run_may_have_any_name(name, home):
+    """An exact name takes precedence over its matches as a pattern."""
+    for other_name in ("a1", "xzy", "whats", name):
+        Run.create(other_name, CONFIG).append({"step": 1, "loss": 0.5})
     assert (
         [run.name for run in open_runs(name)]
         == run_names(name)
@@ -231,7 +234,7 @@ def test_a_run_may_be_called_anything(name, home):
     assert torch.equal(run.load_checkpoint("networks")["a.w"], torch.ones(2))
 
 
-def test_a_list_of_digits_asks_for_each_unless_a_run_has_that_name(home):
+def test_a_list_of_digits_requires_each_run_unless_a_run_has_that_name(home):
     for name in ("r-s0", "r-s1"):
         Run.create(name, CONFIG)
     assert [run.name for run in open_runs("r-s[10]")] == ["r-s1", "r-s0"]
@@ -242,21 +245,21 @@ def test_a_list_of_digits_asks_for_each_unless_a_run_has_that_name(home):
 
 
 @pytest.mark.parametrize("name", ("", ".", "..", "a/b", "/a", "a/", "n" * 256, "\udcff"))
-def test_what_names_no_run(name, home):
+def test_paths_and_invalid_names_are_refused(name, home):
     for use in (Run.open, lambda name: Run.create(name, CONFIG)):
         with pytest.raises(UserError, match="a run is opened by name"):
             use(name)
     assert list(home.iterdir()) == []
 
 
-def test_a_folder_whose_name_is_no_utf8_is_named(home, capsys):
+def test_a_folder_whose_name_is_no_utf8_is_reported(home, capsys):
     Run.create("a", CONFIG)
     os.rename(os.fsencode(runs_dir() / "a"), os.fsencode(runs_dir()) + b"/caf\xe9")
     assert run_names() == [] and "its name is no UTF-8" in capsys.readouterr().err
 
 
-def test_runs_may_lie_where_the_path_is_no_utf8(home, monkeypatch):
-    """Safetensors opens paths in UTF-8 alone; what is written is the same."""
+def test_the_path_of_runs_need_not_be_utf8(home, monkeypatch):
+    """The safetensors library opens paths in UTF-8 alone; gear writes the same bytes elsewhere."""
     tensors = {"networks": {"a.w": torch.arange(6.0).view(2, 3), "a.b": torch.zeros(())}}
     written = []
     for folder in (b"plain", b"caf\xe9 {x} [0]*"):
@@ -271,7 +274,7 @@ def test_runs_may_lie_where_the_path_is_no_utf8(home, monkeypatch):
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
-def test_a_value_that_is_none_is_not_logged(value, home):
+def test_a_value_that_is_not_finite_is_not_logged(value, home):
     run = Run.create("r", CONFIG)
     run.append({"step": 1, "loss": 0.5})
     with pytest.raises(FloatingPointError, match=f"'val/psnr' is {value} at step 2"):
@@ -298,7 +301,7 @@ def rewritten(path, metadata):
         lambda path: pd.DataFrame({"a": [7]}).to_parquet(path),
     ),
 )
-def test_a_damaged_table_is_made_again(damage):
+def test_a_damaged_table_is_computed_again(damage):
     run = Run.create("r", CONFIG)
     run.table("t", {"n": 1}, lambda: pd.DataFrame({"a": [1.5]}))
     damage(run.path / "analysis" / "t.parquet")
@@ -307,7 +310,8 @@ def test_a_damaged_table_is_made_again(damage):
 
 
 def test_a_bit_that_changed_in_a_table_is_noticed():
-    run, values = Run.create("r", CONFIG), [float(i) for i in range(100)]
+    run = Run.create("r", CONFIG)
+    values = [float(i) for i in range(100)]
     run.table("t", {}, lambda: pd.DataFrame({"a": values}))
     path = run.path / "analysis" / "t.parquet"
     content = path.read_bytes()
@@ -340,7 +344,7 @@ BAD_LINES = (
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_none(line):
+def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_no_fault(line):
     run = Run.create("r", CONFIG)
     path = run.path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + line.encode("latin-1") + b"\n")
@@ -354,7 +358,7 @@ def test_a_damaged_log_is_one_message_and_a_last_line_cut_short_is_none(line):
             read()
 
 
-def test_a_folder_in_place_of_a_file_is_said():
+def test_a_folder_in_place_of_a_file_is_reported():
     run = Run.create("r", CONFIG)
     for name, read in (("metrics.jsonl", run.metrics), ("config.json", lambda: run.config)):
         (run.path / name).unlink(missing_ok=True)
@@ -381,7 +385,7 @@ def test_a_configuration_saved_by_an_editor_is_read(encoding):
     )
 
 
-WRONG = (
+WRONG_FIELDS = (
     dict(steps="4"),
     dict(steps=True),
     dict(steps=float("nan")),
@@ -396,8 +400,8 @@ WRONG = (
 )
 
 
-@pytest.mark.parametrize("changes", WRONG, ids=str)
-def test_a_configuration_of_other_kinds_is_said(changes):
+@pytest.mark.parametrize("changes", WRONG_FIELDS, ids=str)
+def test_a_field_of_another_type_or_range_is_reported(changes):
     (name,) = changes
     with pytest.raises(
         UserError,
@@ -406,7 +410,7 @@ def test_a_configuration_of_other_kinds_is_said(changes):
         _ = Run.create("r", CONFIG | changes).config
 
 
-def test_what_a_configuration_lacks_is_named():
+def test_a_missing_field_is_named():
     run = Run.create("r", CONFIG | {"data": {"image_size": 32}})
     assert run.config["data"]["image_size"] == 32 and run.config.get("stage") is None
     for read, name in (
@@ -431,7 +435,7 @@ STATES = (
 
 
 @pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
-def test_a_damaged_state_is_said(text):
+def test_a_damaged_state_is_reported(text):
     run = Run.create("r", CONFIG)
     good = {
         "step": 1,
@@ -447,14 +451,14 @@ def test_a_damaged_state_is_said(text):
         run.load_state()
 
 
-def test_a_damaged_log_hides_no_other_run(capsys):
+def test_a_damaged_log_does_not_hide_other_runs(capsys):
     for name in ("a", "b"):
         Run.create(name, CONFIG).append({"step": 1, "loss": 0.5})
     (Run.open("b").path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     assert list(load_runs().run.unique()) == ["a"]
     assert (
-        "left out: " in (said := capsys.readouterr().err)
-        and "b/metrics.jsonl can be read up to step 1 only" in said
+        "left out: " in (message := capsys.readouterr().err)
+        and "b/metrics.jsonl can be read up to step 1 only" in message
     )
     main(["runs"])
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [

@@ -1,5 +1,5 @@
-"""What is tracked is enough: every product comes from runs/reference, the same bytes each time, and
-misses what is missing.
+"""The tracked records suffice: every figure is drawn from runs/reference with the same bytes each
+time, and a missing record is reported.
 """
 
 import json
@@ -21,7 +21,7 @@ DRAWN = [
 
 
 def files(folder):
-    """Every figure's files, and the page that shows them: {path in the folder: bytes}."""
+    """Return the files of all figures and of the page that shows them: {path in the folder: bytes}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEAR_FIGURES", str(folder))
         paths = [figure_path(product, suffix) for product in DRAWN for suffix in SUFFIXES]
@@ -47,32 +47,36 @@ def test_the_pack_is_small():
 
 @pytest.mark.slow
 def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
-    """All of them, byte for byte as tracked, and the page that shows them; then without one record,
-    whose products miss it.
+    """First all products and the page are compared with the tracked bytes. Then one record is
+    removed, and the product that needs it reports it.
     """
     shutil.copytree(ROOT / "runs" / "reference", home / "runs" / "reference")
     render.render(jobs=2)
     write_gallery()
-    tracked, again = files(ROOT / "figures"), files(home / "figures")
+    tracked = files(ROOT / "figures")
+    redrawn = files(home / "figures")
     for name in tracked:
-        assert again[name] == tracked[name], name
-    drawn = {path.stem for path in (home / "figures").glob("*.png")}
-    assert drawn == set(DRAWN), "what else could be drawn is not tracked"
+        assert redrawn[name] == tracked[name], name
+    products = {path.stem for path in (home / "figures").glob("*.png")}
+    assert products == set(DRAWN), "every figure that can be drawn is tracked"
 
-    gone, index = "scenes-joint-no-init-s1", home / "runs" / "reference" / "runs.csv"
+    removed = "scenes-joint-no-init-s1"
+    index = home / "runs" / "reference" / "runs.csv"
     index.write_text(
         "".join(
-            line for line in index.read_text().splitlines(True) if not line.startswith(f"{gone},")
+            line
+            for line in index.read_text().splitlines(True)
+            if not line.startswith(f"{removed},")
         )
     )
     capsys.readouterr()
     render.render(jobs=2)
-    told = [line for line in capsys.readouterr().out.splitlines() if gone in line]
-    assert [line.partition(":")[0] for line in told] == [
+    lines = [line for line in capsys.readouterr().out.splitlines() if removed in line]
+    assert [line.partition(":")[0] for line in lines] == [
         "tab12_initialisation"
-    ] and "gear sweep initialisation" in told[0]
+    ] and "gear sweep initialisation" in lines[0]
     assert (
-        gone
+        removed
         in json.loads((home / "figures" / "data" / "tab12_initialisation.json").read_text())[
             "needs"
         ]

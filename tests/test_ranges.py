@@ -529,7 +529,7 @@ COMMANDS = {
     "train tiny --dry-run --accumulate 3": "accumulate is 3: it has to divide batch_size, which is 16",
     "sweep depth --preset tiny --seeds -1": "--seeds: seeds is -1",
     "sweep depth --preset tiny --seeds 0,x": "--seeds: seeds are '0,x': numbers with commas between",
-    "sweep depth --preset tiny --count 1": "count is 1: a score is of two samples at least",
+    "sweep depth --preset tiny --count 1": "count is 1: a score needs at least two samples",
     "sweep depth --preset tiny --jobs -1": "jobs is -1",
     "sweep depth --preset tiny --device gpu": "no device 'gpu' here",
     "sample tiny --seed -1": "seed is -1",

@@ -186,8 +186,8 @@ def _start(command):
 
 
 def _end_with_parent():
-    """Ask the kernel to send SIGTERM to this child when its parent dies, even by kill -9. No run then
-    continues unnoticed.
+    """Ask the kernel to send SIGTERM to this child when its parent dies, even by kill -9, because
+    nobody would notice a run that continues.
     """
     if LIBC:
         LIBC.prctl(1, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The measurements of runs and studies: values logged in training, and scores of `gear evaluate`."""
+"""Measurements of runs and studies: values logged in training, and scores of `gear evaluate`."""
 
 import functools
 from dataclasses import replace

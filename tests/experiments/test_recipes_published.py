@@ -104,7 +104,7 @@ STUDIES = {
     "Res. Tab. 13": "imagenet256-l-joint",
 }
 SHORT = {"Enc. Tab. 10", "Depth Tab. 11", "Res. Tab. 13"}  # 100,000 steps, as in --steps 100000
-# column of Table 15 with the default of another column's list, where the list alone does not tell it
+# published column that holds the default of a list in Table 15 -> the column of that list
 DEFAULTS = {
     "Size Tab. 9, default": "Size Tab. 9",
 }

@@ -1,5 +1,5 @@
-"""Every test has run, figure and cache folders of its own; the runs of the recipe `tiny` are
-trained once and shared.
+"""Fixtures: every test has its own folders for runs, figures and caches; the runs of the recipe
+`tiny` are trained once and shared.
 """
 
 import os
@@ -7,7 +7,7 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch: sets variables that torch's libraries read when they load
 
 # isort: split
 
@@ -25,7 +25,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Point $GEAR_RUNS, $GEAR_FIGURES and $GEAR_CACHE into the test's own folder; returns it."""
+    """Set $GEAR_RUNS, $GEAR_FIGURES and $GEAR_CACHE to folders in the test's own folder; returns
+    that folder.
+    """
     for name in ("runs", "figures", "cache"):
         monkeypatch.setenv(f"GEAR_{name.upper()}", str(tmp_path / name))
     return tmp_path
@@ -33,13 +35,13 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(params=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
 def device(request):
-    """Each kind of device that is here, by its name."""
+    """The name of a device: one test per kind of device on this machine."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """The folder of the runs tiny-tokenizer, tiny-joint and tiny; read it, do not write to it."""
+    """The folder of the runs tiny-tokenizer, tiny-joint and tiny, which tests must not change."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
     # one pytest-xdist worker trains, the others wait

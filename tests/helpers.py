@@ -48,18 +48,18 @@ K = 11  # the tiny generator's codebook
 
 
 def scenes(count, first=0):
-    """Scenes number `first` to `first + count` at 32 px: images (N, 3, 32, 32) in [-1, 1] and
+    """Return `count` scenes from number `first` on, at 32 px: images (N, 3, 32, 32) in [-1, 1] and
     labels (N,).
     """
-    source, positions = Scenes(first, count, 32), np.arange(count)
-    return data.to_float(torch.from_numpy(source.images(positions))), torch.from_numpy(
-        source.labels(positions)
-    )
+    source = Scenes(first, count, 32)
+    positions = np.arange(count)
+    images = data.to_float(torch.from_numpy(source.images(positions)))
+    return images, torch.from_numpy(source.labels(positions))
 
 
 def stirred(module, std=0.3):
-    """Give every matrix of a network large random weights: its heads are not zero and every block
-    matters.
+    """Give every matrix of a network large random weights, so that no head is zero and every block
+    changes the output. Returns the network.
     """
     for parameter in module.parameters():
         if parameter.dim() > 1:
@@ -73,7 +73,7 @@ def tiny_tokenizer(**changes):
 
 
 def tiny_generator(**changes):
-    """A generator over K codes with stirred weights, in evaluation mode."""
+    """Return a generator over K codes with stirred weights, in evaluation mode."""
     torch.manual_seed(0)
     return stirred(Generator(replace(GENERATOR, **changes), K)).eval()
 
@@ -90,8 +90,8 @@ def tiny_state(
     checkpointing=False,
     **objective,
 ):
-    """A State of the preset `tiny` with no parent, whose generator drops out and drops labels while
-    it trains.
+    """Return a State of the preset `tiny` without a parent, whose generator trains with dropout of
+    activations and of labels.
     """
     torch.manual_seed(0)
     config = replace(
@@ -113,21 +113,18 @@ def tiny_state(
 
 
 def loss_terms(quantized):
-    """Return all loss terms of a Quantized, unweighted: {name: scalar}."""
-    kind = (
-        "lfq"
-        if isinstance(quantized.affinity, SignAffinity)
-        else "vq"
-        if quantized.affinity.shift
-        else "ibq"
-    )
+    """Return all unweighted loss terms of a Quantized: {name: scalar}."""
+    if isinstance(quantized.affinity, SignAffinity):
+        kind = "lfq"
+    else:
+        kind = "vq" if quantized.affinity.shift else "ibq"
     return QUANTIZER_LOSSES[kind](quantized) | {
         "entropy_loss": entropy_loss(*quantized.affinity.entropies())
     }
 
 
 class Formed(Affinity):
-    """An Affinity of which only the matrix (..., K) is known."""
+    """An Affinity given by its matrix (..., K) alone."""
 
     def __init__(self, matrix):
         super().__init__(matrix, matrix.new_empty(matrix.shape[-1], 0), limit=2**62)
@@ -135,11 +132,12 @@ class Formed(Affinity):
 
 
 def weights(*modules):
-    """Copy the weights of networks, to be compared with later."""
+    """Return copies of the weights of networks, for a later comparison."""
     return [tensor.clone() for module in modules for tensor in module.state_dict().values()]
 
 
 def same(one, other):
+    """Return whether two sequences of tensors are equal."""
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -156,11 +154,11 @@ def assert_same_run(one, other):
 
 
 def recorded(name, config, scores=(), **metrics):
-    """Write a finished run without training it: its configuration, the last line of its log, and an
-    evaluation's records.
+    """Write a finished run without training it: its configuration, the last line of its log, and
+    the records of an evaluation. Returns the Run.
 
-    `scores` are (step, cfg_scale, {metric: value}); an empty step means a reconstruction. Numbers
-    are the caller's.
+    scores: a list of (step, cfg_scale, {metric: value}); step 0 means a reconstruction. metrics:
+    the values that validation logged.
     """
     run = Run.create(name, to_dict(config))
     (run.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -168,7 +166,7 @@ def recorded(name, config, scores=(), **metrics):
         {"step": config.steps, **{f"val/{metric}": value for metric, value in metrics.items()}}
     )
     base = {"network": "scenes", "weights_of": name}
-    drawn = base | {
+    sample_protocol = base | {
         "count": 100,
         "seed": 0,
         "temperature": 1.0,
@@ -176,35 +174,43 @@ def recorded(name, config, scores=(), **metrics):
         "top_p": 1.0,
         "reference_count": 2_000,
     }
-    drawn["reference"] = config.data.source
-    if "resolution" in str(name) or name.endswith("px"):  # as that study is scored
-        drawn["samples_resized"] = 32
-    rebuilt = base | {
+    sample_protocol["reference"] = config.data.source
+    if "resolution" in str(name) or name.endswith("px"):  # the study resizes its samples
+        sample_protocol["samples_resized"] = 32
+    reconstruction_protocol = base | {
         "split": "val",
         "images": min(2_000, config.data.val_images),
         "step": config.steps,
     }
     records = [
-        record(metric, value, drawn | {"step": step, "cfg_scale": scale} if step else rebuilt)
+        record(
+            metric,
+            value,
+            sample_protocol | {"step": step, "cfg_scale": scale}
+            if step
+            else reconstruction_protocol,
+        )
         for step, scale, values in scores
         for metric, value in values.items()
     ]
-    seen = {
+    loss_protocol = {
         "weights_of": name,
         "split": "val",
         "images": min(config.eval_images, config.data.val_images),
         "step": config.steps,
     }
+    # Evaluations write these losses too, but only the values in the log count.
     records += [
-        record(metric, 99.0, seen) for metric in ("ntp_loss", "usage_entropy", "predictable")
-    ]  # the log's count
+        record(metric, 99.0, loss_protocol)
+        for metric in ("ntp_loss", "usage_entropy", "predictable")
+    ]
     (run.path / "metrics.json").write_text(json.dumps(records))
     return run
 
 
 def record_study(name, preset="tiny", seeds=(0, 1, 2), effect=-1.0):
-    """Write every run of a study with seeded numbers: GEAR's Fréchet distances differ from the
-    baseline's by `effect`.
+    """Write every run of a study with seeded random scores, without training; GEAR's Fréchet
+    distances differ from the baseline's by `effect`. Returns the Members.
     """
     for member in members(name, preset, seeds):
         record_scored(member.name, member.planned[-1][1], effect if member.role == "gear" else 0.0)
@@ -212,8 +218,8 @@ def record_study(name, preset="tiny", seeds=(0, 1, 2), effect=-1.0):
 
 
 def record_scored(name, config, effect=0.0):
-    """Write a run with seeded numbers at two steps and three scales of guidance, and of its
-    tokenizer's reconstructions.
+    """Write a run with seeded random scores: of samples at two steps and three guidance scales, and
+    of reconstructions. Returns the Run.
     """
     noise = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
     steps = [
@@ -252,30 +258,36 @@ def record_scored(name, config, effect=0.0):
 
 
 def state_on(device, parts=1, checkpointing=False, **changes):
-    """A joint state with stirred weights, the same on every device, which draws nothing at
-    random.
+    """Return a State of the stage `joint` with stirred weights, which are the same on every device;
+    its steps use no random numbers.
     """
     base = recipe("tiny-joint")
-    still = replace(base.generator, dropout=0.0, class_dropout=0.0)
+    without_dropout = replace(base.generator, dropout=0.0, class_dropout=0.0)
     objective = replace(base.objective, gan_start=0.0)
     config = replace(
-        base, stage="joint", tokenizer_run="", generator=still, objective=objective, **changes
+        base,
+        stage="joint",
+        tokenizer_run="",
+        generator=without_dropout,
+        objective=objective,
+        **changes,
     )
     torch.manual_seed(0)
-    devices = torch.device("cpu"), torch.device(device)
-    states = [State(config, d, parts, checkpointing=checkpointing) for d in devices]
-    states[0].start(states[0].config.data)
-    for name, network in states[0].networks.items():
+    # Random numbers differ between devices: weights are drawn on the CPU and copied.
+    on_cpu = State(config, torch.device("cpu"), parts, checkpointing=checkpointing)
+    state = State(config, torch.device(device), parts, checkpointing=checkpointing)
+    on_cpu.start(on_cpu.config.data)
+    for name, network in on_cpu.networks.items():
         if name in ("generator", "projector"):
             stirred(network)
-        states[1].networks[name].load_state_dict(network.state_dict())
-        if name in states[1].averages:
-            states[1].averages[name].module.load_state_dict(network.state_dict())
-    return states[1]
+        state.networks[name].load_state_dict(network.state_dict())
+        if name in state.averages:
+            state.averages[name].module.load_state_dict(network.state_dict())
+    return state
 
 
 def take_step(state, images, labels):
-    """Take a step as gear.training.loop does; returns its losses."""
+    """Take one training step as gear.training.loop does; returns the losses."""
     torch.manual_seed(step_seed(0, state.step))
     gradients(state, (images, labels))
     losses = state.descend()
@@ -285,9 +297,9 @@ def take_step(state, images, labels):
 
 @contextlib.contextmanager
 def no_waits(device):
-    """Raise where a GPU is waited for inside the block."""
+    """Raise an error if the code inside the block waits for the GPU; skips the test on a CPU."""
     if device.type != "cuda":
-        pytest.skip("nobody waits for a CPU")
+        pytest.skip("only a GPU computes asynchronously")
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

@@ -1,8 +1,9 @@
-"""One joint step at the public sizes, as numbers: `python tests/joint_step.py` records them anew.
+"""The numbers of one joint step at the public sizes; `python tests/joint_step.py` records them again.
 
-The setting is the public trainer's: LlamaGen-B, a PatchGAN with BatchNorm, lambda .5, tau .1, tap 4
-and K = 16,384, with two images of 64 px. Weights, the teacher's features and DIRECTION follow from
-names alone (parity/weights.py). The numbers stand in golden/joint_step.json.
+The setting is that of the public trainer: LlamaGen-B, a PatchGAN with BatchNorm, lambda 0.5, tau
+0.1, tap layer 4 and K = 16,384, with two images of 64 px. Weights, the teacher's features and
+DIRECTION are computed from their names alone (parity/weights.py), so that no file has to be stored.
+The recorded numbers are in golden/joint_step.json.
 """
 
 import json
@@ -33,7 +34,7 @@ DIRECTION = torch.from_numpy(parity_normal("joint_step.direction", (LARGEST,)))
 
 
 class FixedTeacher(torch.nn.Module):
-    """A teacher with the same features for every batch: (B, 16, 768), 64 px being 4 x 4 tokens."""
+    """A teacher with the same features (B, 16, 768) for every batch: 64 px are 4 x 4 tokens."""
 
     dim, stride = 768, 16
 
@@ -45,7 +46,7 @@ class FixedTeacher(torch.nn.Module):
 
 
 def load_projector(path):
-    """Load the one projector of a public file."""
+    """Load the first projector of a public file."""
     projector = Projector(GENERATORS["B"], FixedTeacher.dim)
     tensors = open_checkpoint(path).parts["projector"].tensors
     projector.load_state_dict({name.removeprefix("0."): tensor for name, tensor in tensors.items()})
@@ -61,19 +62,19 @@ LOAD = {
 
 
 def write_public(name, folder):
-    """Write a file in the public layout for each network."""
+    """Write one file per network to `folder`, in the public layout."""
     layouts = (name, "llamagen_b", "projector_b_dinov2b", "discriminator")
     for network, layout in zip(LOAD, layouts, strict=True):
         torch.save(state_dict(layout), folder / f"{network}.pt")
 
 
 def load_public(folder):
-    """Load what `write_public` wrote: {network: module}."""
+    """Load the files of `write_public`: {network: module}."""
     return {network: load(folder / f"{network}.pt") for network, load in LOAD.items()}
 
 
 def build(name, folder):
-    """Return the State of a joint run that starts from the public files; its averages are empty."""
+    """Return the State of a joint run that starts from the public files, without weight averages."""
     config = Config(
         recipe="joint",
         stage="joint",
@@ -87,7 +88,7 @@ def build(name, folder):
     with mock.patch("gear.training.state.load_teachers", lambda *_: [FixedTeacher()]):
         state = State(config, torch.device("cpu"))
     for average in state.averages.values():
-        average.module = None  # a gigabyte, of no use before the step is done
+        average.module = None  # frees a gigabyte; averages are needed only after the step
     public = load_public(folder)
     for network in public:
         state.networks[network].load_state_dict(public[network].state_dict())
@@ -95,7 +96,7 @@ def build(name, folder):
 
 
 def parameters(networks):
-    """Return {part: parameters}, the parts being those of the tokenizer and the other networks."""
+    """Return {part: parameters}; the parts are three of the tokenizer, and the other networks."""
     tokenizer = networks["tokenizer"]
     modules = {
         "encoder": [tokenizer.encoder, tokenizer.quant_conv],
@@ -107,17 +108,21 @@ def parameters(networks):
 
 
 def norm(tensors):
+    """Return the norm of all elements of several tensors; 0 for none."""
     return torch.stack([t.norm() for t in tensors]).norm().item() if tensors else 0.0
 
 
 def described(gradients):
-    """Return a gradient's norm, and its component along DIRECTION, which tells signs and places."""
+    """Return [norm, component along DIRECTION] of a gradient.
+
+    The component also depends on signs and positions of the elements, which the norm does not.
+    """
     gradients = [g.flatten() for g in gradients if g is not None]
     return [norm(gradients), sum((g @ DIRECTION[: len(g)]).item() for g in gradients)]
 
 
 def gradients_by_term(losses, weights, parts):
-    """Return {term: {part: its weighted gradient described}}; what does not learn has norm 0."""
+    """Return {loss term: {part: `described` weighted gradient}}; a frozen part has norm 0."""
     learning = {part: [p for p in ps if p.requires_grad] for part, ps in parts.items()}
     inputs = [p for ps in learning.values() for p in ps]
     terms = {}
@@ -131,11 +136,13 @@ def gradients_by_term(losses, weights, parts):
 
 
 def measure(name):
-    """Take the step with the tokenizer `name`, as training does; returns a tree of numbers.
+    """Take the step with the tokenizer `name`, as in training; returns a tree of numbers.
 
-    A gradient is a norm and a component along DIRECTION; a step is these two, after the share of
-    weights that changed. Of Adam's moments, in which clipping shows, there are the mean's norm and
-    the sum of squares. An average is its distance to the stepped weights in steps: its decay.
+    gradients, terms: [norm, component along DIRECTION] per part.
+    steps: [share of weights that changed, norm, component along DIRECTION] of the change.
+    moments: [norm of Adam's first moment, sum of its second moment], which depend on clipping.
+    averages: distance between average and new weights, divided by the norm of the change; this is
+    the decay of the average.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_public(name, Path(folder))
@@ -146,8 +153,10 @@ def measure(name):
 
 
 def descend(state, images, labels):
-    """Take the step; returns indices, losses, gradients by network and by term, and moments."""
-    parts, terms, moments = parameters(state.networks), {}, {}
+    """Take the step; returns indices, losses, gradients by part and by loss term, and moments."""
+    parts = parameters(state.networks)
+    terms = {}
+    moments = {}
     backward = state.backward
 
     def backward_by_term(network, losses, weights):
@@ -158,7 +167,7 @@ def descend(state, images, labels):
         states = list(adam.state.values())
         squares = sum(s["exp_avg_sq"].sum().item() for s in states)
         moments[network] = [norm([s["exp_avg"] for s in states]), squares]
-        adam.state.clear()  # a gigabyte, of no use after the one step
+        adam.state.clear()  # frees a gigabyte; there is no second step
 
     for network, optimizer in state.optimizers.items():
         forget = partial(forget_moments, network)
@@ -178,9 +187,11 @@ def descend(state, images, labels):
 
 
 def movement(state, start):
-    """Return what the step did to weights and averages, which began as the networks `start`."""
-    parts, before = parameters(state.networks), parameters(start)
-    steps, averages = {}, {}
+    """Return how the step changed weights and averages, both of which began as those of `start`."""
+    parts = parameters(state.networks)
+    before = parameters(start)
+    steps = {}
+    averages = {}
     for part, weights in parts.items():
         change = [p.detach() - q for p, q in zip(weights, before[part], strict=True)]
         changed = sum(c.count_nonzero().item() for c in change)
@@ -195,7 +206,7 @@ def movement(state, start):
 
 
 def rounded(tree):
-    """Keep seven significant digits of every number."""
+    """Round every float in a tree to seven significant digits; sorts the keys."""
     if isinstance(tree, dict):
         return {key: rounded(tree[key]) for key in sorted(tree)}
     if isinstance(tree, list):

@@ -1,5 +1,5 @@
-"""A process imports what it uses: training needs torch, torchvision, numpy, safetensors, tyro and
-what tables are made of.
+"""A process imports only the packages that it uses. Training needs torch, torchvision, numpy,
+safetensors, tyro and the packages for tables.
 """
 
 import importlib
@@ -20,7 +20,8 @@ from gear.generator.sampling import sample
 from gear.images import image_grid
 from gear.runs.run import Run
 
-NEEDLESS = (  # to train with: some are large, others are not on a machine with a GPU
+# Packages that training does not need: some are large, others are missing on a machine with a GPU.
+NEEDLESS = (
     "braceexpand",
     "ipywidgets",
     "jupyter_client",
@@ -55,9 +56,7 @@ def run(code):
 
 
 def loaded(code, names):
-    """Return which of the modules `names` are loaded once a process has run `code`; the last line
-    it prints is the answer.
-    """
+    """Return which of the modules `names` a new process has loaded after it ran `code`."""
     out = run(
         f"{code}\nimport sys; print(*[name for name in {list(names)} if name in sys.modules])"
     )
@@ -74,9 +73,7 @@ def test_listing_runs_imports_no_torch():
 
 
 def test_commands_import_what_they_use():
-    """Every command's file, with all that it imports, the training loop among it: nothing that
-    draws or compiles.
-    """
+    """Importing all commands loads the training loop, but no package that draws or compiles."""
     names = [
         path.stem
         for path in Path(cli.__file__).parent.glob("[a-z]*.py")
@@ -109,8 +106,8 @@ def test_public_names_are_there_when_they_are_asked_for():
 
 
 def test_torchvision_imports_after_gear():
-    """A wheel compiled against CUDA does not, beside a CPU-only torch, without what
-    `gear._torchvision` declares first.
+    """A torchvision wheel built for CUDA fails to import beside a CPU-only torch, unless
+    `gear._torchvision` is imported first.
     """
     assert make_grid.__module__ == "torchvision.utils" and "gear._torchvision" in sys.modules
 
@@ -145,8 +142,8 @@ def test_a_grid_of_images_is_torchvisions():
     torch.manual_seed(0)
     for count, columns, gap in ((24, 12, 2), (5, 3, 1), (2, 8, 2), (1, 1, 0)):
         images = torch.rand(count, 3, 6, 4)
-        want = make_grid(images, nrow=columns, padding=gap, pad_value=1.0)
-        assert torch.equal(image_grid(images, columns, gap), want)
+        expected = make_grid(images, nrow=columns, padding=gap, pad_value=1.0)
+        assert torch.equal(image_grid(images, columns, gap), expected)
 
 
 @pytest.mark.parametrize("old, new", [("alignment", "alignment"), ("codes", "codes"), ("spatial", "spatial"),

@@ -1,5 +1,5 @@
-"""Every number that a configuration, an option or a notebook takes has a range, kept where it is
-built: below, at, above.
+"""Every number in a configuration, an option or a notebook has a range, which is checked when the
+object is built. Values below, at and above both ends are tested.
 """
 
 import dataclasses
@@ -58,15 +58,22 @@ from gear.tokenizer.config import TokenizerConfig
 from gear.training.loop import Runtime, train
 from gear.training.settings import Config, ObjectiveConfig, OptimizerConfig
 
-NAN, INF = math.nan, math.inf
-ALL = 1 - 2**-53  # the largest number below 1
-COUNT, WHOLE = (0, 1, MOST, MOST + 1), (-1, 0, MOST, MOST + 1)
-SEED, PARALLEL, JOBS = (-1, 0, 2**32 - 1, 2**32), (-1, 0, 1024, 1025), (0, 1, 1024, 1025)
-NOT_NEGATIVE, SHARE, BELOW_ONE = (-1e-9, 0, 1e300, INF), (-1e-9, 0, 1, 1 + 1e-9), (-1e-9, 0, ALL, 1)
-SAMPLES, GUIDANCE = (1, 2, MOST, MOST + 1), (-1e-9, 0, 1e6, 1e6 + 1)
+NAN = math.nan
+INF = math.inf
+# Four values of a field: below its range, its least, its largest, above its range.
+COUNT = (0, 1, MOST, MOST + 1)
+WHOLE = (-1, 0, MOST, MOST + 1)
+SAMPLES = (1, 2, MOST, MOST + 1)
+SEED = (-1, 0, 2**32 - 1, 2**32)
+PARALLEL = (-1, 0, 1024, 1025)
+JOBS = (0, 1, 1024, 1025)
+NOT_NEGATIVE = (-1e-9, 0, 1e300, INF)
+SHARE = (-1e-9, 0, 1, 1 + 1e-9)
+BELOW_ONE = (-1e-9, 0, 1 - 2**-53, 1)
+GUIDANCE = (-1e-9, 0, 1e6, 1e6 + 1)
 
-# {class: (an instance, {field: (below its range, its least, its largest, above it)})}; a dict is a
-# value with what it needs
+# {class: (an instance, {field: its four values})}. A dict stands for a value together with other
+# fields that it requires.
 TABLE = {
     Config: (
         RECIPES["tiny-joint"],
@@ -203,11 +210,11 @@ IDS = [f"{cls.__name__}.{name}" for cls, name in ROWS]
 
 
 def bare(kind):
-    """Return (the type of a field's values or of its elements, its Range or None, whether it is a
-    tuple).
+    """Return (type, range, is_tuple) of a field annotated `kind`: the type of its values or of its
+    elements, their Range or None, and whether it is a tuple.
     """
     is_tuple = typing.get_origin(kind) is tuple
-    if typing.get_origin(kind) is typing.Union:  # of a number and a word
+    if typing.get_origin(kind) is typing.Union:  # a number or a word: the number counts here
         kind = typing.get_args(kind)[0]
     kind = typing.get_args(kind)[0] if is_tuple else kind
     bounds = next((b for b in typing.get_args(kind)[1:] if isinstance(b, Range)), None)
@@ -224,8 +231,8 @@ def kinds(cls):
 
 
 def built(cls, name, value):
-    """Return the class's instance of the table with another value of a field, one element where it
-    is a tuple.
+    """Return the instance of `cls` in TABLE with another `value` of a field; a tuple gets `value` as
+    its only element.
     """
     changes = (
         value if isinstance(value, dict) else {name: (value,) if kinds(cls)[name][2] else value}
@@ -234,7 +241,7 @@ def built(cls, name, value):
 
 
 def test_the_table_has_every_number_of_every_class():
-    """A new class, a new field or one without a range fails here."""
+    """The test fails for a class or a field that is not in TABLE, or for one without a range."""
     for name in gear.__main__.COMMANDS:  # every module that has options
         importlib.import_module(f"gear.cli.{name}")
     assert set(TABLE) == {
@@ -254,14 +261,12 @@ def test_a_number_below_at_and_above_its_range(cls, name):
         with pytest.raises(UserError, match=rf"^{name} is {re.escape(str(value))}: it has to be "):
             built(cls, name, value)
     for value in (least, largest):
-        got = getattr(built(cls, name, value), name)
-        assert got == (
-            value[name]
-            if isinstance(value, dict)
-            else (value,)
-            if isinstance(got, tuple)
-            else value
-        )
+        built_value = getattr(built(cls, name, value), name)
+        if isinstance(value, dict):
+            expected = value[name]
+        else:
+            expected = (value,) if isinstance(built_value, tuple) else value
+        assert built_value == expected
 
 
 @pytest.mark.parametrize("cls, name", ROWS, ids=IDS)
@@ -342,7 +347,7 @@ def test_a_range_says_itself():
 TINY = RECIPES["tiny-joint"]
 
 
-@pytest.mark.parametrize("build, said", [
+@pytest.mark.parametrize("build, message", [
     (lambda: replace(TINY.generator, heads=3), "width 32 over 3 heads: .*divisible by 4"),
     (lambda: replace(TINY.generator, tap_layer=4), "tap_layer is 4: it has to be at most 3, the number of layers"),
     (lambda: replace(TINY.generator, text_slots=4, dual_layers=4), "dual_layers is 4: it has to be at most 3"),
@@ -364,22 +369,21 @@ TINY = RECIPES["tiny-joint"]
     (lambda: recipe("tiny-s01"), "unknown recipe 'tiny-s01'. Did you mean 'tiny'"),
     (lambda: plan(replace(TINY, generator=replace(TINY.generator, num_classes=5)), base=TINY), "num_classes is 5: .* have 24"),
 ])  # fmt: skip
-def test_rules_between_fields(build, said):
-    with pytest.raises(UserError, match=said):
+def test_rules_between_fields(build, message):
+    with pytest.raises(UserError, match=message):
         build()
 
 
 def test_values_that_the_rules_leave_free():
-    """Each was refused, or crashed, at one time: odd widths, a tap before the first layer, a
-    discriminator of another size.
+    """Valid values that earlier versions refused or crashed on: odd widths, a tap layer before the
+    first layer, a discriminator of another size.
     """
     for channels in (1, 9, 10, 136):
         assert replace(TOKENIZER, channels=channels).channels == channels
     assert replace(TINY.generator, tap_layer=0).tap_layer == 0 and recipe("tiny-s0").seed == 0
     other = replace(TINY, objective=replace(TINY.objective, disc_channels=9))
-    warm_up, joint = (
-        config for _, config in plan(other, label="nine")
-    )  # which goes on with the warm-up's discriminator
+    # the joint stage continues training the warm-up's discriminator
+    warm_up, joint = (config for _, config in plan(other, label="nine"))
     assert warm_up.objective.disc_channels == joint.objective.disc_channels == 9
     both = replace(
         TINY,
@@ -389,7 +393,7 @@ def test_values_that_the_rules_leave_free():
     assert [config.data.image_size for _, config in plan(both, label="both")] == [36, 36]
 
 
-# -- numbers that are no fields --------------------------------------------------------------------
+# -- numbers that are not fields of a class --------------------------------------------------------
 
 
 def test_every_number_of_every_notebook_has_a_range():
@@ -436,11 +440,11 @@ def test_lists_of_numbers_and_seeds():
 
 @pytest.fixture
 def record(home):
-    """A run without weights: what is refused needs none."""
+    """A run without weights: an error for a wrong value comes before any weights are read."""
     return recorded("tiny-joint", RECIPES["tiny-joint"])
 
 
-@pytest.mark.parametrize("call, said", [
+@pytest.mark.parametrize("call, message", [
     (lambda run: profiles.layer_profile(run, 40, 0), "with 64 tokens an image: k is 0"),
     (lambda run: profiles.layer_profile(run, 40, 63), "k is 63: it has to be at least 1 and at most 62"),
     (lambda run: profiles.tokenizer_profile(run, 40, NAN), "k is nan: it has to be a whole number"),
@@ -474,9 +478,9 @@ def record(home):
     (lambda run: train(TINY, "new", Runtime(device="gpu")), "no device 'gpu'"),
     (lambda run: train(TINY, "tiny-joint", Runtime(device="meta")), "no device 'meta'"),
 ])  # fmt: skip
-def test_functions_that_take_a_number_or_a_device(call, said, record):
+def test_functions_that_take_a_number_or_a_device(call, message, record):
     before = sorted(record.path.parent.rglob("*"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         call(Run.open("tiny-joint"))
     assert sorted(record.path.parent.rglob("*")) == before
 
@@ -490,8 +494,8 @@ def test_devices(monkeypatch):
             open_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = {name: str(find_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")}
-    assert found == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda", "cuda:1": "cuda:1"}
+    devices = {name: str(find_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")}
+    assert devices == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda", "cuda:1": "cuda:1"}
     with pytest.raises(
         UserError, match="no device 'cuda:2' here: there is auto, cpu, cuda, cuda:0, cuda:1"
     ):
@@ -529,7 +533,7 @@ COMMANDS = {
     "train tiny --dry-run --accumulate 3": "accumulate is 3: it has to divide batch_size, which is 16",
     "sweep depth --preset tiny --seeds -1": "--seeds: seeds is -1",
     "sweep depth --preset tiny --seeds 0,x": "--seeds: seeds are '0,x': numbers separated by commas",
-    "sweep depth --preset tiny --count 1": "count is 1: a score is of two samples at least",
+    "sweep depth --preset tiny --count 1": "count is 1: a score needs at least two samples",
     "sweep depth --preset tiny --jobs -1": "jobs is -1",
     "sweep depth --preset tiny --device gpu": "no device 'gpu' here",
     "sample tiny --seed -1": "seed is -1",
@@ -567,11 +571,10 @@ def test_a_command_refuses_with_one_message_and_writes_nothing(command, record, 
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         main(command.split())
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.startswith("gear: ") and said.err.count("\n") == 1, (
-        said.err
-    )
-    assert COMMANDS[command] in said.err and "Traceback" not in said.err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("gear: ") and error.count("\n") == 1, error
+    assert COMMANDS[command] in error and "Traceback" not in error
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
     assert [path.name for path in (home / "runs").iterdir()] == ["tiny-joint"] and not (
         home / "figures"
@@ -581,11 +584,9 @@ def test_a_command_refuses_with_one_message_and_writes_nothing(command, record, 
 def test_help_still_says_what_a_field_means(capsys):
     with pytest.raises(SystemExit):
         main(["train", "tiny", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "guidance temperature of the soft read-out" in said
-        and "largest norm of a network's gradient" in said
-    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "guidance temperature of the soft read-out" in text
+    assert "largest norm of a network's gradient" in text
 
 
 def test_auto_is_a_device_of_an_evaluation_and_guidance_below_one_is_scored_as_such(tiny):

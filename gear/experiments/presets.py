@@ -1,8 +1,8 @@
-"""The presets: the configuration that all methods of a family share, and what each of its stages
-changes of it.
+"""The presets. A preset is the configuration that all methods of a family share; some presets also
+have changes for single stages.
 
-A preset's text gives its command, its cost and what to expect. gear/experiments/recipes.py derives
-the runs.
+The text below each preset says what it is, its command, its cost and the expected result.
+gear/experiments/recipes.py derives the runs.
 """
 
 from dataclasses import replace
@@ -14,11 +14,15 @@ from gear.training.settings import Config, ObjectiveConfig, OptimizerConfig
 
 
 def change(config, changes):
-    """Return a config with nested `changes` ({"steps": 3, "optimizer": {"clip": 2.0}})."""
-    nested = {
-        k: change(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()
+    """Return a copy of `config` with nested `changes`: {"steps": 3, "optimizer": {"clip": 2.0}}.
+
+    A dict changes the fields of a section; any other value replaces a field.
+    """
+    values = {
+        name: change(getattr(config, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
     }
-    return replace(config, **nested)
+    return replace(config, **values)
 
 
 SCENES = Config(
@@ -57,26 +61,30 @@ SCENES = Config(
         tokenizer_lr=5e-4, generator_lr=3e-3, tokenizer_ema=0.97, generator_ema=0.97
     ),
 )
-"""32 px procedural scenes, 8 x 8 tokens, K = 512: everything in minutes on two CPU cores.
+"""Procedural scenes of 32 px with 8 x 8 tokens and K = 512, for two CPU cores.
 
-gear train scenes-gear-s0     about 5 CPU-minutes with its parents. Expect, against
-scenes-llamagen-repa-s0: a lower next-token loss and a better alignment of the fresh generator at
-about the same PSNR.
+Command: gear train scenes-gear-s0
+Cost: about 5 CPU-minutes, parents included.
+Expected result, compared with the baseline scenes-llamagen-repa-s0: a lower next-token loss and a
+better alignment of the fresh generator, at about the same PSNR.
 """
 
 SCENES_IBQ = change(SCENES, dict(tokenizer=dict(quantizer="ibq")))
-"""The scenes preset with an IBQ tokenizer: `gear train scenes-ibq-gear-s0`."""
+"""The scenes preset with an IBQ tokenizer.
+
+Command: gear train scenes-ibq-gear-s0
+"""
 
 SCENES_LFQ = change(
     SCENES,
     dict(tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=9), objective=dict(tau=0.25)),
 )
-"""The scenes preset with an LFQ tokenizer, nine bits, on Open-MAGVIT2's backbone.
+"""The scenes preset with an LFQ tokenizer of nine bits, on Open-MAGVIT2's backbone.
 
-gear train scenes-lfq-gear-s0
+Command: gear train scenes-lfq-gear-s0
 
-Each tokenizer's A has its own scale: tau is where the warm-up's soft assignment has about half a
-nat, as in `SCENES`.
+The affinity A of each quantizer has its own scale. tau is chosen so that the soft assignment of the
+warm-up has an entropy of about half a nat, as in `SCENES`.
 """
 
 CIFAR10_SMOKE = change(
@@ -86,20 +94,19 @@ CIFAR10_SMOKE = change(
         eval_every=50,
         data=dict(source="cifar10"),
         generator=dict(num_classes=10),
-        objective=dict(
-            gan_weight=0.0, entropy_weight=0.0
-        ),  # a fixed GAN weight prints a 4-pixel grid; entropy costs .5 dB
+        # A fixed adversarial weight leaves a 4-pixel grid in the images; the entropy term costs
+        # 0.5 dB of PSNR.
+        objective=dict(gan_weight=0.0, entropy_weight=0.0),
     ),
 )
-"""Photographs at the scenes' size, for a CPU: CIFAR-10, 32 px, an ImageNet teacher, no adversarial
-term.
+"""CIFAR-10 at 32 px, with an ImageNet teacher and without an adversarial term: a check on
+photographs that everything works, small enough for a CPU.
 
-gear train cifar10-smoke-gear-s0, where torchvision can download CIFAR-10, or from a zip (or folder)
-of class folders: gear train cifar10-smoke-gear-s0 --source cifar10.zip --label zip
-
-About 8 CPU-minutes with its parents. Expect of cifar10-smoke-gear-s0: PSNR 22.0 dB (the linear
-start has 21.4; patches show), 3.8 nats a token of a usage entropy of 6.1, alignment -0.32. It shows
-that everything works, no more.
+Command: gear train cifar10-smoke-gear-s0 (torchvision downloads CIFAR-10), or, from a zip or folder
+with one sub-folder per class: gear train cifar10-smoke-gear-s0 --source cifar10.zip --label zip
+Cost: about 8 CPU-minutes, parents included.
+Expected result: PSNR 22.0 dB (21.4 dB at the linear initialisation; patch borders are visible),
+next-token loss 3.8 nats per token at a usage entropy of 6.1 nats, alignment loss -0.32.
 """
 
 CIFAR10 = change(CIFAR10_SMOKE, dict(
@@ -110,13 +117,14 @@ CIFAR10 = change(CIFAR10_SMOKE, dict(
 ))  # fmt: skip
 """CIFAR-10 on one GPU: 8 x 8 tokens, K = 1,024, a generator of 17 M parameters.
 
-gear train cifar10-gear-s0 --workers 8: under 3 minutes with its parents on one data-centre GPU: an
-estimate, not measured. Nobody has trained it yet: expect more than of the smoke preset, and against
-cifar10-llamagen-repa-s0 what the scenes show.
+Command: gear train cifar10-gear-s0 --workers 8
+Cost: under 3 minutes on one data-centre GPU, parents included (an estimate, not measured).
+Expected result: this preset has not been trained yet. Expect better values than those of
+cifar10-smoke, and the same differences from the baseline cifar10-llamagen-repa-s0 as for scenes.
 """
 
 CIFAR10_IBQ = change(CIFAR10, dict(tokenizer=dict(quantizer="ibq")))
-"""The CIFAR-10 preset with an IBQ tokenizer."""
+"""The cifar10 preset with an IBQ tokenizer: gear train cifar10-ibq-gear-s0."""
 
 CIFAR10_LFQ = change(
     CIFAR10,
@@ -124,16 +132,17 @@ CIFAR10_LFQ = change(
         tokenizer=dict(quantizer="lfq", backbone="magvit2", code_dim=10), objective=dict(tau=0.25)
     ),
 )
-"""The CIFAR-10 preset with an LFQ tokenizer, ten bits."""
+"""The cifar10 preset with an LFQ tokenizer of ten bits: gear train cifar10-lfq-gear-s0."""
 
 TINY = change(SCENES, dict(
     steps=24, batch_size=16, eval_every=8, save_every=6, eval_images=96,
     data=dict(train_images=512, val_images=128),
     tokenizer=dict(codebook_size=64, channels=8),
     generator=dict(width=32, heads=2, layers=3, tap_layer=1, projector_dim=64),
-    objective=dict(gan_start=0.5),  # so that a resume meets an optimizer that has not stepped
+    # The adversarial term starts late, so that a resumed run can meet an optimizer without a step.
+    objective=dict(gan_start=0.5),
 ))  # fmt: skip
-"""The scenes preset at the size of a test: every part, nothing learnt."""
+"""The scenes preset at the size of a test: it runs every part in seconds and learns nothing."""
 
 IMAGENET256_L = Config(
     recipe="",
@@ -149,43 +158,46 @@ IMAGENET256_L = Config(
     objective=ObjectiveConfig(disc_norm="batch"),
     optimizer=OptimizerConfig(),
 )
-"""The paper's ablations, Tables 15 and 16: ImageNet at 256 px, 16 x 16 tokens, K = 16,384,
-LlamaGen-L aligned at block 8.
+"""The setting of the paper's ablations (Tables 15 and 16): ImageNet at 256 px, 16 x 16 tokens,
+K = 16,384, LlamaGen-L aligned at block 8.
 
-gear train imagenet256-l-gear-s0 --source PATH, a folder or zip of class folders; without it
-./imagenet
+Command: gear train imagenet256-l-gear-s0 --source PATH, where PATH is a folder or zip with one
+sub-folder per class (default ./imagenet)
+Cost: printed by --dry-run.
+Expected result: the paper's. This preset has not been trained here.
 
-Objective and optimizer are Table 16's; tests/experiments/test_recipes_published.py compares every
-line. A condition has no rotation and the discriminator BatchNorm, as in the public code.
+Objective and optimizer follow Table 16; tests/experiments/test_recipes_published.py compares every
+line. As in the public code, the condition has no rotation and the discriminator has BatchNorm.
 
-The paper's start, a public tokenizer, briefly trained on:
+The paper starts from a public tokenizer that it trains briefly:
 
 gear train imagenet256-l-tokenizer-s0 --tokenizer-run vq_ds16_c2i.pt --steps 20000 --label public
 gear train imagenet256-l-joint-s0 --tokenizer-run imagenet256-l-tokenizer-s0-public --label public
 
-Departures: without --tokenizer-run the warm-up trains from nothing, for 400,000 steps; without
---val-source one image in twenty is held out for validation; the perceptual weight is the paper's .1
-(the public code has 1), the first step has the full rate (there 0), and A, entropies and read-outs
-are float32 (there bf16). Nobody has trained it here; expect what the paper reports.
+Differences from the paper: without --tokenizer-run, the warm-up trains from random weights for
+400,000 steps; without --val-source, one image in twenty is held out for validation. Differences
+from the public code: the perceptual weight is the paper's 0.1 (there 1), the first step has the
+full learning rate (there 0), and A, entropies and read-outs are float32 (there bf16).
 """
 
 IMAGENET256_B = change(
     IMAGENET256_L, dict(generator=replace(GENERATORS["B"], condition_rotation="zero"))
 )
-"""The same with LlamaGen-B, aligned at block 4 (Table 9). The warm-up is the L preset's:
---tokenizer-run shares it.
+"""The imagenet256-l preset with LlamaGen-B, aligned at block 4 (Table 9).
+
+Its warm-up equals that of imagenet256-l, so one trained warm-up can serve both by --tokenizer-run.
 """
 
 IMAGENET256_XL = change(
     IMAGENET256_L, dict(generator=replace(GENERATORS["XL"], condition_rotation="zero"))
 )
-"""The same with LlamaGen-XL, aligned at block 12 (Table 9)."""
+"""The imagenet256-l preset with LlamaGen-XL, aligned at block 12 (Table 9)."""
 
 IMAGENET256_L_LFQ = replace(IMAGENET256_L, tokenizer=TOKENIZERS["LFQ-16"])
-"""The L preset with Open-MAGVIT2's LFQ-16, fourteen bits (Table 8)."""
+"""The imagenet256-l preset with Open-MAGVIT2's LFQ-16 of fourteen bits (Table 8)."""
 
 IMAGENET256_L_IBQ = replace(IMAGENET256_L, tokenizer=TOKENIZERS["IBQ-16"])
-"""The L preset with IBQ-16, codes of 256 dimensions (Table 8)."""
+"""The imagenet256-l preset with IBQ-16, whose codes have 256 dimensions (Table 8)."""
 
 IMAGENET100_128 = change(
     IMAGENET256_L,
@@ -196,19 +208,17 @@ IMAGENET100_128 = change(
         generator=replace(IMAGENET256_B.generator, num_classes=100),
     ),
 )
-"""A hundred classes of ImageNet at 128 px, 8 x 8 tokens of the same VQ-16, LlamaGen-B: about a day
-on one GPU.
+"""A hundred classes of ImageNet at 128 px, 8 x 8 tokens of the tokenizer VQ-16, LlamaGen-B.
 
-gear train imagenet100-128-gear-s0 --source PATH --workers 8
-
-With its parents about 8 hours on an H100 and 25 on an A100, if each reaches 40 % of its data
-sheet's FLOP/s, and twice that at 20 %: an estimate (`--dry-run` prints it), nobody has trained it.
-Expect the direction of the paper's results, not their size: a tenth of the images, a quarter of the
-tokens.
+Command: gear train imagenet100-128-gear-s0 --source PATH --workers 8
+Cost, parents included: about 8 hours on an H100 or 25 hours on an A100 at 40 % of the data sheet's
+FLOP/s, twice as long at 20 % (an estimate, which --dry-run prints).
+Expected result: this preset has not been trained. Expect the directions of the paper's results, but
+not their sizes: it has a tenth of the images and a quarter of the tokens.
 """
 
-# What stages change of a preset. The joint stage changes what `generator` does, so that GEAR's own
-# generator and LlamaGen-REPA's train for as long at the same rates.
+# Changes to a preset by stage. The entry `generator` also applies to the joint stage. GEAR's
+# generator and the baseline's therefore train for as many steps at the same learning rates.
 SCENES_STAGES = dict(
     tokenizer=dict(
         steps=600,
@@ -230,4 +240,4 @@ CIFAR10_STAGES = dict(
     ),
     generator=dict(steps=400, optimizer=dict(warmup_steps=50)),
 )
-IMAGENET256_SHORT = dict(generator=dict(steps=100_000))  # Tables 10, 11 and 13
+IMAGENET256_SHORT = dict(generator=dict(steps=100_000))  # the schedule of Tables 10, 11 and 13

@@ -1,4 +1,4 @@
-"""What the paper prints: the numbers of Tables 1 to 19, and a study's cells by our names."""
+"""The numbers of the paper's Tables 1 to 19, and those of a study under our names."""
 
 import contextlib
 from pathlib import Path
@@ -9,19 +9,19 @@ from gear.config import UserError
 from gear.experiments.studies import study
 
 FILE = Path(__file__).with_name("published.csv")
-COLUMNS = {  # our metric: the paper's column
+COLUMNS = {  # our name of a metric: the column in the paper
     "fd": "gFID", "precision": "Prec.", "recall": "Rec.",
     "psnr": "PSNR", "ssim": "SSIM", "rfd": "rFID",
 }  # fmt: skip
 
 
 def published(table=None):
-    """Return what the paper prints in Tables 1 to 19, one line per cell.
+    """Return the entries of the paper's Tables 1 to 19, one row per entry.
 
-    Columns: table, row, column, value, unit, citation. `table` (1 to 19) keeps that one, whose
-    values are floats where every one is a number; all others are text as printed, lists separated
-    by "; ". Units: "" (scores, counts), dB, M (million parameters), epochs, steps, px, tokens,
-    text. UserError if the paper has no such table.
+    Columns: table, row, column, value, unit, citation. With `table` (1 to 19), only the entries of
+    that table. Values are text as printed, lists separated by "; "; the values of a single `table`
+    are floats if all of them are numbers. Units: "" (scores, counts), dB, M (million parameters),
+    epochs, steps, px, tokens, text. Raises UserError if the paper has no such table.
     """
     lines = pd.read_csv(FILE, dtype=str, keep_default_na=False).astype({"table": int})
     if table is None:
@@ -29,13 +29,16 @@ def published(table=None):
     lines = lines[lines.table == table].reset_index(drop=True)
     if lines.empty:
         raise UserError(f"the paper has no Table {table}: it has Tables 1 to 19.")
-    with contextlib.suppress(ValueError):  # a table of configurations stays text
+    with contextlib.suppress(ValueError):  # tables of configurations hold words: they stay text
         lines["value"] = lines.value.astype(float)
     return lines
 
 
 def printed(name, preset="scenes"):
-    """Return what the paper prints of a study's cells: cell, role, metric (ours), value."""
+    """Return the paper's values for the cells of a study.
+
+    Columns: cell (its title), role ("gear" or "baseline"), metric (our name), value.
+    """
     chosen = study(name)
     rows = []
     for cell in chosen.cells(preset):

@@ -1,8 +1,8 @@
-"""Named complete configurations, and training a run after its parents.
+"""The recipes: a complete configuration for every run name. Training a run after its parents.
 
-A recipe is one run with one stage. Methods derive from a base preset by changing what defines them.
-The seed is part of a run's name: `scenes-gear-s1` is the recipe `scenes-gear` with seed 1, and so
-are its parents.
+A recipe describes one run with one stage. Every method is derived from a preset by changing the
+fields that define the method. The seed is part of a run's name: `scenes-gear-s1` is the recipe
+`scenes-gear` with seed 1, and its parents have seed 1 too.
 """
 
 import dataclasses
@@ -48,40 +48,45 @@ from gear.training.processes import world_size
 from gear.training.running import way_of
 from gear.training.settings import Config, OptimizerConfig
 
-VARIANTS = {
+VARIANTS = {  # changes to the joint stage
     "straight-through": dict(objective=dict(bridge="straight_through")),
     "naive-inputs": dict(objective=dict(bridge="naive_inputs")),
     "naive": dict(objective=dict(bridge="naive")),
     "no-gan": dict(objective=dict(gan_weight=0.0)),
     "no-align": dict(objective=dict(align_weight=0.0)),
-    "no-init": dict(tokenizer_run=""),  # no warm-up (Table 12)
+    "no-init": dict(tokenizer_run=""),  # starts without a warm-up (Table 12)
 }
 
 
 def _family(preset, base, warm_up="", tokenizer=None, generator=None):
-    """Derive every method from `base`.
+    """Derive every method from the configuration `base`; returns {RunName: Config}.
 
-    `tokenizer` is what the warm-up changes of it, `generator` what every later stage does;
-    `warm_up` is the preset whose warm-up is taken ("": its own). Returns {RunName: Config}. A name
-    begins with the preset, the rest says what the run is:
-      -tokenizer            the warm-up
-      -control              the tokenizer trained on for as long as the joint stage, unguided (the
-                            paper has none)
-      -joint                tokenizer and generator together, by the soft bridge: GEAR
-      -joint-VARIANT        the same by another bridge (Table 7) or without a part: see VARIANTS
-      -llamagen             a fresh generator on the warm-up, no alignment
-      -llamagen-repa        the same with alignment: the paper's baseline
-      -llamagen-repa-control, -gear, -VARIANT   the same on the control, the GEAR and the variant's
-        tokenizer
-      -tokenizer-half, -llamagen-repa-half      a tokenizer with half the codes, trained as long as
-        the control, and a generator on it: what NTP falls by for nothing
+    `tokenizer` holds the changes to `base` for the warm-up, `generator` those for every later
+    stage. `warm_up` names the preset whose warm-up is used; "" means `preset`. A run's name is the
+    preset followed by the method:
+      -tokenizer              the warm-up
+      -control                the warm-up trained further for as many steps as the joint stage,
+                              without guidance (not in the paper)
+      -joint                  GEAR: tokenizer and generator trained together by the soft bridge
+      -joint-VARIANT          the joint stage with another bridge (Table 7), or without one of its
+                              parts; see VARIANTS
+      -llamagen               a fresh generator on the warm-up, without alignment
+      -llamagen-repa          the baseline: a fresh generator on the warm-up, with alignment
+      -llamagen-repa-control  a fresh generator on the control, with alignment
+      -gear                   a fresh generator on GEAR's tokenizer, with alignment
+      -VARIANT                a fresh generator on the variant's tokenizer, with alignment
+      -tokenizer-half         a tokenizer with half the codes, trained for as many steps as warm-up
+                              and control together
+      -llamagen-repa-half     a fresh generator on that one, with alignment: it shows how far the
+                              next-token loss falls because of fewer codes alone
     """
-    before, after = change(base, tokenizer or {}), change(base, generator or {})
+    before = change(base, tokenizer or {})
+    after = change(base, generator or {})
     halved = dict(codebook_size=base.tokenizer.codebook_size // 2)
     if base.tokenizer.quantizer == "lfq":
-        halved["code_dim"] = base.tokenizer.code_dim - 1  # one bit a dimension
-    parent = lambda method, of=preset: str(RunName(of, method))  # noqa: E731
-    warm_up = parent("tokenizer", warm_up or preset)
+        halved["code_dim"] = base.tokenizer.code_dim - 1  # LFQ has one bit per dimension
+    parent = lambda method: str(RunName(preset, method))  # noqa: E731
+    warm_up = str(RunName(warm_up or preset, "tokenizer"))
     runs = {
         "tokenizer": replace(before, stage="tokenizer"),
         "control": replace(after, stage="tokenizer", tokenizer_run=warm_up),
@@ -139,31 +144,32 @@ PRESETS = tuple(dict.fromkeys(name.preset for name in CONFIGS if name.method))
 METHODS = tuple(dict.fromkeys(name.method for name in CONFIGS if name.method))
 
 
-DISCRIMINATOR = ("disc_channels", "disc_layers", "disc_norm")  # fields of the objective
+DISCRIMINATOR = ("disc_channels", "disc_layers", "disc_norm")  # its fields in ObjectiveConfig
 
 
 def known():
-    """Say which recipes there are: every preset has every method."""
-    others = sorted(str(name) for name in CONFIGS if not name.method)
+    """Return the names of all recipes in words. Every preset has every method."""
+    single_recipes = sorted(str(name) for name in CONFIGS if not name.method)
     return (
         f"PRESET-METHOD, presets {', '.join(PRESETS)}, methods {', '.join(METHODS)}; and "
-        f"{', '.join(others)}"
+        f"{', '.join(single_recipes)}"
     )
 
 
 def run_name(text):
-    """Read a run's name as a RunName, by the recipes there are."""
+    """Parse a run's name as a RunName, with the names of all recipes."""
     return RunName.parse(text, NAMES)
 
 
 def with_parts(text, **parts):
-    """Return a run's name with other `parts` of its RunName: a seed, or a cell."""
+    """Return a run's name with `parts` of its RunName replaced, e.g. the seed or the cell."""
     return str(replace(run_name(text), **parts))
 
 
 def recipe(name):
-    """Return the Config of the run `name`: a recipe's name, with `-sN` for seed N; its parents
-    carry the same seed.
+    """Return the Config of the run `name`, which is a recipe's name, with `-sN` for seed N.
+
+    The parents that the Config names have the same seed. Raises UserError for an unknown recipe.
     """
     parts = run_name(name)
     stem = name if parts.cell else parts.recipe
@@ -177,16 +183,18 @@ def recipe(name):
 
 
 def plan(config, name=None, base=None, label=None, dry=False, share_warm_up=False):
-    """List (name, Config) of a run's ancestors and the run itself, in the order they must be
-    trained.
+    """List (name, Config) of a run's ancestors and of the run itself, in the order of training.
 
-    The number of classes is the source's; in a `dry` plan a folder that is not there has as many as
-    the preset says.
+    `base` is the recipe that `config` changes (default: the recipe `name`). If a change concerns a
+    section that an ancestor shares, the ancestor becomes another run: it takes the change, and its
+    name ends in `label`. With `share_warm_up`, the warm-up keeps the preset's image size. A parent
+    that is neither a recipe nor a file must exist as a run.
 
-    Where `config` changes its recipe in a section that an ancestor shares, that ancestor is another
-    run too: it takes the change and `label` at the end of its name; with `share_warm_up` the
-    warm-up keeps the preset's image size. An ancestor that is no recipe must exist. Paths of
-    data become absolute, but for those of a `dry` plan, which may be nowhere.
+    The number of classes is that of the data source. In a `dry` plan the source may be missing;
+    the number is then the preset's. Paths of data become absolute, except in a `dry` plan.
+
+    Raises UserError if the parents change and there is no `label`, if a parent trains no tokenizer,
+    or if `config` asks for a number of classes that the source does not have.
     """
     planned = _plan(config, name or config.recipe, base, label, dry, share_warm_up, counted={})
     return (
@@ -197,15 +205,16 @@ def plan(config, name=None, base=None, label=None, dry=False, share_warm_up=Fals
 
 
 def _plan(config, name, base, label, dry, share_warm_up, counted):
-    asked = config.generator.num_classes
+    """List what `plan` lists. `counted` caches the number of classes by DataConfig."""
+    configured = config.generator.num_classes
     if config.data not in counted:  # a folder is walked once for a run and its ancestors
         with given_by("--source"):
-            counted[config.data] = num_classes(config.data, asked if dry else None)
+            counted[config.data] = num_classes(config.data, configured if dry else None)
     classes = counted[config.data]
-    if asked not in (classes, (base or config).generator.num_classes):
+    if configured not in (classes, (base or config).generator.num_classes):
         raise UserError(
-            f"num_classes is {asked}: the images have {classes} classes, and a run takes theirs. "
-            "Leave it out."
+            f"num_classes is {configured}: the images have {classes} classes, and a run uses the "
+            "number of the images. Leave the option out."
         )
     config = replace(config, generator=replace(config.generator, num_classes=classes))
     if not config.tokenizer_run:
@@ -218,16 +227,21 @@ def _plan(config, name, base, label, dry, share_warm_up, counted):
         return [(name, _from_run(config, Run.open(config.tokenizer_run)))]
     if not parent.trains("tokenizer"):
         raise UserError(
-            f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run of the "
+            f"'{config.tokenizer_run}' trains no tokenizer: set tokenizer_run to a run with the "
             "stage tokenizer or joint."
         )
     shared = ["data", "tokenizer"] + (
         ["generator", "objective", "teacher"] if parent.trains("generator") else []
     )
-    sections = {s: [getattr(c, s) for c in (base or recipe(name), config, parent)] for s in shared}
-    parent = replace(parent, **{section: _carry(*three) for section, three in sections.items()})
-    if not parent.trains("generator"):  # whose discriminator the joint stage goes on with
-        sizes = {name: getattr(config.objective, name) for name in DISCRIMINATOR}
+    configs = (base or recipe(name), config, parent)
+    sections = {
+        section: _carry(*(getattr(one_config, section) for one_config in configs))
+        for section in shared
+    }
+    parent = replace(parent, **sections)
+    # The joint stage continues training the warm-up's discriminator: their sizes have to agree.
+    if not parent.trains("generator"):
+        sizes = {field: getattr(config.objective, field) for field in DISCRIMINATOR}
         parent = replace(parent, objective=replace(parent.objective, **sizes))
     parent_name = config.tokenizer_run
     if share_warm_up and original.stage == "tokenizer" and not original.tokenizer_run:
@@ -236,31 +250,31 @@ def _plan(config, name, base, label, dry, share_warm_up, counted):
     if parent != original:
         if not label:
             raise UserError(
-                "these changes also change the run's parents: give them a label, e.g. --label mine."
+                "these changes also concern the run's parents, which become new runs: give them a "
+                "label, e.g. --label mine."
             )
         parent_name = with_parts(parent_name, cell=label)
-    before = _plan(parent, parent_name, original, label, dry, share_warm_up, counted)
-    return [
-        *before,
-        (name, replace(config, tokenizer_run=parent_name, tokenizer=before[-1][1].tokenizer)),
-    ]
+    ancestors = _plan(parent, parent_name, original, label, dry, share_warm_up, counted)
+    tokenizer = ancestors[-1][1].tokenizer
+    return [*ancestors, (name, replace(config, tokenizer_run=parent_name, tokenizer=tokenizer))]
 
 
 def _from_run(config, run):
-    """Return a config whose tokenizer, and discriminator where it trains one, are those of a run
-    that is no recipe.
+    """Return `config` with the tokenizer of `run`, which is no recipe, and with the discriminator's
+    sizes if the stage trains a discriminator.
     """
     config = replace(config, tokenizer=from_dict(TokenizerConfig, run.config["tokenizer"]))
     if not config.trains("discriminator"):
         return config
     sizes = {name: run.config["objective"].get(name) for name in DISCRIMINATOR}
-    sizes = {name: value for name, value in sizes.items() if value is not None}  # older runs
+    # older runs lack some of these fields
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     return replace(config, objective=replace(config.objective, **sizes))
 
 
 def _from_file(config):
-    """Return a config whose tokenizer, and discriminator if there is one, are those of the file
-    that it starts from.
+    """Return `config` with the tokenizer of the file `tokenizer_run`, and with the sizes of the
+    file's discriminator if the stage trains one and the file has one.
     """
     path = os.path.abspath(os.path.expanduser(config.tokenizer_run))
     with given_by("--tokenizer-run"):
@@ -275,7 +289,7 @@ def _from_file(config):
 
 
 def _carry(base, changed, target):
-    """Return `target` with the fields in which `changed` differs from `base`, and only those."""
+    """Return `target` with the changes from `base` to `changed`; its other fields stay."""
     if not dataclasses.is_dataclass(base):
         return changed if changed != base else target
     fields = [
@@ -287,23 +301,25 @@ def _carry(base, changed, target):
 
 
 def train_with_parents(planned, runtime=Runtime(), wait=False):
-    """Train what is missing of a run's ancestors, then the run, as `plan` lists them; returns it.
-    `wait`: see `train`; for ancestors it is done.
+    """Train the missing ancestors of a run, then the run, as listed by `plan`; returns the Run.
+
+    `wait`: see `train`. An ancestor that another process trains is always waited for.
     """
-    check_teachers(c for _, c in planned)
-    *ancestors, own = planned
-    for n, c in ancestors:
-        # several may start from one, on several machines
-        train(c, n, in_parts(c, n, runtime), wait=True)
-    return train(own[1], own[0], in_parts(own[1], own[0], runtime), wait)
+    check_teachers(config for _, config in planned)
+    *ancestors, (name, config) = planned
+    for ancestor_name, ancestor in ancestors:
+        # Several runs, on several machines, may need this ancestor at once: one trains it.
+        train(ancestor, ancestor_name, in_parts(ancestor, ancestor_name, runtime), wait=True)
+    return train(config, name, in_parts(config, name, runtime), wait)
 
 
 def in_parts(config, name, runtime):
-    """Return `runtime` with the number of parts for its `accumulate` "auto".
+    """Return `runtime` with a number of micro-batches in place of `accumulate` "auto".
 
-    It is as few as fit on the GPU, were it empty, for every process the same; for a run that is
-    trained none is sought. Raises UserError where blocks are sharded: what they take is not
-    counted.
+    It is the smallest number with which a step fits on the GPU if nothing else uses the GPU, and
+    the same in every process. A run that is trained already, or an `accumulate` that is a number,
+    changes nothing. Raises UserError with --fsdp, because the memory of sharded blocks is not
+    estimated.
     """
     if runtime.accumulate != "auto" or is_trained(Run(run_path(name)), config):
         return runtime
@@ -311,20 +327,24 @@ def in_parts(config, name, runtime):
         not runtime.fsdp,
         "--accumulate auto counts a whole generator: with --fsdp, give a number.",
     )
-    device, processes = find_device(runtime.device), world_size()
+    device = find_device(runtime.device)
+    num_processes = world_size()
     if device.type == "cpu":
         return replace(runtime, accumulate=1)
     memory = torch.cuda.get_device_properties(device).total_memory
-    is_compiled = way_of(config, device, runtime, is_alone=processes == 1) == "compiled"
-    parts = parts_that_fit(config, config.batch_size // processes, memory, is_compiled)
-    print(f"a batch of {config.batch_size} goes in {parts} parts", file=sys.stderr)
-    return replace(runtime, accumulate=parts)
+    is_compiled = way_of(config, device, runtime, is_alone=num_processes == 1) == "compiled"
+    num_parts = parts_that_fit(config, config.batch_size // num_processes, memory, is_compiled)
+    print(
+        f"a batch of {config.batch_size} is computed in {num_parts} micro-batches", file=sys.stderr
+    )
+    return replace(runtime, accumulate=num_parts)
 
 
 def check_teachers(configs):
-    """Raise UserError if a teacher that one of `configs` needs is missing: before its parents
-    train, not after.
+    """Raise UserError if a teacher that one of `configs` needs is not installed.
+
+    Called before the parents train, so that the error does not come hours later.
     """
-    aligned = {(c.teacher, c.data, c.tokenizer.downsampling) for c in configs if c.is_aligned}
-    for names, images, stride in aligned:
-        check_installed(names, images, stride)
+    teachers = {(c.teacher, c.data, c.tokenizer.downsampling) for c in configs if c.is_aligned}
+    for names, data, stride in teachers:
+        check_installed(names, data, stride)

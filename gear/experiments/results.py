@@ -1,4 +1,4 @@
-"""What runs measured, logged while they trained or scored by `gear evaluate`: of a run, a study."""
+"""Measurements of runs and studies: values logged in training, and scores of `gear evaluate`."""
 
 import functools
 from dataclasses import replace
@@ -16,10 +16,11 @@ from gear.experiments.studies import Scoring, members, num_real, of_study, space
 from gear.generator.sampling import Guidance
 from gear.runs.run import Run, open_runs, run_names
 
-# what an evaluation of samples and reconstructions leaves whatever they are compared with
+# A run with these metrics is scored: one metric of samples and one of reconstructions, which every
+# evaluation writes.
 SCORED = {"fd", "psnr"}
-OPTIONAL = {"samples_resized"}  # fields of a protocol that only some have
-LOGGED = "ntp_loss", "align_loss", "usage_entropy", "predictable"  # what validation logs
+OPTIONAL = {"samples_resized"}  # fields that only some protocols have; a missing one counts as 0
+LOGGED = ("ntp_loss", "align_loss", "usage_entropy", "predictable")  # metrics of validation
 TITLES = {
     "fd": "Fréchet distance",
     "precision": "precision",
@@ -35,9 +36,10 @@ TITLES = {
 
 
 def logged(run, step=None):
-    """Return {metric: value} of what a run's validation logged at a step (default: the last).
+    """Return {metric: value} as a run's validation logged them at `step` (default: the last one).
 
-    "predictable" is H - NTP, what the generator predicts of a token, in nats.
+    "predictable" is H - NTP: usage entropy minus next-token loss, the information in nats per token
+    that the generator predicts.
     """
     log = run.metrics()
     log = log[log.step == (step or run.config["steps"])].dropna(axis="columns")
@@ -49,51 +51,57 @@ def logged(run, step=None):
 
 
 def measured(name, preset, scoring=Scoring(), cfg_scale=1.0, step=None):
-    """Return {metric of TITLES: value} of what a run logged at a step and has in metrics.json.
+    """Return {metric of TITLES: value} of a run: its logged losses and its scores in metrics.json.
 
-    Samples are those of `scoring`, `cfg_scale` and seed 0, without top-k or top-p, at `step`
-    (default: the last one), against `num_real` images of the run's own, or its reference; as many
-    are reconstructed, at the last step. A source with fewer gives all it has.
+    Losses and samples are those at `step` (default: the last one). Samples count if they were
+    drawn as `scoring` and `cfg_scale` say, with seed 0 and without top-k or top-p. They are
+    compared with `num_real(preset)` training images of the run, or with the reference of `scoring`.
+    Reconstructions are those of as many validation images at the last step. A source with fewer
+    images counts with all of them. A metric without a value is left out.
     """
     run = Run.open(name)
-    network, last, table = space(preset), run.config["steps"], scores(run)
-    at = step or last
-    validation = logged(run, at)
+    table = scores(run)
+    network = space(preset)
+    last_step = run.config["steps"]
+    step = step or last_step
+    validation = logged(run, step)
     values = {metric: validation[metric] for metric in LOGGED if metric in validation}
-    inception = network == "inception"
+    is_inception = network == "inception"
     names = {
-        "gfid" if inception else f"fd_{network}": "fd",
-        "rfid" if inception else f"rfd_{network}": "rfd",
+        "gfid" if is_inception else f"fd_{network}": "fd",
+        "rfid" if is_inception else f"rfd_{network}": "rfd",
     }
-    drawn = dict(
+    protocol = dict(
         count=scoring.samples(preset),
         cfg_scale=cfg_scale,
         seed=0,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        step=at,
+        step=step,
         network=network,
     )
-    drawn["samples_resized"] = scoring.resized_to(run.config)
+    protocol["samples_resized"] = scoring.resized_to(run.config)
     if scoring.reference:
-        rows = _where(table, **drawn, reference=Path(scoring.reference).name)
+        rows = _where(table, **protocol, reference=Path(scoring.reference).name)
     else:
-        rows = _against_own(table, drawn, run, preset)
+        rows = _against_training_images(table, protocol, run, preset)
     values |= _scores(rows, names | {"precision": "precision", "recall": "recall"})
-    data, images = from_dict(DataConfig, run.config["data"]), num_real(preset)
-    data = replace(data, source=place_of(run))
-    rows = _of_all(table, dict(split="val", step=last), "images", images, data, "val")
+    data = replace(from_dict(DataConfig, run.config["data"]), source=place_of(run))
+    protocol = dict(split="val", step=last_step)
+    rows = _with_count(table, protocol, "images", num_real(preset), data, "val")
     return values | _scores(rows, names | {"psnr": "psnr", "ssim": "ssim"})
 
 
-def _against_own(table, drawn, run, preset):
-    """Return the lines of a table that compare the samples `drawn` with a run's own images."""
+def _against_training_images(table, protocol, run, preset):
+    """Return the rows of a table of scores that compare samples drawn by `protocol` with training
+    images of the run.
+    """
     data = from_dict(DataConfig, run.config["data"])
-    # as an evaluation opens its reference
-    opened = DataConfig(place_of(run), data.image_size, val_source=data.val_source)
-    drawn = drawn | {"reference": Path(data.source).name}
-    return _of_all(table, drawn, "reference_count", num_real(preset), opened, "train")
+    # the configuration with which an evaluation opens its reference
+    reference = DataConfig(place_of(run), data.image_size, val_source=data.val_source)
+    protocol = protocol | {"reference": Path(data.source).name}
+    return _with_count(table, protocol, "reference_count", num_real(preset), reference, "train")
 
 
 def _scores(rows, names):
@@ -102,55 +110,59 @@ def _scores(rows, names):
     }
 
 
-def _of_all(table, wanted, key, count, config, split):
-    """Return the lines of a table that have the values `wanted` and, as `key`, `count` images or
-    all that the split has.
+def _with_count(table, protocol, column, count, data, split):
+    """Return the rows of a table of scores that match `protocol` and whose `column` is `count`
+    images or, if the split has fewer, the number of its images.
     """
-    rows = _where(table, **wanted, **{key: count})
-    if (
-        len(rows)
-        or not wanted.keys() - OPTIONAL <= set(table.columns)
-        or config.source in DOWNLOADS
-    ):
+    rows = _where(table, **protocol, **{column: count})
+    has_columns = protocol.keys() - OPTIONAL <= set(table.columns)
+    # counting the images of a dataset that torchvision fetches would start a download
+    if len(rows) or not has_columns or data.source in DOWNLOADS:
         return rows
     try:
-        return _where(table, **wanted, **{key: min(count, _length(config, split))})
+        return _where(table, **protocol, **{column: min(count, _length(data, split))})
     except UserError:  # the source is not on this machine
         return rows
 
 
 @functools.cache
-def _length(config, split):
-    return len(open_source(config, split))
+def _length(data, split):
+    return len(open_source(data, split))
 
 
-def _where(table, **wanted):
-    """Return the lines of a table that have these values, 0 being none at all; no line where the
-    table lacks a column.
+def _where(table, **protocol):
+    """Return the rows of a table of scores whose columns have the values of `protocol`.
+
+    A missing value in an OPTIONAL column counts as 0. No row matches if the table lacks another
+    column.
     """
-    absent = [key for key in wanted.keys() - set(table.columns) if key in OPTIONAL]
+    absent = [key for key in protocol.keys() - set(table.columns) if key in OPTIONAL]
     table = table.assign(**dict.fromkeys(absent, np.nan))
-    if not wanted.keys() <= set(table.columns):
+    if not protocol.keys() <= set(table.columns):
         return table[:0].astype({"metric": str})
-    values = {key: table[key].fillna(0) if key in OPTIONAL else table[key] for key in wanted}
-    return table[np.logical_and.reduce([values[key] == value for key, value in wanted.items()])]
+    columns = {key: table[key].fillna(0) if key in OPTIONAL else table[key] for key in protocol}
+    is_match = [columns[key] == value for key, value in protocol.items()]
+    return table[np.logical_and.reduce(is_match)]
 
 
 def quality(runs, scoring=Scoring(), steps=(), scales=(1.0,)):
-    """Return what runs, a pattern or Runs, scored without guidance at `steps`, and at the last one
-    with each of `scales`.
+    """Return the scores of runs without guidance at `steps`, and at the last step with each of the
+    guidance `scales`.
 
-    Columns: run, seed, step, cfg_scale, metric, value. Raises MissingRuns for the first of these
-    scores that is missing, naming the runs that lack it and the command that makes them.
+    runs: a pattern of names, or Runs. Columns: run, seed, step, cfg_scale, metric, value. Raises
+    MissingRuns for the first score that is missing, with the runs that lack it and the command that
+    computes it.
     """
     check_value("steps", tuple(steps), tuple[Count, ...])
     check_value("cfg_scale", tuple(scales), tuple[Guidance, ...])
-    lines, lacking = [], {}
+    lines = []
+    lacking = {}  # (words, number of samples, step, scale) of a score -> names of runs without it
     for run in open_runs(runs) if isinstance(runs, str) else runs:
-        config, preset = run.config, run.config["recipe"]
-        for step, scale in sorted(
-            {*((s, 1.0) for s in steps), *((config["steps"], s) for s in scales)}
-        ):
+        config = run.config
+        preset = config["recipe"]
+        settings = {(step, 1.0) for step in steps}
+        settings |= {(config["steps"], scale) for scale in scales}
+        for step, scale in sorted(settings):
             values = measured(run.name, preset, scoring, scale, step)
             if "fd" not in values:
                 words = tuple(scoring_words(preset, config, scoring))
@@ -163,19 +175,19 @@ def quality(runs, scoring=Scoring(), steps=(), scales=(1.0,)):
             ]
     for (words, count, step, scale), names in lacking.items():
         swept = f"--sweep cfg_scale={','.join(f'{s:g}' for s in scales)}"
-        what = f"--steps {step}" if scale == 1 else swept
-        command = " ".join(["gear evaluate", *names, *words, what])
-        told = ", ".join(f"'{name}'" for name in names)
+        option = f"--steps {step}" if scale == 1 else swept
+        command = " ".join(["gear evaluate", *names, *words, option])
+        quoted = ", ".join(f"'{name}'" for name in names)
         sentence = (
-            f"no run {told} with scores of {count} samples at step {step}, guidance {scale:g}"
+            f"no run {quoted} with scores of {count} samples at step {step}, guidance {scale:g}"
         )
         raise MissingRuns(sentence, names, command)
     return pd.DataFrame(lines, columns=["run", "seed", "step", "cfg_scale", "metric", "value"])
 
 
 def scoring_words(preset, config, scoring=Scoring()):
-    """Return what follows `gear evaluate RUN` to score a run of a preset by its configuration, a
-    dict: its reconstructions, and its samples where it has a generator.
+    """Return the words after `gear evaluate RUN` that score a run with `config` (a dict): its
+    reconstructions and, if it has a generator, its samples.
     """
     words = ["--network", space(preset)]
     if config["stage"] == "tokenizer":
@@ -188,48 +200,55 @@ def scoring_words(preset, config, scoring=Scoring()):
 
 
 def by_size(preset, seeds, scoring=Scoring(), scales=(1.0,)):
-    """Return `quality` of the runs of the size study: its columns, and cell, role and width. Raises
-    as `results` does, too.
+    """Return the table of `quality` for the runs of the size study, with the columns cell, role and
+    width.
+
+    Raises MissingRuns as `results` and `quality` do.
     """
-    results("size", preset, seeds, scoring)
-    runs = members("size", preset, seeds)
-    sizes = [(m.name, m.cell.title, m.role, m.planned[-1][1].generator.width) for m in runs]
-    table = quality([Run.open(member.name) for member in runs], scoring, scales=scales)
+    results("size", preset, seeds, scoring)  # raises if runs are missing
+    chosen = members("size", preset, seeds)
+    sizes = [(m.name, m.cell.title, m.role, m.planned[-1][1].generator.width) for m in chosen]
+    table = quality([Run.open(member.name) for member in chosen], scoring, scales=scales)
     return table.merge(pd.DataFrame(sizes, columns=["run", "cell", "role", "width"]), on="run")
 
 
 def counted(runs):
-    """Say how many images scores count, in words: (training images compared with, validation images
-    reconstructed).
+    """Return how many images the scores of `runs` use, as two texts: training images that samples
+    are compared with, and validation images that are reconstructed.
+
+    Where runs differ, a text lists the numbers: "128 and 2000".
     """
-    own = []
+    counts = {"reference_count": set(), "images": set()}
     for run in runs:
-        table, source = scores(run), Path(run.config["data"]["source"]).name
-        own.append(table[(table.reference == source) | (table.metric == "psnr")])
-    numbers = [
-        sorted(
-            {t[key][t[key] <= num_real(run.config["recipe"])].max() for t, run in zip(own, runs)}
-        )
-        for key in ("reference_count", "images")
-    ]
-    return tuple(" and ".join(f"{number:.0f}" for number in column) for column in numbers)
+        table = scores(run)
+        source = Path(run.config["data"]["source"]).name
+        table = table[(table.reference == source) | (table.metric == "psnr")]
+        for column, numbers in counts.items():
+            values = table[column]
+            numbers.add(values[values <= num_real(run.config["recipe"])].max())
+    return tuple(
+        " and ".join(f"{number:.0f}" for number in sorted(numbers)) for numbers in counts.values()
+    )
 
 
 def results(name, preset="scenes", seeds=(0, 1, 2), scoring=Scoring(), transfer=False):
-    """Return what a study's runs measured, a line each: cell, role, seed, run, metric, value.
+    """Return the measurements of a study's runs, one row per run and metric.
 
-    Raises MissingRuns naming the runs that are missing, or not scored, and the command that makes
-    them.
+    Columns: cell, role, seed, run, metric, value. Raises MissingRuns with the runs that are missing
+    or not scored, and the command that trains and scores them.
     """
     chosen = members(name, preset, seeds, transfer=transfer)
-    scoring, names, lacking = of_study(name, preset, scoring), set(run_names()), []
+    scoring = of_study(name, preset, scoring)
+    existing = set(run_names())
     lines = []
+    lacking = []
     for member in chosen:
-        values = measured(member.name, preset, scoring) if member.name in names else {}
-        lacking += [member.name] if not SCORED | {"ntp_loss"} <= values.keys() else []
+        values = measured(member.name, preset, scoring) if member.name in existing else {}
+        if not SCORED | {"ntp_loss"} <= values.keys():
+            lacking.append(member.name)
         lines += [
-            (member.cell.title, member.role, member.seed, member.name, m, v)
-            for m, v in values.items()
+            (member.cell.title, member.role, member.seed, member.name, metric, value)
+            for metric, value in values.items()
         ]
     if lacking:
         command = f"gear sweep {name} --preset {preset} --seeds {','.join(map(str, seeds))}"
@@ -242,12 +261,12 @@ def results(name, preset="scenes", seeds=(0, 1, 2), scoring=Scoring(), transfer=
 
 
 def summary(table):
-    """Return the table of `results` as mean +- standard deviation over seeds, a row a cell and
-    role, a column a metric.
+    """Return the table of `results` as "mean +- standard deviation" over seeds, with one row per
+    cell and role and one column per metric.
     """
     groups = table.groupby(["cell", "role", "metric"], sort=False).value
-    mean, spread = groups.mean(), groups.std()
-    text = mean.map("{:.4g}".format) + spread.map(lambda s: "" if s != s else f" +- {s:.2g}")
-    return text.unstack("metric")[[m for m in TITLES if m in set(table.metric)]].rename(
-        columns=TITLES
-    )
+    spreads = groups.std().map(lambda spread: "" if np.isnan(spread) else f" +- {spread:.2g}")
+    text = groups.mean().map("{:.4g}".format) + spreads
+    present = set(table.metric)
+    metrics = [metric for metric in TITLES if metric in present]
+    return text.unstack("metric")[metrics].rename(columns=TITLES)

@@ -1,12 +1,12 @@
-"""The paper's ablations (Tables 5 to 13) as data: each study's cells, derived from a preset by
-changing one axis only.
+"""The paper's ablations (Tables 5 to 13) as data. A study is one table; its cells are derived from
+a preset by changing one axis only.
 
-A cell is GEAR's joint stage at one setting of the axis: its own generator and its own tokenizer are
-measured, as the paper does in its ablations (Sec. 4.1). The same name with a label (or a recipe of
-its own) trains it: `gear train scenes-joint-s0 --tau 0.05 --label tau-0.05`. Where the setting
-concerns the baseline too, the cell has a LlamaGen-REPA of its own; else all cells share the
-preset's. A fresh generator on the cell's tokenizer, as in Tables 1 to 3, may stand beside them:
-the role "transfer".
+A cell is GEAR's joint stage at one setting of the axis. The generator and the tokenizer of that
+stage are measured, as in the paper's ablations (Sec. 4.1). A cell is trained by its recipe with a
+change and a label, e.g. `gear train scenes-joint-s0 --tau 0.05 --label tau-0.05`, or by a recipe
+that has the setting already. If the setting also concerns the baseline (LlamaGen-REPA), every cell
+has its own baseline; otherwise all cells share the preset's. The role "transfer" is a fresh
+generator on the cell's tokenizer, as in Tables 1 to 3.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,11 @@ from gear.generator.config import GENERATORS
 from gear.runs.names import RunName
 
 PRESETS = ("scenes", "cifar10", "cifar10-smoke", "imagenet100-128", "imagenet256-l", "tiny")
-# for Fréchet distances; else Inception
+# Beginning of a preset's name: the network whose features the Fréchet distance compares. All other
+# presets use Inception.
 SPACES = {"scenes": "scenes", "tiny": "scenes", "cifar10": "efficientnet-lite0"}
-# of a score: more than the space has features (64, 1,280 and 2,048), and the papers' number
+# Samples per score: more than the network has features (64, 1,280 and 2,048); for Inception, the
+# number that papers use.
 SAMPLES = {"scenes": 1_000, "efficientnet-lite0": 2_000, "inception": 50_000}
 
 
@@ -31,67 +33,69 @@ class Cell:
     """One setting of a study's axis."""
 
     title: str
-    label: str = ""  # ends the names of its runs; "": the preset's own runs, or a recipe of its own
-    published: str = ""  # the row of the paper's table that it is; "": the paper has none
-    changes: dict = field(default_factory=dict)  # of the preset
-    family: str = ""  # ends the preset's name
-    variant: str = ""  # of the joint stage: one of recipes.VARIANTS
+    label: str = ""  # ends the names of the cell's runs; "": the runs of a recipe, unchanged
+    published: str = ""  # the same setting's row in the paper's table; "": the paper has none
+    changes: dict = field(default_factory=dict)  # to the preset's configuration
+    family: str = ""  # ends the preset's name, e.g. "-lfq"
+    variant: str = ""  # of the joint stage, a key of recipes.VARIANTS
     share_warm_up: bool = False  # the warm-up keeps the preset's image size
 
 
 @dataclass(frozen=True)
 class Study:
-    """One of the paper's tables: `cells(preset)` are its settings."""
+    """One ablation table of the paper."""
 
     table: int
     axis: str
-    cells: Callable[[str], list]
-    # the published row with which others are compared; "": each with its own baseline
+    cells: Callable[[str], list]  # preset -> its Cells
+    # published row of the cell that the others are compared with; "": each cell is compared with
+    # its own baseline
     reference: str = ""
-    # the row of LlamaGen-REPA that all cells share, where the table prints it
+    # published row of the baseline that all cells share; "": the table has no such row
     published_baseline: str = ""
-    short: bool = False  # the paper trains these for 100,000 steps
+    short: bool = False  # the paper trains these cells for 100,000 steps
 
     @property
     def own_baseline(self):
+        """Whether each cell has its own baseline."""
         return not self.reference
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a study: `gear train WORDS` trains it, and what is missing of its ancestors, which
-    are `planned` before it.
-    """
+    """One run of a study."""
 
     cell: Cell
     role: str  # "gear", "baseline" or "transfer"
     seed: int
     name: str
-    words: tuple
-    planned: list  # [(name, Config)] of ancestors and the run itself
+    words: tuple  # `gear train WORDS` trains the run and its missing ancestors
+    planned: list  # [(name, Config)] of its ancestors and of the run itself, in order of training
 
 
 def _joint(preset):
-    """Return the recipe of a preset's joint stage."""
+    """Return the Config of a preset's joint stage."""
     return RECIPES[str(RunName(preset, "joint"))]
 
 
 def _has(preset):
-    """Say whether there are recipes of a preset."""
+    """Return whether a preset has recipes."""
     return str(RunName(preset, "joint")) in RECIPES
 
 
-def _values(preset, section, name, label, printed, rows):
-    """Return one cell per value: the paper's, and the preset's own among them."""
-    own = getattr(getattr(_joint(preset), section), name)
+def _values(preset, section, field_name, label, printed, symbol):
+    """Return one cell per value of a configuration field: the values that the paper prints, and the
+    preset's own value.
+    """
+    default = getattr(getattr(_joint(preset), section), field_name)
     return [
         Cell(
-            f"{rows} = {v:g}",
-            "" if v == own else f"{label}-{v:g}",
-            f"{rows}={v:g}" if v in printed else "",
-            {} if v == own else {section: {name: v}},
+            f"{symbol} = {value:g}",
+            "" if value == default else f"{label}-{value:g}",
+            f"{symbol}={value:g}" if value in printed else "",
+            {} if value == default else {section: {field_name: value}},
         )
-        for v in sorted({*printed, own}, reverse=True)
+        for value in sorted({*printed, default}, reverse=True)
     ]
 
 
@@ -116,18 +120,19 @@ def _components(preset):
 def _tokenizer(preset):
     suffixes = {"VQ": "", "LFQ": "-lfq", "IBQ": "-ibq"}
     printed = {"VQ": "VQVAE"}
-    own, cells = _joint(preset).objective.tau, []
+    default_tau = _joint(preset).objective.tau
+    cells = []
     for quantizer, suffix in suffixes.items():
         if _has(f"{preset}{suffix}"):
             tau = _joint(f"{preset}{suffix}").objective.tau
-            title = quantizer if tau == own else f"{quantizer}, tau = {tau:g}"
+            title = quantizer if tau == default_tau else f"{quantizer}, tau = {tau:g}"
             row = f"{printed.get(quantizer, quantizer)}, +GEAR"
             cells.append(Cell(title, published=row, family=suffix))
     return cells
 
 
-# three of a preset; elsewhere the public ones. As the paper's, they differ in width and depth, are
-# aligned at a third of the depth, and share one width of the projector.
+# Three sizes per preset; a preset that is not listed has the public sizes. As in the paper, sizes
+# differ in width and depth, are aligned at a third of the depth, and have projectors of one width.
 SIZES = {
     "scenes": {
         "B": dict(width=64, layers=3, heads=2, tap_layer=1),
@@ -145,8 +150,8 @@ SIZES["cifar10-smoke"] = SIZES["scenes"]
 
 
 def _size(preset):
-    own = _joint(preset).generator
-    public = {name: _difference(own, GENERATORS[name]) for name in ("B", "L", "XL")}
+    default = _joint(preset).generator
+    public = {name: _difference(default, GENERATORS[name]) for name in ("B", "L", "XL")}
     return [
         Cell(
             f"size {name}",
@@ -158,11 +163,10 @@ def _size(preset):
     ]
 
 
-def _difference(own, other):
-    names = ("width", "layers", "heads", "tap_layer")
-    return {
-        name: getattr(other, name) for name in names if getattr(other, name) != getattr(own, name)
-    }
+def _difference(default, changed):
+    """Return {field: value} of the sizes in which two GeneratorConfigs differ, with `changed`'s."""
+    sizes = {name: getattr(changed, name) for name in ("width", "layers", "heads", "tap_layer")}
+    return {name: value for name, value in sizes.items() if value != getattr(default, name)}
 
 
 def _teacher(preset):
@@ -172,16 +176,17 @@ def _teacher(preset):
         "siglip2-b": "SigLIPv2-B",
         "vjepa2.1-b": "V-JEPA2.1-B",
     }
-    own = _joint(preset).teacher
-    names = (
-        ("scenes", "efficientnet-lite0") if preset == "scenes" else dict.fromkeys([own, *printed])
-    )
+    default = _joint(preset).teacher
+    if preset == "scenes":
+        names = ["scenes", "efficientnet-lite0"]
+    else:
+        names = list(dict.fromkeys([default, *printed]))
     return [
         Cell(
             name,
-            "" if name == own else name,
+            "" if name == default else name,
             f"{printed[name]}, +GEAR" if name in printed else "",
-            {} if name == own else dict(teacher=name),
+            {} if name == default else dict(teacher=name),
         )
         for name in names
     ]
@@ -189,16 +194,16 @@ def _teacher(preset):
 
 def _depth(preset):
     generator = _joint(preset).generator
-    step = max(1, generator.layers // 12)  # 2 of 24 layers
+    step = max(1, generator.layers // 12)  # the paper moves the tap by 2 of 24 layers
     rows = {-step: "6th layer, +GEAR", 0: "8th layer, +GEAR", step: "10th layer, +GEAR"}
     return [
         Cell(
-            f"layer {generator.tap_layer + d} of {generator.layers}",
-            f"tap-{generator.tap_layer + d}" if d else "",
+            f"layer {generator.tap_layer + offset} of {generator.layers}",
+            f"tap-{generator.tap_layer + offset}" if offset else "",
             row,
-            dict(generator=dict(tap_layer=generator.tap_layer + d)) if d else {},
+            dict(generator=dict(tap_layer=generator.tap_layer + offset)) if offset else {},
         )
-        for d, row in rows.items()
+        for offset, row in rows.items()
     ]
 
 
@@ -208,18 +213,18 @@ def _initialisation(preset):
 
 
 def _resolution(preset):
-    own = _joint(preset).data.image_size
+    default = _joint(preset).data.image_size
     sizes = {
-        own: "resolution 256, +GEAR",
-        own * 3 // 2: "resolution 384, +GEAR",
-        own * 2: "resolution 512, +GEAR",
+        default: "resolution 256, +GEAR",
+        default * 3 // 2: "resolution 384, +GEAR",
+        default * 2: "resolution 512, +GEAR",
     }
     return [
         Cell(
             f"{size} px",
-            f"{size}px" if size != own else "",
+            f"{size}px" if size != default else "",
             row,
-            dict(data=dict(image_size=size)) if size != own else {},
+            dict(data=dict(image_size=size)) if size != default else {},
             share_warm_up=True,
         )
         for size, row in sizes.items()
@@ -242,7 +247,7 @@ STUDIES = {
 
 
 def study(name):
-    """Return the Study `name`; raises UserError with the nearest one where there is none."""
+    """Return the Study `name`. Raises UserError, with a suggestion, if there is none."""
     if name not in STUDIES:
         raise UserError(
             f"unknown study '{name}'.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}."
@@ -251,7 +256,7 @@ def study(name):
 
 
 def space(preset):
-    """Return the feature network in which a preset's samples are compared."""
+    """Return the name of the network whose features compare a preset's samples with images."""
     return next(
         (network for prefix, network in SPACES.items() if preset.startswith(prefix)), "inception"
     )
@@ -261,49 +266,55 @@ def space(preset):
 class Scoring(Checked):
     """How the samples of a preset's runs are scored."""
 
-    count: Whole = 0  # samples; 0: as many as the feature space asks for
-    # as `gear evaluate` takes it, told from others by its name; "": the run's own training images
+    count: Whole = 0  # number of samples; 0: the number for the feature network
+    # what samples are compared with, as in `gear evaluate --reference`; scores against different
+    # references differ by the reference's file name; "": the run's training images
     reference: str = ""
-    weights: str = ""  # the feature network's weight file, if not in a cache
-    sample_size: Whole = 0  # px of a side to which samples of another size are resized; 0: none
+    weights: str = ""  # weight file of the feature network, if it is not in a cache
+    sample_size: Whole = 0  # side in px to which samples of another size are resized; 0: never
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.count != 1, "count is 1: a score is of two samples at least.")
+        require(self.count != 1, "count is 1: a score needs at least two samples.")
 
     def samples(self, preset):
-        """Return how many samples are drawn of a run of a preset."""
+        """Return the number of samples drawn from a run of a preset."""
         return self.count or SAMPLES[space(preset)]
 
     def resized_to(self, config):
-        """Return to which side the samples of a run with `config`, a dict, are resized; 0: none."""
+        """Return the side in px to which the samples of a run with `config` (a dict) are resized; 0
+        if they are not.
+        """
         return 0 if self.sample_size == config["data"]["image_size"] else self.sample_size
 
 
 def of_study(name, preset, scoring):
-    """Return how a study is scored: samples of Table 13 are resized to the preset's size."""
+    """Return the Scoring of a study: the resolution study (Table 13) resizes all samples to the
+    preset's image size.
+    """
     if name != "resolution":
         return scoring
     return replace(scoring, sample_size=_joint(preset).data.image_size)
 
 
 def num_real(preset):
-    """Return how many images a preset's samples are compared with, and as many are
-    reconstructed.
+    """Return the number of real images that a preset's samples are compared with; as many images
+    are reconstructed.
     """
     return reference_images(space(preset))
 
 
 def seeds_of(text):
-    """Read "0,1,2"; raises UserError for anything else."""
+    """Parse seeds such as "0,1,2" to a sorted list of ints. Raises UserError for other text."""
     return sorted(set(read_numbers("seeds", text, Seed)))
 
 
 def members(name, preset, seeds, labels=None, transfer=False):
-    """List the Members of a study: of every cell (or those of `labels`) and seed, GEAR's run, its
-    baseline's and, with `transfer`, that of a fresh generator on GEAR's tokenizer.
+    """List the Members of a study: for every cell and seed, GEAR's run, the baseline's run and,
+    with `transfer`, the run of a fresh generator on GEAR's tokenizer.
 
-    Raises UserError for an unknown study, preset or label.
+    labels: names of the cells to list (default: all), as `cell_name` returns them. Raises UserError
+    for an unknown study, preset or label.
     """
     chosen = study(name)
     if preset not in PRESETS:
@@ -316,17 +327,18 @@ def members(name, preset, seeds, labels=None, transfer=False):
             f"study '{name}' has no cell {', '.join(sorted(unknown))}. It has: {', '.join(cells)}."
         )
     stem = f"{preset}-100k" if chosen.short and _has(f"{preset}-100k") else preset
-    chosen_runs = {}
+    by_name = {}  # a run that several cells share, such as the baseline, is listed once
     for key, cell in cells.items():
         for seed in seeds if labels is None or key in labels else ():
             baseline = cell if chosen.own_baseline else Cell("LlamaGen-REPA")
             runs = [("baseline", baseline, "llamagen-repa"), ("gear", cell, _joint_method(cell))]
             if transfer:
                 runs.append(("transfer", cell, cell.variant or "gear"))
-            for role, one, method in runs:
-                member = _member(one, role, RunName(f"{stem}{one.family}", method, one.label, seed))
-                chosen_runs.setdefault(member.name, member)
-    return list(chosen_runs.values())
+            for role, run_cell, method in runs:
+                name = RunName(f"{stem}{run_cell.family}", method, run_cell.label, seed)
+                member = _member(run_cell, role, name)
+                by_name.setdefault(member.name, member)
+    return list(by_name.values())
 
 
 def _joint_method(cell):
@@ -334,24 +346,28 @@ def _joint_method(cell):
 
 
 def cell_name(cell):
-    """Return what a cell is called on the command line."""
+    """Return the name of a cell on the command line, as `gear sweep --cells` takes it."""
     return cell.label or cell.family.lstrip("-") or cell.variant or "default"
 
 
 def _member(cell, role, name):
     base_name = str(replace(name, cell=""))
     base = recipe(base_name)
-    changed, label = change(base, cell.changes), cell.label or None
+    changed = change(base, cell.changes)
+    label = cell.label or None
     planned = plan(changed, str(name), base, label, dry=True, share_warm_up=cell.share_warm_up)
     return Member(cell, role, name.seed, str(name), words(base_name, cell), planned)
 
 
 def words(base_name, cell):
-    """Return what follows `gear train` for a recipe at a cell's setting."""
+    """Return the words after `gear train` that train the recipe `base_name` at a cell's setting."""
     flags = {
         key.rpartition(".")[2].replace("_", "-"): value
         for key, value in flatten(cell.changes).items()
     }
-    changed = [word for key, value in flags.items() for word in (f"--{key}", f"{value}")]
-    changed += ["--share-warm-up"] if cell.share_warm_up and cell.changes else []
-    return (base_name, *changed, *(("--label", cell.label) if cell.label else ()))
+    options = [word for flag, value in flags.items() for word in (f"--{flag}", f"{value}")]
+    if cell.share_warm_up and cell.changes:
+        options.append("--share-warm-up")
+    if cell.label:
+        options += ["--label", cell.label]
+    return (base_name, *options)

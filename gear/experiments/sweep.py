@@ -1,6 +1,4 @@
-"""Run a study: train what is missing of its cells, score it, and say whether the paper's direction
-holds.
-"""
+"""Run a study: train the missing runs of its cells and score them."""
 
 import json
 import os
@@ -24,7 +22,7 @@ from gear.runs.run import Run
 from gear.training.loop import Runtime, is_trained
 from gear.training.settings import Config
 
-GPU_JOBS = 8  # at most: each holds libraries and kernels of its own, half a gigabyte
+GPU_JOBS = 8  # at most: each process holds half a gigabyte of libraries and kernels on the GPU
 
 
 def sweep(
@@ -38,74 +36,81 @@ def sweep(
     tell=print,
     transfer=False,
 ):
-    """Train and score what is missing of a study, `jobs` at a time (0: see `_jobs`); returns its
-    Members, see `members`.
+    """Train and score the missing runs of a study, `jobs` at a time (0: see `_jobs`); returns the
+    study's Members.
 
-    Tells the cost before it starts, and what a member measured as soon as it has. The same call
-    goes on after a kill. Raises as `jobs.train_many` does.
+    `tell` receives the cost before the work starts, and the measurements of a member as soon as
+    they are complete. After an interruption, the same call continues. Raises as `jobs.train_many`
+    does.
     """
     device = find_device(runtime.device)
-    found = members(name, preset, seeds, cells, transfer)
+    chosen = members(name, preset, seeds, cells, transfer)
     scoring = of_study(name, preset, scoring)
     trained = {
         member.name
-        for member in found
+        for member in chosen
         if is_trained(Run(runs_dir() / member.name), member.planned[-1][1])
     }
-    settled = {member.name for member in found if _is_settled(member, preset, scoring)}
-    done_with = trained | settled  # no ancestor of theirs is needed
-    planned = {n: config for m in found if m.name not in done_with for n, config in m.planned}
-    missing = {
-        n: config for n, config in planned.items() if not is_trained(Run(runs_dir() / n), config)
+    settled = {member.name for member in chosen if _is_settled(member, preset, scoring)}
+    without_training = trained | settled  # their ancestors are not needed either
+    planned = {
+        run: config
+        for member in chosen
+        if member.name not in without_training
+        for run, config in member.planned
     }
-    tasks = _tasks(found, settled, missing, preset, scoring, runtime)
-    tell(_cost(name, found, missing, tasks))
+    missing = {
+        run: config
+        for run, config in planned.items()
+        if not is_trained(Run(runs_dir() / run), config)
+    }
+    tasks = _tasks(chosen, settled, missing, preset, scoring, runtime)
+    tell(_cost(name, chosen, missing, tasks))
     if not tasks:
-        return found
+        return chosen
     check_teachers(missing.values())
     check_writable(runs_dir(), "GEAR_RUNS")
-    left = {
-        m.name: {task.name for task in tasks if m.name in (task.name, task.needs)} for m in found
+    remaining = {
+        member.name: {task.name for task in tasks if member.name in (task.name, task.needs)}
+        for member in chosen
     }
 
-    def done(task):
-        for member in found:
-            if task in left[member.name]:
-                left[member.name].remove(task)
-                if not left[member.name]:
+    def done(task_name):
+        for member in chosen:
+            if task_name in remaining[member.name]:
+                remaining[member.name].remove(task_name)
+                if not remaining[member.name]:
                     tell(_line(member, preset, scoring))
 
     jobs = jobs or _jobs(missing.values(), device.type == "cuda")
-    work(tasks, done_with | planned.keys() - missing.keys(), jobs, done)
-    return found
+    work(tasks, without_training | planned.keys() - missing.keys(), jobs, done)
+    return chosen
 
 
 def commands(name, preset="scenes", seeds=(0, 1, 2), cells=None, words=()):
-    """Return one command for each cell and seed, to be run anywhere and in any order: what several
-    share, the first one trains.
+    """Return one command per cell and seed. The commands can run in any order and on any machine; a
+    run that several of them need is trained by the first.
 
-    `words` end each of them, as in ("--count", "5000").
+    `words` are appended to each command, e.g. ("--count", "5000").
     """
-    found = members(name, preset, seeds, cells)
-    chosen = dict.fromkeys(
-        (key, member.seed) for member in found for key in [_key(name, member)] if key
+    has_shared_baseline = not study(name).own_baseline
+    pairs = dict.fromkeys(
+        (cell_name(member.cell), member.seed)
+        for member in members(name, preset, seeds, cells)
+        # the shared baseline belongs to no cell
+        if not (has_shared_baseline and member.role == "baseline")
     )
     end = " ".join(["--jobs 1", *words])
     return [
-        f"gear sweep {name} --preset {preset} --seeds {seed} --cells {key} {end}"
-        for key, seed in chosen
+        f"gear sweep {name} --preset {preset} --seeds {seed} --cells {cell} {end}"
+        for cell, seed in pairs
     ]
 
 
-def _key(name, member):
-    """Return a member's cell; the baseline that all cells share has none of its own."""
-    shared = member.role == "baseline" and not study(name).own_baseline
-    return None if shared else cell_name(member.cell)
-
-
 def _is_settled(member, preset, scoring):
-    """Say whether a member, a run or a record, has all its scores; a record of another
-    configuration is another run.
+    """Return whether a member has all its scores, as a run or as a record.
+
+    A record with another configuration belongs to another run and does not count.
     """
     name, config = member.planned[-1]
     try:
@@ -117,33 +122,35 @@ def _is_settled(member, preset, scoring):
     return measured(name, preset, scoring).keys() >= SCORED
 
 
-def _tasks(found, settled, missing, preset, scoring, runtime):
-    """Return what is left to do: the training of `missing`, and the scores of each member, as soon
-    as it is trained.
+def _tasks(chosen, settled, missing, preset, scoring, runtime):
+    """Return the Tasks that remain: the training of the `missing` runs, and the scoring of each
+    member that is not `settled`.
 
-    An ancestor that one member alone starts from is trained by that member's command: a process
-    fewer to start.
+    An ancestor of only one missing member is trained by that member's command, which saves starting
+    a process.
     """
-    words = {n: _words(member, n) for member in found for n, _ in member.planned}
-    heirs = Counter(n for member in found if member.name in missing for n, _ in member.planned)
-    own = {n for n in missing if heirs[n] == 1} - {member.name for member in found}
-    planned, tasks = {member.name: member.planned for member in found}, []
-    for n, config in missing.items():
-        if n not in own:
-            before = [(a, c) for a, c in planned.get(n, ()) if a in own]
-            tasks.append(training([*before, (n, config)], (*words[n], "--wait"), runtime))
-    for member in found:
+    words = {run: _words(member, run) for member in chosen for run, _ in member.planned}
+    num_uses = Counter(
+        run for member in chosen if member.name in missing for run, _ in member.planned
+    )
+    unshared = {run for run in missing if num_uses[run] == 1} - {member.name for member in chosen}
+    planned = {member.name: member.planned for member in chosen}
+    tasks = []
+    for run, config in missing.items():
+        if run not in unshared:
+            ancestors = [pair for pair in planned.get(run, ()) if pair[0] in unshared]
+            tasks.append(training([*ancestors, (run, config)], (*words[run], "--wait"), runtime))
+    for member in chosen:
         if member.name not in settled:
-            words = scoring_words(preset, to_dict(member.planned[-1][1]), scoring)
-            command = ("evaluate", member.name, *words, "--quiet")
-            command += ("--device", runtime.device)
+            options = scoring_words(preset, to_dict(member.planned[-1][1]), scoring)
+            command = ("evaluate", member.name, *options, "--quiet", "--device", runtime.device)
             tasks.append(Task(f"scores of {member.name}", command, member.name, 0))
     return tasks
 
 
 def _jobs(configs, on_gpu):
-    """Return how many runs go at once: one a core, on a GPU one; small ones, which leave most of it
-    idle, one for two cores.
+    """Return how many runs to train at once: on a CPU, one per core; on a GPU, one, or, because
+    small runs leave most of the GPU idle, one per two cores if all runs are small.
     """
     cores = len(os.sched_getaffinity(0))
     if not on_gpu:
@@ -152,56 +159,56 @@ def _jobs(configs, on_gpu):
 
 
 def _words(member, name):
-    """Return what follows `gear train` for an ancestor of a member: the same words with its own
-    recipe.
+    """Return the words after `gear train` for an ancestor of a member: the member's words, with the
+    ancestor's recipe.
     """
     has_setting = member.cell.label and run_name(name).cell == member.cell.label
     return (with_parts(name, cell=""), *member.words[1:]) if has_setting else (name,)
 
 
-def _cost(name, found, missing, tasks):
-    """Say what is left, and what it takes: images, FLOPs, hours on a GPU, and on this machine as
-    far as runs here tell.
+def _cost(name, chosen, missing, tasks):
+    """Return a text on the remaining work and its cost: images, FLOPs, hours on a GPU, and the time
+    on this machine if earlier runs allow an estimate.
     """
-    scored = sum(task.name not in missing for task in tasks)
+    num_scored = sum(task.name not in missing for task in tasks)
     head = (
-        f"{name}: {len(found)} runs in all, {len(missing)} to train with their parents, {scored} "
-        "sets of scores"
+        f"{name}: {len(chosen)} runs in all, {len(missing)} to train with their parents, "
+        f"{num_scored} sets of scores"
     )
     if not missing:
         return head
     stages = Counter(config.stage for config in missing.values())
-    images = sum(config.steps * config.batch_size for config in missing.values())
-    prices = {}
+    num_images = Counter()  # shape -> training images
+    prices = {}  # shape -> Price
     for config in missing.values():
-        prices.setdefault(_shape(to_dict(config)), [price(config), 0])[1] += (
-            config.steps * config.batch_size
-        )
-    flop = sum(n * sum(p.training for p in cost.passes) for cost, n in prices.values())
-    hours = sum(cost.hours(n, "h100", 0.4) for cost, n in prices.values())
-    lines = [
-        head,
-        (
-            f"  {', '.join(f'{n} {stage}' for stage, n in stages.items())}: {images:,} images, "
-            f"{flop:.2g} FLOP"
-        ),
-    ]
-    lines.append(
-        f"  an h100 at 40 % of its {GPUS['h100'].bf16:g} TFLOP/s: {hours:.2g} hours, if nothing "
-        "else holds it up"
+        shape = _shape(to_dict(config))
+        num_images[shape] += config.steps * config.batch_size
+        if shape not in prices:
+            prices[shape] = price(config)
+    flop = sum(
+        num_images[shape] * sum(one_pass.training for one_pass in cost.passes)
+        for shape, cost in prices.items()
     )
-    return "\n".join([*lines, f"  here: {_here(missing)}"])
+    hours = sum(cost.hours(num_images[shape], "h100", 0.4) for shape, cost in prices.items())
+    runs = ", ".join(f"{count} {stage}" for stage, count in stages.items())
+    return (
+        f"{head}\n"
+        f"  {runs}: {num_images.total():,} images, {flop:.2g} FLOP\n"
+        f"  an h100 at 40 % of its {GPUS['h100'].bf16:g} TFLOP/s: {hours:.2g} hours, if nothing "
+        "else slows it down\n"
+        f"  here: {_here(missing)}"
+    )
 
 
 def _shape(config):
-    """Return what a run's price and pace depend on, of its configuration as a dict: stage,
-    networks, terms, images.
+    """Return the part of a configuration (a dict) on which a run's price and speed depend, as a
+    text: stage, batch and image size, networks, loss terms.
     """
-    generator = {k: v for k, v in config["generator"].items() if k != "num_classes"}
+    generator = {name: v for name, v in config["generator"].items() if name != "num_classes"}
     terms = {
-        k: v > 0
-        for k, v in config["objective"].items()
-        if k in ("gan_weight", "align_weight", "lpips_weight")
+        name: weight > 0
+        for name, weight in config["objective"].items()
+        if name in ("gan_weight", "align_weight", "lpips_weight")
     }
     sizes = (
         config["stage"],
@@ -215,40 +222,38 @@ def _shape(config):
 
 
 def _here(missing):
-    """Estimate the time on this machine from the pace of runs trained here, of the same shape."""
-    seconds, unknown = 0.0, set()
-    paces = {}
+    """Return a text with the estimated training time on this machine, from the speed of earlier
+    runs of the same shape.
+    """
+    speeds = {}  # shape -> images per second of each run
     for name in run_names():
         run = Run.open(name)
-        timing, config = (
-            readable(lambda run=run: run.metrics("timing.jsonl"), pd.DataFrame()),
-            run.config,
-        )
+        timing = readable(lambda run=run: run.metrics("timing.jsonl"), pd.DataFrame())
         if not timing.empty:
-            paces.setdefault(_shape(config), []).append(timing.images_per_second.median())
+            speeds.setdefault(_shape(run.config), []).append(timing.images_per_second.median())
+    seconds = 0.0
+    unknown_stages = set()
     for config in missing.values():
-        pace = paces.get(_shape(to_dict(config)))
-        if pace is None:
-            unknown.add(config.stage)
+        of_shape = speeds.get(_shape(to_dict(config)))
+        if of_shape is None:
+            unknown_stages.add(config.stage)
         else:
-            seconds += config.steps * config.batch_size / (sum(pace) / len(pace))
-    if unknown:
+            seconds += config.steps * config.batch_size / (sum(of_shape) / len(of_shape))
+    if unknown_stages:
+        stages = ", ".join(sorted(unknown_stages))
         return (
-            f"not known before a run of the stage {', '.join(sorted(unknown))} was trained; the "
-            "bar will tell"
+            f"not known before a run of the stage {stages} is trained here; the progress bar will "
+            "show it"
         )
     return (
-        f"about {seconds / 60:.0f} minutes on one core or GPU, as fast as earlier runs; scores not "
-        "counted"
+        f"about {seconds / 60:.0f} minutes on one core or GPU at the speed of earlier runs, "
+        "scoring not included"
     )
 
 
 def _line(member, preset, scoring):
+    """Return the measurements of a member in one line of text."""
     values = measured(member.name, preset, scoring)
-    shown = [
-        metric
-        for metric in ("fd", "ntp_loss", "predictable", "align_loss", "psnr")
-        if metric in values
-    ]
-    told = ", ".join(f"{TITLES[metric]} {values[metric]:.4g}" for metric in shown)
-    return f"{member.cell.title}, {member.role}, seed {member.seed}: {told}"
+    metrics = ("fd", "ntp_loss", "predictable", "align_loss", "psnr")
+    numbers = ", ".join(f"{TITLES[key]} {values[key]:.4g}" for key in metrics if key in values)
+    return f"{member.cell.title}, {member.role}, seed {member.seed}: {numbers}"

@@ -1,20 +1,22 @@
-"""Verdicts on the paper's claims and ablations, computed from our runs by one judge.
+"""Verdicts on the paper's claims and ablations, computed from our runs by one rule.
 
-A comparison is the mean difference of a statistic between a method's runs and a baseline's, paired
-by seed. The paper says on which side of a bound it lies (zero, or a margin beyond it), or that it
-lies within a margin about zero. The 95 % interval of the mean (Student's t) judges:
+A comparison is the mean difference of a statistic between the runs of a method and those of a
+baseline, paired by seed. A claim places this difference in a region: beyond a bound on one side
+(zero, or a margin from zero), or within a margin around zero. The verdict compares the 95 %
+interval of the mean (Student's t) with the region:
 
-  reproduced    it lies wholly where the paper says
-  contradicted  it lies wholly elsewhere
-  undecided     a bound lies inside it
+  reproduced    the interval lies entirely inside the claimed region
+  contradicted  the interval lies entirely outside the claimed region
+  undecided     the interval contains a bound of the region
   not testable  there are fewer than three seeds
 
-With three seeds the interval reaches 2.5 standard deviations either way: it takes a large effect,
-and the seeds of a decided comparison all agree (so do four; of five, one may not). Beside the
-verdict stand the p-value of the bound, and the verdict corrected for the number of comparisons made
-together: by Holm among the claims on a preset's runs, so that none of those that stay is likely to
-be chance; by Benjamini and Hochberg within a study, so that few are. Each table begins with how
-many of its comparisons chance alone would decide.
+With three seeds the interval extends 2.5 standard deviations to either side. Only a large effect is
+decided then, and all seeds of a decided comparison agree (also with four seeds; with five, one may
+disagree). Each verdict comes with the p-value of the nearest bound, and with a verdict corrected
+for the number of comparisons in its family. The claims on a preset's runs are one family, corrected
+by Holm: probably none of its corrected verdicts is due to chance. Each study is one family,
+corrected by Benjamini and Hochberg: few of its corrected verdicts are due to chance. Each table
+begins with the number of comparisons that chance alone would decide.
 """
 
 import itertools
@@ -49,12 +51,12 @@ UNDECIDED = "undecided"
 
 
 def compare(differences, sign, margin=0.0):
-    """Judge paired differences (n,) by a claim: `sign` times their mean exceeds `margin`.
+    """Judge paired differences (n,) by the claim that `sign` times their mean exceeds `margin`.
 
-    A sign of 0 claims that the mean lies within the margin about zero; None claims nothing, and the
-    verdict is "". Returns the columns of a comparison: seeds, difference (the mean), spread (their
-    standard deviation), low, high (95 % interval), margin, agree (seeds that go the claimed way), p
-    (two-sided, of the claim's nearest bound), verdict.
+    A `sign` of 0 claims that the mean lies within `margin` of zero; None claims nothing, and the
+    verdict is "". Returns a comparison as a dict: seeds, difference (the mean), spread (standard
+    deviation of the differences), low and high (the 95 % interval), margin, agree (number of seeds
+    that agree with the claim), p (two-sided, of the nearest bound of the claim), verdict.
     """
     row = dict(zip(("seeds", "difference", "spread", "low", "high"), effect(differences)))
     row["margin"] = margin
@@ -71,33 +73,35 @@ def compare(differences, sign, margin=0.0):
 
 
 def _is_claimed(difference, sign, margin):
+    """Return whether a difference lies in the claimed region."""
     return sign * difference > margin if sign else abs(difference) < margin
 
 
 def family(comparisons, correct=holm):
-    """Return a table of comparisons (rows of `compare`), corrected for their number.
+    """Return the table of a family of comparisons (rows of `compare`), corrected for their number.
 
-    Columns more: p_corrected, the p-value by `correct`, and verdict_corrected, the verdict by it.
+    It has two more columns: p_corrected, the p-value corrected by `correct`, and verdict_corrected,
+    the verdict by that p-value.
     """
     table = pd.DataFrame(comparisons, columns=None if comparisons else ["verdict", "p", "margin"])
     table["p_corrected"] = correct(table.p)
-    is_lost = table.verdict.isin(DECIDED) & (table.p_corrected > LEVEL)
-    return table.assign(verdict_corrected=table.verdict.mask(is_lost, UNDECIDED))
+    loses_verdict = table.verdict.isin(DECIDED) & (table.p_corrected > LEVEL)
+    return table.assign(verdict_corrected=table.verdict.mask(loses_verdict, UNDECIDED))
 
 
 def by_chance(table):
-    """Return how many comparisons of a family chance alone would call reproduced, and as many
-    contradicted, were there no difference anywhere.
+    """Return the expected number of comparisons in a family that are reproduced by chance if no
+    statistic differs; as many are contradicted.
 
-    A claimed direction is met by chance in LEVEL / 2 of the cases. Claims with a margin are not
-    counted: without any difference they hold, or fail, for good reason.
+    A claimed direction is reproduced by chance with probability LEVEL / 2. Claims with a margin are
+    not counted: if nothing differs, their verdict is correct and not chance.
     """
     return float(LEVEL / 2 * (table.p.notna() & (table.margin == 0)).sum())
 
 
 def tally(table, correct=holm):
-    """Say how many comparisons of a family chance alone would decide, and count its verdicts,
-    before and after correction.
+    """Return a sentence that counts the verdicts of a family, before and after correction, and the
+    number that chance alone would decide.
     """
     judged = table[table.verdict != ""]
     reproduced, contradicted = (sum(judged.verdict == verdict) for verdict in DECIDED)
@@ -106,52 +110,65 @@ def tally(table, correct=holm):
     first = f"Of {directed} claimed directions chance alone would reproduce about"
     first += f" {by_chance(judged):.1f} and contradict as many. Of all {judged.p.notna().sum()}"
     first += f" comparisons {reproduced} are reproduced, {corrected[0]} after"
-    words = [f"{first} {CORRECTIONS[correct]} correction"]
-    words.append(f"{contradicted} contradicted, {corrected[1]} after it")
-    others = judged.verdict[~judged.verdict.isin(DECIDED)].value_counts()
-    return "; ".join([*words, *(f"{count} {verdict}" for verdict, count in others.items())])
+    parts = [f"{first} {CORRECTIONS[correct]} correction"]
+    parts.append(f"{contradicted} contradicted, {corrected[1]} after it")
+    rest = judged.verdict[~judged.verdict.isin(DECIDED)].value_counts()
+    return "; ".join([*parts, *(f"{count} {verdict}" for verdict, count in rest.items())])
 
 
 def claims(preset="scenes", label="", scoring=Scoring()):
-    """Judge every claim on the finished runs PRESET-RECIPE-sN (or -sN-LABEL), paired by seed, their
+    """Judge every claim on the finished runs PRESET-METHOD-sN (or -sN-LABEL), paired by seed, with
     samples scored by `scoring`.
 
-    Returns a table, one row per claim and baseline: claim, paper, statistic, against, method and
-    baseline (means over seeds), the columns of `compare` and `family`, and needs: the command that
-    makes what the row lacks, "" if nothing.
+    Returns a table with one row per claim and compared recipe. Columns: claim, paper, statistic,
+    against, method and baseline (means over seeds), the columns of `compare` and `family`, and
+    needs: the command that computes a missing score, "" if none is missing.
     """
     pairs = [(claim, baseline) for claim in CLAIMS for baseline in claim.baselines]
     return family([_claim(claim, baseline, preset, label, scoring) for claim, baseline in pairs])
 
 
 def _claim(claim, baseline, preset, label, scoring):
-    ours = _by_seed(RunName(preset, claim.method, label))
-    theirs = _by_seed(RunName(preset, baseline, label)) if baseline else ours
-    seeds, needs = sorted(ours.keys() & theirs.keys()), ""
+    """Return the row of `claims` for a claim and one of its baselines."""
+    method_runs = _by_seed(RunName(preset, claim.method, label))
+    baseline_runs = _by_seed(RunName(preset, baseline, label)) if baseline else method_runs
+    seeds = sorted(method_runs.keys() & baseline_runs.keys())
+    needs = ""
     try:
-        pairs = [_values(claim, baseline, ours[seed], theirs[seed], scoring) for seed in seeds]
+        pairs = [
+            _values(claim, baseline, method_runs[seed], baseline_runs[seed], scoring)
+            for seed in seeds
+        ]
     except MissingRuns as missing:
-        pairs, needs = [], missing.command
-    method, other = np.array(pairs, dtype=float).reshape(-1, 2).T
-    row = {"claim": claim.sentence.format(against=AGAINST[baseline]), "paper": claim.where}
-    row |= {"statistic": claim.statistic, "against": AGAINST[baseline]}
-    row |= {"method": method.mean() if pairs else math.nan}
-    row |= {"baseline": other.mean() if pairs else math.nan}
-    return row | compare(method - other, claim.sign, claim.margin) | {"needs": needs}
+        pairs = []
+        needs = missing.command
+    method_values, baseline_values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    row = {
+        "claim": claim.sentence.format(against=AGAINST[baseline]),
+        "paper": claim.paper,
+        "statistic": claim.statistic,
+        "against": AGAINST[baseline],
+        "method": method_values.mean() if pairs else math.nan,
+        "baseline": baseline_values.mean() if pairs else math.nan,
+    }
+    comparison = compare(method_values - baseline_values, claim.sign, claim.margin)
+    return row | comparison | {"needs": needs}
 
 
-def _values(claim, baseline, run, other, scoring):
-    """Return a claim's statistic of a run and of its baseline. What is compared with no run, and a
-    statistic of both runs together, is compared with zero.
+def _values(claim, baseline, run, baseline_run, scoring):
+    """Return a claim's statistic of a run and the value to compare it with.
+
+    That value is the statistic of the baseline's run. It is zero if the claim has no baseline, or
+    if the statistic is one of both runs together.
     """
     if claim.statistic in PAIRED:
-        return PAIRED[claim.statistic](run, other, scoring), 0.0
+        return PAIRED[claim.statistic](run, baseline_run, scoring), 0.0
     statistic = STATISTICS[claim.statistic]
-    return statistic(run, scoring), statistic(other, scoring) if baseline else 0.0
+    return statistic(run, scoring), statistic(baseline_run, scoring) if baseline else 0.0
 
 
 def _by_seed(unseeded):
-    """Return {seed: run} of the finished runs whose name is a RunName, but for its seed."""
+    """Return {seed: run} of the finished runs whose RunName is `unseeded` with any seed."""
     names = {name: run_name(name) for name in run_names()}
     seeded = [
         name
@@ -163,38 +180,42 @@ def _by_seed(unseeded):
 
 
 def directions(table, name, preset="scenes"):
-    """Judge a study by the table of its `results`: does each difference go the paper's way?
+    """Judge whether the differences in the `results` of a study have the signs of the paper's.
 
-    Returns a table, one row per cell and metric: cell, against, metric, paper (its difference; if
-    it prints none, nothing is claimed), and the columns of `compare` and `family`. A difference is
-    that of a cell from the study's reference or, where each cell has a baseline, of GEAR from that;
-    where the paper's table prints one baseline for all cells, of GEAR from that, too.
+    A difference is that between a cell and the study's reference cell or, if each cell has its own
+    baseline, that between GEAR and this baseline. If the paper's table prints one baseline for all
+    cells, the difference between GEAR and that baseline is judged too.
+
+    Returns a table with one row per comparison and metric. Columns: cell, against, metric, paper
+    (the paper's difference; NaN claims nothing), and the columns of `compare` and `family`.
     """
     chosen = study(name)
     cells = chosen.cells(preset)
-    reference = next((c.title for c in cells if c.published == chosen.reference), None)
-    ours = table.pivot_table(index="seed", columns=["metric", "cell", "role"], values="value")
-    theirs = printed(name, preset).set_index(["metric", "cell", "role"]).value
+    reference = next((cell.title for cell in cells if cell.published == chosen.reference), None)
+    key = ["metric", "cell", "role"]
+    measured = table.pivot_table(index="seed", columns=key, values="value")
+    published = printed(name, preset).set_index(key).value
     rows = []
     for cell in cells:
-        others = {reference: (reference, "gear")}
+        compared = {reference: (reference, "gear")}  # name -> (cell, role)
         if chosen.own_baseline:
-            others = {"its baseline": (cell.title, "baseline")}
+            compared = {"its baseline": (cell.title, "baseline")}
         if chosen.published_baseline:
-            others["LlamaGen-REPA"] = ("LlamaGen-REPA", "baseline")
-        for (against, other), metric in itertools.product(others.items(), TITLES):
-            gear, baseline = (metric, cell.title, "gear"), (metric, *other)
-            if gear == baseline or not {gear, baseline} <= set(ours.columns):
+            compared["LlamaGen-REPA"] = ("LlamaGen-REPA", "baseline")
+        for (against, cell_and_role), metric in itertools.product(compared.items(), TITLES):
+            gear = (metric, cell.title, "gear")
+            baseline = (metric, *cell_and_role)
+            if gear == baseline or not {gear, baseline} <= set(measured.columns):
                 continue
-            paper = theirs.get(gear, math.nan) - theirs.get(baseline, math.nan)
+            paper = published.get(gear, math.nan) - published.get(baseline, math.nan)
             sign = None if math.isnan(paper) or paper == 0 else np.sign(paper)
             row = {"cell": cell.title, "against": against, "metric": metric, "paper": paper}
-            rows.append(row | compare((ours[gear] - ours[baseline]).dropna(), sign))
+            rows.append(row | compare((measured[gear] - measured[baseline]).dropna(), sign))
     return family(rows, benjamini_hochberg)
 
 
 def claims_in_words(table):
-    """Phrase the table of `claims` in lines for a terminal."""
+    """Return the table of `claims` as lines of text for a terminal."""
     lines = []
     for row in table.itertuples():
         lines.append(f"{row.verdict:24} {row.claim}" + (f" ({row.paper})" if row.paper else ""))
@@ -218,8 +239,9 @@ def _tested(row):
 
 
 def claims_as_markdown(table):
-    """Write the table of `claims` as Markdown, after the count of its verdicts."""
-    titles = "claim", "paper", "statistic", "difference [95 %]", "seeds", "p", "verdict", "by Holm"
+    """Return the table of `claims` in Markdown, after the count of its verdicts."""
+    titles = ["claim", "paper", "statistic", "difference [95 % interval]", "seeds that agree", "p"]
+    titles += ["verdict", "corrected by Holm"]
     lines = [f"{tally(table)}.", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in table.fillna({"paper": ""}).itertuples():
         cells = [row.claim, row.paper, row.statistic]
@@ -235,28 +257,41 @@ def claims_as_markdown(table):
 
 
 def results_page(table, preset="scenes", label="", scoring=Scoring()):
-    """Write docs/results.md: the table of `claims`, and what every study says, in Markdown.
+    """Return the text of docs/results.md: the table of `claims` and the verdicts of every study.
 
-    Studies are those of the preset's own runs: with a `label` they are left out.
+    A study has no runs with a `label`, so that studies are left out if there is one.
     """
     names = STUDIES if preset in PRESETS and not label else ()
     options = "".join(f" {word}" for word in changed_words(scoring))
     options += f" --label {label}" if label else ""
-    return f"""# What the runs say of the paper
+    return f"""# Which of the paper's claims hold in our runs
 
-For those who want to know what holds at this scale. Written by
+This page shows which of the paper's claims hold at a small scale. It is written by
 `gear claims {preset}{options} --out docs/results.md` from small-scale runs of `{preset}`.
 
-Differences are paired by seed, and the 95 % interval of their mean judges. *Reproduced*: all of the
-interval lies on the side that the paper claims. *Contradicted*: all of it lies on the other side.
-*Undecided*: it reaches to both sides. *Not testable*: there are fewer than three seeds. With three
-seeds it takes a large effect. The p-value is that of the bound, two-sided.
+A claim is about the difference of a statistic between two kinds of runs, paired by seed. The 95 %
+interval of the mean difference gives the verdict:
 
-"GEAR" is the joint stage's own generator and tokenizer; "a fresh generator on GEAR's tokenizer" is
-trained anew, as in the paper's Tables 1 to 3 and Fig. 3. "The warm-up" is the tokenizer that both
-start from, "the control" the warm-up trained on for as long as GEAR, unguided (of generators: a
-generator on that), "half the codes" a tokenizer with K / 2, trained as long as the control.
-LlamaGen-REPA is a generator on the warm-up, trained for as long as GEAR's at the same rates.
+- *reproduced*: the whole interval lies where the paper claims that the difference lies;
+- *contradicted*: the whole interval lies elsewhere;
+- *undecided*: the interval contains a bound of the claimed region;
+- *not testable*: there are fewer than three seeds.
+
+With three seeds only a large effect is decided. The p-value is two-sided and belongs to the nearest
+bound of the claimed region. A claim without an entry in the column "paper" is ours.
+
+Names of runs:
+
+- *GEAR's generator* and *GEAR's tokenizer* are those of the joint stage.
+- *A fresh generator on GEAR's tokenizer* is trained from random weights on the frozen tokenizer, as
+  in the paper's Tables 1 to 3 and Fig. 3.
+- *The warm-up tokenizer* is the tokenizer from which GEAR and the control start.
+- *The control tokenizer* is the warm-up tokenizer, trained further without guidance for as many
+  steps as GEAR.
+- *The tokenizer with half the codes* has K / 2 codes and trains from random weights for as many
+  steps as warm-up and control together.
+- *The baseline (LlamaGen-REPA)* is a generator trained on the warm-up tokenizer, for as many steps
+  as GEAR's generator and at the same learning rates.
 
 ## Claims
 
@@ -264,21 +299,23 @@ LlamaGen-REPA is a generator on the warm-up, trained for as long as GEAR's at th
 
 ## Ablations
 
-Each difference that the paper's tables print, by the same rule; each study is one family for
-Benjamini and Hochberg's correction. "By chance" is how many directions of how many comparisons
-chance alone would meet, and as many the other way.
+The same rule judges each difference that the paper's tables print. Each study is one family for
+Benjamini and Hochberg's correction. The column "by chance" gives the number of differences, out of
+all, that chance alone would reproduce; it would contradict as many.
 
 {studies_as_markdown(names, preset, scoring)}
 
 Metrics: Fréchet distance, precision and recall of samples (`fd`, `precision`, `recall`), PSNR, SSIM
-and Fréchet distance of reconstructions (`psnr`, `ssim`, `rfd`). GEAR against LlamaGen-REPA at the
-preset's own setting is one comparison and stands in several of the paper's tables: it is counted in
-each.
+and Fréchet distance of reconstructions (`psnr`, `ssim`, `rfd`). The comparison of GEAR with the
+baseline (LlamaGen-REPA) at the preset's own setting appears in several of the paper's tables and is
+counted in each.
 """
 
 
 def directions_in_words(table):
-    """Count the verdicts of `directions`, and name those that are decided, with their intervals."""
+    """Return the table of `directions` as text: the count of its verdicts, and the decided
+    comparisons with their intervals.
+    """
     lines = [f"{tally(table, benjamini_hochberg)} (differences that the paper prints)"]
     for verdict, rows in table[table.verdict != ""].groupby("verdict", sort=True):
         if verdict in DECIDED:
@@ -289,7 +326,7 @@ def directions_in_words(table):
 
 
 def studies_as_markdown(names, preset="scenes", scoring=Scoring()):
-    """Judge studies over seeds 0, 1, 2: a Markdown table of verdicts, one line per study."""
+    """Judge studies on the seeds 0, 1, 2; returns a Markdown table with one row per study."""
     titles = ["study", "in the paper", "by chance", *DECIDED, UNDECIDED]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in names:
@@ -311,9 +348,12 @@ def studies_as_markdown(names, preset="scenes", scoring=Scoring()):
 
 
 def _named(rows, against=True):
-    """Name lines of `directions`, those of a cell together."""
+    """Return the cells and metrics of rows of `directions` as text, grouped by cell.
+
+    With `against`, the text also names what each cell is compared with.
+    """
     names = []
-    for (cell, other), part in rows.groupby(["cell", "against"], sort=False):
-        subject = f"{cell} against {other}" if against else cell
+    for (cell, compared), part in rows.groupby(["cell", "against"], sort=False):
+        subject = f"{cell} against {compared}" if against else cell
         names.append(f"{subject}: {', '.join(part.metric)}")
     return "; ".join(names)

@@ -1,4 +1,6 @@
-"""Several runs at once: parents first, shared ones once, a failure named and kept apart."""
+"""Training several runs at once: parents come first, shared parents are trained once, and a failure
+stops only the runs that need the failed one.
+"""
 
 import shutil
 import subprocess
@@ -34,8 +36,8 @@ def test_a_change_that_concerns_the_joint_stage_alone_leaves_the_warm_up_shared(
 
 
 def test_how_runs_are_executed_is_handed_on():
-    """Every flag that is not as it is by default, as the command line takes it; sharding is not for
-    several.
+    """A command gets every option of the Runtime that differs from its default; --fsdp is refused
+    for several runs.
     """
     runtime = Runtime(device="cpu", accumulate=2, skip=3, keep=5, cached=True, tensorboard=True)
     command = jobs.training([("tiny", recipe("tiny"))], ("tiny",), runtime).command
@@ -48,7 +50,7 @@ def test_how_runs_are_executed_is_handed_on():
 
 
 def test_runs_are_trained_once_and_in_order(tiny, tiny_runs):
-    """A parent that is missing comes first; what is finished is left alone."""
+    """A missing parent is trained first; finished runs stay as they are."""
     for name in ("tiny", "tiny-joint"):
         shutil.rmtree(tiny / name)
     before = fingerprint(tiny)
@@ -66,8 +68,8 @@ def test_another_configuration_under_a_name_is_found_before_anything_starts(home
 
 
 def test_a_failure_takes_only_its_descendants(monkeypatch):
-    """One of two parents fails: it is named with who waited for it, and the other's child is
-    trained.
+    """If one of two parents fails, the error names it and its descendants, and the other parent's
+    child is trained.
     """
     failing = "import sys; sys.exit('no luck' if 'tiny-tokenizer' in sys.argv else 0)"
     popen = subprocess.Popen
@@ -98,15 +100,14 @@ def test_a_change_reaches_the_parent_field_by_field():
     """A new tau for the generator on the naive tokenizer leaves its parent's bridge naive."""
     base = recipe("scenes-naive")
     planned = dict(plan(replace(base, objective=replace(base.objective, tau=0.05)), "n", base, "x"))
-    assert (
-        planned["scenes-joint-naive-x"].objective.bridge == "naive"
-        and planned["scenes-joint-naive-x"].objective.tau == 0.05
-    )
+    parent = planned["scenes-joint-naive-x"]
+    assert parent.objective.bridge == "naive"
+    assert parent.objective.tau == 0.05
 
 
 def test_a_source_of_as_many_classes_changes_the_parents_by_the_source_alone(home):
-    """`gear train cifar10-smoke-gear-s0 --source ZIP --label zip`: every ancestor takes both, no
-    download is asked for.
+    """`gear train cifar10-smoke-gear-s0 --source ZIP --label zip` gives source and label to every
+    ancestor, and downloads nothing.
     """
     with zipfile.ZipFile(home / "ten.zip", "w") as archive:
         for i in range(30):

@@ -1,5 +1,5 @@
-"""The paper's numbers: complete, consistent with one another and, where its text is at hand, with
-it.
+"""The published numbers are complete, consistent with one another and, if the text of the paper is
+on this machine, equal to the printed ones.
 """
 
 import re
@@ -11,13 +11,15 @@ from gear.config import UserError
 from gear.experiments.published import printed, published
 
 PAPER = Path(__file__).parents[3] / "shared" / "reference" / "paper.md"
-GENERATION, RECONSTRUCTION = ["gFID", "sFID", "IS", "Prec.", "Rec."], ["PSNR", "SSIM", "rFID"]
-HEADERS = {1: 2, 2: 2, 3: 3, 4: 2, 13: 2, 16: 0, 17: 0, 19: 2}  # lines above the body, else one
-LABELS = {4: 2, 18: 3, 19: 2}  # cells a line that name it, else one
+GENERATION = ["gFID", "sFID", "IS", "Prec.", "Rec."]
+RECONSTRUCTION = ["PSNR", "SSIM", "rFID"]
+# number of header lines of a table in the paper's text, if it is not one
+HEADERS = {1: 2, 2: 2, 3: 3, 4: 2, 13: 2, 16: 0, 17: 0, 19: 2}
+LABELS = {4: 2, 18: 3, 19: 2}  # number of cells per line that name the row, if it is not one
 
 
 def values(table, row):
-    """Return {column: value} of a row of a table of numbers."""
+    """Return {column: value} of one row in a table of numbers."""
     lines = published(table)
     return dict(lines[lines.row == row][["column", "value"]].values)
 
@@ -27,7 +29,7 @@ def is_number(text):
 
 
 def numbers(text):
-    """List the numbers in a text as printed, in order: 3.460 is not 3.46; 400k is 400000."""
+    """List the numbers in a text as printed, in order. Trailing zeros stay; 400k becomes 400000."""
     text = re.sub(r"\$1 \\times 10\^\{(-\d+)\}\$", r"1e\1", text.replace("−", "-"))
     return re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.sub(r"(?<=\d)k\b", "000", text))
 
@@ -52,7 +54,7 @@ def test_values_are_numbers_where_a_table_holds_nothing_else():
         published(20)
 
 
-def test_what_names_a_row_is_its_value_too():
+def test_the_number_in_a_rows_name_is_its_value():
     lines = published()
     for column, pattern in (
         ("Epochs", r", (\d+) epochs"),
@@ -76,7 +78,7 @@ def test_table_4_prints_the_difference_of_its_columns():
         for column, value in theirs.items():
             assert ours[column] - value == pytest.approx(
                 ours[f"{column} change"], abs=1.01e-4
-            )  # of rounded numbers
+            )  # the paper rounds each number
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_the_configurations_agree():
 def test_every_number_stands_in_the_paper_in_this_order(table):
     parts = re.split(
         r"^\**Table (\d+) ", PAPER.read_text(), flags=re.M
-    )  # the text between a caption and the next
+    )  # a part is the text from one caption to the next
     body = [
         line.split("\t")
         for line in dict(zip(parts[1::2], parts[2::2]))[str(table)].splitlines()
@@ -176,25 +178,17 @@ def test_every_number_stands_in_the_paper_in_this_order(table):
     lines = published()
     lines = lines[
         (lines.table == table) & ~lines.column.str.endswith("default")
-    ]  # a default stands in its list
+    ]  # the paper prints a default only within the list of values
     assert [number for value in lines.value for number in numbers(value)] == printed
 
 
 def test_the_papers_rows_stand_beside_their_cells():
     table = printed("tokenizer", "scenes").set_index(["cell", "role", "metric"]).value
-    assert (
-        table["LFQ, tau = 0.25", "baseline", "fd"] == 18.681
-        and table["LFQ, tau = 0.25", "gear", "rfd"] == 2.129
-    )
+    assert table["LFQ, tau = 0.25", "baseline", "fd"] == 18.681
+    assert table["LFQ, tau = 0.25", "gear", "rfd"] == 2.129
     assert table["VQ", "gear", "psnr"] == 20.779
     shared = printed("initialisation", "scenes").set_index(["cell", "role", "metric"]).value
-    assert (
-        shared["LlamaGen-REPA", "baseline", "fd"] == 14.719
-        and shared["from nothing", "gear", "fd"] == 13.435
-    )
-    assert (
-        printed("resolution", "scenes")
-        .set_index(["cell", "role", "metric"])
-        .value["48 px", "gear", "fd"]
-        == 18.364
-    )
+    assert shared["LlamaGen-REPA", "baseline", "fd"] == 14.719
+    assert shared["from nothing", "gear", "fd"] == 13.435
+    resolution = printed("resolution", "scenes").set_index(["cell", "role", "metric"]).value
+    assert resolution["48 px", "gear", "fd"] == 18.364

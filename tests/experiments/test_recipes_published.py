@@ -1,5 +1,5 @@
-"""The imagenet256 recipes are Tables 15 and 16 of the paper, line by line, as
-gear/experiments/published.csv has them.
+"""The imagenet256 recipes equal Tables 15 and 16 of the paper line by line, as
+gear/experiments/published.csv holds them.
 """
 
 from dataclasses import replace
@@ -18,15 +18,14 @@ from gear.training.optim import Optimizer
 
 
 def name_of(value, named):
-    """Return the name under which `named` has a value; a generator's tap layer and projector are
-    lines of their own.
-    """
+    """Return the key under which the dict `named` holds `value`."""
     return next(
         (name for name, other in named.items() if other == value), "none of the public ones"
     )
 
 
 def size(config):
+    """Return the name of a generator's public size, without the fields that have their own lines."""
     lines_of_their_own = {
         f: getattr(config.generator, f)
         for f in ("tap_layer", "projector_dim", "class_dropout", "condition_rotation")
@@ -38,7 +37,7 @@ def size(config):
 
 
 def adam(config):
-    """The optimizer that a run of this configuration trains by."""
+    """Return the Adam optimizer of a run with this configuration."""
     return Optimizer([torch.nn.Linear(1, 1)], 0.0, config.optimizer).adam
 
 
@@ -49,7 +48,7 @@ TEACHERS = {
     "vjepa2.1-b": "V-JEPA2.1",
 }
 
-# A line of a table: the values of a run of the stage `joint` that all have to be what is printed.
+# line of a table -> the values in the Config of a joint run that all have to equal the printed one
 TABLE_15 = {
     "AR model": lambda c: [size(c)],
     "Alignment layer": lambda c: [c.generator.tap_layer],
@@ -86,15 +85,13 @@ TABLE_16 = {
     "Top-p": lambda c: [Sampling().top_p],
 }
 NOT_COMPARED = {
-    "torch.compile": "how a run is executed: it has no line in a configuration",
+    "torch.compile": "a setting of the Runtime, not of a configuration",
     "NTP loss": (
-        "1 by construction: a term without a weight counts once (State.descend); see "
-        "test_weights_of_one"
+        "always 1: a term without a weight has weight 1 (State.descend); see test_weights_of_one"
     ),
-    "Reconstruction (L1)": "the same",
+    "Reconstruction (L1)": "always 1, as the NTP loss",
 }
-# a column of Table 15: the recipe of its default cell, and the shorter schedule that some studies
-# have
+# column of Table 15 -> the recipe of its default cell
 STUDIES = {
     "Temp. Tab. 5": "imagenet256-l-joint",
     "Coeff. Tab. 6": "imagenet256-l-joint",
@@ -107,13 +104,12 @@ STUDIES = {
     "Res. Tab. 13": "imagenet256-l-joint",
 }
 SHORT = {"Enc. Tab. 10", "Depth Tab. 11", "Res. Tab. 13"}  # 100,000 steps, as in --steps 100000
-# of the lists in Table 15, where the default is not what the other columns have: all of them say
-# the same
+# published column that holds the default of a list in Table 15 -> the column of that list
 DEFAULTS = {
     "Size Tab. 9, default": "Size Tab. 9",
 }
-# what neither table says of a run, as it is: the public code's where it has it, else ours and
-# harmless
+# The values of fields that neither table prints: those of the public code where it has them, else
+# ours, which do not change the result.
 UNPRINTED = {
     "recipe": "imagenet256-l-joint",
     "stage": "joint",
@@ -123,7 +119,7 @@ UNPRINTED = {
     "save_every": 10_000,
     "eval_images": 512,
     "data.source": "imagenet",
-    "data.train_images": 12_000,  # of scenes
+    "data.train_images": 12_000,  # used by the source `scenes` only
     "data.val_images": 2_000,
     "data.interpolation": "bicubic",
     "data.flip": True,
@@ -142,8 +138,8 @@ CELLS = {(line.row, line.column): line.value for line in published(15).itertuple
 
 
 def default(row, column):
-    """Return the default cell of a study: what its list has in common with the other studies, which
-    all keep the default.
+    """Return the default of a study. A cell may list several values; the default is the one that
+    the other studies have.
     """
     values = CELLS[row, column].split("; ")
     if len(values) == 1:
@@ -160,22 +156,22 @@ def same(printed, value):
 
 
 def unlike(config, column=None):
-    """List the lines in which a configuration is not what Table 16, or a column of Table 15,
-    prints.
-    """
+    """List the lines of Table 16, or of a column of Table 15, that a configuration does not equal."""
     if column is None:
-        wanted, compared = {line.row: line.value for line in published(16).itertuples()}, TABLE_16
+        expected = {line.row: line.value for line in published(16).itertuples()}
+        table = TABLE_16
     else:
-        wanted, compared = {row: default(row, column) for row in TABLE_15}, TABLE_15
+        expected = {row: default(row, column) for row in TABLE_15}
+        table = TABLE_15
     return [
         row
-        for row, values in compared.items()
-        if not all(same(wanted[row], value) for value in values(config))
+        for row, values in table.items()
+        if not all(same(expected[row], value) for value in values(config))
     ]
 
 
 def unpinned(config):
-    """List the fields of `UNPRINTED` in which a configuration is another."""
+    """List the fields of `UNPRINTED` whose values a configuration does not have."""
     values = flatten(to_dict(config))
     return [field for field, value in UNPRINTED.items() if values[field] != value]
 
@@ -202,7 +198,7 @@ def test_table_15(column):
 @pytest.mark.parametrize("method", ["joint", "gear", "llamagen-repa", "tokenizer"])
 @pytest.mark.parametrize("preset", ["b", "l", "xl", "l-lfq", "l-ibq"])
 def test_table_16(preset, method):
-    """Every run that a number of Tables 5 to 13 needs has the shared settings."""
+    """Every run behind a number of Tables 5 to 13 has the shared settings."""
     assert unlike(RECIPES[f"imagenet256-{preset}-{method}"]) == []
 
 
@@ -237,7 +233,7 @@ def test_every_preset_has_every_method():
 
 
 def test_weights_of_one():
-    """NTP and reconstruction have no weight that a configuration could change."""
+    """No configuration can change the weights of the NTP and reconstruction losses."""
     weights = [
         row for row in published(16).itertuples() if row.row in ("NTP loss", "Reconstruction (L1)")
     ]
@@ -249,7 +245,7 @@ def test_weights_of_one():
     ]
 
 
-OTHER = {  # where twice as much, or another word, is no value of the field
+OTHER = {  # other valid values of fields for which `changed` could not make one up
     "stage": "generator",
     "teacher": "dinov3-b",
     "precision": "float32",
@@ -265,15 +261,12 @@ OTHER = {  # where twice as much, or another word, is no value of the field
     "objective.disc_layers": 4,
     "data.interpolation": "box",
 }
-FIXED = {
-    "tokenizer.init_from_data",
-    "generator.text_slots",
-    "generator.dual_layers",
-}  # what these runs cannot have otherwise
+# fields that have no other valid value in these runs
+FIXED = {"tokenizer.init_from_data", "generator.text_slots", "generator.dual_layers"}
 
 
 def changed(field, value):
-    """Return another value of a field."""
+    """Return another valid value of a field."""
     if field in OTHER:
         return OTHER[field]
     if isinstance(value, bool):
@@ -290,9 +283,7 @@ FIELDS = flatten(to_dict(of_study("Temp. Tab. 5")))
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field not in FIXED])
 def test_a_changed_field_is_noticed(field):
-    """Whichever field of the recipe changes, a line of the tables differs, or what is pinned beside
-    them.
-    """
+    """A change of any field changes a line of the tables or a value in UNPRINTED."""
     config = of_study("Temp. Tab. 5")
     assert unlike(config, "Temp. Tab. 5") + unlike(config) + unpinned(config) == []
     section, _, name = field.rpartition(".")

@@ -1,4 +1,4 @@
-"""What runs measured is read at its step and protocol; a run that is missing is named."""
+"""Measurements are read at their step and protocol; errors name the runs that are missing."""
 
 import json
 import shutil
@@ -18,21 +18,18 @@ from gear.runs.run import Run
 def test_scores_are_read_at_their_step_and_guidance():
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
     records = json.loads((run.path / "metrics.json").read_text())
-    wanted = {
+    expected = {
         (r["protocol"].get("step"), r["protocol"].get("cfg_scale"), r["metric"]): r["value"]
         for r in records
     }
-    found = results.measured("tiny-gear-s0", "tiny", Scoring(100), 1.5, 12)
-    assert (
-        found["fd"] == wanted[12, 1.5, "fd_scenes"]
-        and found["precision"] == wanted[12, 1.5, "precision"]
-    )
-    assert (
-        found["psnr"] == wanted[24, None, "psnr"] and found["rfd"] == wanted[24, None, "rfd_scenes"]
-    )
-    assert "ntp_loss" not in found, "nothing was logged at that step"
+    values = results.measured("tiny-gear-s0", "tiny", Scoring(100), 1.5, 12)
+    assert values["fd"] == expected[12, 1.5, "fd_scenes"]
+    assert values["precision"] == expected[12, 1.5, "precision"]
+    assert values["psnr"] == expected[24, None, "psnr"]
+    assert values["rfd"] == expected[24, None, "rfd_scenes"]
+    assert "ntp_loss" not in values, "nothing was logged at that step"
     last = results.measured("tiny-gear-s0", "tiny", Scoring(100))
-    assert last["ntp_loss"] < 5, "the log's, not the evaluation's"
+    assert last["ntp_loss"] < 5, "the value in the log, not that of the evaluation"
     assert last["predictable"] == pytest.approx(last["usage_entropy"] - last["ntp_loss"])
     assert "fd" not in results.measured("tiny-gear-s0", "tiny", Scoring(99)), (
         "another number of samples is another score"
@@ -40,7 +37,7 @@ def test_scores_are_read_at_their_step_and_guidance():
     table = results.quality("tiny-gear-s[0]", Scoring(100), steps=(12, 24), scales=(1.0, 2.0))
     assert set(zip(table.step, table.cfg_scale)) == {(12, 1.0), (24, 1.0), (24, 2.0)}
     lacks = "^no run 'tiny-gear-s0' with scores of "
-    for arguments, said in (
+    for arguments, message in (
         (
             (7,),
             (
@@ -51,7 +48,7 @@ def test_scores_are_read_at_their_step_and_guidance():
         ((100, (6, 24)), "100 samples at step 6, guidance 1: .*--steps 6"),
         ((100, (), (1.0, 9.0)), "100 samples at step 24, guidance 9: .*--sweep cfg_scale=1,9"),
     ):
-        with pytest.raises(UserError, match=lacks + said):
+        with pytest.raises(UserError, match=lacks + message):
             results.quality("tiny-gear-s0", Scoring(arguments[0]), *arguments[1:])
     record_study("size", seeds=(0,))
     table = results.by_size("tiny", (0,), Scoring(100), (1.0, 2.0))
@@ -71,12 +68,10 @@ def test_scores_are_read_at_their_step_and_guidance():
     "other", ({"reference_count": 50, "images": 50}, {"reference": "zoo.zip", "split": "train"})
 )
 def test_scores_of_another_protocol_do_not_count(other):
-    """Neither beside the right ones, whichever was written last, nor in their place."""
+    """They count neither beside scores of the right protocol, in either order, nor without these."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
-    right, records = (
-        results.measured("tiny-gear-s0", "tiny", Scoring(100)),
-        json.loads((run.path / "metrics.json").read_text()),
-    )
+    right = results.measured("tiny-gear-s0", "tiny", Scoring(100))
+    records = json.loads((run.path / "metrics.json").read_text())
     wrong = [r | {"value": -1.0, "protocol": r["protocol"] | other} for r in records]
     for both in (records + wrong, wrong + records):
         (run.path / "metrics.json").write_text(json.dumps(both))
@@ -92,11 +87,11 @@ def test_a_missing_or_unscored_run_is_named():
     (runs_dir() / "tiny-llamagen-repa-s0" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
         results.results("depth", "tiny", scoring=Scoring(100))
-    said = (
+    message = (
         "needs tiny-llamagen-repa-s0, tiny-joint-s1-tap-2, trained and scored: gear sweep depth "
         "--preset tiny --seeds 0,1,2"
     )
-    assert f"{said} --count 100" in str(error.value)
+    assert f"{message} --count 100" in str(error.value)
 
 
 def test_a_table_of_means_and_spreads():
@@ -106,7 +101,7 @@ def test_a_table_of_means_and_spreads():
 
 
 def test_resized_samples_are_scores_of_their_own():
-    """Neither do they stand for samples as they were drawn, nor these for them."""
+    """Scores of resized samples and of samples at their own size do not replace each other."""
     config = change(recipe("tiny-joint-s0"), dict(data=dict(image_size=48)))
     run = record_scored("tiny-joint-s0", config)
     plain = results.measured("tiny-joint-s0", "tiny", Scoring(100))
@@ -121,11 +116,13 @@ def test_resized_samples_are_scores_of_their_own():
     assert results.measured("tiny-joint-s0", "tiny", Scoring(100)) == plain
     assert results.measured("tiny-joint-s0", "tiny", Scoring(100, sample_size=32))["fd"] == 99
     same = results.measured("tiny-joint-s0", "tiny", Scoring(100, sample_size=48))
-    assert same == plain, "of their own size they are not resized"
+    assert same == plain, "samples that have the requested size are not resized"
 
 
 def test_scores_against_a_reference_are_read_back():
-    """By the reference's name, and not those against the run's own images."""
+    """Scores against a reference are found by its file name, apart from those against the run's
+    training images.
+    """
     run = record_scored("tiny-joint-s0", recipe("tiny-joint-s0"))
     scoring = Scoring(100, reference="/data/adm.npz")
     assert "fd" not in results.measured("tiny-joint-s0", "tiny", scoring)
@@ -155,7 +152,7 @@ def test_a_run_of_another_step_does_not_count():
 
 
 def test_a_source_with_fewer_images_gives_all_it_has():
-    """tiny's validation split has 128: of them all the scores count, of 127 of them they do not."""
+    """The validation split of `tiny` has 128 images: scores of 128 count, scores of 127 do not."""
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
     assert {"fd", "psnr"} <= results.measured("tiny-gear-s0", "tiny", Scoring(100)).keys()
     records = json.loads((run.path / "metrics.json").read_text())

@@ -1,5 +1,5 @@
-"""The ablations as data: their cells are the paper's, change one axis, share what they can, and are
-one command each.
+"""The cells of the studies are the paper's; each changes one axis, shares runs with others where
+possible, and is trained by one command.
 """
 
 import pytest
@@ -28,7 +28,9 @@ TEACHERS = {
     "siglip2-b": "SigLIPv2",
     "vjepa2.1-b": "V-JEPA2.1",
 }
-AXES = {  # a study: its column of Table 15, the bold line, and what a cell's joint stage has there
+# study: its column of Table 15, the row that the study varies, and how to read a cell's value from
+# the Config of its joint stage
+AXES = {
     "temperature": ("Temp. Tab. 5", "Guidance temp. tau", lambda c: f"{c.objective.tau:g}"),
     "weight": ("Coeff. Tab. 6", "Align. coeff. lambda", lambda c: f"{c.objective.align_weight}"),
     "teacher": ("Enc. Tab. 10", "REPA target", lambda c: TEACHERS[c.teacher]),
@@ -37,7 +39,7 @@ AXES = {  # a study: its column of Table 15, the bold line, and what a cell's jo
     "size": ("Size Tab. 9", "Alignment layer", lambda c: f"{c.generator.tap_layer}"),
     "tokenizer": ("Tok. Tab. 8", "Tokenizer", lambda c: f"{c.tokenizer.quantizer.upper()}-16"),
 }
-ALLOWED = {  # of a study: fields in which a cell's runs may differ from the preset's
+ALLOWED = {  # study: the fields in which a cell's runs may differ from the preset's
     "temperature": {"objective.tau"},
     "weight": {"objective.align_weight"},
     "components": {"objective.bridge", "objective.gan_weight"},
@@ -56,7 +58,7 @@ def joint(member):
 
 @pytest.mark.parametrize("name", AXES)
 def test_the_cells_of_the_paper_are_its_bold_lists(name):
-    """imagenet256-l has Table 15's values, no more and no fewer, and its schedules."""
+    """imagenet256-l has exactly the values and the schedules of Table 15."""
     column, row, value = AXES[name]
     table = {(line.row, line.column): line.value for line in published(15).itertuples()}
     gear = [m for m in members(name, "imagenet256-l", [0]) if m.role == "gear"]
@@ -99,7 +101,7 @@ def test_every_cell_has_its_row_in_the_papers_table(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_cell_is_one_command(name):
-    """`gear train WORDS` plans the same runs with the same configurations."""
+    """`gear train WORDS` plans the runs of the Member, with the same configurations."""
     for member in members(name, "scenes", [2]):
         base = recipe(member.words[0])
         options = parse(TrainOptions(base), list(member.words[1:]))
@@ -158,12 +160,12 @@ def test_sizes_are_aligned_at_a_third_of_their_depth(preset):
 @pytest.mark.parametrize("preset", ("scenes", "cifar10", "imagenet256-l", "imagenet100-128"))
 @pytest.mark.parametrize("name", STUDIES)
 def test_gear_is_the_joint_runs_own_generator(name, preset):
-    """Sec. 4.1: in the ablations GEAR is what the joint stage trained, at the baseline's schedule; a
-    fresh generator is a column of its own.
+    """In the ablations (Sec. 4.1), GEAR is the generator of the joint stage, at the baseline's
+    schedule; a fresh generator has the role "transfer".
     """
     stages = {"gear": "joint", "baseline": "generator", "transfer": "generator"}
-    found = members(name, preset, [0], transfer=True)
-    for member in found:
+    chosen = members(name, preset, [0], transfer=True)
+    for member in chosen:
         assert member.planned[-1][1].stage == stages[member.role]
     schedules = {
         (
@@ -172,33 +174,33 @@ def test_gear_is_the_joint_runs_own_generator(name, preset):
             config.optimizer.generator_lr,
             config.optimizer.decay_from,
         )
-        for config in (member.planned[-1][1] for member in found)
+        for config in (member.planned[-1][1] for member in chosen)
     }
     assert len(schedules) == 1
-    for member in found:
+    for member in chosen:
         if member.role == "transfer":
             assert member.planned[-1][1].tokenizer_run == member.planned[-2][0]
-            assert member.planned[-2][0] in {m.name for m in found if m.role == "gear"}
+            assert member.planned[-2][0] in {m.name for m in chosen if m.role == "gear"}
 
 
 def test_resolution_changes_the_joint_stage_alone():
-    """Table 13: one warm-up for all, and samples are compared at the preset's size."""
+    """In Table 13 all cells share one warm-up, and samples are compared at the preset's size."""
     for member in members("resolution", "imagenet256-l", [0]):
-        *warm_up, own = member.planned
+        *warm_up, (_, config) = member.planned
         assert [(n, c.data.image_size) for n, c in warm_up] == [("imagenet256-l-tokenizer-s0", 256)]
-        size = own[1].data.image_size
+        size = config.data.image_size
         scoring = of_study("resolution", "imagenet256-l", Scoring())
-        words = scoring_words("imagenet256-l", to_dict(own[1]), scoring)
+        words = scoring_words("imagenet256-l", to_dict(config), scoring)
         assert ("--sample-size" in words) == (size != 256)
         assert words[words.index("--count") + 1] == "50000"
         plain = scoring_words(
-            "imagenet256-l", to_dict(own[1]), of_study("size", "scenes", Scoring())
+            "imagenet256-l", to_dict(config), of_study("size", "scenes", Scoring())
         )
-        assert "--sample-size" not in plain, "runs of another size alone are scored as they are"
+        assert "--sample-size" not in plain, "other studies do not resize samples"
 
 
 def test_a_shared_warm_up_keeps_its_size_and_nothing_else():
-    """Of other images there is another warm-up."""
+    """A shared warm-up keeps the image size, but takes other changes of the data."""
     base = recipe("scenes-joint-s0")
     config = change(base, dict(data=dict(image_size=48, train_images=99)))
     planned = plan(config, "scenes-joint-s0-x", base, "x", share_warm_up=True)

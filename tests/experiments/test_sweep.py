@@ -1,5 +1,5 @@
-"""A study from one command: what is missing and nothing else, one command a cell, the same after a
-kill.
+"""A sweep does the missing work of a study and nothing else, lists one command per cell and seed,
+and continues after a kill.
 """
 
 import os
@@ -60,7 +60,7 @@ def test_one_command_a_cell_and_seed(capsys):
 
 
 def test_what_is_there_is_not_done_again(monkeypatch, capsys):
-    """Finished runs without weights or ancestors: nothing to do, and the table is printed."""
+    """Finished runs need neither weights nor ancestors: the sweep only prints the table."""
     record_study("depth")
     monkeypatch.setattr(sweep, "work", lambda *_: pytest.fail("there is nothing to do"))
     main(["sweep", "depth", "--preset", "tiny", "--count", "100"])
@@ -72,7 +72,7 @@ def test_what_is_there_is_not_done_again(monkeypatch, capsys):
 
 
 def packed(*patterns):
-    """Turn the runs that match into records."""
+    """Turn the runs whose names match `patterns` into records."""
     main(["pack", str(runs_dir() / "reference"), *patterns])
     for pattern in patterns:
         for folder in runs_dir().glob(pattern):
@@ -80,8 +80,8 @@ def packed(*patterns):
 
 
 def planned(monkeypatch, count=100):
-    """Return what a sweep of the study depth, seed 0, would do: {task: the one it waits for}, and
-    what is finished.
+    """Return what a sweep of the study depth would do for seed 0: {task: the task that it needs},
+    and the names of finished runs.
     """
     seen = {}
     monkeypatch.setattr(
@@ -92,9 +92,7 @@ def planned(monkeypatch, count=100):
 
 
 def test_a_record_with_its_scores_is_settled_and_else_it_is_trained_with_its_parents(monkeypatch):
-    """Neither a record's weights nor those of its parents are there: with other scores everything
-    is trained.
-    """
+    """Records have no weights: if a score is missing, the run and its parents are trained again."""
     record_study("depth", seeds=(0,))
     recorded(
         "tiny-tokenizer-s0", dict(members("depth", "tiny", [0])[0].planned)["tiny-tokenizer-s0"]
@@ -139,14 +137,15 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     record_study("depth", seeds=(0,))
     (runs_dir() / "tiny-joint-s0" / "metrics.json").unlink()
     (runs_dir() / "tiny-joint-s0" / "checkpoints" / "0000024").mkdir(parents=True)  # it has weights
-    seen, told = {}, []
+    seen = {}
+    messages = []
     monkeypatch.setattr(
         sweep,
         "work",
         lambda tasks, finished, jobs, done: seen.update(tasks=tasks, finished=finished, jobs=jobs),
     )
     sweep.sweep(
-        "depth", "tiny", (0, 1), ["default", "tap-0"], scoring=Scoring(100), tell=told.append
+        "depth", "tiny", (0, 1), ["default", "tap-0"], scoring=Scoring(100), tell=messages.append
     )
     names = [task.name for task in seen["tasks"]]
     assert names == [
@@ -170,27 +169,21 @@ def test_what_is_missing_is_planned_with_its_cost(monkeypatch):
     assert task.needs == "tiny-tokenizer-s1" == by_name["tiny-llamagen-repa-s1"].needs
     assert by_name[task.needs].needs == ""
     assert by_name["scores of tiny-joint-s0"].needs in seen["finished"] and seen["jobs"] >= 1
-    every = {
-        n: config
-        for m in members("depth", "tiny", [1], ["default", "tap-0"])
-        for n, config in m.planned
+    configs = {
+        name: config
+        for member in members("depth", "tiny", [1], ["default", "tap-0"])
+        for name, config in member.planned
     }
-    images = sum(config.steps * config.batch_size for config in every.values())
-    assert (
-        "5 to train with their parents, 5 sets of scores" in told[0]
-        and "FLOP" in told[0]
-        and "h100" in told[0]
-    )
-    assert (
-        f"{images:,} images" in told[0]
-        and len(every) == 5
-        and "not known before a run of the stage" in told[0]
-    )
+    images = sum(config.steps * config.batch_size for config in configs.values())
+    assert "5 to train with their parents, 5 sets of scores" in messages[0]
+    assert "FLOP" in messages[0] and "h100" in messages[0]
+    assert f"{images:,} images" in messages[0] and len(configs) == 5
+    assert "not known before a run of the stage" in messages[0]
 
 
 def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
-    """Whatever is there: every task waits for another one or for what is finished, and a run is
-    trained once.
+    """A run is trained once, and every task needs another task or a finished run, whichever runs
+    exist already.
     """
     seen = {}
     monkeypatch.setattr(
@@ -228,7 +221,7 @@ def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
     assert chains() == {joint.name: (both, "")}
     task = next(task for task in seen["tasks"] if task.images)
     Run.create("tiny-tokenizer-s0", to_dict(joint.planned[0][1]))
-    assert task.at() == "at step 0 of its parent 'tiny-tokenizer-s0'"
+    assert task.progress() == "at step 0 of its parent 'tiny-tokenizer-s0'"
     shutil.rmtree(runs_dir() / "tiny-tokenizer-s0")
     assert chains(tiny_tokenizer_s0=joint.planned[0][1]) == {
         joint.name: (images[joint.name], "tiny-tokenizer-s0")
@@ -236,7 +229,7 @@ def test_a_command_trains_what_it_alone_starts_from(monkeypatch):
 
 
 def test_mistakes_are_told_before_anything_runs(capsys, home):
-    for words, said in (
+    for words, message in (
         ([], "name one study"),
         (["temprature"], "Did you mean 'temperature'"),
         (["depth", "--preset", "tinny"], "no study of preset 'tinny'"),
@@ -245,7 +238,7 @@ def test_mistakes_are_told_before_anything_runs(capsys, home):
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["sweep", *words])
-        assert stopped.value.code == 2 and said in capsys.readouterr().err
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (home / "runs").exists()
 
 
@@ -259,8 +252,8 @@ SWEEP = [
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(home):
-    """kill -9 while a run trains on a shared warm-up: it ends with it, and the same command does
-    what is left, once.
+    """After kill -9 during a training, the trained process ends too, and the same command does the
+    remaining work once.
     """
     process = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
@@ -269,23 +262,22 @@ def test_a_killed_sweep_goes_on_where_it_was(home):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = (
-        time.time() + 20
-    )  # long before what trains would end by itself, were the machine idle
+    # long before the training would end by itself, even on an idle machine
+    deadline = time.time() + 20
     while orphans := [p for p in os.listdir("/proc") if p.isdigit() and _belongs(p, str(home))]:
-        assert time.time() < deadline, f"{orphans} train on"
+        assert time.time() < deadline, f"processes {orphans} still train"
         time.sleep(0.1)
     joint, warm_up = Run.open("tiny-joint-s0"), Run.open("tiny-tokenizer-s0")
     assert not joint.is_finished and warm_up.is_finished
-    began = [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)]
-    done = subprocess.run(SWEEP, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    assert [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)] == began, (
-        "neither has begun again"
-    )
-    assert "not testable: 1 seed" in done.stdout and "from nothing" in done.stdout
-    again = subprocess.run(SWEEP, capture_output=True, text=True, timeout=100)
-    assert "0 to train with their parents, 0 sets of scores" in again.stdout
+    start_times = [(run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)]
+    second = subprocess.run(SWEEP, capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stderr
+    assert [
+        (run.path / "config.json").stat().st_mtime_ns for run in (joint, warm_up)
+    ] == start_times, "neither run started again"
+    assert "not testable: 1 seed" in second.stdout and "from nothing" in second.stdout
+    third = subprocess.run(SWEEP, capture_output=True, text=True, timeout=100)
+    assert "0 to train with their parents, 0 sets of scores" in third.stdout
     assert (
         recipe("tiny-joint-no-init-s0").tokenizer_run == ""
         and Run.open("tiny-joint-no-init-s0").is_finished

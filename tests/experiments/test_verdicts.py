@@ -1,4 +1,4 @@
-"""A verdict is computed from the runs: other numbers, another verdict, of a claim as of a study."""
+"""Verdicts on claims and on studies are computed from the runs, and change with their numbers."""
 
 import json
 import math
@@ -20,40 +20,42 @@ from gear.runs.names import RunName
 from gear.runs.run import Run
 
 BASELINE = ("llamagen-repa",)
-LOSS = "next-token loss (nats a token)"
-LOWER = Claim("Loss is lower than {against}'s", "Fig. 3", LOSS, "gear", ("llamagen-repa",), -1)
+LOSS = "next-token loss (nats per token)"
+SENTENCE = "Loss is lower than for the baseline (LlamaGen-REPA)"
+LOWER = Claim("Loss is lower than for {against}", "Fig. 3", LOSS, "gear", BASELINE, -1)
 ABOVE = Claim("Loss is above {against}", "", LOSS, "gear", ("",), +1)
-DIRECTION, ALIKE, COLLAPSE = (-1, 0.0), (0, 0.3), (-1, 1.0)  # sign and margin
+# sign and margin of a claim
+DIRECTION = (-1, 0.0)
+ALIKE = (0, 0.3)
+COLLAPSE = (-1, 1.0)
 
 
 @pytest.mark.parametrize("claim, differences, verdict", (
     (DIRECTION, [-0.21, -0.25, -0.23], "reproduced"),
-    (DIRECTION, [-0.21, -0.25, +0.01], "undecided"),  # one seed the other way
-    (DIRECTION, [-0.01, -0.90, -0.02], "undecided"),  # the right way on all, zero in the interval
+    (DIRECTION, [-0.21, -0.25, +0.01], "undecided"),  # one seed has the opposite sign
+    (DIRECTION, [-0.01, -0.90, -0.02], "undecided"),  # all seeds agree, the interval contains zero
     (DIRECTION, [+0.21, +0.25, +0.23], "contradicted"),
-    (DIRECTION, [-1.0, -1.1, -0.9, -1.0, -1.0, +0.1], "reproduced"),  # of many seeds one may differ
+    (DIRECTION, [-1.0, -1.1, -0.9, -1.0, -1.0, +0.1], "reproduced"),  # one of six seeds may differ
     (DIRECTION, [-0.2, math.nan, -0.2], "undecided"),
     (DIRECTION, [-0.2, -0.2], "not testable: 2 seeds"),
     (DIRECTION, [-0.2], "not testable: 1 seed"),
     (DIRECTION, [], "not testable: 0 seeds"),
     (ALIKE, [-0.01, 0.02, 0.00], "reproduced"),
-    (ALIKE, [-0.31, -0.32, -0.33], "undecided"),  # all outside, the interval reaches inside
+    (ALIKE, [-0.31, -0.32, -0.33], "undecided"),  # all seeds outside, the interval reaches inside
     (ALIKE, [-0.41, -0.42, -0.43], "contradicted"),
     (ALIKE, [+0.41, +0.42, +0.43], "contradicted"),
-    (ALIKE, [-0.9, 0.9, 0.0], "undecided"),  # equal on average only
+    (ALIKE, [-0.9, 0.9, 0.0], "undecided"),  # equal only on average
     (COLLAPSE, [-2.7, -2.6, -2.8], "reproduced"),
-    (COLLAPSE, [-1.7, -3.9, -3.1], "undecided"),  # beyond on all, the margin in the interval
+    (COLLAPSE, [-1.7, -3.9, -3.1], "undecided"),  # all seeds beyond the margin, which the interval contains
     (COLLAPSE, [-0.9, -0.8, -0.9], "undecided"),
-    (COLLAPSE, [-0.3, -0.2, -0.3], "contradicted"),  # lower, and surely not by that much
+    (COLLAPSE, [-0.3, -0.2, -0.3], "contradicted"),  # lower, but by less than the margin
 ))  # fmt: skip
 def test_verdict(claim, differences, verdict):
     assert compare(pd.Series(differences, dtype=float), *claim)["verdict"] == verdict
 
 
 def test_a_verdict_is_that_of_the_interval():
-    """Whatever the differences: reproduced where the interval lies where it is claimed to, and so
-    on.
-    """
+    """Random differences: the verdict says whether the interval lies in the claimed region."""
     claims_and_ranges = ((1, 0.0, (0, np.inf)), (-1, 0.5, (-np.inf, -0.5)), (0, 0.5, (-0.5, 0.5)))
     rng = np.random.default_rng(0)
     seen = set()
@@ -78,8 +80,8 @@ def test_what_the_paper_does_not_print_has_no_verdict():
 
 
 def test_a_family_is_corrected_for_its_size():
-    """p = 0.0025, 0.035, 0.38: the second stands of two tests (0.035 x 1), of three not (0.035 x
-    2).
+    """p = 0.0025, 0.035, 0.38: the second verdict holds in a family of two tests (0.035 x 1), but
+    not in one of three (0.035 x 2).
     """
     rows = [
         compare(pd.Series(differences), sign)
@@ -105,8 +107,8 @@ def test_a_family_is_corrected_for_its_size():
 
 
 def test_what_chance_decides_is_counted():
-    """Of 4,000 directions of three seeds that differ by nothing, one in forty each way is decided;
-    a claim with a margin is none of them.
+    """Without any difference, one direction in forty is reproduced and one in forty contradicted;
+    claims with a margin are not counted.
     """
     rng = np.random.default_rng(0)
     rows = [compare(rng.normal(size=3), 1) for _ in range(4_000)]
@@ -118,7 +120,9 @@ def test_what_chance_decides_is_counted():
 
 
 def test_a_study_is_corrected_for_false_discoveries():
-    """p = 0.0025, 0.035, 0.035: by Holm the last two fall, by Benjamini and Hochberg they stand."""
+    """p = 0.0025, 0.035, 0.035: Holm's correction undoes the last two verdicts, Benjamini and
+    Hochberg's does not.
+    """
     rows = [
         compare(pd.Series(differences), 1)
         for differences in ([0.21, 0.25, 0.23], [0.1, 0.2, 0.15], [0.1, 0.2, 0.15])
@@ -142,12 +146,12 @@ def test_changing_the_runs_changes_the_verdict(monkeypatch):
     for seed in range(3):
         record("llamagen-repa", seed, 3.5 + 0.1 * seed)
         record("gear", seed, 3.3 + 0.1 * seed + 0.001 * seed)
-    record("gear", 7, 9.9)  # no partner: left out
+    record("gear", 7, 9.9)  # the baseline has no seed 7: left out
     (row,) = verdicts.claims().to_dict("records")
     assert row["verdict"] == "reproduced" and row["seeds"] == 3
     assert row["difference"] == pytest.approx(-0.199)
     assert row["low"] < row["difference"] < row["high"] < 0 and row["p"] < 0.05
-    assert row["claim"] == "Loss is lower than LlamaGen-REPA's"
+    assert row["claim"] == SENTENCE
     record("gear", 1, 3.7)
     assert verdicts.claims().verdict[0] == "undecided"
 
@@ -161,9 +165,7 @@ def test_without_runs_nothing_is_testable():
 
 
 def test_a_claim_stands_alone():
-    """Its sentence begins with the statistic and names what it is compared with; none is there
-    twice.
-    """
+    """A claim's sentence begins with the statistic and names what is compared; all are unique."""
     table = verdicts.claims()
     assert table.claim.is_unique and not table.claim.str.contains("[{}]").any()
     assert all(against in sentence for sentence, against in zip(table.claim, table.against))
@@ -187,27 +189,27 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
     assert lines[0].endswith(
         "Of all 2 comparisons 2 are reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."
     )
-    assert lines[4] == f"| Loss is lower than LlamaGen-REPA's | {lower}"
+    assert lines[4] == f"| {SENTENCE} | {lower}"
     above = f" | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
     assert lines[5:] == [f"| Loss is above the floor | {above}"]
     words = verdicts.claims_in_words(table).splitlines()
     assert words[0].startswith("reproduced  ")
-    assert words[0].endswith("  Loss is lower than LlamaGen-REPA's (Fig. 3)")
+    assert words[0].endswith(f"  {SENTENCE} (Fig. 3)")
     values = f"{LOSS}: 3.301 against 3.5, {size}, 3 of 3 seeds agree"
     assert words[1].strip() == f"{values}, p = 8.4e-06, reproduced after Holm's correction"
 
 
 def test_statistics_read_the_layer_and_the_level_they_name():
-    """Layers from the tap on above their null; how far their maps are from the teacher's; the tap
-    and layer 0 alone; the tokenizer before and after quantisation; the lowest floor.
+    """Statistics average the layers from the tap layer on, or read one layer; they subtract the
+    null, the teacher's value or the lowest floor.
     """
     generator = {"tap_layer": 1, "layers": 2}
     run = Run.create("r", {"recipe": "r", "seed": 0, "steps": 1, "generator": generator})
     run.append({"step": 1, "val/align_loss": -0.7})
     rows = [
-        (layer, m, level, 0.1 * layer + v, 0.05, n)
+        (layer, metric, level, 0.1 * layer + value, 0.05, n)
         for layer in (0, 1, 2)
-        for m, level, v, n in (
+        for metric, level, value, n in (
             ("cka", "patch", 0.5, 10),
             ("cka", "image", 0.8, 10),
             ("cka", "content", 0.4, 10),
@@ -215,8 +217,8 @@ def test_statistics_read_the_layer_and_the_level_they_name():
         )
     ]
     rows += [
-        (layer, m, "map", value, float("nan"), 10)
-        for layer, m, value in (
+        (layer, metric, "map", value, float("nan"), 10)
+        for layer, metric, value in (
             (-1, "moran", 0.9),
             (0, "moran", 0.1),
             (1, "moran", 0.6),
@@ -230,12 +232,14 @@ def test_statistics_read_the_layer_and_the_level_they_name():
     run.table(
         "layer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(rows, columns=columns)
     )
-    own = [
+    tokenizer_rows = [
         (layer, "cka", "patch", value, 0.1, 10)
         for layer, value in (("pre", 0.6), ("post", 0.3), ("teacher", 9.9))
     ]
     run.table(
-        "tokenizer_profile", {"images": 1000, "k": 10}, lambda: pd.DataFrame(own, columns=columns)
+        "tokenizer_profile",
+        {"images": 1000, "k": 10},
+        lambda: pd.DataFrame(tokenizer_rows, columns=columns),
     )
     floors = pd.DataFrame({"predictor": ["position", "class and position"], "value": [-0.3, -0.2]})
     run.table("alignment_floors", {"per_class": 100}, lambda: floors)
@@ -243,13 +247,13 @@ def test_statistics_read_the_layer_and_the_level_they_name():
         "patch CKA above null": 0.6,
         "patch CKA above null, layer 0": 0.45,
         "image CKA above null": 0.9,
-        "image CKA above null, tap": 0.85,
+        "image CKA above null, tap layer": 0.85,
         "content CKA above null": 0.5,
         "patch CKNNA above null": 0.4,
         "Moran's I, distance to teacher": 0.2,
         "high-frequency ratio, distance to teacher": 0.2,
-        "tokenizer's patch CKA, before": 0.5,
-        "tokenizer's patch CKA, after": 0.2,
+        "tokenizer's patch CKA above null, before quantisation": 0.5,
+        "tokenizer's patch CKA above null, after quantisation": 0.2,
         "alignment loss minus the floor": -0.4,
     }
     for name, value in expected.items():
@@ -257,20 +261,22 @@ def test_statistics_read_the_layer_and_the_level_they_name():
 
 
 def test_a_speed_up_is_of_a_run_and_its_baseline():
-    """The log of how many times sooner; as much below zero where the baseline is sooner."""
+    """The logarithm of a speed-up is positive if the run is faster and negative if the baseline
+    is.
+    """
     steps = np.arange(1, 101)
     for name, ntp in (("fast", 4 - 0.02 * steps), ("slow", 4 - 0.01 * steps)):
         run = Run.create(name, {"recipe": name, "seed": 0, "steps": 100})
         for step, value in zip(steps.tolist(), ntp.tolist()):
             run.append({"step": step, "ntp_loss": value})
     fast, slow = (Run.open(name) for name in ("fast", "slow"))
-    sooner = PAIRED["log speed-up of next-token loss"]
-    assert sooner(fast, slow, Scoring()) == pytest.approx(math.log(2), abs=0.02)
-    assert sooner(slow, fast, Scoring()) == pytest.approx(-math.log(2), abs=0.02)
+    log_speedup = PAIRED["log speed-up of next-token loss"]
+    assert log_speedup(fast, slow, Scoring()) == pytest.approx(math.log(2), abs=0.02)
+    assert log_speedup(slow, fast, Scoring()) == pytest.approx(-math.log(2), abs=0.02)
 
 
 def test_a_score_that_is_missing_is_asked_for(monkeypatch):
-    """The row names the command, and the others are judged."""
+    """A missing score leaves one row without a verdict; the row names the command to compute it."""
     claim = Claim("SSIM is lower than {against}'s", "", "SSIM", "joint", ("tokenizer",), -1)
     monkeypatch.setattr(verdicts, "CLAIMS", [claim, LOWER])
     for seed in range(3):
@@ -288,10 +294,11 @@ def test_a_score_that_is_missing_is_asked_for(monkeypatch):
 
 
 def test_a_curve_of_samples_has_three_points(monkeypatch):
-    """GEAR reaches the baseline's last distance at half of its steps; with one score it is asked
-    for more, by a command.
+    """GEAR reaches the baseline's last Fréchet distance at half of the steps. A run with one score
+    only gets no verdict; the row names the command for more scores.
     """
-    speed_up = Claim("Samples of {against}", "", "log speed-up of samples", "joint", BASELINE, +1)
+    statistic = "log speed-up of Fréchet distance"
+    speed_up = Claim("Samples of {against}", "", statistic, "joint", BASELINE, +1)
     monkeypatch.setattr(verdicts, "CLAIMS", [speed_up])
     curves = {"joint": (8, 4, 3, 2), "llamagen-repa": (16, 8, 6, 4)}
     for method, values in curves.items():
@@ -312,7 +319,7 @@ def test_a_curve_of_samples_has_three_points(monkeypatch):
 
 
 def test_a_slower_method_is_contradicted(monkeypatch):
-    """Not undecided: where the end is never reached the statistic is negative."""
+    """A method that never reaches the end of the baseline's curve has a negative statistic."""
     claim = Claim("x {against}", "", "log speed-up of next-token loss", "gear", BASELINE, +1)
     monkeypatch.setattr(verdicts, "CLAIMS", [claim])
     for seed in range(3):
@@ -330,7 +337,7 @@ def test_only_finished_runs_are_judged_and_labels_are_told_apart():
     for seed in (0, 10):
         record("gear", seed, 3.0)
         record("llamagen-repa", seed, 3.1)
-    Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # on its way
+    Run.create("scenes-gear-s10", {"recipe": "scenes-gear", "seed": 10, "steps": 2})  # not finished
     Run.create("scenes-gear-s0-mine", {"recipe": "scenes-gear", "seed": 0, "steps": 1}).append(
         {"step": 1, "val/ntp_loss": 9.0}
     )
@@ -345,43 +352,41 @@ def study_verdicts(name, **options):
 
 
 def test_directions_follow_the_numbers():
-    """GEAR a whole unit below its baseline on each seed, as in the paper: reproduced; above it:
-    contradicted.
+    """A Fréchet distance of GEAR that is lower by 1 on each seed, as in the paper, is reproduced; one
+    that is higher is contradicted.
     """
-    for effect, said in ((-1.0, "reproduced"), (1.0, "contradicted")):
+    for effect, verdict in ((-1.0, "reproduced"), (1.0, "contradicted")):
         record_study("depth", effect=effect)
-        found = study_verdicts("depth").query("metric == 'fd'")
-        assert set(found.verdict) == {said} and len(found) == 3 and set(found.seeds) == {3}
-        assert np.allclose(found.paper, [16.961 - 23.102, 16.837 - 22.371, 17.988 - 22.455])
-        assert (found.agree == (3 if effect < 0 else 0)).all() and (
-            np.sign(found.difference) == effect
-        ).all()
+        table = study_verdicts("depth").query("metric == 'fd'")
+        assert set(table.verdict) == {verdict} and len(table) == 3 and set(table.seeds) == {3}
+        assert np.allclose(table.paper, [16.961 - 23.102, 16.837 - 22.371, 17.988 - 22.455])
+        assert (table.agree == (3 if effect < 0 else 0)).all()
+        assert (np.sign(table.difference) == effect).all()
 
 
 def test_a_reference_is_the_papers_and_is_not_compared_with_itself():
     record_study("temperature")
-    found = study_verdicts("temperature")
-    assert set(found.against) == {"tau = 0.1"} and "tau = 0.1" not in set(found.cell)
-    ours = found[found.cell == "tau = 0.02"]
-    assert len(ours) and ours.paper.isna().all() and set(ours.verdict) == {""}, (
-        "the paper has no such row"
-    )
-    row = found[(found.cell == "tau = 0.5") & (found.metric == "fd")].iloc[0]
+    table = study_verdicts("temperature")
+    assert set(table.against) == {"tau = 0.1"} and "tau = 0.1" not in set(table.cell)
+    unpublished = table[table.cell == "tau = 0.02"]
+    assert len(unpublished) and unpublished.paper.isna().all()
+    assert set(unpublished.verdict) == {""}, "the paper has no such row"
+    row = table[(table.cell == "tau = 0.5") & (table.metric == "fd")].iloc[0]
     assert row.paper == pytest.approx(9.153 - 10.630)
-    assert set(found[found.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
+    assert set(table[table.metric == "ntp_loss"].verdict) == {""}, "the paper prints no such column"
 
 
 def test_from_nothing_is_compared_with_the_frozen_baseline_too():
-    """Table 12 prints LlamaGen-REPA beside both: does GEAR without a warm-up still beat it?"""
+    """Table 12 also prints the baseline (LlamaGen-REPA), with which both cells are compared."""
     record_study("initialisation")
-    found = study_verdicts("initialisation").query("metric == 'fd'").set_index(["cell", "against"])
-    assert set(found.index) == {
+    table = study_verdicts("initialisation").query("metric == 'fd'").set_index(["cell", "against"])
+    assert set(table.index) == {
         ("from nothing", "from the warm-up"),
         ("from nothing", "LlamaGen-REPA"),
         ("from the warm-up", "LlamaGen-REPA"),
     }
-    assert found.paper["from nothing", "LlamaGen-REPA"] == pytest.approx(13.435 - 14.719)
-    assert found.verdict["from nothing", "LlamaGen-REPA"] == "reproduced"
+    assert table.paper["from nothing", "LlamaGen-REPA"] == pytest.approx(13.435 - 14.719)
+    assert table.verdict["from nothing", "LlamaGen-REPA"] == "reproduced"
 
 
 def test_two_seeds_are_no_verdict():
@@ -394,7 +399,8 @@ def test_two_seeds_are_no_verdict():
 def test_a_study_in_words_and_in_markdown():
     record_study("depth")
     table = study_verdicts("depth")
-    judged, lines = table[table.verdict != ""], verdicts.directions_in_words(table).splitlines()
+    judged = table[table.verdict != ""]
+    lines = verdicts.directions_in_words(table).splitlines()
     assert lines[0].startswith(tally(table, benjamini_hochberg))
     count = judged.p.notna().sum()
     assert f"Of all {count} comparisons {sum(judged.verdict == 'reproduced')} are" in lines[0]
@@ -406,9 +412,7 @@ def test_a_study_in_words_and_in_markdown():
     cells = text.splitlines()[2].split(" | ")
     assert cells[:3] == ["| `depth`", "Table 11", f"{by_chance(judged):.1f} of {len(judged)}"]
     assert cells[5] == f"{(table.verdict == 'undecided').sum()} |"
-    agreed, corrected = (
-        table[table.verdict == "reproduced"],
-        sum(table.verdict_corrected == "reproduced"),
-    )
+    agreed = table[table.verdict == "reproduced"]
+    corrected = sum(table.verdict_corrected == "reproduced")
     assert len(agreed) and cells[3].startswith(f"{len(agreed)}, {corrected} corrected (")
     assert all(cell in cells[3] for cell in agreed.cell)

@@ -32,12 +32,14 @@ from gear.training.settings import Config
 
 @dataclass(frozen=True)
 class TrainOptions(Checked):
-    # The fields that define a run, and so its result. A change to one of them needs --label or
-    # --name: a run is never continued with other values.
-    config: Annotated[Config, tyro.conf.arg(name="science")]
+    # The fields that define a run, and so its result. To change one, give the run a label or a
+    # name: a run is never continued with other values.
+    config: Annotated[Config, tyro.conf.arg(name="the science")]
     # How a run is executed. A run may be stopped with some of these values and continued with
     # others.
-    runtime: Annotated[Runtime, tyro.conf.arg(name="execution")] = field(default_factory=Runtime)
+    runtime: Annotated[Runtime, tyro.conf.arg(name="how it is run")] = field(
+        default_factory=Runtime
+    )
     name: str = ""  # name of the run; "": the name of the recipe, with the label if there is one
     # a word to append to the name of the run, and of each parent that the changes concern
     label: str = ""
@@ -69,6 +71,7 @@ USAGE = Usage(
         "Several recipes are trained as they are: changes and --label apply to a single one. The "
         f"defaults below are those of the named recipe, without a name those of {DEFAULT_RECIPE}."
     ),
+    title="What to train",
     choices=tuple(name + seed for name in RECIPES for seed in ("", "-s0")),
 )
 

@@ -40,7 +40,8 @@ class Usage:
     examples: tuple[str, ...]
     # maps the names on the command line to the options with their defaults, a dataclass
     options: Callable | None = None
-    details: str = ""  # paragraphs that follow the command's sentence
+    details: str = ""  # paragraphs that follow the command's sentence, one per line
+    title: str = "Options"  # of the first group of options
     choices: tuple[str, ...] = ()  # names that the shell completes
     takes_runs: bool = False  # whether the shell completes the names of the user's runs
 

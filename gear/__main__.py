@@ -39,11 +39,11 @@ def main(arguments=None):
                 f"unknown command '{name}'.{nearest(name, COMMANDS)} Known: {', '.join(COMMANDS)}."
             )
         module = importlib.import_module(f"gear.cli.{name}")
-        if HELP & set(options):
-            help_text = importlib.import_module("gear.cli.arguments").help_text
-            print(help_text(name, COMMANDS[name], module.USAGE, names))
-        else:
-            module.command(names, options)
+        if not HELP & set(options):
+            return module.command(names, options)
+        help_text = importlib.import_module("gear.cli.arguments").help_text
+        print(help_text(name, COMMANDS[name], module.USAGE, names))
+    sys.exit(0)  # as argparse and tyro end after --help
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ USAGE = Usage(
     options=lambda names: ClaimOptions(),
     examples=("gear claims scenes", "gear claims cifar10-smoke --label zip"),
     details=(
-        "PRESET is scenes unless given. The verdicts are printed, and written to data/claims.csv in "
-        "the folder of figures (data/claims-PRESET.csv for other presets). A claim without runs is "
-        "not testable."
+        "PRESET is scenes unless given. The verdicts are printed, and written to data/claims.csv "
+        "in the folder of figures (data/claims-PRESET.csv for other presets). A claim without runs "
+        "is not testable."
     ),
     choices=PRESETS,
 )

@@ -111,4 +111,5 @@ def flags(cls):
 
 def _case(start, pattern, words, expression=""):
     """Return one line of a shell's `case`: the words to offer where `start` and `pattern` fit."""
-    return f"        {shlex.quote(start)}{pattern}) words={shlex.quote(' '.join(words))}{expression} ;;"
+    offered = shlex.quote(" ".join(words)) + expression
+    return f"        {shlex.quote(start)}{pattern}) words={offered} ;;"

@@ -23,8 +23,9 @@ USAGE = Usage(
     options=lambda names: DataOptions(),
     examples=("gear data ~/images", "gear data scenes", "gear data /new/images --moved 'mine-*'"),
     details=(
-        "SOURCE is a folder, a zip, tar shards, 'scenes', 'cifar10' or 'cifar100'. --moved compares "
-        "the images at SOURCE with those that the runs were trained on, and remembers SOURCE."
+        "SOURCE is a folder, a zip, tar shards, 'scenes', 'cifar10' or 'cifar100'. --moved "
+        "compares the images at SOURCE with those that the runs were trained on, and remembers "
+        "SOURCE."
     ),
     choices=("scenes", "cifar10", "cifar100"),
 )

@@ -14,10 +14,10 @@ from gear.config import UserError, __version__
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"  # of a checkout
 USES = {  # groups of optional packages in pyproject.toml, and what they are for
-    "dev": "for the tests",
-    "effnet": "for the teacher efficientnet-lite0",
-    "teachers": "for public teachers and the CLIP score",
-    "scale": "for several processes and TensorBoard",
+    "dev": "the tests",
+    "effnet": "the teacher efficientnet-lite0",
+    "teachers": "public teachers and the CLIP score",
+    "scale": "several processes and TensorBoard",
 }
 COMPARISONS = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt,
@@ -96,25 +96,27 @@ def package_rows(python, pairs):
     version = platform.python_version()
     state = "ok" if fits(version, python) else "broken"
     rows = [("python", state, f"{version}{_needs(python)}, {sys.executable}")]
+    packages = {}  # a package may be declared in several groups
     for text, group in pairs:
         name, needed = re.fullmatch(r"([\w.-]+)\s*(?:\[.*?\])?\s*(.*)", text).groups()
-        use = USES.get(group, f"for {group}") if group else "required"
-        absent = "missing" if group else "broken"
-        install = f"pip install '{name}{needed}'"
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((name, absent, f"{use}: {install}"))
-            continue
-        note = f"{version}{_needs(needed)}, {use}"
-        fault = _import_fault(name) if name in ("torch", "torchvision") else ""
-        if fault:
-            rows.append((name, absent, f"{note}; it cannot be imported: {fault}"))
-        elif fits(version, needed):
-            rows.append((name, "ok", note))
-        else:
-            rows.append((name, absent, f"{note}: {install}"))
-    return rows
+        packages.setdefault(name, {})[group] = needed
+    return rows + [_package(name, groups) for name, groups in packages.items()]
+
+
+def _package(name, groups):
+    """Return the row of a package; `groups` are {group: range of versions}."""
+    needed = ",".join(filter(None, groups.values()))
+    use = "required" if "" in groups else f"for {'; for '.join(USES.get(g, g) for g in groups)}"
+    absent = "broken" if "" in groups else "missing"
+    install = f"pip install '{name}{needed}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return name, absent, f"{use}: {install}"
+    note = f"{version}{_needs(needed)}, {use}"
+    if fault := _import_fault(name) if name in ("torch", "torchvision") else "":
+        return name, absent, f"{note}; it cannot be imported: {fault}"
+    return (name, "ok", note) if fits(version, needed) else (name, absent, f"{note}: {install}")
 
 
 def fits(version, needed):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 # The sentences stand here, not in the commands' modules: `gear --help` imports none of them.
 GROUPS = {
     "Train": {
-        "train": "Train runs by recipe name, after their missing parents; the same command resumes.",
+        "train": "Train runs by recipe name, after missing parents; the same command resumes.",
         "sweep": "Train and score one ablation study, and compare it with the paper's table.",
     },
     "Use a run or a checkpoint file": {
         "sample": "Draw images from a generator into one PNG.",
-        "reconstruct": "Draw images above their reconstructions into one PNG, and measure the error.",
+        "reconstruct": "Draw images above their reconstructions, and measure the error.",
         "evaluate": "Score samples or reconstructions, and keep every number with its protocol.",
         "inspect": "Print layout, sizes, number of parameters and training step.",
         "export": "Write networks to a .safetensors file, or to a .pt file in a public layout.",
@@ -51,7 +51,7 @@ def overview():
     lines = [
         "usage: gear COMMAND [NAME ...] [--OPTION VALUE ...]",
         "",
-        "Train an image tokenizer and an autoregressive generator together (GEAR), and measure both.",
+        "Train an image tokenizer and an autoregressive generator together, and measure both.",
     ]
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:"]

@@ -60,9 +60,11 @@ complete -o default -F _gear gear  # default: file names, where no word fits
 
 def command(names, arguments):
     if len(names) != 1 or arguments or names[0] not in SHELLS:
-        suggestion = nearest(names[0], SHELLS) if len(names) == 1 else ""
+        is_misspelt = len(names) == 1 and names[0] not in SHELLS
+        suggestion = nearest(names[0], SHELLS) if is_misspelt else ""
         raise UserError(
-            f"name one shell: gear completion SHELL, where SHELL is bash or zsh.{suggestion}"
+            "name one shell: gear completion SHELL, where SHELL is bash or zsh. There are no "
+            f"options.{suggestion}"
         )
     print(script(names[0]), end="")
 

@@ -46,7 +46,7 @@ def command(names, arguments):
     }
     runs = [run for _, run in sorted(opened.items()) if run.logged_step >= run.config["steps"]]
     if not runs:
-        raise UserError("none of these runs is trained to its last step: there is nothing to pack.")
+        raise UserError("none of these runs is trained to its end: there is nothing to pack.")
     check_writable(folder.absolute(), "")
     with_panels = [run.name for run in open_runs(panels)] if panels else []
     write_pack(folder, runs, {run.name: run_name(run.name) for run in runs}, with_panels)

@@ -77,7 +77,7 @@ def test_commands_import_what_they_use():
     names = [
         path.stem
         for path in Path(cli.__file__).parent.glob("[a-z]*.py")
-        if path.stem not in ("arguments", "console")
+        if path.stem not in ("arguments", "console", "health", "usage")
     ]
     assert sorted(names) == sorted(COMMANDS)
     code = (

@@ -28,8 +28,8 @@ LAYERS = """
     experiments.verdicts experiments.jobs experiments.sweep
     figures.style figures.draw figures figures.method figures.execution figures.parameters figures.render figures.gallery
     interactive.widgets interactive.tour interactive.monitor
-    cli.console cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data cli.evaluate
-    cli.figures cli.claims cli.runs cli.pack cli.teacher
+    cli.console cli.usage cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data
+    cli.evaluate cli.figures cli.claims cli.runs cli.pack cli.teacher cli.health cli.doctor cli.completion
     __main__
 """  # a line imports from the lines above it; the order inside a line is that inside the package
 ORDER = {module: i for i, module in enumerate(LAYERS.split())}

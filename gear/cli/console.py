@@ -1,6 +1,4 @@
-"""How a command meets the terminal: names of any bytes can be printed, and every end has one
-message and an exit code.
-"""
+"""How a command ends in the terminal: with one message and an exit code, never a traceback."""
 
 import contextlib
 import io
@@ -11,11 +9,13 @@ from gear.config import Interrupted, TrainingStopped, UserError
 
 @contextlib.contextmanager
 def console():
-    """Run a command: a user's mistake prints one message and exits with code 2, a stopped run with
-    code 1.
+    """Print the error that ends a command as one message, and exit with a code.
+
+    UserError exits with 2, a stopped run or an error of the file system with 1, an interruption by
+    the signal N with 128 + N.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that no encoding has
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that cannot be encoded
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -24,15 +24,15 @@ def console():
         _leave(error, 2)
     except TrainingStopped as error:
         _leave(error, 1)
-    except BrokenPipeError:  # whoever read what is printed has read enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:  # a full disk, a folder without access
-        _leave(f"{error}. Make room or restore access, and give the same command again.", 1)
+        _leave(f"{error}. Make room or restore access, and run the same command again.", 1)
     except Interrupted as error:
         _leave(error, 128 + error.number)
     except KeyboardInterrupt:
-        _leave("interrupted. The same command goes on from the last checkpoint.", 130)
+        _leave("interrupted. The same command continues from the last checkpoint.", 130)
 
 
 def _leave(message, code):

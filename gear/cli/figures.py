@@ -1,4 +1,4 @@
-"""gear figures: notebooks, executed, and the page of all figures."""
+"""gear figures: execute notebooks, and write their figures and the gallery of all figures."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -6,31 +6,54 @@ from typing import Annotated
 import tyro
 
 from gear.cli.arguments import parse
+from gear.cli.usage import Usage
 from gear.config import Checked, Jobs, TrainingStopped, given_by
 from gear.experiments.studies import seeds_of
 from gear.figures.gallery import write_gallery
-from gear.figures.render import render
+from gear.figures.render import notebooks, products, render
 
 
 @dataclass(frozen=True)
 class FigureOptions(Checked):
-    force: bool = False  # redraw what is up to date too
-    jobs: Jobs = 1  # notebooks executed at once
-    seeds: str = ""  # of the runs that are drawn, as in 0 or 0,1; "": those that the notebooks name
+    force: bool = False  # draw figures again that are up to date
+    jobs: Jobs = 1  # number of notebooks executed at once
+    # seeds of the runs to draw, such as 0 or 0,1; "": those that the notebook names
+    seeds: str = ""
+    # name and value of one parameter of the notebooks
     parameters: Annotated[
-        tuple[tuple[str, str], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-p"])
+        tuple[tuple[str, str], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(aliases=["-p"], metavar="KEY VALUE"),
     ] = ()
-    # ^ KEY VALUE of the one notebook that is named; may be repeated
+
+
+USAGE = Usage(
+    names="[NOTEBOOK ...]",
+    options=lambda names: FigureOptions(),
+    examples=(
+        "gear figures",
+        "gear figures training_dynamics",
+        "gear figures generator_alignment -p images 200",
+        "gear figures ablations -p study temperature",
+    ),
+    details=(
+        "Without a name, every notebook is executed that needs no weights. A figure that is up to "
+        "date is not drawn again. Figures are written to figures/, or to $GEAR_FIGURES; "
+        "index.html there shows all of them."
+    ),
+    choices=tuple(dict.fromkeys([*notebooks(), *products()])),
+)
 
 
 def command(names, arguments):
-    options, stopped = parse(FigureOptions(), arguments), None
+    options = parse(FigureOptions(), arguments, "figures")
+    failure = None
     with given_by("--seeds"):
         seeds = seeds_of(options.seeds) if options.seeds else ()
     try:
         render(names, options.force, dict(options.parameters), options.jobs, seeds)
-    except TrainingStopped as failures:  # what could be drawn is shown all the same
-        stopped = failures
+    except TrainingStopped as error:  # the gallery shows the figures that could be drawn
+        failure = error
     print(f"gallery: {write_gallery()}")
-    if stopped:
-        raise stopped
+    if failure:
+        raise failure

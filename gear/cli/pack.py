@@ -1,9 +1,10 @@
-"""gear pack: finished runs as records without weights, many in one folder of a few files."""
+"""gear pack: write finished runs as records without weights, in a folder of a few files."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from gear.cli.arguments import parse
+from gear.cli.usage import Usage
 from gear.config import Checked, UserError
 from gear.experiments.recipes import run_name
 from gear.files import check_writable
@@ -13,15 +14,30 @@ from gear.runs.run import Run, open_runs
 
 @dataclass(frozen=True)
 class PackOptions(Checked):
-    panels: str = ""  # runs whose sample panels are kept too, by name or pattern; "": of none
+    # name or pattern of the runs whose sample panels are packed too; "": no panels
+    panels: str = ""
+
+
+USAGE = Usage(
+    names="FOLDER [RUN ...]",
+    options=lambda names: PackOptions(),
+    examples=("gear pack runs/reference 'scenes-*' --panels 'scenes-joint*-s0'",),
+    details=(
+        "RUN is a name or a pattern; without one, all finished runs are packed. FOLDER is empty, "
+        "or holds an earlier pack, which is replaced. `make reference` calls this command."
+    ),
+    takes_runs=True,
+)
 
 
 def command(names, arguments):
     if not names:
         raise UserError(
-            "name a folder to write and runs, by name or pattern: gear pack FOLDER ['RUN' ...]."
+            "name the folder to write, and the runs by name or pattern: gear pack FOLDER ['RUN' "
+            "...]."
         )
-    panels, folder = parse(PackOptions(), arguments).panels, Path(names[0])
+    panels = parse(PackOptions(), arguments, "pack").panels
+    folder = Path(names[0])
     opened = {
         run.name: run
         for name in names[1:] or ["*"]

@@ -1,4 +1,4 @@
-"""gear sample: images of a generator, a run's or a file's, on one sheet."""
+"""gear sample: draw images from the generator of a run or a file, on one sheet."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image
 
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.cli.arguments import parse
+from gear.cli.usage import Usage
 from gear.config import Checked, Range, Seed, Share, UserError, Whole, given_by
 from gear.device import open_device
 from gear.files import check_target, write_atomically
@@ -18,24 +19,37 @@ from gear.images import image_grid, to_float, to_uint8
 
 @dataclass(frozen=True)
 class SampleOptions(Checked):
-    tokenizer: str = ""  # a run or file that holds the tokenizer, if the generator's does not
-    # tokens a side; 0: those of the run's images, and 16 for a file
+    # run or file that holds the tokenizer; "": the generator's own run or file
+    tokenizer: str = ""
+    # tokens per side of an image; 0: as in the run's images, or 16 for a file
     grid: Annotated[int, Range(0, 1_024)] = 0
-    # a class for each image; none given: sixteen, from the first class on
+    # one class per image; without it, sixteen images of the first classes
     labels: tuple[Whole, ...] = ()
-    cfg_scale: Guidance = 1.0  # guidance; 1 is none, 0 unconditional
-    temperature: Temperature = 1.0  # 0 takes the likeliest
-    top_k: Whole = 0  # 0 keeps all
-    top_p: Share = 1.0  # 1 keeps all
-    seed: Seed = 0
+    cfg_scale: Guidance = 1.0  # classifier-free guidance; 1: none, 0: unconditional
+    temperature: Temperature = 1.0  # sampling temperature; 0: always the most likely token
+    top_k: Whole = 0  # sample from the k most likely tokens; 0: from all
+    # sample from the most likely tokens that have this probability together; 1: from all
+    top_p: Share = 1.0
+    seed: Seed = 0  # the same seed draws the same images
     device: str = "auto"  # "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one
-    out: Path = Path("samples.png")
+    out: Path = Path("samples.png")  # the PNG to write
+
+
+USAGE = Usage(
+    names="RUN_OR_FILE",
+    options=lambda names: SampleOptions(),
+    examples=(
+        "gear sample scenes-gear-s0 --cfg-scale 1.5 --out samples.png",
+        "gear sample c2i_L_256.pt --tokenizer gear-vq.pt --labels 207 360 --cfg-scale 1.5",
+    ),
+    takes_runs=True,
+)
 
 
 def command(names, arguments):
     if len(names) != 1:
-        raise UserError("name one generator, a run or a file: gear sample RUN.")
-    options = parse(SampleOptions(), arguments)
+        raise UserError("name one run or file that holds a generator: gear sample RUN_OR_FILE.")
+    options = parse(SampleOptions(), arguments, "sample")
     with given_by("--out"):
         out = check_target(options.out, ".png")
     with given_by("--device"):
@@ -43,21 +57,21 @@ def command(names, arguments):
     generator = load_generator(names[0]).to(device)
     if generator.config.text_slots:
         raise UserError(
-            "this generator is conditioned on captions' features: give them to gear.sample, in "
-            "Python."
+            "this generator is conditioned on features of captions: sample from it in Python, "
+            "with gear.sample."
         )
     with given_by(options.tokenizer and "--tokenizer"):
         tokenizer = load_tokenizer(options.tokenizer or names[0]).to(device)
     if generator.codebook_size != tokenizer.config.codebook_size:
         raise UserError(
             f"the generator knows {generator.codebook_size} codes, the tokenizer has "
-            f"{tokenizer.config.codebook_size}: "
-            f"give the one it was trained on."
+            f"{tokenizer.config.codebook_size}: give the tokenizer that the generator was trained "
+            "on (--tokenizer)."
         )
     classes = generator.config.num_classes
     labels = options.labels or tuple(i % classes for i in range(16))
-    if wrong := [label for label in labels if not 0 <= label < classes]:
-        raise UserError(f"labels {wrong}: this generator has classes 0 to {classes - 1}.")
+    if unknown := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"labels {unknown}: this generator has classes 0 to {classes - 1}.")
     images = sample(
         generator,
         tokenizer,

@@ -1,10 +1,11 @@
-"""gear sweep: one of the paper's ablations, trained, scored and compared with the paper's table."""
+"""gear sweep: train and score one ablation study, and compare it with the paper's table."""
 
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from gear.cli.arguments import parse
+from gear.cli.usage import Usage
 from gear.config import Checked, Parallel, UserError, changed_words, given_by
 from gear.experiments.results import results, summary
 from gear.experiments.studies import STUDIES, Scoring, seeds_of
@@ -15,30 +16,51 @@ from gear.training.loop import Runtime
 
 @dataclass(frozen=True)
 class SweepOptions(Checked):
-    preset: str = "scenes"  # scenes, cifar10, cifar10-smoke, imagenet100-128, imagenet256-l
-    seeds: str = "0,1,2"
-    cells: str = ""  # some of the study's, with commas between; "": all
-    # at once; 0: one a core, on a GPU one, and there small runs one for two cores
+    preset: str = "scenes"  # scenes, cifar10, cifar10-smoke, imagenet100-128 or imagenet256-l
+    seeds: str = "0,1,2"  # seeds of the runs, separated by commas
+    cells: str = ""  # cells of the study, separated by commas; "": all of them
+    # runs trained at once; 0: one per CPU core, or on a GPU one, but one per two cores if all runs
+    # are small
     jobs: Parallel = 0
+    # How samples are scored.
     scoring: Scoring = Scoring()
-    # score a fresh generator on each cell's tokenizer, too, as in Tables 1 to 3
+    # also score a fresh generator on the tokenizer of each cell, as in Tables 1 to 3
     transfer: bool = False
-    list: bool = False  # print one command a cell and seed for a scheduler, and run nothing
-    device: str = "auto"  # or "cpu", "cuda", "cuda:1"
-    workers: Parallel = 0  # processes that prepare images, a run
+    # train nothing; print one command per cell and seed, for a scheduler
+    list: bool = False
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one
+    workers: Parallel = 0  # processes per run that prepare images
+
+
+USAGE = Usage(
+    names="STUDY",
+    options=lambda names: SweepOptions(),
+    examples=(
+        "gear sweep temperature",
+        "gear sweep depth --preset cifar10 --seeds 0",
+        "gear sweep weight --preset imagenet256-l --list",
+    ),
+    details=(
+        "STUDY is one of "
+        + ", ".join(f"{name} (Table {study.table})" for name, study in STUDIES.items())
+        + ". The cost is printed before anything is trained. The same command continues after an "
+        "interruption."
+    ),
+    choices=tuple(STUDIES),
+)
 
 
 def command(names, arguments):
     if len(names) != 1:
         raise UserError(f"name one study: gear sweep STUDY. Known: {', '.join(STUDIES)}.")
-    options = parse(SweepOptions(), arguments)
+    options = parse(SweepOptions(), arguments, "sweep")
     with given_by("--seeds"):
         seeds = seeds_of(options.seeds)
-    cells = [c for c in options.cells.split(",") if c] or None
-    scoring, runtime = options.scoring, Runtime(device=options.device, workers=options.workers)
-    transferred = ["--transfer"] * options.transfer
+    cells = [name for name in options.cells.split(",") if name] or None
+    runtime = Runtime(device=options.device, workers=options.workers)
     if options.list:
-        words = [*changed_words(scoring), *transferred, *changed_words(runtime)]
+        transfer = ["--transfer"] * options.transfer
+        words = [*changed_words(options.scoring), *transfer, *changed_words(runtime)]
         print("\n".join(commands(names[0], options.preset, seeds, cells, words)))
         return
     sweep(
@@ -47,28 +69,33 @@ def command(names, arguments):
         seeds,
         cells,
         options.jobs,
-        scoring,
+        options.scoring,
         runtime,
         tell=tqdm.write,
         transfer=options.transfer,
     )
     if cells is None:
-        table = results(names[0], options.preset, seeds, scoring, options.transfer)
-        print(f"\n{summary(table).to_string(na_rep='')}\n")
-        print(directions_in_words(directions(table, names[0], options.preset)))
-        more = [
-            f"-p {key} {getattr(options, key)}"
-            for key in ("preset", "seeds")
-            if getattr(options, key) != getattr(SweepOptions, key)
-        ]
-        count = scoring.samples(options.preset)
-        parameters = dict(
-            count=count if count != 1_000 else "",  # the notebook's own
-            reference=scoring.reference,
-            transfer=options.transfer,
-        )
-        more += [f"-p {key} {value}" for key, value in parameters.items() if value]
-        print(
-            f"small scale, seeds {options.seeds}; drawn by: "
-            f"{' '.join(['gear figures ablations -p study', names[0], *more])}"
-        )
+        _print_results(names[0], options, seeds)
+
+
+def _print_results(name, options, seeds):
+    """Print the table of a complete study, and the command that draws it."""
+    table = results(name, options.preset, seeds, options.scoring, options.transfer)
+    print(f"\n{summary(table).to_string(na_rep='')}\n")
+    print(directions_in_words(directions(table, name, options.preset)))
+    parameters = {
+        key: getattr(options, key)
+        for key in ("preset", "seeds")
+        if getattr(options, key) != getattr(SweepOptions, key)
+    }
+    count = options.scoring.samples(options.preset)
+    parameters |= {
+        "count": count if count != 1_000 else "",  # 1,000 is the notebook's default
+        "reference": options.scoring.reference,
+        "transfer": options.transfer,
+    }
+    words = [f"-p {key} {value}" for key, value in parameters.items() if value]
+    print(
+        f"small scale, seeds {options.seeds}; drawn by: "
+        f"{' '.join(['gear figures ablations -p study', name, *words])}"
+    )

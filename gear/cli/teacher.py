@@ -1,9 +1,20 @@
 """gear teacher: package a run as the scenes teacher."""
 
 from gear import data
+from gear.cli.usage import Usage
 from gear.runs.run import Run
 from gear.teachers.scenes import ScenesTeacher, package
 from gear.weights import load_module, load_networks, network
+
+USAGE = Usage(
+    names="[RUN]",
+    examples=("gear teacher teacher-scenes",),
+    details=(
+        "RUN is teacher-scenes unless given. The file in the package is replaced. `make teacher` "
+        "trains the run and calls this command."
+    ),
+    takes_runs=True,
+)
 
 
 def command(names, arguments):

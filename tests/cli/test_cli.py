@@ -1,5 +1,5 @@
-"""A user's mistake gets one message that says what was wrong and what to do, exit code 2, and loses
-nothing.
+"""A user's mistake ends with one message that says what was wrong and what to do, and exit code 2.
+No file is lost or changed.
 """
 
 import json
@@ -27,14 +27,12 @@ from gear.training.loop import Runtime, train
 
 
 def mistake(capsys, *arguments, code=2):
-    """Run the command; return its message after checking exit code and the absence of a
-    traceback.
-    """
+    """Run a command that must fail with an exit code and without a traceback; return its output."""
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
-    said = capsys.readouterr()
-    assert stop.value.code == code and "Traceback" not in said.err
-    return said.err + said.out
+    output = capsys.readouterr()
+    assert stop.value.code == code and "Traceback" not in output.err
+    return output.err + output.out
 
 
 def fingerprint(folder):
@@ -78,7 +76,7 @@ def test_empty_folder(capsys, home):
     assert not (home / "runs").exists()
 
 
-def test_a_zip_that_is_none_and_one_without_images(capsys, home):
+def test_a_damaged_zip_and_a_zip_without_images(capsys, home):
     (home / "a.zip").write_bytes(b"no zip at all")
     assert "a.zip' is not a zip" in mistake(
         capsys, "train", "tiny-tokenizer", "--source", home / "a.zip"
@@ -101,7 +99,7 @@ def test_images_that_cannot_be_read(capsys, home):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (["--device", "gpu"], "no device 'gpu' here: there is auto, cpu"),
         (["--device", "cuda:99"], "no device 'cuda:99' here"),
@@ -111,12 +109,12 @@ def test_images_that_cannot_be_read(capsys, home):
         (["--name", "some/where"], "'some/where' is a path; a run is opened by name"),
     ],
 )
-def test_options_that_cannot_be(options, said, capsys, home):
-    assert said in mistake(capsys, "train", "tiny-tokenizer", *options)
+def test_options_out_of_their_range(options, message, capsys, home):
+    assert message in mistake(capsys, "train", "tiny-tokenizer", *options)
     assert not (home / "runs").exists()
 
 
-def test_no_run_at_a_time(capsys, home):
+def test_zero_jobs(capsys, home):
     assert "jobs is 0: it has to be at least 1" in mistake(
         capsys, "train", "tiny-tokenizer", "tiny", "--jobs", 0
     )
@@ -146,7 +144,7 @@ def test_a_folder_that_cannot_be_written_to(variable, command, below, capsys, ho
 
 
 def test_a_folder_without_the_right_to_write(capsys, home, monkeypatch):
-    """Root may write everywhere, so the system's answer is given here."""
+    """Root may write everywhere, so the answer of the operating system is replaced."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     message = mistake(capsys, "train", "tiny-tokenizer", "--quiet")
     assert (
@@ -178,10 +176,10 @@ def test_the_packaged_teacher_missing_or_truncated(spoil, capsys, tiny, monkeypa
 def test_image_size_not_divisible(capsys, home):
     message = mistake(capsys, "train", "tiny-tokenizer", "--image-size", 30)
     assert "30 x 30 is not divisible by the tokenizer's downsampling 4" in message
-    assert not (home / "runs").exists()  # else the right command would meet the wrong configuration
+    assert not (home / "runs").exists()  # a later, correct command would meet its configuration
 
 
-def test_teacher_grid_unlike_the_token_grid(capsys, home):
+def test_a_teacher_grid_that_differs_from_the_token_grid(capsys, home):
     message = mistake(capsys, "train", "tiny", "--channel-mult", 1, 2, "--label", "coarse")
     assert "8 x 8 patches" in message and "16 x 16 tokens" in message
     assert not (home / "runs" / "tiny-joint-coarse").exists()
@@ -211,7 +209,7 @@ def test_truncated_checkpoint(capsys, tiny):
 
 
 class Trap:
-    """What a pickle can do to whoever loads it."""
+    """An object whose pickle makes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -291,13 +289,13 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_checkpoint(kind, capsys, tiny):
-    """It is neither executed nor overwritten, and what does not fit is listed."""
-    spoil, said = FOREIGN[kind]
+    """The checkpoint is neither executed nor overwritten, and the message says what does not fit."""
+    spoil, message = FOREIGN[kind]
     folder = tiny / "tiny-tokenizer" / "checkpoints" / "0000018"
     shutil.rmtree(folder.with_name("0000024"))
     spoil(folder)
     before = fingerprint(tiny)
-    assert said in mistake(capsys, "train", "tiny-tokenizer", "--quiet", "--device", "cpu")
+    assert message in mistake(capsys, "train", "tiny-tokenizer", "--quiet", "--device", "cpu")
     assert fingerprint(tiny) == before
 
 
@@ -305,12 +303,12 @@ def test_a_parent_that_trains_no_tokenizer(capsys, tiny):
     before = fingerprint(tiny)
     (tiny / "tiny").rename(
         tiny / "mine"
-    )  # no recipe, so that its configuration alone does not tell
-    for parent, said in (
+    )  # not the name of a recipe: only the checkpoint shows that it has no tokenizer
+    for parent, message in (
         ("tiny", "'tiny' trains no tokenizer"),
         ("mine", "run 'mine' holds no tokenizer_ema: it holds generator"),
     ):
-        assert said in mistake(
+        assert message in mistake(
             capsys, "train", "tiny", "--tokenizer-run", parent, "--name", "child", "--quiet"
         )
     (tiny / "mine").rename(tiny / "tiny")
@@ -318,7 +316,7 @@ def test_a_parent_that_trains_no_tokenizer(capsys, tiny):
 
 
 @pytest.mark.parametrize("name", ("weights.pt", "./weights.pt", "runs/tiny", Path("weights.pt")))
-def test_a_path_is_no_run(name, tiny, home, monkeypatch):
+def test_a_path_is_not_the_name_of_a_run(name, tiny, home, monkeypatch):
     monkeypatch.chdir(home)
     torch.save({"a": Trap(home / "executed")}, home / "weights.pt")
     with pytest.raises(gear.UserError, match="is a path.* a run is opened by name"):
@@ -363,7 +361,7 @@ def test_labels_out_of_range(capsys, tiny):
     assert "classes 0 to 23" in mistake(capsys, "sample", "tiny", "--labels", 24)
 
 
-def test_sample_of_a_run_that_is_not_there(capsys, tiny):
+def test_sample_of_a_missing_run(capsys, tiny):
     assert "no run 'tinny'" in mistake(capsys, "sample", "tinny")
 
 
@@ -390,9 +388,9 @@ def test_a_folder_of_images_trains(home, capsys):
     assert '"num_classes": 2' in (runs / "tiny-joint-pets" / "config.json").read_text()
 
 
-def test_classes_unlike_the_configuration(home):
-    """A folder has two classes, the configuration 24; then the run has two, and the folder gains,
-    loses and renames some.
+def test_classes_that_differ_from_the_configuration(home):
+    """The folder has two classes and the configuration 24. Then the run has two classes, and the
+    folder gains, loses and renames some.
     """
     for name in ("cat", "dog"):
         for i in range(10):
@@ -424,7 +422,7 @@ def test_classes_unlike_the_configuration(home):
     for seen in (
         2,
         3,
-    ):  # by the configuration as it was, and as a recipe derives it from the folder
+    ):  # the number of classes in the configuration before, and in the folder now
         with pytest.raises(gear.UserError, match=r"3 \(ant, cat, eel\); this run has 2 "):
             train(
                 replace(config, generator=replace(config.generator, num_classes=seen)),
@@ -438,7 +436,7 @@ def test_python_m_gear_lists_its_commands():
     out = subprocess.run(
         [sys.executable, "-m", "gear", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(f"gear {name}" in out for name in ("train", "sample", "figures", "runs"))
+    assert all(f"\n  {name} " in out for name in ("train", "sample", "figures", "runs"))
 
 
 def test_claims_of_an_unknown_preset(capsys, home):
@@ -448,11 +446,11 @@ def test_claims_of_an_unknown_preset(capsys, home):
     main(["claims", "cifar10"])
     assert [p.name for p in (home / "figures" / "data").iterdir()] == [
         "claims-cifar10.csv"
-    ]  # claims.csv is that of the scenes
+    ]  # claims.csv holds the verdicts on scenes
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--foo"], "unknown command '--foo'"),
         ([""], "unknown command ''"),
@@ -467,8 +465,8 @@ def test_claims_of_an_unknown_preset(capsys, home):
         (["runs", ".."], "'..' is a path"),
     ],
 )
-def test_words_that_are_none(arguments, said, capsys, home):
-    assert said in mistake(capsys, *arguments)
+def test_unknown_commands_names_and_options(arguments, message, capsys, home):
+    assert message in mistake(capsys, *arguments)
     assert list(home.iterdir()) == []
 
 
@@ -497,7 +495,7 @@ def test_the_version(capsys):
         (["train", "tiny", "--label", "a/b"], "--label"),
     ],
 )
-def test_a_value_that_is_none_is_reported_with_its_option(
+def test_a_wrong_value_is_reported_with_its_option(
     arguments, option, capsys, tiny, home, monkeypatch
 ):
     monkeypatch.chdir(home)
@@ -509,18 +507,18 @@ def test_a_value_that_is_none_is_reported_with_its_option(
     assert fingerprint(home) == before
 
 
-def test_runs_are_listed_beside_a_folder_that_is_none(tiny, capsys):
+def test_runs_are_listed_beside_a_folder_that_is_not_a_run(tiny, capsys):
     (tiny / "vit").mkdir()
     (tiny / "vit" / "config.json").write_text('{"model_type": "vit"}')
     (tiny / "tiny").rename(tiny / "tiny[1] *")
     main(["runs"])
-    said = capsys.readouterr()
-    assert [line[:14].strip() for line in said.out.splitlines()] == [
+    output = capsys.readouterr()
+    assert [line[:14].strip() for line in output.out.splitlines()] == [
         "tiny-joint",
         "tiny-tokenizer",
         "tiny[1] *",
     ]
-    assert "vit: not a run of gear" in said.err and "remove" not in said.err
+    assert "vit: not a run of gear" in output.err and "remove" not in output.err
     main(["runs", "tiny[1] *"])
     assert (
         capsys.readouterr().out.startswith("tiny[1] *  ") and "vit" not in capsys.readouterr().err
@@ -528,9 +526,9 @@ def test_runs_are_listed_beside_a_folder_that_is_none(tiny, capsys):
     assert "config.json cannot be read" in mistake(capsys, "runs", "vit")
 
 
-def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
-    """No traceback at either end: a closed pipe, and bytes that standard output's encoding has
-    not.
+def test_a_closed_pipe_and_a_name_of_any_bytes(tiny, home):
+    """There is no traceback if the output is closed early, or if a path holds bytes that the encoding
+    of standard output lacks.
     """
     command = [sys.executable, "-m", "gear", "runs"]
     done = subprocess.run(
@@ -561,7 +559,7 @@ def test_a_reader_that_has_read_enough_and_a_name_of_any_bytes(tiny, home):
     assert done.returncode == 0 and r"caf\udce9/x.png" in done.stdout, done.stderr
 
 
-def test_a_working_directory_that_is_gone(home):
+def test_a_removed_working_directory(home):
     command = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -P -m gear runs"
     environment = os.environ | {"PYTHONPATH": str(Path(gear.__file__).parent.parent)}
     done = subprocess.run(

@@ -202,7 +202,9 @@ def _sums_of_classes(run, count, device):
     teacher = first_teacher(run, device)
     images = data.open_trained(run).split("train")
     classes = run.config["generator"]["num_classes"]
-    sums, counts, squares = None, torch.zeros(classes), 0.0
+    sums = None
+    counts = torch.zeros(classes)
+    squares = 0.0
     for start in range(0, min(count, len(images)), BATCH):
         positions = np.arange(start, min(start + BATCH, count, len(images)))
         pixels = to_float(torch.from_numpy(images.images(positions)))

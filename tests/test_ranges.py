@@ -552,7 +552,7 @@ COMMANDS = {
     "evaluate tiny-joint --sweep cfg_scale=1,nan": "--sweep cfg_scale=1,nan: cfg_scale is nan",
     "evaluate tiny-joint --sweep cfg_scale=-1": "cfg_scale is -1.0",
     "evaluate tiny-joint --sweep seed=0,-1": "seed is -1",
-    "evaluate tiny-joint --sweep count=1.5": "are no numbers of count",
+    "evaluate tiny-joint --sweep count=1.5": "is no list of numbers for count",
     "evaluate tiny-joint --device gpu": "no device 'gpu' here",
     "evaluate tiny-joint --device cuda:99": "no device 'cuda:99' here",
     "reconstruct tiny --count 0": "count is 0",

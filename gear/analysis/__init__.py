@@ -1,7 +1,7 @@
-"""Analyses of runs: from a run's networks to a table, kept beside the run.
+"""Analyses of runs: each computes a table from a run's networks and keeps it in the run's folder.
 
-The measures that stood here, `alignment`, `codes`, `spatial` and `dynamics`, are in gear.measures;
-their old import paths work until the next release.
+The modules `alignment`, `codes`, `spatial` and `dynamics` (now `speedup`) have moved to
+gear.measures. Their old import paths work until the next release.
 """
 
 import sys

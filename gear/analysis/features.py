@@ -1,7 +1,8 @@
-"""Features of tokenizer, generator and teacher on the same images, a row a token, so that they can
-be compared.
+"""Features of tokenizer, generator and teacher on the same images, one row per token, so that they
+can be compared.
 
-A network's device computes them, some images at a time; what is returned lies where the images do.
+The features are computed on the network's device, one batch of images at a time, and returned on
+the device of the images.
 """
 
 import torch
@@ -11,13 +12,14 @@ BATCH = 128
 
 @torch.no_grad()
 def generator_features(generator, tokenizer, images, labels, layers):
-    """Return the generator's raw residual stream per layer, {layer: (N, L, D)} (Fig. 5; 0 is the
-    embedding output).
+    """Return the generator's raw residual stream after each layer, {layer: (N, L, D)} (Fig. 5).
 
-    Teacher-forced on the images' hard indices with their true labels, evaluation mode. Row i is the
-    position that predicts token i and has not seen it: the one that alignment pairs with patch i.
+    Layer 0 is the output of the embedding. The generator reads the hard indices of the images
+    (teacher forcing) and their true labels, in evaluation mode. Row i is the position that predicts
+    token i and has not seen it; the alignment pairs this row with patch i.
     """
-    parts, device = [], _device(generator)
+    parts = []
+    device = _device(generator)
     for x, y in zip(images.split(BATCH), labels.split(BATCH)):
         hidden = generator.hidden(tokenizer.encode(x.to(device)).flatten(1), y.to(device), layers)
         parts.append({layer: h.float().to(images.device) for layer, h in hidden.items()})
@@ -26,10 +28,10 @@ def generator_features(generator, tokenizer, images, labels, layers):
 
 @torch.no_grad()
 def tokenizer_features(tokenizer, images):
-    """Return the tokenizer's own features before and after quantisation, {"pre", "post"}: (N, L,
+    """Return the tokenizer's features before and after quantisation, {"pre", "post"}: (N, L,
     code_dim) (Table 4).
 
-    "pre" is the latent as the encoder gives it, "post" the code that is looked up for it.
+    "pre" is the latent that the encoder returns; "post" is the code vector that replaces it.
     """
     parts = {"pre": [], "post": []}
     for x in images.split(BATCH):
@@ -44,7 +46,7 @@ def tokenizer_features(tokenizer, images):
 
 @torch.no_grad()
 def teacher_features(teacher, images):
-    """Return the teacher's patch features, (N, L, C)."""
+    """Return the teacher's patch features (N, L, C)."""
     return torch.cat(
         [teacher(x.to(_device(teacher))).float().to(images.device) for x in images.split(BATCH)]
     )
@@ -55,6 +57,6 @@ def _device(network):
 
 
 def to_grid(rows):
-    """(N, L, D) rows in raster order -> (N, h, w, D) on the square grid."""
+    """Reshape rows (N, L, D) in raster order to the square grid (N, h, w, D)."""
     side = round(rows.shape[1] ** 0.5)
     return rows.unflatten(1, (side, side))

@@ -1,5 +1,5 @@
-"""Any checkpoint on any images: what its tokens are like, and how much of a teacher is in them.
-`probe.ipynb` draws it.
+"""The probe: describe the tokens of any checkpoint on any images, and compare its features with a
+teacher's. The notebook `probe` draws the result.
 """
 
 import contextlib
@@ -26,20 +26,19 @@ from gear.runs.run import Run
 from gear.teachers import check_grid, load_teacher
 from gear.tokenizer.model import Tokenizer
 
-# images seen at once: at 256 px a public tokenizer takes 0.4 GB for each, its (L, K) affinity
-# included
-FEW = 4
-POINTS = 101  # of a curve
+# images per batch: at 256 px a public tokenizer needs 0.4 GB per image, affinity (L, K) included
+BATCH = 4
+CURVE_POINTS = 101
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at, with the name, step and hash that a figure's provenance has of it."""
+    """A checkpoint to probe, with the name, step and hash that a figure's provenance records."""
 
     name: str
-    step: int | None  # None: the file does not say
-    config_hash: str  # of a run's configuration, or of a file's bytes (SHA-256): 12 hex digits
-    trained_on: str | None  # the image source of a run
+    step: int | None  # None where the file does not state its step
+    config_hash: str  # 12 hex digits: a run's configuration hash, or the SHA-256 of a file's bytes
+    trained_on: str | None  # the image source of a run; None for a file
     tokenizer: Tokenizer
     generator: Generator | None = None
 
@@ -48,22 +47,22 @@ class Subject:
         return self.tokenizer.config.downsampling
 
     def condition(self, source, labels):
-        """Return the classes (N,) of images if the generator was trained on their `source`, else
-        "no class" for each.
+        """Return the conditions (N,) for images of `source`: their labels if the generator was
+        trained on that source, and "no class" for each image otherwise.
         """
         no_class = self.generator.condition.no_class
-        own = (
-            self.trained_on == data.absolute(data.DataConfig(source)).source
-            and int(labels.max()) < no_class
-        )
-        return labels if own else torch.full_like(labels, no_class)
+        is_training_source = self.trained_on == data.absolute(data.DataConfig(source)).source
+        has_known_labels = int(labels.max()) < no_class
+        if is_training_source and has_known_labels:
+            return labels
+        return torch.full_like(labels, no_class)
 
 
 def open_tokenizers(*sources):
-    """Open tokenizers by a run's name or a checkpoint file: a Subject for each source but "".
+    """Open tokenizers, each by a run's name or a checkpoint file; return one Subject per source.
 
-    Raises UserError as `load_tokenizer` does, and where two have one name: a figure could not tell
-    them apart.
+    An empty source "" is skipped. Raises UserError as `load_tokenizer` does, and where two
+    checkpoints have the same name, because a figure could not tell them apart.
     """
     subjects = [
         _subject(source, open_checkpoint(source), load_tokenizer(source))
@@ -72,34 +71,35 @@ def open_tokenizers(*sources):
     ]
     if len({subject.name for subject in subjects}) < len(subjects):
         raise UserError(
-            f"two checkpoints are called '{subjects[0].name}': give a file another name, or leave "
+            f"two checkpoints are called '{subjects[0].name}': rename one of the files, or leave "
             "one out."
         )
     return subjects
 
 
 def open_generator(source, tokenizer):
-    """Open a generator with the tokenizer beside it, or, where its checkpoint holds none, with
-    `tokenizer`: a Subject.
+    """Open a generator together with the tokenizer in its checkpoint; return a Subject.
 
-    Raises UserError as `load_generator` does, and for a generator of captions or of another number
-    of codes.
+    `tokenizer` is used where the checkpoint holds none. Raises UserError as `load_generator` does,
+    for a generator that is conditioned on captions, and for a codebook of another size.
     """
-    checkpoint, generator = open_checkpoint(source), load_generator(source)
+    checkpoint = open_checkpoint(source)
+    generator = load_generator(source)
     if generator.config.text_slots:
         raise UserError(
             f"'{source}' is conditioned on captions, which images do not have: give a generator of "
-            "classes, or ''."
+            "classes, or '' for none."
         )
     tokenizer = (
         load_tokenizer(source)
         if {"tokenizer", "tokenizer_ema"} & checkpoint.parts.keys()
         else tokenizer
     )
-    if (known := generator.codebook_size) != (there := tokenizer.config.codebook_size):
+    codebook_size = tokenizer.config.codebook_size
+    if generator.codebook_size != codebook_size:
         raise UserError(
-            f"the generator '{source}' knows {known} codes, {tokenizer.source} has {there}: give "
-            "the one it reads."
+            f"the generator '{source}' knows {generator.codebook_size} codes, but "
+            f"{tokenizer.source} has {codebook_size}: give the tokenizer it was trained with."
         )
     return _subject(source, checkpoint, tokenizer, generator)
 
@@ -114,22 +114,24 @@ def _subject(source, checkpoint, *networks):
 
 
 def load_images(config, count):
-    """Return the first `count` images of a DataConfig's source, all splits, and their classes;
-    UserError for fewer than 2.
+    """Return the first `count` images (N, 3, H, W) of a DataConfig's source and their labels (N,).
+
+    All splits are read. Raises UserError for fewer than 2 images.
     """
     check_value("count", count, Samples)
     images, labels = data.load(config, "all", count)
     if len(images) < 2:
         raise UserError(
-            f"{len(images)} images of '{config.source}' are too few: take 2 at least, better 100."
+            f"'{config.source}' has {len(images)} images: at least 2 are needed, 100 are better."
         )
     return images, labels
 
 
 @contextlib.contextmanager
 def on_device(device, *networks):
-    """Have networks on a device for as long as the block lasts: who opened them goes on with them
-    on the CPU.
+    """Move networks to a device for the duration of a `with` block, and back to the CPU after it.
+
+    The caller's images are on the CPU, so the networks have to return there.
     """
     try:
         yield [network.to(device) for network in networks]
@@ -139,13 +141,14 @@ def on_device(device, *networks):
 
 
 def teacher_targets(name, config, images, strides, k, device="auto"):
-    """Return {stride: the teacher's features (N, L, C) on the grid of that stride}, each None where
-    `name` is "".
+    """Return {stride: the teacher's features (N, L, C) on the token grid of that stride}.
 
-    `device` is what computes, here and below: see `open_device`. Raises UserError where the
-    teacher's grid is not the tokens', or tokens cannot be cut, or have no k neighbours.
+    Each value is None where `name` is "". The features are computed on `device`, see `open_device`.
+    Raises UserError where the teacher's grid differs from the tokens' grid, where the image size is
+    not divisible by a stride, and where an image has too few tokens for k neighbours.
     """
-    targets, size = dict.fromkeys(sorted(set(strides))), config.image_size
+    size = config.image_size
+    targets = dict.fromkeys(sorted(set(strides)))
     for stride in targets:
         check_divides((size, size), stride)
         check_neighbours(k, (size // stride) ** 2)
@@ -158,27 +161,30 @@ def teacher_targets(name, config, images, strides, k, device="auto"):
 
 @torch.no_grad()
 def probe_tokenizer(tokenizer, images, tau, target, k, device="auto"):
-    """Tokenize images (N, 3, H, W), a few at a time; return indices (N, h, w) and a table of
-    `COLUMNS` and x.
+    """Tokenize images (N, 3, H, W) batch by batch; return indices (N, h, w) and a table.
 
-    Levels: "image" psnr (dB), l1 ([0, 1] units); "codes" usage_entropy, _size, _dead; "rank" the
-    mass of the x most used codes; "token" the entropy in nats of softmax(A_i / tau), and at 1:
-    assignment_tau, _one, with its "quantile" x; then the features before and after quantisation as
-    in `tokenizer_profile`, against the teacher's (None: their maps alone).
+    The table has the columns `COLUMNS` and x. Its levels and metrics are:
+      "image"    psnr (dB) and l1 (in [0, 1] units);
+      "codes"    usage_entropy, usage_size and usage_dead;
+      "rank"     usage_mass, the share of tokens that the x most used codes have;
+      "token"    assignment_tau and assignment_one, the entropy in nats of softmax(A_i / tau) at
+                 `tau` and at 1;
+      "quantile" the x-quantile of these entropies over tokens.
+    Rows of `tokenizer_profile` follow: the features before and after quantisation are compared
+    with the teacher's features `target`, or, where it is None, only their maps are described.
     """
     check_value("tau", tau, Tau)
     device = open_device(device)
-    quantizer, grid, parts = (
-        tokenizer.quantizer,
-        [side // tokenizer.config.downsampling for side in images.shape[-2:]],
-        [],
-    )
+    quantizer = tokenizer.quantizer
+    grid = [side // tokenizer.config.downsampling for side in images.shape[-2:]]
+    parts = []
     with on_device(device, tokenizer):
-        for x in images.split(FEW):
+        for x in images.split(BATCH):
             x = x.to(device)
             features = tokenizer_features(tokenizer, x)
             z = features["pre"].mT.unflatten(2, grid)  # (B, L, D) -> (B, D, h, w)
-            indices, affinity = quantizer.indices(z).unflatten(1, grid), quantizer.affinity(z)
+            indices = quantizer.indices(z).unflatten(1, grid)
+            affinity = quantizer.affinity(z)
             entropy = [codes.row_entropies(affinity.dense, t) for t in (tau, 1.0)]  # (B, L)
             decoded = tokenizer.decode(indices)
             measured = (indices, *features.values(), psnr(decoded, x), l1(decoded, x), *entropy)
@@ -187,9 +193,10 @@ def probe_tokenizer(tokenizer, images, tau, target, k, device="auto"):
     rows = _usage_rows(codes.usage(indices, tokenizer.config.codebook_size))
     for metric, values in zip(("psnr", "l1", "assignment_tau", "assignment_one"), measured):
         level = "image" if values.ndim == 1 else "token"
-        values, row = values.flatten().double(), dict(metric=metric, n=values.numel())
+        values = values.flatten().double()
+        row = dict(metric=metric, n=values.numel())
         rows.append(row | dict(level=level, value=float(values.mean()), spread=float(values.std())))
-        for share in np.linspace(0, 1, POINTS) if level == "token" else ():
+        for share in np.linspace(0, 1, CURVE_POINTS) if level == "token" else ():
             rows.append(
                 row | dict(level="quantile", x=share, value=float(np.quantile(values, share)))
             )
@@ -207,7 +214,7 @@ def _usage_rows(usage):
     }
     curve = {
         m: float(usage.top_mass[int(m) - 1])
-        for m in np.unique(np.geomspace(1, len(usage.top_mass), POINTS).round())
+        for m in np.unique(np.geomspace(1, len(usage.top_mass), CURVE_POINTS).round())
     }
     rows = [
         dict(metric=name, level="codes", value=value, n=usage.n) for name, value in values.items()
@@ -218,15 +225,19 @@ def _usage_rows(usage):
 
 
 def probe_generator(subject, images, condition, target, k, device="auto"):
-    """Return layers 0, tap, middle and last of a generator against the teacher's features (None:
-    maps alone): a `profile`.
+    """Compare four layers of a generator with the teacher's features: return a `profile` table.
+
+    The layers are 0, the tap layer, the middle and the last one. With a `target` of None, only
+    their maps are described.
     """
-    config, few = subject.generator.config, zip(images.split(FEW), condition.split(FEW))
+    config = subject.generator.config
+    batches = zip(images.split(BATCH), condition.split(BATCH))
     layers = sorted({0, config.tap_layer, config.layers // 2, config.layers})
     device = open_device(device)
     with on_device(device, subject.generator, subject.tokenizer):
         parts = [
-            generator_features(subject.generator, subject.tokenizer, x, y, layers) for x, y in few
+            generator_features(subject.generator, subject.tokenizer, x, y, layers)
+            for x, y in batches
         ]
     return profile(
         {layer: torch.cat([part[layer] for part in parts]) for layer in layers}, target, k, device

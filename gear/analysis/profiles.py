@@ -1,5 +1,5 @@
-"""Analyses of a run as tables: read from runs/NAME/analysis where they fit, computed from the
-weights where not.
+"""Analyses of a run as tables. A table is read from runs/NAME/analysis if one with the same
+parameters is kept there, and computed from the weights otherwise.
 """
 
 from functools import partial
@@ -24,20 +24,16 @@ from gear.teachers import load_teachers
 from gear.tokenizer.config import TokenizerConfig, token_grid
 
 FOLDS = 5
-BATCH = 128  # images of which features are held
-LEAST_IMAGES = 4_000  # from which the floors of an alignment loss are computed
+BATCH = 128  # images whose features are in memory at once
+LEAST_IMAGES = 4_000  # the least number of training images for the floors of an alignment loss
 NAN = float("nan")
-CHOICES = {  # what the paper leaves open about Table 4 and Fig. 5, the default first
-    "normalise": (
-        "l2",
-        "none",
-        "standard",
-    ),  # of rows: unit length, as they are, each channel's mean 0 and deviation 1
-    "estimator": ("unbiased", "biased"),  # CKA's; the reference's CKNNA has but one
-    "pairing": (
-        "predicts",
-        "sees",
-    ),  # patch i with the generator's position that predicts token i, or whose input it is
+# choices that the paper leaves open about Table 4 and Fig. 5; the first of each is the default
+CHOICES = {
+    # rows of unit length, rows as they are, or each channel with mean 0 and deviation 1
+    "normalise": ("l2", "none", "standard"),
+    "estimator": ("unbiased", "biased"),  # of CKA; the reference code of CKNNA has only one
+    # patch i is paired with the generator's position that predicts token i, or that reads it
+    "pairing": ("predicts", "sees"),
 }
 COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread", "n"]
 
@@ -45,25 +41,24 @@ COLUMNS = ["layer", "metric", "level", "value", "spread", "null", "null_spread",
 def layer_profile(
     run, images=1_000, k=10, normalise="l2", estimator="unbiased", pairing="predicts", device="auto"
 ):
-    """Measure a generator run's layers against its teacher (Fig. 5): a table of the run, cached
-    with it.
+    """Compare each layer of a generator run with its teacher (Fig. 5); the table is kept with the
+    run.
 
-    Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread, n
-    (what was averaged; an image whose value is undefined is left out). Levels:
-      "image"   compares mean tokens over all `images`; its spread is that of five disjoint folds
-                (smaller samples, so a wider band than the value's own), its null 20 draws of
-                permuted images;
-      "patch"   compares tokens within each image; its spread is that of images, its null mismatched
-                images;
-      "content" the same after every position's mean over the images is taken away from both sides,
-                since position alone aligns mismatched images (a teacher's padding shows where a
-                patch lies);
-      "map"     describes a layer's maps, its spread that of images.
-    Spreads are standard deviations. The alignments take rows normalised by `normalise` and CKA in
-    the form `estimator`; with the `pairing` "sees" they leave out the last patch, which no position
-    sees (`CHOICES`). Maps are of raw rows. `device` is what computes, see `open_device`; a table
-    does not say which. UserError for a choice that is not there, and for an image, or images,
-    without k neighbours.
+    Columns: layer (-1 is the teacher itself), metric, level, value, spread, null, null_spread and
+    n, the number of averaged items (an image whose value is undefined is left out). Levels:
+      "image"   compares the mean tokens of all `images`. The spread is over five disjoint folds
+                (smaller samples, so it is wider than the spread of the value itself); the null is
+                20 random permutations of the images.
+      "patch"   compares the tokens within each image. The spread is over images; the null compares
+                mismatched images.
+      "content" is "patch" after the mean of each position over all images is subtracted on both
+                sides. Position alone aligns mismatched images, because a teacher's padding shows
+                where a patch lies.
+      "map"     describes the spatial maps of a layer, from raw rows. The spread is over images.
+    Spreads are standard deviations. `normalise`, `estimator` and `pairing` are explained at
+    `CHOICES`; the pairing "sees" leaves out the last patch, which no position reads. The features
+    are computed on `device`, see `open_device`; a table does not record it. Raises UserError for an
+    unknown choice, and for fewer tokens or images than k neighbours need.
     """
     parameters, choices = _parameters(
         images, k, normalise=normalise, estimator=estimator, pairing=pairing
@@ -76,10 +71,9 @@ def layer_profile(
 
 
 def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbiased", device="auto"):
-    """Measure a tokenizer's own features against the teacher (Table 4): a table of the run, cached
-    with it.
+    """Compare a tokenizer's features with the teacher's (Table 4); the table is kept with the run.
 
-    The columns and levels of `layer_profile`, with `layer` "pre" or "post" quantisation, or
+    Columns and levels are those of `layer_profile`; `layer` is "pre" or "post" quantisation, or
     "teacher". The metric "ties" is the share of tokens whose k-th and (k + 1)-th neighbours are
     equally near: above one half, CKNNA measures little.
     """
@@ -92,14 +86,15 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
 
 
 def alignment_floors(run, per_class=100, device="auto"):
-    """Measure the alignment loss that needs no look at the image: a table of the run, cached with
-    it.
+    """Measure alignment losses that need no information about the image; the table is kept with the
+    run.
 
-    Columns: predictor, value. A predictor answers with a mean direction of the teacher's features
-    over training images, `per_class` times the classes but at least 4,000: one "constant", one a
-    "position", one a "class and position", which is shrunk toward the position's as far as its
-    number of images asks for; the value is minus the mean cosine on the run's validation images.
-    What a generator reaches beyond the lowest of them is content.
+    Columns: predictor, value. A predictor answers with the mean direction of the teacher's features
+    over training images: "constant" has one mean, "position" one mean per position, and "class and
+    position" one mean per class and position, shrunk toward the mean of the position (see
+    `shrunk_class_means`). The means are over `per_class` images per class on average, and at least
+    4,000 in all. The value is minus the mean cosine on the run's validation images. A generator
+    whose loss is below the lowest of these values has learnt about the content of the image.
     """
     check_value("per_class", per_class, Count)
     return run.table(
@@ -110,16 +105,17 @@ def alignment_floors(run, per_class=100, device="auto"):
 
 
 def check_neighbours(k, tokens):
-    """Raise UserError unless a token of an image has a k-th neighbour among the others, and one
-    after it to tell ties by.
+    """Raise UserError unless each of an image's `tokens` has k + 1 neighbours among the others.
+
+    The (k + 1)-th neighbour is needed to detect ties.
     """
     with given_by(f"with {tokens} tokens an image"):
         check_value("k", k, Annotated[int, Range(1, tokens - 2)])
 
 
 def check_observed(run, images, k, least=4):
-    """Raise UserError unless `images`, `least` of them or more, and their tokens have k neighbours
-    each.
+    """Raise UserError unless each image and each token has k neighbours, and there are at least
+    `least` images.
     """
     h, w = token_grid(run.config)
     check_neighbours(k, h * w)
@@ -127,8 +123,10 @@ def check_observed(run, images, k, least=4):
 
 
 def _parameters(images, k, **choices):
-    """Return the parameters that name a table, and the choices; a default is not named: tables from
-    before it still fit.
+    """Return the parameters that identify a table, and the choices.
+
+    A choice at its default is not among the parameters, so that tables which were made before the
+    choice existed are still found.
     """
     for name, value in choices.items():
         if value not in CHOICES[name]:
@@ -136,9 +134,8 @@ def _parameters(images, k, **choices):
                 f"unknown {name} '{value}'.{nearest(value, CHOICES[name])} Known: "
                 f"{', '.join(CHOICES[name])}."
             )
-    return {"images": images, "k": k} | {
-        name: value for name, value in choices.items() if value != CHOICES[name][0]
-    }, choices
+    changed = {name: value for name, value in choices.items() if value != CHOICES[name][0]}
+    return {"images": images, "k": k} | changed, choices
 
 
 def _layer_profile(run, images, k, device, **choices):
@@ -163,8 +160,9 @@ def _tokenizer_profile(run, images, k, device, **choices):
 
 
 def tokenizer_table(features, target, k, device="cpu", **choices):
-    """Compare `tokenizer_features` with the teacher's rows (None: describe their maps alone), as
-    `tokenizer_profile` does.
+    """Compare `tokenizer_features` with the teacher's rows, as `tokenizer_profile` does.
+
+    With a `target` of None, only the maps of the features are described.
     """
     ties = torch.tensor(
         [tie_fraction(rows, k) for rows in l2_normalise(features["post"].to(device))]
@@ -179,11 +177,15 @@ def tokenizer_table(features, target, k, device="cpu", **choices):
 def _alignment_floors(run, per_class, device):
     images = max(LEAST_IMAGES, per_class * run.config["generator"]["num_classes"])
     sums, counts, squares = _sums_of_classes(run, images, device)
-    # the best answer to a cosine is the mean direction
-    position, of_class = sums.sum(0) / counts.sum(), shrunk_class_means(sums, counts, squares)
+    # the mean direction is the constant answer with the largest mean cosine
+    position_mean = sums.sum(0) / counts.sum()
+    class_means = shrunk_class_means(sums, counts, squares)
     _, labels, target = observed(run, "val", run.config["eval_images"], device)
-    both = torch.stack([of_class[int(c)] for c in labels])
-    answers = {"constant": position.mean(0), "position": position, "class and position": both}
+    answers = {
+        "constant": position_mean.mean(0),
+        "position": position_mean,
+        "class and position": torch.stack([class_means[int(c)] for c in labels]),
+    }
     losses = [
         (name, -float(F.cosine_similarity(answer.expand_as(target), target, dim=-1).mean()))
         for name, answer in answers.items()
@@ -192,13 +194,17 @@ def _alignment_floors(run, per_class, device):
 
 
 def _sums_of_classes(run, count, device):
-    """Return, of the teacher's unit features of a run's first training images: their sums by class
-    (classes, L, C), numbers (classes,), and the sum of all squares. No more than a batch is held.
+    """Sum the teacher's unit features of a run's first `count` training images by class.
+
+    Returns the sums (classes, L, C), the number of images per class (classes,), and the sum of all
+    squares. Only one batch of features is in memory at a time.
     """
     teacher = first_teacher(run, device)
     images = data.open_trained(run).split("train")
     classes = run.config["generator"]["num_classes"]
-    sums, counts, squares = None, torch.zeros(classes), 0.0
+    sums = None
+    counts = torch.zeros(classes)
+    squares = 0.0
     for start in range(0, min(count, len(images)), BATCH):
         positions = np.arange(start, min(start + BATCH, count, len(images)))
         pixels = to_float(torch.from_numpy(images.images(positions)))
@@ -212,15 +218,17 @@ def _sums_of_classes(run, count, device):
 
 
 def shrunk_class_means(sums, counts, squares):
-    """Return the mean of each class's rows (classes, ...), shrunk toward the mean of all (empirical
-    Bayes), from their sums (classes, ...), counts (classes,) and the sum of all squares.
+    """Return the mean of each class's rows, shrunk toward the mean of all rows (empirical Bayes).
 
-    The mean of n rows of a class keeps the share b / (b + w / n) of its difference from the mean of
-    all, w being the variance of rows within a class and b that of the classes' true means: few rows
-    tell little of a class, and their noise would hide what position alone predicts. Where no class
-    has two rows, w cannot be estimated, and nothing is kept; nor is it of a class without rows.
+    The input is the sums of rows per class (classes, ...), the counts (classes,), and the sum of
+    all squares; the result has the shape of the sums. The mean of a class with n rows keeps the
+    share b / (b + w / n) of its difference from the mean of all rows, where w is the variance of
+    rows within a class and b the variance of the true class means. Few rows say little about a
+    class, and their noise would hide what position alone predicts. A class without rows has the
+    mean of all rows; so has every class where no class has two rows, since w is unknown then.
     """
-    num_rows, num_classes = float(counts.sum()), int((counts > 0).sum())
+    num_rows = float(counts.sum())
+    num_classes = int((counts > 0).sum())
     shape = (-1, *[1] * (sums.ndim - 1))
     overall = sums.sum(0) / num_rows
     if num_rows == num_classes:
@@ -228,18 +236,18 @@ def shrunk_class_means(sums, counts, squares):
     means = sums / counts.clamp(min=1).view(shape)
     weighted = counts.double() @ means.double().square().flatten(1).sum(1)
     within = (squares - float(weighted)) / (num_rows - num_classes)
-    apart = float(counts.double() @ (means - overall).double().square().flatten(1).sum(1))
-    # less what the means of classes that are all alike would differ by
-    between = max(0.0, (apart - within * (num_classes - 1)) / num_rows)
+    differences = float(counts.double() @ (means - overall).double().square().flatten(1).sum(1))
+    # the noise of the means alone makes them differ by the subtracted term
+    between = max(0.0, (differences - within * (num_classes - 1)) / num_rows)
     shares = counts * between / (counts * between + within).clamp(min=1e-30)
     return overall + shares.view(shape) * (means - overall)
 
 
 def observed(run, split, count, device="cpu"):
-    """Return a split's first images, their labels and the features (N, L, C) of the run's teacher,
-    the first of several.
+    """Return a split's first `count` images, their labels and the teacher's features (N, L, C).
 
-    All three lie on the CPU; `device` computes.
+    The teacher is the first one of the run. It computes on `device`; all three results are on the
+    CPU.
     """
     source = data.open_trained(run)
     images, labels = data.load(source, split, count)
@@ -247,35 +255,39 @@ def observed(run, split, count, device="cpu"):
 
 
 def first_teacher(run, device="cpu"):
-    """Return a run's teacher, the first of several, on a device."""
+    """Return the first teacher of a run, on a device."""
     config = run.config
     stride = from_dict(TokenizerConfig, config["tokenizer"]).downsampling
     return load_teachers(config["teacher"], data.trained_on(run), stride)[0].to(device)
 
 
 def profile(features, target, k, device="cpu", **choices):
-    """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C): a table of `COLUMNS`, see
-    `layer_profile`.
+    """Compare {layer: rows (N, L, D)} with the teacher's rows (N, L, C); return a table with the
+    columns `COLUMNS`, see `layer_profile`.
 
-    Rows of None stand for the teacher itself, whose maps are described; with a target of None all
-    are described alone. A layer at a time is on the `device` that compares.
+    Rows of None stand for the teacher itself, of which only the maps are described. With a `target`
+    of None, only the maps of each layer are described. One layer at a time is on `device`.
     """
-    table, target = [], None if target is None else target.to(device)
+    table = []
+    target = None if target is None else target.to(device)
     for layer, rows in features.items():
         rows = None if rows is None else rows.to(device)
-        alone = rows is None or target is None
-        found = [] if alone else alignments(rows, target, k, **choices)
-        table += [(layer, *row) for row in [*found, *_maps(target if rows is None else rows)]]
+        has_both_sides = rows is not None and target is not None
+        comparisons = alignments(rows, target, k, **choices) if has_both_sides else []
+        descriptions = _maps(target if rows is None else rows)
+        table += [(layer, *row) for row in [*comparisons, *descriptions]]
     return pd.DataFrame(table, columns=COLUMNS)
 
 
 def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="predicts"):
-    """Return the rows of `COLUMNS`, less the layer, of rows (N, L, D) beside the teacher's (N, L,
-    C): see `layer_profile`.
+    """Align rows (N, L, D) with the teacher's rows (N, L, C); return lines of `COLUMNS` without the
+    layer, see `layer_profile`.
     """
-    if pairing == "sees":  # position i + 1 has token i for its input; none sees the last
-        rows, target = rows[:, 1:], target[:, :-1]
-    rows, target = rows.double(), target.double()
+    if pairing == "sees":  # position i + 1 reads token i; no position reads the last token
+        rows = rows[:, 1:]
+        target = target[:, :-1]
+    rows = rows.double()
+    target = target.double()
     unbiased = estimator == "unbiased"
     levels = {"patch": (rows, target), "content": (rows - rows.mean(0), target - target.mean(0))}
     table = _image_level(*(_normalised(z.mean(1), normalise) for z in (rows, target)), k, unbiased)
@@ -284,26 +296,27 @@ def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="p
     return table
 
 
-def _normalised(rows, how):
-    """Normalise (.., D), a channel's mean and deviation over all rows. A zero row, a constant
-    channel stay zero.
+def _normalised(rows, normalise):
+    """Normalise rows (.., D) as `CHOICES` describes it.
+
+    Means and deviations of channels are over all rows. A zero row and a constant channel become
+    zero.
     """
-    if how == "standard":
-        every = rows.flatten(0, -2)
-        return (rows - every.mean(0)) / every.std(0).clamp(min=1e-12)
-    return F.normalize(rows, dim=-1) if how == "l2" else rows
+    if normalise == "standard":
+        all_rows = rows.flatten(0, -2)
+        return (rows - all_rows.mean(0)) / all_rows.std(0).clamp(min=1e-12)
+    return F.normalize(rows, dim=-1) if normalise == "l2" else rows
 
 
 def _image_level(x, y, k, unbiased):
-    """Compare mean tokens: pooled first, then normalised. Missing where every image is alike, as
-    after a collapse.
+    """Compare mean tokens (N, D), which are pooled first and then normalised.
+
+    A value is missing where all images have the same mean token, as after a collapse.
     """
     table = []
     for name, metric in (("cknna", partial(cknna, k=k)), ("cka", partial(cka, unbiased=unbiased))):
-        value, chance = (
-            _or_missing(NAN, metric, x, y),
-            _or_missing(Null(NAN, NAN), null, x, y, metric),
-        )
+        value = _or_missing(NAN, metric, x, y)
+        chance = _or_missing(Null(NAN, NAN), null, x, y, metric)
         folds = min(FOLDS, len(x) // (k + 4))  # a fold needs more images than neighbours
         parts = zip(x.chunk(folds), y.chunk(folds)) if folds > 1 else ()
         spread = (
@@ -316,14 +329,17 @@ def _image_level(x, y, k, unbiased):
 
 
 def _patch_level(level, x, y, k, unbiased):
-    """Compare tokens within each image. The first token of layer 0 is the class alone, equal in
-    every image of a class.
+    """Compare the tokens within each image.
+
+    The first row of layer 0 is the embedding of the class, the same for all images of a class.
     """
-    result, table = within_image(x, y, k, unbiased=unbiased), []
+    result = within_image(x, y, k, unbiased=unbiased)
+    table = []
     for name in ("cknna", "cka"):
-        value, chance = getattr(result, name), getattr(result, f"null_{name}")
+        values = getattr(result, name)
+        nulls = getattr(result, f"null_{name}")
         table.append(
-            (name, level, *_mean_std(value), *_mean_std(chance), int(value.isfinite().sum()))
+            (name, level, *_mean_std(values), *_mean_std(nulls), int(values.isfinite().sum()))
         )
     return table
 
@@ -331,7 +347,7 @@ def _patch_level(level, x, y, k, unbiased):
 def _or_missing(missing, function, *arguments):
     try:
         return function(*arguments)
-    except ValueError:  # undefined: no variance
+    except ValueError:  # the metric is undefined, because the rows have no variance
         return missing
 
 
@@ -348,21 +364,22 @@ def _mean_std(values):
 
 
 def speedups(curves, baseline, method, metrics):
-    """Say how much sooner `method` reaches `baseline`'s end, per metric, from a tidy table (run,
-    metric, step, value, method).
+    """Measure how many times sooner `method` reaches the final value of `baseline`, per metric.
 
-    Seeds are averaged first. Returns a table: metric, value, low, high, all missing where it is
-    never reached, and target, the baseline's end: its mean over the last 2 % of its steps.
+    `curves` is a tidy table with the columns run, metric, step, value and method; seeds are
+    averaged first. Returns a table: metric, value, low, high (all missing where the final value is
+    never reached) and target, the mean of the baseline over the last 2 % of its steps.
     """
-    rows, tail = [], 0.02
+    rows = []
+    tail = 0.02
     for metric in metrics:
-        one = curves[curves.metric == metric].pivot_table(
+        table = curves[curves.metric == metric].pivot_table(
             index="step", columns="method", values="value"
         )
         result = speedup(
-            one.index.to_numpy(), one[baseline].to_numpy(), one[method].to_numpy(), tail
+            table.index.to_numpy(), table[baseline].to_numpy(), table[method].to_numpy(), tail
         )
-        target = one[baseline][one.index > (1 - tail) * one.index[-1]].mean()
+        target = table[baseline][table.index > (1 - tail) * table.index[-1]].mean()
         rows.append((metric, result.value, result.low, result.high, target))
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "target"]).astype(
         {c: float for c in ("value", "low", "high")}
@@ -370,26 +387,26 @@ def speedups(curves, baseline, method, metrics):
 
 
 def speedups_by_seed(curves, baseline, method, metrics):
-    """Return `speedups` of each seed, from a tidy table with a column seed: seed, metric, value,
-    target, over.
+    """Return the `speedups` of each seed, from a tidy table with a column seed.
 
-    `over` says that the end is reached at the first step there is or before: the value is a lower
-    bound.
+    Columns: seed, metric, value, target, over. `over` is true where the target is reached at or
+    before the first logged step, so that the value is a lower bound.
     """
     tables = [
         speedups(group, baseline, method, metrics).assign(seed=seed)
         for seed, group in curves.groupby("seed")
     ]
     table = pd.concat(tables, ignore_index=True)
-    most = curves.step.max() / curves.step.min()
-    return table.assign(over=table.value >= most)[["seed", "metric", "value", "target", "over"]]
+    largest = curves.step.max() / curves.step.min()
+    return table.assign(over=table.value >= largest)[["seed", "metric", "value", "target", "over"]]
 
 
 def speedups_over_seeds(by_seed):
-    """Average a table of `speedups_by_seed` over its seeds: metric, seeds, value, low, high.
+    """Average a table of `speedups_by_seed` over its seeds; return metric, seeds, value, low, high.
 
-    The geometric mean and its 95 % interval (Student's t, of logarithms); missing where a seed
-    never reaches the end, or reaches it before the first step there is. One seed has no interval.
+    The value is the geometric mean, low and high its 95 % interval (Student's t of the logarithms).
+    All three are missing where a seed never reaches the target or has `over`. One seed has no
+    interval.
     """
     rows = []
     for metric, group in by_seed.groupby("metric", sort=False):

@@ -1,5 +1,5 @@
-"""CLIP score (Table 3): how near each sample is to its caption, in the space of OpenAI's
-ViT-B/32.
+"""CLIP score (Table 3): the cosine between each sample and its caption in the space of OpenAI's
+CLIP ViT-B/32.
 """
 
 from pathlib import Path
@@ -19,17 +19,17 @@ from gear.teachers.weights import file_hash, find_weights, named_for, read_tenso
 from gear.weights import check_fit
 
 REPO, NAME = "openai/clip-vit-base-patch32", "clip-b32"
-# of the hub; a folder may hold model.safetensors instead
+# files of the hub and their sizes; a folder may hold model.safetensors instead of the first
 FILES = {"pytorch_model.bin": "605 MB", "tokenizer.json": "2 MB"}
 SIDE, CONTEXT = 224, 77  # pixels, tokens
 
 
 class CLIP:
-    """CLIP ViT-B/32: `network(images, captions)` -> the cosine of each pair, (B,) float32.
+    """CLIP ViT-B/32: `network(images, captions)` returns the cosine of each pair, (B,) float32.
 
-    Images are uint8 (B, H, W, 3) or floats in [-1, 1], resized by Pillow's bicubic to a short side
-    of 224 px and cropped at the centre; captions are cut at 77 tokens. `path` is a folder with the
-    weights and tokenizer.json.
+    Images are uint8 (B, H, W, 3) or floats (B, 3, H, W) in [-1, 1]. They are resized with Pillow's
+    bicubic filter to a short side of 224 px and cropped at the centre. Captions are cut after 77
+    tokens. `path` is a folder with the weights and tokenizer.json.
     """
 
     def __init__(self, path="", offline=False, config=None):
@@ -38,7 +38,7 @@ class CLIP:
             import transformers
         except ImportError as error:
             raise UserError(f"the CLIP score needs transformers ({error}): {INSTALL}") from None
-        weights, words = (_find(file, path, offline) for file in FILES)
+        weights, vocabulary = (_find(file, path, offline) for file in FILES)
         self.network = (
             transformers.CLIPModel(config or transformers.CLIPConfig()).eval().requires_grad_(False)
         )
@@ -47,16 +47,16 @@ class CLIP:
         check_fit(self.network, tensors, weights, "CLIP ViT-B/32")
         self.network.load_state_dict(tensors)
         try:
-            self.words = tokenizers.Tokenizer.from_file(str(words))
-            self.words.enable_truncation(CONTEXT)
-            self.words.enable_padding(
-                pad_id=self.words.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>"
+            self.text_tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary))
+            self.text_tokenizer.enable_truncation(CONTEXT)
+            self.text_tokenizer.enable_padding(
+                pad_id=self.text_tokenizer.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>"
             )
-        except Exception as error:  # tokenizers raises plain ones
-            what = what_else(words) or first_line(error)
+        except Exception as error:  # the package raises errors of the type Exception itself
+            reason = what_else(vocabulary) or first_line(error)
             raise UserError(
-                f"{words} is no tokenizer of CLIP ({what}): {FILES[words.name]} of {REPO} are "
-                "expected."
+                f"{vocabulary} is no tokenizer of CLIP ({reason}): {vocabulary.name} of {REPO}, "
+                f"{FILES[vocabulary.name]}, is expected."
             ) from None
         self.protocol = {
             "network": NAME,
@@ -72,20 +72,20 @@ class CLIP:
     @torch.no_grad()
     def __call__(self, images, captions):
         device = next(self.network.parameters()).device
-        read = self.words.encode_batch(list(captions))
-        ids, mask = (
-            torch.tensor([getattr(r, what) for r in read], device=device)
-            for what in ("ids", "attention_mask")
-        )
-        seen = self.network.vision_model(pixel_values=preprocess(images).to(device)).pooler_output
-        told = self.network.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        encodings = self.text_tokenizer.encode_batch(list(captions))
+        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
+        pixels = preprocess(images).to(device)
+        image_features = self.network.vision_model(pixel_values=pixels).pooler_output
+        text_features = self.network.text_model(input_ids=ids, attention_mask=mask).pooler_output
         return F.cosine_similarity(
-            self.network.visual_projection(seen), self.network.text_projection(told)
+            self.network.visual_projection(image_features),
+            self.network.text_projection(text_features),
         )
 
 
 def preprocess(images):
-    """Return CLIP's input, (B, 3, 224, 224) float32, of images as the network takes them."""
+    """Turn images, as `CLIP` takes them, into CLIP's input (B, 3, 224, 224) float32."""
     pixels = []
     for image in map(Image.fromarray, as_pixels(images).cpu().numpy()):
         scale = SIDE / min(image.size)
@@ -100,25 +100,31 @@ def preprocess(images):
 
 
 def read_captions(path, count=None):
-    """Return the lines of a text file, a caption each; see `home.read_lines`.
+    """Return the captions of a text file with one caption per line; see `files.read_lines`.
 
-    Raises UserError where one is empty, or unless there are `count` of them.
+    Raises UserError where a line is empty, and where the file does not have `count` captions.
     """
     captions = [line.strip() for line in read_lines(path)]
     if not (captions and all(captions)) or count not in (None, len(captions)):
-        found = f"{sum(map(bool, captions))} captions in {len(captions)} lines"
-        wanted = "samples" if count is None else f"{count} samples"
+        content = f"{sum(map(bool, captions))} captions in {len(captions)} lines"
+        expected = "samples" if count is None else f"{count} samples"
         raise UserError(
-            f"'{path}' has {found} for {wanted}: one a line, in their order, is expected."
+            f"'{path}' has {content} for {expected}: one caption per line is expected, in the "
+            "order of the samples."
         )
     return captions
 
 
 def _find(file, path, offline):
-    about, path = f"{FILES[file]}, of openai/CLIP, MIT", Path(path).expanduser() if path else ""
-    path = path.parent if path and path.is_file() else path
-    if path and (path / "model.safetensors").exists() and file != "tokenizer.json":
+    """Return the path of one of `FILES`: in the folder `path` or beside the file `path` if one is
+    given, else in the hub's cache or from the hub.
+    """
+    about = f"{FILES[file]}, of openai/CLIP, MIT"
+    folder = Path(path).expanduser() if path else None
+    if folder and folder.is_file():
+        folder = folder.parent
+    if folder and (folder / "model.safetensors").exists() and file != "tokenizer.json":
         file = "model.safetensors"
     return find_weights(
-        NAME, REPO, about, str(path / file) if path else "", offline, "--clip ", file
+        NAME, REPO, about, str(folder / file) if folder else "", offline, "--clip ", file
     )

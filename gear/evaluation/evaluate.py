@@ -1,5 +1,5 @@
-"""Evaluate a run: sample, compare with a reference, reconstruct; every number goes to metrics.json
-with its protocol.
+"""Evaluate a run: draw samples, compare them with a reference, and measure reconstructions. Every
+number is written to metrics.json with its protocol.
 """
 
 import functools
@@ -38,16 +38,16 @@ from gear.evaluation.scores import (
     halves_distance,
     protocol_id,
     record,
-    tell_frechet,
+    report_missing_frechet,
 )
 from gear.evaluation.sources import (
     balanced_labels,
     draw_samples,
-    drawing,
+    drawing_protocol,
     open_images,
-    own_images,
     read_images,
     reference,
+    reference_source,
     samples_folder,
     write_npz,
 )
@@ -62,88 +62,99 @@ from gear.teachers.weights import file_hash
 
 @dataclass(frozen=True)
 class Sampling(Checked):
-    """How samples are drawn: part of every generation metric's protocol."""
+    """Settings for drawing samples; they are part of the protocol of every generation metric."""
 
-    count: Samples = 1_000
-    cfg_scale: Guidance = 1.0  # guidance; 1 is none, 0 unconditional
-    temperature: Temperature = 1.0  # 0 takes the likeliest
-    top_k: Whole = 0  # 0 keeps all
-    top_p: Share = 1.0  # 1 keeps all
-    seed: Seed = 0
+    count: Samples = 1_000  # number of samples
+    cfg_scale: Guidance = 1.0  # guidance scale; 1: no guidance, 0: unconditional samples
+    temperature: Temperature = 1.0  # softmax temperature; 0: always the likeliest token
+    top_k: Whole = 0  # sample from the k likeliest tokens only; 0: from all tokens
+    top_p: Share = 1.0  # sample from the likeliest tokens with this total probability; 1: from all
+    seed: Seed = 0  # seed of the random numbers and of the order of the labels
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(Checked):
     sampling: Sampling = Sampling()
-    # feature network: inception, dinov2-l, efficientnet-lite0, scenes; "": the run's teacher's
+    # feature network: inception, dinov2-l, efficientnet-lite0 or scenes; "": the teacher of the run
     network: str = ""
-    weights: str = ""  # the network's weight file, if not in a cache
-    offline: bool = False  # make no network call
-    metrics: tuple[str, ...] = ()  # none named: all that can be had
-    reference: str = ""  # an ADM or GPIC .npz, a folder, a zip; "": the run's own training images
-    # images taken from a folder, a zip or the run, or reconstructed; 0: 2,000, of Inception 50,000
+    weights: str = ""  # path of the feature network's weights; "": found in a cache or downloaded
+    offline: bool = False  # download nothing
+    metrics: tuple[str, ...] = ()  # names of metrics; none: all metrics that can be computed
+    # reference images: an ADM or GPIC .npz, a folder or a zip; "": the training images of the run
+    reference: str = ""
+    # number of reference images, and of images to reconstruct; 0: 2,000, or 50,000 for inception
     reference_count: Whole = 0
-    # someone else's samples, a .npz with arr_0, a folder or a zip, in place of the run's
+    # samples to score in place of the run's: a .npz with arr_0, a folder or a zip
     samples: str = ""
-    sample_size: Whole = 0  # px of a side to which samples are resized, bicubic; 0: as drawn
-    captions: str = ""  # a text file, a caption a line in the samples' order: adds the CLIP score
-    clip: str = ""  # the folder of CLIP's files, if not in the hub's cache
-    export: str = ""  # a .npz to write the samples to, as the ADM evaluator reads it
-    sweep: str = ""  # several values of one field of the sampling, e.g. cfg_scale=1,1.25,1.5
-    # the tokenizer on the run's validation images, in place of samples
+    # side in pixels to which samples are resized (bicubic); 0: samples keep their size
+    sample_size: Whole = 0
+    # text file with one caption per line, in the order of the samples: adds the CLIP score
+    captions: str = ""
+    clip: str = ""  # folder with CLIP's weights and tokenizer.json; "": found in the hub's cache
+    export: str = ""  # .npz file to write the samples to, in the format of the ADM evaluator
+    # several values of one sampling option, e.g. cfg_scale=1,1.25,1.5
+    sweep: str = ""
+    # measure reconstructions of the run's validation images in place of samples
     reconstruction: bool = False
-    both: bool = False  # samples and reconstruction
-    # of reconstructions: other images than the run's own, as ImageNet's validation set; a file has
-    # none of its own
+    both: bool = False  # measure samples and reconstructions
+    # images to reconstruct in place of the run's, e.g. ImageNet's validation set; a tokenizer file
+    # needs them
     images: str = ""
-    image_size: Annotated[int, Range(0, 16_384)] = 0  # of these, in pixels; 0: the run's, or 256
-    interpolation: Literal["", "bicubic", "bilinear", "box"] = ""  # of their resize
-    out: str = "evaluation.json"  # of files: where what was measured is kept
-    # checkpoints, where they were kept (gear train --keep); none named: the newest
+    # side in pixels of --images; 0: the image size of the run, or 256 for a tokenizer file
+    image_size: Annotated[int, Range(0, 16_384)] = 0
+    # filter that resizes --images; "": that of the run, or bicubic for a tokenizer file
+    interpolation: Literal["", "bicubic", "bilinear", "box"] = ""
+    out: str = "evaluation.json"  # file that keeps the records of tokenizer files
+    # steps of the checkpoints to evaluate (gear train --keep keeps more); none: the newest
     steps: tuple[Count, ...] = ()
-    source: str = ""  # where the run's own images lie, if they have moved
-    device: str = "auto"  # the GPU if there is one; or "cpu", "cuda", "cuda:1"
-    quiet: bool = False
+    source: str = ""  # new path of the run's images, if they have moved
+    device: str = "auto"  # "auto": the GPU if there is one; or "cpu", "cuda", "cuda:1"
+    quiet: bool = False  # show no progress bar and no note about missing LPIPS weights
 
 
 def evaluate_run(name, options=EvaluateOptions()):
-    """Evaluate the run `name`; returns the records of this call and keeps them in
+    """Evaluate the run `name`; return the records of this call and keep them in
     runs/NAME/metrics.json.
 
-    Killed at any moment, the same call goes on from the samples that are there; twice with one seed
-    it writes the same bytes.
+    Samples are kept in the run's folder as they are drawn: after an interruption, the same call
+    continues with the kept samples. Two calls with the same seed write the same bytes.
     """
-    run, settings = Run.open(name), _swept(options)
+    run = Run.open(name)
+    samplings = _sweep_samplings(options)
     if isinstance(run, Record):
-        # raises: there is nothing to draw with, and no place for what is measured
+        # a record has no weights, and no folder for the results: this raises a UserError
         run.load_checkpoint()
     options = replace(options, device=str(open_device(options.device)))
-    clip = _check_options(run, options, settings)
+    clip = _check_options(run, options, samplings)
     with given_by(options.source and "--source"):
         source = open_trained(run, options.source)
     config = source.config
-    networks, likelihood = None, []  # of someone else's samples
+    # with --samples, no network of the run is loaded
+    networks = None
+    likelihood = []
 
-    @functools.lru_cache(maxsize=2)  # the generator and the tokenizer of one step
+    @functools.lru_cache(maxsize=2)  # holds the generator and the tokenizer of one step
     def load_network(load, step):
         return load(run.name, step=step).to(options.device)
 
     teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
     space = options.network or teacher
     count = options.reference_count or reference_images(space)
-    options, records = replace(options, reference_count=count), []
+    options = replace(options, reference_count=count)
+    records = []
     if options.reconstruction or options.both:
-        # rFID's: of floats, not of uint8
+        # rFID resizes floats, not uint8
         resize = {"resize": "torch"} if space == "inception" else {}
         network = _network(space, options, **resize)
         records += _reconstruction(
             run, load_network(load_tokenizer, run.step), source, network, options
         )
     if not options.reconstruction:
-        network, split = _network(space, options), "all" if options.reference else "train"
+        network = _network(space, options)
+        split = "all" if options.reference else "train"
         with given_by(options.reference and "--reference"):
             real = reference(
-                options.reference or own_images(source, options.sample_size),
+                options.reference or reference_source(source, options.sample_size),
                 network,
                 options.sample_size or config.image_size,
                 options.reference_count,
@@ -152,47 +163,52 @@ def evaluate_run(name, options=EvaluateOptions()):
                 config.interpolation,
             )
         if not options.reference:
-            real.name = run.config["data"]["source"]  # wherever its images have moved
+            # the name in the protocol must not depend on where the images are
+            real.name = run.config["data"]["source"]
         for step in options.steps or (run.step,):
             if not options.samples:
                 networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
                 likelihood = _likelihood(run, step, networks, source, options.device)
-            for sampling in settings:
+            for sampling in samplings:
                 records += _generation(
                     run, step, networks, config, network, real, options, sampling, clip
                 )
             records += likelihood
         records += _halves(real, network, config, options)
     _keep(run, records)
-    for line in dict.fromkeys(filter(None, (unlike_sizes(r["protocol"]) for r in records))):
+    warnings = (size_mismatch(entry["protocol"]) for entry in records)
+    for line in dict.fromkeys(filter(None, warnings)):
         print(line, file=sys.stderr)
     return records
 
 
-def _check_options(run, options, settings):
-    """Say what is wrong with any option before anything is drawn; returns the CLIP that captions
-    ask for, or None.
+def _check_options(run, options, samplings):
+    """Check all options before any sample is drawn; return CLIP if there are captions, else None.
+
+    Raises UserError for the first option that cannot be used.
     """
-    read_metrics(run)  # a damaged file is said before anything is drawn
+    read_metrics(run)  # raises UserError for a damaged file
     if options.steps and (options.samples or options.reconstruction):
         raise UserError(
-            "--steps are checkpoints to draw samples from: not with --samples or --reconstruction."
+            "--steps names checkpoints to draw samples from: it cannot be combined with --samples "
+            "or --reconstruction."
         )
-    if gone := set(options.steps) - set(run.checkpoint_steps()):
-        there = ", ".join(map(str, run.checkpoint_steps())) or "none"
+    if missing_steps := set(options.steps) - set(run.checkpoint_steps()):
+        steps_present = ", ".join(map(str, run.checkpoint_steps())) or "none"
         raise UserError(
-            f"run '{run.name}' has no checkpoint of step {', '.join(map(str, sorted(gone)))}: it "
-            f"has {there}. A run keeps its "
-            f"newest two and the best while it trains, more with --keep."
+            f"run '{run.name}' has no checkpoint of step "
+            f"{', '.join(map(str, sorted(missing_steps)))}: it has {steps_present}. A run keeps "
+            "its two newest checkpoints and the best one while it trains, and more with --keep."
         )
-    if options.export and len(settings) * max(1, len(options.steps)) > 1:
+    if options.export and len(samplings) * max(1, len(options.steps)) > 1:
         raise UserError(
-            "--export writes one file, and a sweep draws several sets: export them one by one."
+            "--export writes one file, but these options draw several sets of samples: export "
+            "them one by one."
         )
     _check_images(options)
     clip = None
     if options.captions:
-        for sampling in settings:
+        for sampling in samplings:
             with given_by("--captions"):
                 read_captions(options.captions, None if options.samples else sampling.count)
         with given_by("--clip"):
@@ -204,15 +220,17 @@ def _check_options(run, options, settings):
 
 
 def _check_images(options):
-    """Raise UserError for options of images that are none, or that nothing would look at."""
-    is_rebuilt = options.reconstruction or options.both
+    """Raise UserError for options of images that would have no effect."""
+    is_reconstructing = options.reconstruction or options.both
     require(
-        not options.images or is_rebuilt, "--images are reconstructed: give --reconstruction, too."
+        not options.images or is_reconstructing,
+        "--images are the images to reconstruct: add --reconstruction.",
     )
     for name in ("image_size", "interpolation"):
+        option = f"--{name.replace('_', '-')}"
         require(
             options.images or not getattr(options, name),
-            f"--{name.replace('_', '-')} is that of --images: a run's own images keep theirs.",
+            f"{option} applies to --images only: give --images, or leave {option} out.",
         )
 
 
@@ -223,57 +241,59 @@ def _network(name, options, **settings):
         )
 
 
-def unlike_sizes(protocol):
-    """Say that a protocol's samples and reference are of different size, "" where they are not."""
-    samples, reference = (
-        protocol.get(f"{of}_size", "not stated") for of in ("samples", "reference")
-    )
+def size_mismatch(protocol):
+    """Return a warning if the samples and the reference of a protocol differ in size, "" if not."""
+    samples = protocol.get("samples_size", "not stated")
+    reference = protocol.get("reference_size", "not stated")
     if samples == reference or "not stated" in (samples, reference):
         return ""
     return f"samples of {samples} px are compared with a reference of {reference} px"
 
 
-def _swept(options):
-    """Return the Samplings that a sweep asks for, or the one."""
+def _sweep_samplings(options):
+    """Return one Sampling per value of `options.sweep`, or the only one if there is no sweep."""
     if not options.sweep:
         return [options.sampling]
     key, _, values = options.sweep.partition("=")
     known = {f.name: f.type for f in fields(Sampling)}
     if key not in known or not values:
         raise UserError(
-            f"--sweep {options.sweep}: one of {', '.join(known)}, as in "
+            f"--sweep {options.sweep}: expected one of {', '.join(known)} with its values, as in "
             f"cfg_scale=1,1.25,1.5.{nearest(key, known)}"
         )
     kind = type(getattr(Sampling, key))
     try:
         numbers = [kind(value) for value in values.split(",")]
     except ValueError:
-        raise UserError(f"--sweep {options.sweep}: '{values}' are no numbers of {key}.") from None
+        raise UserError(
+            f"--sweep {options.sweep}: '{values}' is no list of numbers for {key}."
+        ) from None
     with given_by(f"--sweep {options.sweep}"):
         return [replace(options.sampling, **{key: number}) for number in numbers]
 
 
 def _generation(run, step, networks, config, network, real, options, sampling, clip):
-    """Draw samples with `networks`, a generator and a tokenizer (or take someone else's), and
-    compare with the reference.
+    """Draw samples with `networks`, a generator and a tokenizer; compare them with the reference.
+
+    With `options.samples`, the samples are read from there instead.
     """
     if options.samples:
-        drawn = {"samples": Path(options.samples).name}
+        origin = {"samples": Path(options.samples).name}
         size = options.sample_size or config.image_size
         batches = lambda: open_images(options.samples, size)  # noqa: E731
     else:
         generator, tokenizer = networks
-        drawn = {
+        origin = {
             **asdict(sampling),
             "labels": "balanced, shuffled",
             "weights_of": run.name,
             "step": step,
-        } | drawing(generator)
+        } | drawing_protocol(generator)
         if options.sample_size:
-            drawn["samples_resized"] = options.sample_size
+            origin["samples_resized"] = options.sample_size
         labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
-        how = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
-        folder = samples_folder(run, drawn)
+        settings = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
+        folder = samples_folder(run, origin)
         batches = lambda: draw_samples(  # noqa: E731
             folder,
             generator,
@@ -283,7 +303,7 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
             options.quiet,
             side=options.sample_size,
             grid=generator.grid,
-            **how,
+            **settings,
         )
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
@@ -294,35 +314,37 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
         )
     protocol = {
         **network.protocol,
-        **drawn,
+        **origin,
         "rounding": "uint8",
         "samples_count": fake.count,
-        "samples_hash": fake.pixels,
+        "samples_hash": fake.digest,
         "reference": Path(real.name).name,
         "reference_count": real.count,
-        "reference_hash": real.pixels,
+        "reference_hash": real.digest,
         "resize": config.interpolation,
         "samples_size": fake.size,
         "reference_size": real.size,
     }
-    # the run's own; another's samples are what they are
+    # samples of a file may have another size than the run's images
     if fake.size == f"{config.image_size} x {config.image_size}":
         protocol["image_size"] = config.image_size
     with given_by("--metrics" if options.metrics else ""):
-        found = compare(fake, real, network, options.metrics or None, tell=tell_frechet)
+        metrics = compare(
+            fake, real, network, options.metrics or None, on_missing=report_missing_frechet
+        )
     records = [
-        record(metric, value, protocol | details) for metric, (value, details) in found.items()
+        record(metric, value, protocol | details) for metric, (value, details) in metrics.items()
     ]
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
 
 def _halves(real, network, config, options):
-    """What two halves of the reference are apart, where a Fréchet distance is asked for: the part
-    of it that the number of images makes.
+    """Return a record of the Fréchet distance between two halves of the reference, if a Fréchet
+    distance is measured: it shows how much of a distance is due to the number of images.
     """
     metric = "gfid" if network.name == "inception" else f"fd_{network.name}"
-    is_asked = not options.metrics or metric in options.metrics
-    halves = halves_distance(real, network) if is_asked else None
+    is_measured = not options.metrics or metric in options.metrics
+    halves = halves_distance(real, network) if is_measured else None
     if halves is None:
         return []
     distance, count = halves
@@ -330,7 +352,7 @@ def _halves(real, network, config, options):
         **network.protocol,
         "reference": Path(real.name).name,
         "reference_count": real.count,
-        "reference_hash": real.pixels,
+        "reference_hash": real.digest,
         "reference_size": real.size,
         "resize": config.interpolation,
         "half": count,
@@ -339,22 +361,25 @@ def _halves(real, network, config, options):
 
 
 def _clip_score(batches, protocol, options, network):
-    """100 times the mean cosine of the samples and their captions."""
-    captions, cosines = read_captions(options.captions, protocol["samples_count"]), []
+    """Return a record of the CLIP score: 100 times the mean cosine of samples and captions."""
+    captions = read_captions(options.captions, protocol["samples_count"])
+    cosines = []
     for images in batches:
         cosines.append(network(images, captions[: len(images)]).cpu())
         captions = captions[len(images) :]
-    told = {
-        key: value for key, value in protocol.items() if not key.startswith("reference")
-    } | network.protocol
     digest = file_hash(Path(options.captions).expanduser())
-    return [record("clip_score", 100 * torch.cat(cosines), told | {"captions": digest[:12]})]
+    clip_protocol = {
+        **{key: value for key, value in protocol.items() if not key.startswith("reference")},
+        **network.protocol,
+        "captions": digest[:12],
+    }
+    return [record("clip_score", 100 * torch.cat(cosines), clip_protocol)]
 
 
 @torch.no_grad()
 def _likelihood(run, step, networks, source, device):
-    """Next-token loss on validation images, the entropy of their codes, and what of it is predicted
-    (H - NTP).
+    """Return records of the next-token loss on validation images, the entropy H of their codes, and
+    the part of H that the generator predicts, H - NTP (all in nats per token).
     """
     generator, tokenizer = networks
     images, labels = load(source, "val", run.config["eval_images"])
@@ -363,10 +388,8 @@ def _likelihood(run, step, networks, source, device):
         F.cross_entropy(generator(i, c).transpose(1, 2), i, reduction="none").cpu()
         for i, c in zip(indices.split(32), labels.to(device).split(32))
     ]
-    ntp, entropy = (
-        torch.cat(losses).double().mean(1),
-        usage(indices.cpu(), tokenizer.config.codebook_size).entropy,
-    )
+    ntp = torch.cat(losses).double().mean(1)
+    entropy = usage(indices.cpu(), tokenizer.config.codebook_size).entropy
     protocol = {
         "weights_of": run.name,
         "step": step,
@@ -379,7 +402,7 @@ def _likelihood(run, step, networks, source, device):
 
 
 def _reconstruction(run, tokenizer, source, network, options):
-    """Measure the tokenizer on the run's validation images, or on all of those that are named."""
+    """Measure the tokenizer on the run's validation images, or on all of `options.images`."""
     split = "all" if options.images else "val"
     if options.images:
         images = replace(source.config, source=options.images, labels="class", val_source="")
@@ -403,51 +426,62 @@ def _reconstruction(run, tokenizer, source, network, options):
         )
 
 
-# what of the options is about the tokenizer of a file
-OF_FILES = {"network", "weights", "offline", "reference_count", "reconstruction", "images",
-            "image_size", "interpolation", "out", "device", "quiet"}  # fmt: skip
+# the options that apply to tokenizer files
+FILE_OPTIONS = {"network", "weights", "offline", "reference_count", "reconstruction", "images",
+                "image_size", "interpolation", "out", "device", "quiet"}  # fmt: skip
 
 
 def evaluate_files(names, options=EvaluateOptions(), interpolations=("bicubic",)):
-    """Measure the tokenizers of files on the images that `options.images` names, resized each of
-    these ways: returns the records, which `options.out` keeps beside those of earlier calls.
+    """Measure the tokenizers of files on `options.images`, once for each of `interpolations`.
+
+    Returns the records of this call, and adds them to those of earlier calls in `options.out`.
     """
     require(
         options.reconstruction and options.images,
         f"'{names[0]}' is a file: gear evaluate FILE --reconstruction --images PATH measures its "
-        "tokenizer; generators are scored as runs.",
+        "tokenizer. A generator is evaluated by the name of its run.",
     )
-    for name in (f.name for f in fields(options) if f.name not in OF_FILES):
+    for name in (f.name for f in fields(options) if f.name not in FILE_OPTIONS):
         is_default = getattr(options, name) == getattr(EvaluateOptions(), name)
-        require(is_default, f"--{name.replace('_', '-')} is for runs, and '{names[0]}' is a file.")
+        require(
+            is_default,
+            f"--{name.replace('_', '-')} is for runs, and '{names[0]}' is a file: leave it out.",
+        )
     with given_by("--out"):
-        out, records = check_target(options.out, ".json"), []
-        kept = read_scores(out) if out.exists() else []
+        out = check_target(options.out, ".json")
+        earlier_records = read_scores(out) if out.exists() else []
+    records = []
     options = replace(options, device=str(open_device(options.device)))
     space = options.network or "inception"
     count = options.reference_count or reference_images(space)
-    resize = {"resize": "torch"} if space == "inception" else {}  # rFID's: of floats, not of uint8
+    # rFID resizes floats, not uint8
+    resize = {"resize": "torch"} if space == "inception" else {}
     network = _network(space, options, **resize)
     for name in names:
         for interpolation in interpolations:
-            size = options.image_size or 256
-            how = dict(device=options.device, quiet=options.quiet)
             records += file_records(
-                name, options.images, network, count, size, interpolation, **how
+                name,
+                options.images,
+                network,
+                count,
+                options.image_size or 256,
+                interpolation,
+                device=options.device,
+                quiet=options.quiet,
             )
-            _write_records(out, kept + records)
+            _write_records(out, earlier_records + records)
     return records
 
 
 def _keep(run, records):
-    """Merge records into metrics.json: one of a metric and a protocol replaces the one before
-    it.
+    """Merge records into metrics.json: a record replaces an earlier one with the same metric and
+    protocol.
     """
     _write_records(run.path / "metrics.json", [*read_metrics(run), *records])
 
 
 def _write_records(path, records):
-    """Write records; of several with one metric and protocol the last."""
+    """Write records as JSON; of several with the same metric and protocol, only the last."""
     latest = {(r["metric"], json.dumps(r["protocol"], sort_keys=True)): r for r in records}
     ordered = [latest[key] for key in sorted(latest)]
     text = json.dumps(ordered, indent=1, sort_keys=True) + "\n"
@@ -455,15 +489,16 @@ def _write_records(path, records):
 
 
 def read_metrics(run):
-    """Return the records of a run's evaluations, none if there are none; raises UserError if they
-    cannot be read.
+    """Return the records of a run's evaluations, an empty list before the first one.
+
+    Raises UserError if metrics.json cannot be read.
     """
     return run.scores()
 
 
 def scores(run):
-    """Return the records of a run's metrics.json as a table: metric, value, and a column for every
-    field of a protocol.
+    """Return the records of a run's metrics.json as a table: metric, value, and one column per
+    field of the protocols.
     """
     lines = [
         {"metric": r["metric"], "value": r["value"], **r["protocol"]} for r in read_metrics(run)
@@ -472,15 +507,16 @@ def scores(run):
 
 
 def metrics_table(runs):
-    """Return the metrics of runs as a table, a row each and a column for every metric and protocol:
-    (table, {id: protocol}).
+    """Return the metrics of runs as (table, {id: protocol}): one row per run, and one column per
+    metric and protocol.
 
-    Two numbers share a column only if their protocols are equal but for the run's own name, step
-    and samples.
+    Two numbers share a column only if their protocols are equal except for the run's name, step and
+    samples.
     """
-    rows, protocols = {}, {}
+    rows = {}
+    protocols = {}
     for run in runs:
-        # the newest stays
+        # in the order of steps, so that the newest value stays in the table
         for entry in sorted(read_metrics(run), key=lambda entry: entry["protocol"].get("step", 0)):
             key = protocol_id(entry["protocol"])
             protocols.setdefault(
@@ -497,9 +533,11 @@ def metrics_table(runs):
 
 
 def report(runs):
-    """Print `metrics_table`, a metric a line, and each protocol under its id."""
+    """Print `metrics_table`, one line per metric, and below it each protocol with its id."""
     table, protocols = metrics_table(runs)
     print(table.T.to_string(float_format=lambda value: f"{value:.5g}", na_rep=""))
     for key, protocol in protocols.items():
         words = [f"{name} {value}" for name, value in sorted(protocol.items())]
-        print(f"[{key}] " + ", ".join(words + list(filter(None, [unlike_sizes(protocol)]))))
+        if warning := size_mismatch(protocol):
+            words.append(warning)
+        print(f"[{key}] " + ", ".join(words))

@@ -1,6 +1,4 @@
-"""LPIPS, the perceptual distance: a loss of the tokenizer (Eq. 2), and a score of its
-reconstructions.
-"""
+"""LPIPS, a perceptual distance: a loss of the tokenizer (Eq. 2), and a score of reconstructions."""
 
 from pathlib import Path
 
@@ -16,7 +14,10 @@ LPIPS_BACKBONE = "vgg16-397923af.pth"  # torchvision's file name
 
 
 class LPIPS(nn.Module):
-    """LPIPS by its package's `network`, as a function of two (N, 3, H, W) in [-1, 1] -> (N,)."""
+    """LPIPS as a module: two batches of images (N, 3, H, W) in [-1, 1] -> distances (N,).
+
+    `network` is that of the package lpips.
+    """
 
     def __init__(self, network, precision="float32"):
         super().__init__()
@@ -24,37 +25,38 @@ class LPIPS(nn.Module):
 
     @full_precision
     def forward(self, reconstruction, images):
-        """Return the distance of each pair.
+        """Return the distance of each pair of images, (N,) float32.
 
-        Images are looked at as for `psnr`, unless the reconstruction has a gradient: a step of
-        training must not wait for the device.
+        Raises UserError for images of another kind or range, as `psnr` does. Images are not checked
+        where the reconstruction has a gradient: a training step must not wait for the device.
         """
         if not reconstruction.requires_grad:
             check_pair(reconstruction, images)
-        kind, is_bf16 = reconstruction.device.type, self.precision == "bf16"
-        with torch.autocast(kind, torch.bfloat16, enabled=is_bf16 and kind == "cuda"):
+        device_type = reconstruction.device.type
+        is_bf16 = self.precision == "bf16" and device_type == "cuda"
+        with torch.autocast(device_type, torch.bfloat16, enabled=is_bf16):
             return self.network(reconstruction, images).flatten().float()
 
 
 def load_lpips(device="cpu", precision="float32"):
-    """Return an LPIPS of VGG16, or None without its backbone on this machine; with "bf16" its
-    products on a GPU are bfloat16.
+    """Return LPIPS with VGG16, or None where VGG16's weights are not on this machine.
 
-    The package would download the backbone at construction; a random one would run and mean
-    nothing.
+    With the precision "bf16", matrix products on a GPU are in bfloat16. Without the check for the
+    weights, the package would download them, or compute meaningless distances with random ones.
+    Raises UserError for a damaged weight file, and where the package lpips is not installed.
     """
     if not lpips_backbone().exists():
         return None
     if not file_hash(lpips_backbone()).startswith("397923af"):
         raise UserError(
-            f"{lpips_backbone()} is damaged: its hash is not the one in its name. Delete it, and "
-            "fetch it again."
+            f"{lpips_backbone()} is damaged: its hash differs from the one in its name. Delete it, "
+            "and download it again."
         )
     try:
         import lpips
     except ImportError:
         raise UserError(
-            "LPIPS, of which lpips_weight is not 0, needs its package: pip install lpips"
+            "LPIPS needs the package lpips, because lpips_weight is not 0: pip install lpips"
         ) from None
     network = LPIPS(lpips.LPIPS(net="vgg", verbose=False), precision).eval().requires_grad_(False)
     layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
@@ -62,5 +64,5 @@ def load_lpips(device="cpu", precision="float32"):
 
 
 def lpips_backbone():
-    """Return where torch keeps VGG16's weights, there or not."""
+    """Return the path at which torch keeps VGG16's weights; the file need not exist."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE

@@ -1,9 +1,8 @@
-"""Feature networks behind one face: images -> named features, with all that a number computed from
-them depends on.
+"""Feature networks with one interface: images -> named features, and a protocol.
 
-`network(images)` takes uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1] that no rounding has
-touched, and returns {"pool": (B, D), ...} float32. `network.protocol` names the weights by their
-SHA-256, the input and the interpolation.
+`network(images)` takes images in uint8 (B, H, W, 3), or floats (B, 3, H, W) in [-1, 1] that are not
+rounded, and returns {"pool": (B, D), ...} in float32. `network.protocol` states what the features
+depend on: the SHA-256 of the weights, the input size and the interpolation.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from gear.teachers.vit import fitting_weights
 from gear.teachers.weights import file_hash, is_offline, read_tensors
 from gear.weights import check_numbers
 
-# torch-fidelity's conversion of the TensorFlow graph
+# the TensorFlow graph, converted by torch-fidelity
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 INCEPTION_LAYERS = (
@@ -49,16 +48,16 @@ INCEPTION_LAYERS = (
     "Mixed_7c",
     "AvgPool",
 )
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17 each: sFID's 2,023 features
+SPATIAL_CHANNELS = 7  # of mixed_6/conv; with 17 x 17 positions they are sFID's 2,023 features
 
 
 class Inception:
-    """Inception-v3 of 2015: "pool" (2048), "spatial" (2023, sFID) and "logits" (1008, without bias;
-    Inception Score).
+    """Inception-v3 of 2015: features "pool" (2048), "spatial" (2023, for sFID) and "logits" (1008,
+    without bias, for the Inception Score).
 
-    `resize` "tf1" is the graph's own, of uint8, as ADM and torch-fidelity have it; "torch" is
-    bilinear on floats, as pytorch-fid has it (rFID). The two give different numbers and are
-    different protocols.
+    The `resize` "tf1" is the resize of uint8 in the TensorFlow graph, as in ADM and torch-fidelity;
+    "torch" is a bilinear resize of floats, as in pytorch-fid (rFID). The two give different numbers
+    and are different protocols.
     """
 
     name = "inception"
@@ -69,11 +68,13 @@ class Inception:
             import torch_fidelity.interpolate_compat_tensorflow as interpolation
         except ImportError:
             raise UserError(
-                "the network 'inception' is torch-fidelity's: pip install torch-fidelity"
+                "the network 'inception' needs the package torch-fidelity: pip install "
+                "torch-fidelity"
             ) from None
         path = find_inception(path, offline)
-        tensors, only_tensors = read_tensors(path), io.BytesIO()
-        # the library unpickles whatever a file holds: it gets one of tensors
+        tensors = read_tensors(path)
+        # the library unpickles any object in a file, so it gets a file that holds tensors only
+        only_tensors = io.BytesIO()
         torch.save(tensors, only_tensors)
         only_tensors.seek(0)
         try:
@@ -87,7 +88,8 @@ class Inception:
             ) from None
         check_numbers(self.network, tensors, path, "Inception")
         self.network.eval().requires_grad_(False)
-        self.enlarge, self.resize = interpolation.interpolate_bilinear_2d_like_tensorflow1x, resize
+        self.enlarge = interpolation.interpolate_bilinear_2d_like_tensorflow1x
+        self.resize = resize
         self.protocol = {
             "network": "inception",
             "weights": file_hash(path),
@@ -107,56 +109,56 @@ class Inception:
             x = (x - 128) / 128
         else:
             x = F.interpolate(as_floats(images), (299, 299), mode="bilinear", align_corners=False)
-        kept = {}
+        hooked = {}
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(
-            lambda module, inputs, output: kept.update(spatial=output)
+            lambda module, inputs, output: hooked.update(spatial=output)
         )
         for name in INCEPTION_LAYERS:
             x = getattr(self.network, name)(x)
         hook.remove()
         pool = x.flatten(1)
-        spatial = kept["spatial"][:, :SPATIAL_CHANNELS].flatten(1)
+        spatial = hooked["spatial"][:, :SPATIAL_CHANNELS].flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": pool @ self.network.fc.weight.T}
 
 
 def find_inception(path="", offline=False):
-    """Return Inception's weight file: `path`, else in gear's or torch's cache, else downloaded; its
-    hash is checked.
+    """Return Inception's weight file: `path`, or a file in gear's or torch's cache, or a download.
 
-    Raises UserError naming the file, its size and source, and how to give a path, where it cannot
-    be had.
+    The hash of a cached or downloaded file is checked. Raises UserError for a damaged file, and
+    where there is none; the message names the file, its size and source, and the option for a path.
     """
-    places = [cache_dir() / INCEPTION, Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION]
-    found = [p for p in ([Path(path).expanduser()] if path else places) if p.is_file()]
-    why = "that file is not there" if path else "it is not on this machine"
-    if not found and not path and not is_offline(offline):
+    caches = [cache_dir() / INCEPTION, Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION]
+    candidates = [Path(path).expanduser()] if path else caches
+    files = [candidate for candidate in candidates if candidate.is_file()]
+    reason = "that file is not there" if path else "they are not on this machine"
+    if not files and not path and not is_offline(offline):
         try:
-            places[0].parent.mkdir(parents=True, exist_ok=True)
+            caches[0].parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(
-                INCEPTION_URL, str(places[0]), hash_prefix="6726825d", progress=False
+                INCEPTION_URL, str(caches[0]), hash_prefix="6726825d", progress=False
             )
-            found = [places[0]]
+            files = [caches[0]]
         except (OSError, RuntimeError) as error:
-            why = f"it could not be downloaded ({error})"
-    if not found:
+            reason = f"they could not be downloaded ({error})"
+    if not files:
         raise UserError(
-            "FID, sFID, IS and ADM's precision and recall need Inception's weights, and "
-            f"{why}{f': {path}' if path else ''}. "
-            f"{INCEPTION}, 91 MB, of github.com/toshas/torch-fidelity (Apache-2.0): give it by "
-            "--weights PATH, or choose "
-            f"another --network."
+            "FID, sFID, IS and ADM's precision and recall need Inception's weights, but "
+            f"{reason}{f': {path}' if path else ''}. The file is {INCEPTION}, 91 MB, of "
+            "github.com/toshas/torch-fidelity (Apache-2.0): give it by --weights PATH, or choose "
+            "another --network."
         )
-    if not path and not file_hash(found[0]).startswith("6726825d"):
+    if not path and not file_hash(files[0]).startswith("6726825d"):
         raise UserError(
-            f"{found[0]} is damaged: its hash does not begin with 6726825d. Delete it, and it is "
-            "fetched again."
+            f"{files[0]} is damaged: its hash does not begin with 6726825d. Delete it, and it is "
+            "downloaded again."
         )
-    return found[0]
+    return files[0]
 
 
 class DINOv2:
-    """DINOv2's class token after the norm (GPIC protocol): "pool" (1024). Pillow's bicubic resize
-    to 224 px, of uint8.
+    """DINOv2's class token after the last norm (GPIC protocol): "pool" (1024).
+
+    Images are resized in uint8 to 224 px with Pillow's bicubic filter.
     """
 
     name = "dinov2-l"
@@ -197,11 +199,10 @@ class DINOv2:
 
 
 class EfficientNet:
-    """EfficientNet-Lite0's pooled features, "pool" (1280), and "logits" (1000): the space that
-    needs no download.
+    """EfficientNet-Lite0's pooled features, "pool" (1280), and "logits" (1000).
 
-    Images are resized to 128 px by `resize`, torch's bicubic or bilinear with antialiasing, or
-    nearest.
+    Its weights come with a package and need no download. Images are resized to 128 px by torch's
+    filter `resize`: "bicubic" or "bilinear" with antialiasing, or "nearest".
     """
 
     name, side = "efficientnet-lite0", 128
@@ -225,8 +226,9 @@ class EfficientNet:
 
 
 class ScenesFeatures:
-    """The packaged scenes teacher's features, averaged over patches, "pool" (64): for scenes, and
-    for nothing else.
+    """The features of the packaged scenes teacher, averaged over patches: "pool" (64).
+
+    They are meaningful for images of scenes only.
     """
 
     name = "scenes"
@@ -258,28 +260,34 @@ NETWORKS = {network.name: network for network in (Inception, DINOv2, EfficientNe
 
 
 def reference_images(name):
-    """Return how many images a reference has, and are reconstructed, in a network's space: more
-    than it has features; in Inception's as many as the papers'.
+    """Return the default number of images for a reference and for reconstructions in the space of a
+    network.
+
+    It exceeds the number of features, which a Fréchet distance needs. Inception's is that of the
+    papers.
     """
     return 50_000 if name == Inception.name else 2_000
 
 
 def load_network_by_name(name, path="", offline=False, **settings):
-    """Load a feature network, with `settings` of its own; raises UserError for an unknown name and
-    for missing weights.
+    """Load a feature network by its name; `settings` are passed to its class.
+
+    Raises UserError for an unknown name and for missing weights.
     """
     if name not in NETWORKS:
         raise UserError(f"unknown feature network '{name}'. Known: {', '.join(NETWORKS)}.")
     if path and NETWORKS[name] in (EfficientNet, ScenesFeatures):
         raise UserError(
-            f"{name} comes with its weights: --weights {path} is for inception and dinov2-l."
+            f"{name} comes with its weights: --weights {path} applies to inception and dinov2-l "
+            "only."
         )
     return NETWORKS[name](path, offline, **settings)
 
 
 def as_floats(images):
-    """Return images as (B, 3, H, W) float32 in [-1, 1]; raises UserError for another kind or
-    range.
+    """Convert images, uint8 or float, to float32 (B, 3, H, W) in [-1, 1].
+
+    Raises UserError for images of another shape, type or range.
     """
     if images.dtype == torch.uint8:
         return to_float(as_pixels(images))
@@ -288,14 +296,15 @@ def as_floats(images):
 
 
 def as_pixels(images):
-    """Return images as (B, H, W, 3) uint8, floats in [-1, 1] rounded; raises UserError for another
-    kind or range.
+    """Convert images, uint8 or float, to uint8 (B, H, W, 3); floats in [-1, 1] are rounded.
+
+    Raises UserError for images of another shape, type or range.
     """
     if images.dtype != torch.uint8:
         return to_uint8(as_floats(images))
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
-            f"images are {tuple(images.shape)} uint8: (B, H, W, 3) is expected, or floats (B, 3, "
-            "H, W) in [-1, 1]."
+            f"images are {tuple(images.shape)} uint8: uint8 (B, H, W, 3) or floats (B, 3, H, W) "
+            "in [-1, 1] are expected."
         )
     return images

@@ -1,6 +1,4 @@
-"""How much each choice of a protocol moves each number, for one and the same run: why a number
-needs its protocol.
-"""
+"""Protocol sensitivity: how much each choice of a protocol changes each score of the same run."""
 
 from dataclasses import asdict
 from functools import partial
@@ -19,26 +17,25 @@ from gear.evaluation.scores import compare, extract
 from gear.evaluation.sources import (
     balanced_labels,
     draw_samples,
-    drawing,
-    own_images,
+    drawing_protocol,
     read_images,
+    reference_source,
     samples_folder,
 )
 from gear.measures.frechet import InceptionScore
 
-SPLITS = 10  # of the class score
+SPLITS = 10  # splits of the class score
 
 
 def protocol_sensitivity(run, count=500, network="scenes", device="auto"):
-    """Return what the run scores under one protocol and under its neighbours: a table of the run,
-    cached with it.
+    """Score a run under one protocol and under changed protocols; the table is kept with the run.
 
-    Columns: choice, setting, metric, value. The base is `count` samples of seed 0 without guidance
-    against `count` training images, in the space of `network`; each other setting changes one
-    thing: the seed (noise), how many samples, the guidance, the resize filter before EfficientNet,
-    the order of the file (a class score in ten splits), the feature space. `device` is what
-    computes, see `open_device`. Raises UserError for fewer than eight samples, a quarter of which
-    have no statistics.
+    Columns: choice, setting, metric, value. The base compares `count` samples of seed 0, without
+    guidance, with `count` training images in the feature space of `network`. Each choice changes
+    one thing: "seed" (the noise of a score), "samples" (their number), "guidance", "resize" (the
+    feature space of EfficientNet and the filter before it), and "order" (the order of the samples,
+    which changes a class score in ten splits). All is computed on `device`, see `open_device`.
+    Raises UserError for fewer than eight samples, because a quarter of them needs statistics.
     """
     check_value("count", count, Annotated[int, Range(8, MOST)])
     parameters = {"count": count, "network": network}
@@ -48,49 +45,47 @@ def protocol_sensitivity(run, count=500, network="scenes", device="auto"):
 
 
 def _sensitivity(run, count, name, device):
-    source, rows = open_trained(run), []
+    source = open_trained(run)
     config = source.config
     space = load_network_by_name(name).to(device)
     filters = {f: EfficientNet(resize=f).to(device) for f in ("bicubic", "bilinear", "nearest")}
-    real = torch.cat(list(read_images(own_images(source), config.image_size, count, "train")))
-    draw, compared = partial(_draw, run, device), partial(_compare, device=device)
-    drawn = draw(Sampling(count))
-    tell = lambda choice, setting, found: rows.extend(
-        (choice, setting, key, value) for key, (value, _) in found.items()
-    )  # noqa: E731
-    base = compared(drawn, real, space)
+    real = torch.cat(list(read_images(reference_source(source), config.image_size, count, "train")))
+    draw = partial(_draw, run, device)
+    score = partial(_compare, device=device)
+    samples = draw(Sampling(count))
+    rows = []
+
+    def add(choice, setting, metrics):
+        rows.extend((choice, setting, metric, value) for metric, (value, _) in metrics.items())
+
+    base = score(samples, real, space)
     for seed in (0, 1, 2):
-        tell(
-            "seed",
-            str(seed),
-            base if seed == 0 else compared(draw(Sampling(count, seed=seed)), real, space),
-        )
-    for part in (count // 4, count // 2, count):
-        tell("samples", str(part), compared(drawn[:part], real, space))
+        metrics = base if seed == 0 else score(draw(Sampling(count, seed=seed)), real, space)
+        add("seed", str(seed), metrics)
+    for size in (count // 4, count // 2, count):
+        add("samples", str(size), score(samples[:size], real, space))
     for scale in (1.0, 1.5, 2.0):
-        tell(
-            "guidance",
-            f"{scale:g}",
-            base if scale == 1 else compared(draw(Sampling(count, scale)), real, space),
-        )
+        metrics = base if scale == 1 else score(draw(Sampling(count, scale)), real, space)
+        add("guidance", f"{scale:g}", metrics)
     for kind, network in filters.items():
-        tell("resize", kind, compared(drawn, real, network))
-    labels, logits = balanced_labels(count, run.config["generator"]["num_classes"], 0), []
-    for images in drawn.split(64):
-        logits.append(filters["bicubic"](images.to(device))["logits"].cpu())
-    for order, rank in (
+        add("resize", kind, score(samples, real, network))
+    labels = balanced_labels(count, run.config["generator"]["num_classes"], 0)
+    logits = [filters["bicubic"](x.to(device))["logits"].cpu() for x in samples.split(64)]
+    for order, positions in (
         ("shuffled", slice(None)),
         ("sorted by class", labels.argsort(stable=True)),
     ):
-        score = InceptionScore(max(1, count // SPLITS)).update(torch.cat(logits)[rank]).value()
-        rows.append(("order", order, f"score_{EfficientNet.name}", score))
+        class_score = InceptionScore(max(1, count // SPLITS)).update(torch.cat(logits)[positions])
+        rows.append(("order", order, f"score_{EfficientNet.name}", class_score.value()))
     return pd.DataFrame(rows, columns=["choice", "setting", "metric", "value"])
 
 
 def _draw(run, device, sampling):
     generator, tokenizer = (load(run.name).to(device) for load in (load_generator, load_tokenizer))
     labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
-    folder = samples_folder(run, asdict(sampling) | {"step": run.step} | drawing(generator))
+    folder = samples_folder(
+        run, asdict(sampling) | {"step": run.step} | drawing_protocol(generator)
+    )
     chunks = draw_samples(
         folder,
         generator,
@@ -105,10 +100,6 @@ def _draw(run, device, sampling):
 
 
 def _compare(fake, real, network, device):
-    return compare(
-        *(
-            extract(name, [x], network, device)
-            for name, x in (("samples", fake), ("reference", real))
-        ),
-        network,
-    )
+    fake_features = extract("samples", [fake], network, device)
+    real_features = extract("reference", [real], network, device)
+    return compare(fake_features, real_features, network)

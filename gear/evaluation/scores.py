@@ -1,8 +1,8 @@
-"""From images to numbers: features of two sets, the metrics their features allow, and the protocol
-that travels with each.
+"""From images to scores: features of two sets of images, the metrics that they allow, and the
+protocol of each number.
 
-Outside Inception nothing is called FID, KID or IS: those are `fd_NETWORK`, `mmd_NETWORK` and
-`score_NETWORK`.
+The names FID, KID and IS are kept for Inception. In the space of another network, the metrics are
+called `fd_NETWORK`, `mmd_NETWORK` and `score_NETWORK`.
 """
 
 import hashlib
@@ -18,53 +18,51 @@ from gear.measures.frechet import IS_SPLIT, InceptionScore, Moments, frechet_dis
 from gear.measures.neighbours import polynomial_mmd, prdc, precision_recall
 
 BATCH = 64
-# what two numbers of one protocol may differ in
-OF_ONE_RUN = ("weights_of", "step", "samples_hash", "spread")
-PRDC_ROWS = 10_000  # of each set, drawn at random, that GPIC compares by neighbours
+# fields in which two numbers of one protocol may differ
+RUN_FIELDS = ("weights_of", "step", "samples_hash", "spread")
+PRDC_ROWS = 10_000  # random rows of each set whose neighbours GPIC compares
 
 
 class Unavailable(UserError):
-    """Say why two sets do not allow a metric."""
+    """Two sets do not allow a metric; the message states the reason."""
 
 
 @dataclass
 class FeatureSet:
-    """What is kept of a set of images: rows for neighbours, moments for Fréchet distances, the
-    score of its logits.
+    """Features of a set of images: rows for neighbours, moments for Fréchet distances, and the
+    Inception Score of the logits.
     """
 
     name: str
-    pixels: str  # SHA-256 of what was looked at, in order: 12 hex digits
+    digest: str  # SHA-256 of the images in their order, or of a file's arrays: 12 hex digits
     count: int
     moments: dict = field(default_factory=dict)  # {"pool": (mean, covariance), "spatial": ...}
     rows: torch.Tensor | None = None  # (N, D) float32, on the device that computed them
     inception_score: float | None = None
-    given: tuple = ()  # kinds of moments that a file brought, of as many samples as its author had
-    size: str = "not stated"  # height x width in pixels, which statistics alone do not say
+    file_moments: tuple = ()  # kinds of moments read from a file, of an unknown number of samples
+    size: str = "not stated"  # height x width in pixels; a file of statistics does not state it
 
 
 def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT):
-    """Run a feature network over batches of images (uint8 (B, H, W, 3), or float (B, 3, H, W)): a
-    FeatureSet.
+    """Compute the FeatureSet of batches of images, uint8 (B, H, W, 3) or float (B, 3, H, W).
 
-    Moments and the score are streamed; rows are kept for the metrics from neighbours unless
-    `keep_rows` is false. Raises UserError for no images, images of mixed size, and features that
-    are not finite.
+    Moments and the Inception Score are accumulated batch by batch. Rows are kept for the metrics
+    from neighbours, unless `keep_rows` is false. Raises UserError for no images, for images of
+    mixed size, and for features that are not finite.
     """
-    moments, rows, score, digest, count, size = (
-        {},
-        [],
-        InceptionScore(split),
-        hashlib.sha256(),
-        0,
-        None,
-    )
+    moments = {}
+    rows = []
+    score = InceptionScore(split)
+    digest = hashlib.sha256()
+    count = 0
+    size = None
     for images in batches:
         if size not in (None, images.shape[1:]):
             raise UserError(
                 f"'{name}' holds images of mixed size: {tuple(size)} and {tuple(images.shape[1:])}."
             )
-        size, count = images.shape[1:], count + len(images)
+        size = images.shape[1:]
+        count += len(images)
         digest.update(np.ascontiguousarray(images.cpu().numpy()).tobytes())
         for part in images.split(BATCH):
             features = network(part.to(device))
@@ -79,28 +77,27 @@ def extract(name, batches, network, device="cpu", keep_rows=True, split=IS_SPLIT
                 rows.append(features["pool"].float())
     if not count:
         raise UserError(f"'{name}' holds no images.")
-    moments = (
-        {kind: (m.mean.cpu(), m.covariance.cpu()) for kind, m in moments.items()}
-        if count > 1
-        else {}
-    )
-    kept = torch.cat(rows) if rows else None
     height, width = size[:2] if images.dtype == torch.uint8 else size[1:]
-    score = score.value() if score.seen else None
-    return FeatureSet(
-        name, digest.hexdigest()[:12], count, moments, kept, score, size=f"{height} x {width}"
-    )
+    features = FeatureSet(name, digest.hexdigest()[:12], count, size=f"{height} x {width}")
+    if count > 1:
+        features.moments = {kind: (m.mean.cpu(), m.covariance.cpu()) for kind, m in moments.items()}
+    if rows:
+        features.rows = torch.cat(rows)
+    if score.seen:
+        features.inception_score = score.value()
+    return features
 
 
 def compare(
-    fake, real, network, wanted=None, k=None, subsets=100, subset_size=1_000, seed=0, tell=None
+    fake, real, network, names=None, k=None, subsets=100, subset_size=1_000, seed=0, on_missing=None
 ):
-    """Return {metric: (value, what else its protocol says)} of a FeatureSet of samples against a
-    reference.
+    """Compare a FeatureSet of samples with one of a reference; return {metric: (value, details)}.
 
-    `wanted` names the metrics (default: all that both sets allow); a metric asked for by name that
-    cannot be had raises UserError saying why, and one that was not is left out, unless none is
-    left, and told: `tell(metric, reason)`. So does one that comes out not finite.
+    `names` are the metrics to compute; by default, all that both sets allow. `details` are further
+    fields of a metric's protocol. Raises UserError, with the reason, for a metric of `names` that
+    the sets do not allow, where no metric can be computed, and for a value that is not finite.
+    Without `names`, a metric that the sets do not allow is left out, after a call of
+    `on_missing(metric, reason)`.
     """
     inception = network.name == "inception"
     fid, kernel = ("gfid", "kid") if inception else (f"fd_{network.name}", f"mmd_{network.name}")
@@ -118,79 +115,84 @@ def compare(
         _score(fake),
         {"is_split": IS_SPLIT},
     )
-    if unknown := set(wanted or ()) - possible.keys():
+    if unknown := set(names or ()) - possible.keys():
         raise UserError(
             f"unknown metrics {', '.join(sorted(unknown))} in this feature space. Known: "
             f"{', '.join(possible)}."
         )
-    found, reasons = {}, []
-    for name in wanted or possible:
+    metrics = {}
+    reasons = []
+    for name in names or possible:
         try:
             value, details = possible[name]()
         except Unavailable as reason:
-            if wanted:
+            if names:
                 raise
             reasons.append(str(reason))
-            if tell:
-                tell(name, reason)
+            if on_missing:
+                on_missing(name, reason)
             continue
-        found |= (
-            {key: (v, details) for key, v in value.items()}
-            if isinstance(value, dict)
-            else {name: (value, details)}
-        )
-    for name, (value, _) in found.items():
+        values = value if isinstance(value, dict) else {name: value}
+        metrics |= {metric: (number, details) for metric, number in values.items()}
+    for name, (value, _) in metrics.items():
         if not np.isfinite(value):
             raise UserError(
-                f"{name} of '{fake.name}' is {value}, which is no number: look at the images and "
+                f"{name} of '{fake.name}' is {value}, which is not finite: check the images and "
                 "the reference."
             )
-    if not found:
+    if not metrics:
         raise UserError(
             f"nothing can be measured of '{fake.name}' against '{real.name}': "
             f"{' '.join(dict.fromkeys(reasons))}"
         )
-    return found
+    return metrics
 
 
-def tell_frechet(metric, reason):
-    """Say why there is no Fréchet distance, which is what an evaluation is asked for most; of
-    other metrics that cannot be had say nothing.
+def report_missing_frechet(metric, reason):
+    """Print why a Fréchet distance of Inception is missing, since most evaluations are made for it.
+
+    Other missing metrics are not reported.
     """
     if metric in ("gfid", "rfid"):
         print(f"no {metric}: {reason}", file=sys.stderr)
 
 
 def _distance(fake, real, kind, inception):
-    """Return a Fréchet distance, and that it is of singular covariances where one set has no more
-    samples than features. In Inception's space, whose distances are compared with others', that is
-    Unavailable: two sets of one distribution would be a hundred apart.
+    """Return a Fréchet distance and its details.
+
+    Where a set has no more samples than features, its covariance is singular, and the details say
+    so. Distances in Inception's space are compared with published ones, so there such a set raises
+    Unavailable: even two sets of one distribution would have a distance of about a hundred.
     """
     pairs = [_moments(features, kind) for features in (fake, real)]
-    counted = [(f.count, f.name) for f in (fake, real) if kind not in f.given and f.count]
-    features = len(pairs[0][0])
-    if not counted or min(counted)[0] > features:
+    known_counts = [
+        (f.count, f.name) for f in (fake, real) if kind not in f.file_moments and f.count
+    ]
+    num_features = len(pairs[0][0])
+    if not known_counts or min(known_counts)[0] > num_features:
         return frechet_distance(*pairs), {}
     if inception:
-        count, name = min(counted)
+        count, name = min(known_counts)
         raise Unavailable(
-            f"'{name}' has {count:,} samples: {features + 1:,} at least are needed for "
+            f"'{name}' has {count:,} samples: {num_features + 1:,} at least are needed for "
             f"{kind} statistics, and 50,000 for the papers' numbers."
         )
     return frechet_distance(*pairs), {"covariance": "singular: no more samples than features"}
 
 
 def halves_distance(real, network):
-    """Return the Fréchet distance between two halves of a reference's images, drawn at random, and
-    how many images each has: (distance, count).
+    """Return the Fréchet distance between two random halves of a reference, and the number of
+    images in each half: (distance, count).
 
-    That is what sets of so many images of one distribution are apart: the part of a distance that
-    their size alone makes. None where no images are there, too few, or statistics of more.
+    This is the distance between two sets of `count` images of one distribution, so it shows how
+    much of a distance is due to the number of images. Returns None for a reference without rows or
+    with too few, and for one whose statistics come from a file, because they are of other images.
     """
-    if real.rows is None or len(real.rows) < 4 or "pool" in real.given:
+    if real.rows is None or len(real.rows) < 4 or "pool" in real.file_moments:
         return None
     order = torch.randperm(len(real.rows), generator=torch.Generator().manual_seed(0))
-    count, halves = len(order) // 2, []
+    count = len(order) // 2
+    halves = []
     for part in order[: 2 * count].to(real.rows.device).split(count):
         moments = Moments(real.rows.shape[1], real.rows.device).update(real.rows[part])
         pool = moments.mean.cpu(), moments.covariance.cpu()
@@ -207,36 +209,42 @@ def _moments(features, kind):
             raise Unavailable(
                 f"'{features.name}' has 1 sample: 2 at least are needed for {kind} statistics."
             )
-        raise Unavailable(f"'{features.name}' brings no {kind} statistics of this feature network.")
+        raise Unavailable(f"'{features.name}' has no {kind} statistics of this feature network.")
     return features.moments[kind]
 
 
 def _score(features):
     if features.inception_score is None:
-        raise Unavailable("this feature network has no logits: an Inception Score needs some.")
+        raise Unavailable("this feature network has no logits, which an Inception Score needs.")
     return features.inception_score
 
 
 def _rows(features):
     if features.rows is None:
         raise Unavailable(
-            f"'{features.name}' brings statistics, but no images or features: neighbours need "
-            "those."
+            f"'{features.name}' has statistics only: metrics from neighbours need images or "
+            "features."
         )
     return features.rows
 
 
-def _pairs(function, names, fake, real, k, most=None, seed=0):
-    sets, details = [_rows(real), _rows(fake)], {}
+def _pairs(function, names, fake, real, k, max_rows=None, seed=0):
+    """Return metrics from k neighbours, {name: value}, and their details.
+
+    `function` returns values in the order of `names`, or, where it is None, a dict of values. It
+    gets at most `max_rows` rows of each set.
+    """
+    sets = [_rows(real), _rows(fake)]
+    details = {}
     for features in (real, fake):
         if 0 < features.count <= k:
             raise Unavailable(
-                f"k = {k} neighbours of {features.count} samples of '{features.name}': more are "
-                "needed."
+                f"k = {k} neighbours of {features.count} samples of '{features.name}': more "
+                "samples are needed."
             )
-    if most and max(map(len, sets)) > most:
-        sets = [_drawn(rows, most, seed) for rows in sets]
-        details = {"rows": most, "rows_seed": seed}
+    if max_rows and max(map(len, sets)) > max_rows:
+        sets = [_random_rows(rows, max_rows, seed) for rows in sets]
+        details = {"rows": max_rows, "rows_seed": seed}
     values = function(*sets, k)
     if names is None:
         details |= {"k": k, "distance": "float64, d < r"}
@@ -244,39 +252,42 @@ def _pairs(function, names, fake, real, k, most=None, seed=0):
     return dict(zip(names, values)), {"k": k, "distance": "squared, float16, d <= r"}
 
 
-def _drawn(rows, most, seed):
-    """Return `most` random rows, in an order of their own, or all that there are."""
-    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:most]
+def _random_rows(rows, count, seed):
+    """Return `count` random rows in random order, or all rows if there are fewer."""
+    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:count]
     return rows[torch.from_numpy(order).to(rows.device)]
 
 
 def _mmd(fake, real, subsets, size, seed):
-    sets, size = (_rows(real), _rows(fake)), min(size, fake.count, real.count)
+    sets = (_rows(real), _rows(fake))
+    size = min(size, fake.count, real.count)
     if size < 2:
         raise Unavailable(
-            "one sample has no distance to others of its set: two at least are needed."
+            "a kernel distance compares the samples of a set with each other: 2 samples at least "
+            "are needed."
         )
     mean, std = polynomial_mmd(*sets, subsets, size, seed)
     return mean, {"subsets": subsets, "subset_size": size, "subset_seed": seed, "spread": std}
 
 
-# -- what travels with a number --------------------------------------------------------------------
+# -- records and protocols -------------------------------------------------------------------------
 
 
 def record(metric, value, protocol):
-    """Return one entry of metrics.json: the value and everything it depends on.
+    """Return one entry of metrics.json: a value and the protocol it depends on.
 
-    A tensor (N,) of the values of images or samples is their mean with its 95 % interval: normal,
-    two standard errors or so.
+    A tensor (N,) of values per image or per sample is recorded as its mean with a 95 % interval
+    (normal: 1.96 standard errors on both sides). Raises UserError for a value that is not finite.
     """
     interval = {}
     if isinstance(value, torch.Tensor):
-        each, value = value.double(), float(value.double().mean())
-        if len(each) > 1:
-            half = 1.959964 * float(each.std()) / len(each) ** 0.5
+        values = value.double()
+        value = float(values.mean())
+        if len(values) > 1:
+            half = 1.959964 * float(values.std()) / len(values) ** 0.5
             interval = {"interval": [_rounded(value - half), _rounded(value + half)]}
     if not np.isfinite(value):
-        raise UserError(f"{metric} is {value}: nothing is written that is no number.")
+        raise UserError(f"{metric} is {value}: only finite numbers are recorded.")
     return {"metric": metric, "value": _rounded(value), **interval, "protocol": protocol}
 
 
@@ -285,8 +296,9 @@ def _rounded(value):
 
 
 def protocol_id(protocol):
-    """Return eight hex digits that tell protocols apart: two numbers share a column only if theirs
-    are equal.
+    """Return eight hex digits that identify a protocol, whatever its `RUN_FIELDS` are.
+
+    Two numbers share a column of a table only if their digits are equal.
     """
-    kept = {key: value for key, value in protocol.items() if key not in OF_ONE_RUN}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    fields = {key: value for key, value in protocol.items() if key not in RUN_FIELDS}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]

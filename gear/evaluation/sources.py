@@ -1,5 +1,5 @@
-"""Where the images of an evaluation come from: a run's samples, someone else's, a reference. All
-uint8 (N, H, W, 3).
+"""The images of an evaluation: samples of a run, samples of a file, or a reference. All are uint8
+(N, H, W, 3).
 """
 
 import hashlib
@@ -23,65 +23,66 @@ from gear.images import to_uint8
 from gear.measures.frechet import Moments, check_statistics
 from gear.tokenizer.model import images_at_once
 
-# samples drawn at once, always: what is drawn must not depend on where a kill fell
+# samples per chunk; it is fixed, so that samples do not depend on when a call was interrupted
 CHUNKS = {"cpu": 64, "cuda": 256}
-# how they are drawn where a protocol does not say it
-PLAIN = {"dtype": "float32", "chunk": CHUNKS["cpu"]}
-SEEDS = 2  # the second way in which chunks are seeded: those of the first are not mixed in
-STATISTICS = {  # arrays of a reference file, by feature network: {kind: (mean, covariance)}
+# settings of drawing that a protocol does not state
+DEFAULT_DRAWING = {"dtype": "float32", "chunk": CHUNKS["cpu"]}
+SEEDS = 2  # version of the seeding of chunks; chunks of an earlier version are not used
+STATISTICS = {  # arrays of a reference file per feature network: {kind: (mean, covariance)}
     "inception": {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")},
     "dinov2-l": {"pool": ("dino_mu", "dino_sigma")},
 }
-EMBEDDINGS = {"dinov2-l": "dino_embeddings"}  # features of a reference file, for the neighbours
+EMBEDDINGS = {"dinov2-l": "dino_embeddings"}  # array of features of a reference file
 
 
 def balanced_labels(count, classes, seed):
-    """Return `count` labels, each class as often as another (but for the remainder), in a seeded
-    order: (N,) int64.
+    """Return `count` labels (N,) int64 in an order that depends on the seed.
+
+    All classes have the same number of labels, or differ by one where `classes` does not divide
+    `count`.
     """
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(count) % classes))
 
 
-def drawing(generator):
-    """Return what a protocol says of how `draw_samples` draws on a generator's device: dtype and
-    chunk if not as in PLAIN.
+def drawing_protocol(generator):
+    """Return the protocol fields of `draw_samples` on a generator's device: "dtype" and "chunk",
+    each only where it differs from DEFAULT_DRAWING.
     """
     dtype = str(sampling_dtype(generator)).removeprefix("torch.")
-    how = {"dtype": dtype, "chunk": CHUNKS[generator.embedding.device.type]}
-    return {key: value for key, value in how.items() if value != PLAIN[key]}
+    settings = {"dtype": dtype, "chunk": CHUNKS[generator.embedding.device.type]}
+    return {key: value for key, value in settings.items() if value != DEFAULT_DRAWING[key]}
 
 
-def filled_up(labels, size):
-    """Return labels (N,) in chunks of `size`, N if there are fewer; the last is filled up with the
-    first labels.
+def padded_chunks(labels, size):
+    """Split labels (N,) into chunks of `size`, or of N if that is smaller.
+
+    The last chunk is padded with the first labels, so that all chunks have the same size.
     """
     size = min(size, len(labels))
     return torch.cat([labels, labels[: -len(labels) % size]]).split(size)
 
 
 def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, side=0, **sampling):
-    """Yield uint8 chunks (64, H, W, 3), on a GPU of 256, of samples for labels (N,), each kept in
-    `folder` as it is drawn. They are resized to `side` pixels before they are rounded, bicubic
-    as in the public code; 0: not.
+    """Yield samples for labels (N,) in uint8 chunks (64, H, W, 3), on a GPU in chunks of 256.
 
-    Chunk i is a function of its labels and (seed, i): a call that was killed goes on where it was,
-    to the same samples. One that is not what was written, or comes without its hash, is drawn
-    again.
+    Each chunk is kept in `folder` as soon as it is drawn. With a `side` other than 0, samples are
+    resized to `side` pixels before they are rounded, bicubic as in the public code. Chunk i depends
+    only on its labels and (seed, i), so a call continues an interrupted one and yields the same
+    samples. A kept chunk that is damaged or has no hash is drawn again.
     """
     device = generator.embedding.device
     size = CHUNKS[device.type]
     chunks = labels.split(size)
-    # there, chunks of one size are one graph
-    conditions = filled_up(labels, size) if device.type == "cuda" else chunks
-    for i, part in enumerate(
+    # on a GPU, chunks of one size share one CUDA graph
+    conditions = padded_chunks(labels, size) if device.type == "cuda" else chunks
+    for i, chunk in enumerate(
         tqdm(chunks, desc="samples", unit=" chunks", disable=quiet, mininterval=2.0)
     ):
         path = folder / f"{i:05d}.npy"
         images = read_array(path)
-        if images is None or len(images) != len(part):
-            indices = generate(generator, conditions[i], seed=derived_seed(seed, i), **sampling)[
-                : len(part)
-            ]
+        if images is None or len(images) != len(chunk):
+            indices = generate(generator, conditions[i], seed=derived_seed(seed, i), **sampling)
+            indices = indices[: len(chunk)]
             grids = indices.split(
                 images_at_once(device, indices[0].numel() * tokenizer.config.downsampling**2)
             )
@@ -92,23 +93,26 @@ def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, side=0
 
 
 def _resized(images, size):
-    """Return images (B, 3, H, W) in [-1, 1] at `size` pixels a side, in the same range."""
+    """Resize images (B, 3, H, W) in [-1, 1] to `size` x `size` pixels; 0 keeps their size."""
     if not size:
         return images
     return F.interpolate(images, (size, size), mode="bicubic").clamp(-1, 1)
 
 
 def samples_folder(run, protocol):
-    """Return the folder in which a run's samples of a protocol are kept: its name is the hash of
-    the protocol, and of how chunks are seeded.
+    """Return the folder that keeps a run's samples of a protocol.
+
+    Its name is a hash of the protocol and of the version of the seeding of chunks.
     """
-    drawn = json.dumps(protocol | {"seeds": SEEDS}, sort_keys=True)
-    return run.path / "evaluation" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
+    text = json.dumps(protocol | {"seeds": SEEDS}, sort_keys=True)
+    return run.path / "evaluation" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def own_images(source, size=0):
-    """Return the Source of a run's images as a reference, at `size` pixels (0: at its own): of
-    scenes as many as are asked for.
+def reference_source(source, size=0):
+    """Return the Source of a run's images for use as a reference, at `size` pixels (0: its size).
+
+    For scenes, which are generated, it has as many images as are requested, even if the run was
+    trained on fewer.
     """
     config = source.config
     size = size or config.image_size
@@ -121,7 +125,8 @@ def read_images(source, image_size, count=None, split="all", interpolation="bicu
     """Yield uint8 batches of a folder, zip, image, torchvision name or "scenes", resized and
     centre-cropped.
 
-    A Source, which is open, may stand for all but `count` and `split`.
+    `source` may also be an open Source; `image_size` and `interpolation` are then those of the
+    Source. At most `count` images of `split` are read, all if it is None.
     """
     if not isinstance(source, Source):
         source = Source(DataConfig(str(source), image_size, interpolation=interpolation))
@@ -132,16 +137,16 @@ def read_images(source, image_size, count=None, split="all", interpolation="bicu
 
 
 def is_npz(source):
-    """Tell a .npz from what else images lie in; raises UserError for a .npy."""
+    """Return whether a source is a .npz file; raise UserError for a .npy file."""
     if isinstance(source, Source):
         return False
     path = Path(source).expanduser()
     if path.suffix.lower() == ".npy" and not path.is_dir():
-        raise _one_array(source)
+        raise _npy_error(source)
     return path.suffix.lower() == ".npz" and not path.is_dir()
 
 
-def _one_array(source):
+def _npy_error(source):
     return UserError(
         f"'{source}' cannot be read as .npz: a .npy holds one array. Save images as "
         "numpy.savez(PATH, images), statistics as "
@@ -150,36 +155,37 @@ def _one_array(source):
 
 
 def read_npz(path):
-    """Return the arrays of a .npz as {name: array}; raises UserError for what is none, or cut
-    short. No pickle is read.
+    """Return the arrays of a .npz file as {name: array}; pickled objects are not read.
+
+    Raises UserError for a missing file, and for one that is no .npz file or is cut short.
     """
     try:
         content = np.load(Path(path).expanduser(), allow_pickle=False)
         if isinstance(content, np.ndarray):
-            raise _one_array(path)
+            raise _npy_error(path)
         with content as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"there is no file {path}.") from None
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # headers are read as Python's literals, by its tokenizer: many types
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+    # NumPy parses headers as Python literals, which can raise errors of many types
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{path}' cannot be read as .npz ({why}): it is cut short, or another file."
+            f"'{path}' cannot be read as .npz ({reason}): it is cut short, or of another format."
         ) from None
 
 
 def npz_images(path, arrays=None):
-    """Yield uint8 batches of `arr_0` (N, H, W, 3) in a .npz, ADM's format; raises UserError for
-    another kind.
+    """Yield uint8 batches of `arr_0` (N, H, W, 3) in a .npz file, the format of ADM.
+
+    Raises UserError where the array is missing or has another shape or type.
     """
     arrays = read_npz(path) if arrays is None else arrays
     if "arr_0" not in arrays:
         raise UserError(
-            f"'{path}' has no arr_0, which holds the images: it has "
+            f"'{path}' has no arr_0, the array of the images: it has "
             f"{', '.join(arrays) or 'nothing'}."
         )
     images = arrays["arr_0"]
@@ -193,8 +199,8 @@ def npz_images(path, arrays=None):
 
 
 def write_npz(path, batches, count):
-    """Write `count` uint8 images, batch by batch, as `arr_0` (N, H, W, 3) of a .npz that the ADM
-    evaluator reads.
+    """Write `count` uint8 images, batch by batch, as `arr_0` (N, H, W, 3) of a .npz file in the
+    format of the ADM evaluator.
     """
     with (
         zipfile.ZipFile(path, "w") as archive,
@@ -212,29 +218,32 @@ def write_npz(path, batches, count):
 
 
 def open_images(source, image_size, count=None, split="all", interpolation="bicubic"):
-    """Yield uint8 batches of a .npz or of what `read_images` takes, `count` images at most."""
+    """Yield uint8 batches of a .npz file, or of a source that `read_images` takes.
+
+    At most `count` images are read, all if it is None.
+    """
     if not is_npz(source):
         yield from read_images(source, image_size, count, split, interpolation)
         return
-    left = count
+    num_left = count
     for images in npz_images(source):
-        yield images if left is None else images[:left]
-        left = left if left is None else left - len(images)
-        if left is not None and left <= 0:
+        yield images if num_left is None else images[:num_left]
+        num_left = None if num_left is None else num_left - len(images)
+        if num_left is not None and num_left <= 0:
             return
 
 
 def _statistics(source, arrays, names):
-    """Return the mean and the covariance that a file calls `names`, in float64."""
+    """Return the mean and the covariance of a file, its arrays `names`, in float64."""
     pair = [arrays[name] for name in names]
     with given_by(f"{' and '.join(names)} of '{source}'"):
-        if kinds := [str(a.dtype) for a in pair if a.dtype.kind not in "fiu"]:
-            raise UserError(f"arrays of {', '.join(kinds)}: numbers are expected.")
+        if wrong_dtypes := [str(a.dtype) for a in pair if a.dtype.kind not in "fiu"]:
+            raise UserError(f"arrays of {', '.join(wrong_dtypes)}: numbers are expected.")
         return check_statistics(*pair)
 
 
 def _embedded(source, arrays, name, device):
-    """Return the FeatureSet of the features (N, D) that a file brings under `name`."""
+    """Return the FeatureSet of the features (N, D) in the array `name` of a file."""
     rows = torch.as_tensor(arrays[name])
     if rows.ndim != 2 or not rows.is_floating_point():
         raise UserError(
@@ -252,24 +261,19 @@ def _embedded(source, arrays, name, device):
 def reference(
     source, network, image_size, count=None, split="all", device="cpu", interpolation="bicubic"
 ):
-    """Return the FeatureSet of a reference: an ADM or GPIC .npz of statistics and images, or
-    images.
+    """Return the FeatureSet of a reference: images, or a .npz file of ADM or GPIC.
 
-    Statistics in a file stand as they are (ADM's are of the whole training set); its features
-    (GPIC's), or its images, serve the metrics from neighbours. Raises UserError for a file that has
-    neither, and for statistics that are none.
+    Statistics in a file are used as they are (ADM's are of the full training set). The features
+    in a file (GPIC's), or else its images, are used for the metrics from neighbours. Raises
+    UserError for a file without statistics, features and images, and for invalid statistics.
     """
     if not is_npz(source):
         batches = read_images(source, image_size, count, split, interpolation)
-        return extract(
-            source.config.source if isinstance(source, Source) else str(source),
-            batches,
-            network,
-            device,
-        )
+        name = source.config.source if isinstance(source, Source) else str(source)
+        return extract(name, batches, network, device)
     arrays = read_npz(source)
     names = STATISTICS.get(network.name, {})
-    found = {
+    statistics = {
         kind: _statistics(source, arrays, pair)
         for kind, pair in names.items()
         if set(pair) <= arrays.keys()
@@ -279,21 +283,21 @@ def reference(
         features = _embedded(source, arrays, embeddings, device)
     elif "arr_0" in arrays:
         features = extract(Path(source).name, npz_images(source, arrays), network, device)
-    elif found:
+    elif statistics:
         features = FeatureSet(Path(source).name, "", 0, {})
     else:
-        wanted = (
-            ", ".join(n for pair in names.values() for n in pair)
+        expected = (
+            ", ".join(name for pair in names.values() for name in pair)
             or "statistics of this feature network"
         )
         raise UserError(
-            f"'{source}' has neither images (arr_0) nor {wanted}: it has "
+            f"'{source}' has neither images (arr_0) nor {expected}: it has "
             f"{', '.join(arrays) or 'nothing'}."
         )
-    features.moments |= found
-    features.given = tuple(found)
+    features.moments |= statistics
+    features.file_moments = tuple(statistics)
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    features.pixels = digest.hexdigest()[:12]
+    features.digest = digest.hexdigest()[:12]
     return features

@@ -1,5 +1,5 @@
-"""Runs side by side, and a run while it trains: what one can turn in the notebook `runs`. No
-weights are needed.
+"""The notebook `runs`: compare the curves of runs, and follow a run while it trains. No weights are
+needed.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ from gear.runs.run import Run, run_names
 
 ALL = "(all)"
 LINES = ("-", "--", ":", "-.")
-SHOWN = 9  # runs selected of those a filter finds, where none was
-RECENT = 20  # lines of timing.jsonl that tell the speed
-ALIVE = 60  # seconds without a line, after which a run no longer seems to train
-SECONDS = 2.0  # between two looks at a run that trains
+SHOWN = 9  # runs that are selected at first
+RECENT = 20  # the last lines of timing.jsonl, from which the speed is computed
+ALIVE = 60  # a run that has written nothing for so many seconds counts as stopped
+SECONDS = 2.0  # between two updates while a run is followed
 
 
-# -- what is known of runs -------------------------------------------------------------------------
+# -- the state of runs -----------------------------------------------------------------------------
 
 
 def overview(names):
-    """List runs: a table indexed by run, with stage, recipe, seed, steps, step and whether the
-    weights are there.
+    """Return a table of runs, one row per run: stage, recipe, seed, steps, step (the last logged
+    one) and weights (whether there is a checkpoint).
     """
     rows = {}
     for run in map(Run.open, names):
-        described = {key: run.config.get(key) for key in ("stage", "recipe", "seed", "steps")}
-        rows[run.name] = described | {
+        settings = {key: run.config.get(key) for key in ("stage", "recipe", "seed", "steps")}
+        rows[run.name] = settings | {
             "step": run.logged_step,
             "weights": bool(run.checkpoint_steps()),
         }
@@ -47,8 +47,8 @@ def overview(names):
 
 
 def differing(names):
-    """Table the fields in which the configurations of runs differ: a row a field ("objective.tau"),
-    a column a run.
+    """Return a table of the fields in which the configurations of runs differ: one row per field
+    ("objective.tau"), one column per run.
     """
     table = pd.DataFrame(
         {name: pd.Series(flatten(Run.open(name).config), dtype=object) for name in names}
@@ -57,7 +57,7 @@ def differing(names):
 
 
 def metrics(name):
-    """Return a run's metrics, read again only when there are more of them."""
+    """Return a run's metrics; the file is read again only when it has grown."""
     path = Run.open(name).path
     file = path / "metrics.jsonl"
     return _metrics(path, file.stat().st_size if file.exists() else 0)
@@ -68,74 +68,79 @@ def _metrics(path, size):
     return Run.open(path.name).metrics()
 
 
-def written(run):
-    """Return when a run last wrote metrics or samples, in seconds since the epoch."""
+def last_written(run):
+    """Return the time at which a run last wrote metrics or samples, in seconds since the epoch."""
     files = [path for pattern in ("*.json*", "samples/*") for path in run.path.glob(pattern)]
     return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 def progress(run):
-    """Say how far a run is: {step, steps, speed in images/s over its last lines, seconds left at
-    that speed, seconds_since}.
+    """Return the progress of a run: {step, steps, speed, seconds_left, seconds_since}.
 
-    `seconds_since` it wrote anything. Speed and time left are NaN where nothing was timed
-    (records).
+    `speed` is in images/s over the last lines of timing.jsonl, and `seconds_left` is computed from
+    it; both are NaN for a run without timing, such as a record. `seconds_since` is the time since
+    the run last wrote a file.
     """
-    config, step, timed = run.config, run.logged_step, ["images_per_second", "seconds"]
-    timing = run.metrics("timing.jsonl").reindex(columns=timed).dropna().tail(RECENT)
+    config = run.config
+    step = run.logged_step
+    columns = ["images_per_second", "seconds"]
+    timing = run.metrics("timing.jsonl").reindex(columns=columns).dropna().tail(RECENT)
     speed = (
         np.average(timing["images_per_second"], weights=timing["seconds"])
         if timing["seconds"].sum() > 0
         else math.nan
     )
-    left = (config["steps"] - step) * config["batch_size"] / speed
-    since = time.time() - written(run)
     return {
         "step": step,
         "steps": config["steps"],
         "speed": speed,
-        "seconds_left": left,
-        "seconds_since": since,
+        "seconds_left": (config["steps"] - step) * config["batch_size"] / speed,
+        "seconds_since": time.time() - last_written(run),
     }
 
 
 def is_training(run):
-    """Say whether a run seems to be training now: not finished, and written to in the last
-    minute.
+    """Return whether a run seems to be training: it is not finished, and has written a file in the
+    last minute.
     """
-    return time.time() - written(run) < ALIVE and run.logged_step < run.config["steps"]
+    return time.time() - last_written(run) < ALIVE and run.logged_step < run.config["steps"]
 
 
 def smoothed(steps, values, window):
-    """Average a curve over the points at most `window` / 2 steps away: curves logged seldom stay as
-    they are. (N,) -> (N,).
+    """Average each point of a curve with the points at most `window` / 2 steps away, (N,) -> (N,).
+
+    A curve whose points are further apart stays unchanged.
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
-    first, last = (
-        np.searchsorted(steps, steps - window / 2),
-        np.searchsorted(steps, steps + window / 2, side="right"),
-    )
+    first = np.searchsorted(steps, steps - window / 2)
+    last = np.searchsorted(steps, steps + window / 2, side="right")
     return (total[last] - total[first]) / (last - first)
 
 
-# -- how it is drawn -------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def draw_curves(names, above, below, smooth, scale):
-    """Draw two metrics of runs over their steps, thin as logged and thick as averaged; a colour a
-    recipe, a dash a seed.
+    """Draw two metrics of runs over steps, `above` and `below`; return the figure.
+
+    Thin lines are values as logged, thick lines are averaged by `smoothed`. There is one colour per
+    recipe, and one line style per seed.
     """
     if not names:
         raise UserError(
-            "No run is selected. Choose some in the list (with Ctrl or Shift: several), or filter "
-            "less."
+            "No run is selected. Choose runs in the list (several with Ctrl or Shift), or relax "
+            "the filters."
         )
     use_style()
-    legend = 0.2 + 0.18 * math.ceil(len(names) / 2)  # its height, in inches
-    height = 5.0 + legend
+    legend_height = 0.2 + 0.18 * math.ceil(len(names) / 2)  # in inches
+    height = 5.0 + legend_height
     fig, axes = plt.subplots(2, 1, figsize=(6.4, height))
     fig.subplots_adjust(
-        left=0.08, right=0.99, bottom=0.5 / height, top=1 - (legend + 0.1) / height, hspace=0.24
+        left=0.08,
+        right=0.99,
+        bottom=0.5 / height,
+        top=1 - (legend_height + 0.1) / height,
+        hspace=0.24,
     )
     recipes = [Run.open(name).config.get("recipe") for name in names]
     colours = dict(zip(dict.fromkeys(recipes), sns.color_palette("deep", len(set(recipes)))))
@@ -153,7 +158,7 @@ def draw_curves(names, above, below, smooth, scale):
         axis.set(title=metric, xscale="log" if scale == "log step" else "linear")
         if scale == "log value":
             axis.set_yscale("log", nonpositive="mask")
-            axis.yaxis.set_major_formatter(LogFormatter())  # 5 and not 5 x 10^0
+            axis.yaxis.set_major_formatter(LogFormatter())  # writes 5 instead of 5 x 10^0
             axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes[1].set_xlabel("step")
     fig.legend(
@@ -167,19 +172,22 @@ def draw_curves(names, above, below, smooth, scale):
 
 
 def draw_run(name):
-    """Draw all losses of a run, of training in red and of validation in black, and under them its
-    newest panel of samples.
+    """Draw all losses of a run, in training (red) and validation (black), above its newest panel of
+    samples; return the figure.
     """
-    run, table = Run.open(name), metrics(name)
+    run = Run.open(name)
+    table = metrics(name)
     losses = [
         column for column in table if column.endswith("_loss") and not column.startswith("val/")
     ]
     if not losses:
         raise UserError(f"run '{name}' has logged no losses yet.")
     use_style()
-    rows, panels = math.ceil(len(losses) / 3), run.panels()
-    newest = max(panels, default=0)
-    columns, height = math.ceil(len(losses) / rows), 1.7 * rows + 2.4 * bool(panels)
+    panels = run.panels()
+    newest_step = max(panels, default=0)
+    rows = math.ceil(len(losses) / 3)
+    columns = math.ceil(len(losses) / rows)
+    height = 1.7 * rows + 2.4 * bool(panels)
     fig = plt.figure(figsize=(6.4, height))
     edges = dict(
         left=0.07, right=0.98, top=1 - 0.25 / height, bottom=1 - (1.7 * rows - 0.25) / height
@@ -201,21 +209,19 @@ def draw_run(name):
             )
     if panels:
         axis = fig.add_axes([0.01, 0, 0.98, 2.05 / height])
-        axis.imshow(Image.open(panels[newest]), interpolation="antialiased")
+        axis.imshow(Image.open(panels[newest_step]), interpolation="antialiased")
         axis.set_axis_off()
-        axis.set_title(f"step {newest}: images, reconstructions, samples")
+        axis.set_title(f"step {newest_step}: images, reconstructions, samples")
     return fig
 
 
-# -- what can be turned ----------------------------------------------------------------------------
+# -- panels with controls --------------------------------------------------------------------------
 
 
 class Compare(Panel):
-    """Choose runs and compare their curves, by the controls `names`, `above`, `below`, `smooth` and
-    `scale`.
+    """Compare the curves of runs; controls: `names`, `above`, `below`, `smooth` and `scale`.
 
-    The `filters` say which runs there are to choose from: `pattern` (a shell pattern), `stage` and
-    `recipe`.
+    The widgets `filters` limit the list of runs: `pattern` (a shell pattern), `stage` and `recipe`.
     """
 
     def __init__(self, pattern="*", metric="val/ntp_loss", smooth=0.0):
@@ -245,10 +251,10 @@ class Compare(Panel):
         self.list_runs()
 
     def list_runs(self, _=None):
-        """List the runs that pass the filters, and the metrics they have; what was chosen stays
-        chosen while it is there.
+        """List the runs that pass the filters, and their metrics; a choice stays as long as it is
+        listed.
         """
-        if self.held:
+        if self.is_held:
             return
         with self.at_once():
             configs = [Run.open(name).config for name in run_names()]
@@ -266,30 +272,32 @@ class Compare(Panel):
                 if passes(Run.open(name).config)
             ]
             names = self.controls["names"]
-            chosen = [name for name in names.value if name in options]
+            still_chosen = [name for name in names.value if name in options]
             measured = [
                 name for name in options if self.controls["above"].value in metrics(name)
             ] or options
-            names.value = ()  # first: the browser would look for the old choice in the new list
+            names.value = ()  # or the browser would look for the old choice in the new list
             names.options = options
-            names.value = chosen or measured[:SHOWN]
+            names.value = still_chosen or measured[:SHOWN]
             logged = sorted({column for name in options for column in metrics(name)} - {"step"})
             for side in ("above", "below"):
                 _choose_from(self.controls[side], logged or [self.controls[side].value])
 
 
 class Follow(Panel):
-    """Watch a run while it trains: while `toggle` is pressed, look again every few seconds; the
-    notebook stays free.
+    """Follow a run while it trains: the panel is updated every few seconds while `toggle` is on.
 
-    Where the run shown does not train and another does, that one is shown: a run follows its
-    parents by itself.
+    The notebook can be used meanwhile. If the shown run is not training and another run is, the
+    panel changes to that run, for example from a parent to the run that starts after it.
     """
 
     def __init__(self, pattern="*"):
         self.toggle = widgets.ToggleButton(description="follow", icon="play")
-        self.bar, self.status = widgets.IntProgress(description="steps"), widgets.HTML()
-        self.pattern, self.task, self.drawn = pattern, None, None
+        self.bar = widgets.IntProgress(description="steps")
+        self.status = widgets.HTML()
+        self.pattern = pattern
+        self.task = None  # the asyncio task while `toggle` is on
+        self.drawn_state = None  # (name, time of the last writing) in the picture
         super().__init__(
             lambda name: draw_run(name or pattern), {"name": widgets.Dropdown(description="run")}
         )
@@ -298,33 +306,28 @@ class Follow(Panel):
         self.look()
 
     def look(self):
-        """List the runs, the one written last in front, choose one that trains, and draw what is
-        new of it.
+        """List the runs, the last written one first; choose one that is training, and draw it if it
+        has news.
         """
-        names = sorted(run_names(self.pattern), key=lambda name: -written(Run.open(name)))
-        training, shown = (
-            [name for name in names if is_training(Run.open(name))],
-            self.controls["name"].value,
-        )
+        names = sorted(run_names(self.pattern), key=lambda name: -last_written(Run.open(name)))
+        training = [name for name in names if is_training(Run.open(name))]
+        shown = self.controls["name"].value
+        choice = shown if shown in training or not training else training[0]
         with self.at_once():
-            _choose_from(
-                self.controls["name"],
-                names,
-                shown if shown in training or not training else training[0],
-            )
+            _choose_from(self.controls["name"], names, choice)
 
     def update(self, _=None):
-        """Draw the run if there is news, and say how far it is."""
-        if self.held or not (name := self.controls["name"].value):
+        """Show the progress of the run, and draw the run if it has written a file since."""
+        if self.is_held or not (name := self.controls["name"].value):
             return super().update()
         run = Run.open(name)
         state = progress(run)
         self.bar.max = state["steps"]
         self.bar.value = state["step"]
         self.status.value = describe(state)
-        news = (name, written(run))
-        if news != self.drawn:
-            self.drawn = news
+        current_state = (name, last_written(run))
+        if current_state != self.drawn_state:
+            self.drawn_state = current_state
             super().update()
 
     def _switch(self, change):
@@ -333,16 +336,16 @@ class Follow(Panel):
         self.task = asyncio.get_running_loop().create_task(self._watch()) if change.new else None
 
     async def _watch(self):
-        """Look again and again, until cancelled."""
+        """Update the panel every `SECONDS`, until the task is cancelled."""
         while True:
-            # a run has just cleared its samples, or is gone: next time
+            # a run may be gone, or be replacing its samples: the next update shows it
             with contextlib.suppress(FileNotFoundError, UserError):
                 self.look()
             await asyncio.sleep(SECONDS)
 
 
 def describe(state):
-    """Say a `progress` in words."""
+    """Describe a `progress` in words."""
     is_timed = not math.isnan(state["speed"])
     speed = (
         f"{state['speed']:.0f} images/s, {_minutes(state['seconds_left'])} left, "
@@ -359,8 +362,10 @@ def _minutes(seconds):
 
 
 def _choose_from(control, options, choice=None):
-    """Give a control other options; its value becomes `choice`, or stays, or is the first,
-    whichever is one of them.
+    """Set the options of a control, and its value.
+
+    The value becomes `choice`, or by default stays; if it is not among the options, it becomes the
+    first of them.
     """
     value = choice or control.value
     control.options = options

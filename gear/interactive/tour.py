@@ -1,8 +1,7 @@
-"""What one can turn in the notebook `tour`: an index grid, the soft read-out at any tau, nearest
-codes, guided samples.
+"""The notebook `tour`: index grids, the soft read-out at any tau, nearest codes and guided samples.
 
-The `draw_*` functions are plain, tensors in and a figure out; the functions after them put controls
-beside those.
+The functions `draw_*` take tensors and return a figure; the functions `tokens`, `readout` and
+`samples` put controls beside such a figure.
 """
 
 import math
@@ -17,47 +16,51 @@ from gear.config import UserError, check_value
 from gear.figures.style import PALETTE, use_style
 from gear.generator.sampling import Guidance, generate
 from gear.images import to_uint8
-from gear.interactive.widgets import Panel, TokenGrid, ink
+from gear.interactive.widgets import Panel, TokenGrid, text_colour
 from gear.measures.codes import row_entropies
 
 NEAREST = 10  # codes drawn for a patch
-SAMPLES = 8  # drawn of a class
-HARD = 1e-6  # a tau at which a read-out is hard
-BRIGHT = 50  # codes in a mixture that a map of exp H shows as white
-NUMBERED = 12  # tokens a side, up to which numbers are legible
+SAMPLES = 8  # samples drawn of a class
+HARD = 1e-6  # a tau so small that the read-out is hard
+BRIGHT = 50  # upper end of the colour scale of exp H, in codes
+NUMBERED = 12  # largest side of a grid, in tokens, on which indices are legible
 
 
-# -- what is seen ----------------------------------------------------------------------------------
+# -- quantities ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def code_colours(tokenizer, indices):
-    """Return the colour of each index, (h, w) -> (h, w, 3) in [0, 1]: the middle of what a field of
-    that code decodes to.
+    """Return a colour for each index, (h, w) -> (h, w, 3) in [0, 1].
+
+    The colour of a code is the mean colour of the centre patch of a 3 x 3 grid of that code.
     """
     codes, inverse = indices.unique(return_inverse=True)
     f = tokenizer.config.downsampling
-    # a few at a time: a large grid may hold a code a token
+    # 32 codes at a time, because a large grid may hold as many codes as tokens
     fields = codes[:, None, None].expand(-1, 3, 3).split(32)
-    # (n, 3)
+    # each (n, 3)
     middles = [tokenizer.decode(field)[:, :, f : 2 * f, f : 2 * f].mean((2, 3)) for field in fields]
     return (torch.cat(middles) / 2 + 0.5).clamp(0, 1)[inverse]
 
 
 @torch.no_grad()
 def decode_mixture(tokenizer, affinity, tau):
-    """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W); tau
-    = 0 reads it hard.
+    """Decode the soft read-out of the codes, softmax(A / tau) C: affinity (L, K) -> (3, H, W).
+
+    A tau of 0 gives the hard read-out.
     """
-    codes, side = tokenizer.quantizer.codes().to(affinity.device), math.isqrt(len(affinity))
+    codes = tokenizer.quantizer.codes().to(affinity.device)
+    side = math.isqrt(len(affinity))
     rows = (affinity / tau).softmax(-1) @ codes if tau else codes[affinity.argmax(-1)]  # (L, D)
     return tokenizer.decode_latents(rows.T.reshape(1, -1, side, side))[0]
 
 
 @torch.no_grad()
 def variants(tokenizer, indices, position, codes):
-    """Decode an index grid (h, w) with each of `codes` (n,) at `position`, cut to that patch and
-    those around it.
+    """Decode an index grid (h, w) with each of `codes` (n,) at `position`.
+
+    The images (n, 3, H, W) are cropped to the patch at `position` and its neighbours.
     """
     row, column = divmod(position, indices.shape[1])
     grids = indices.repeat(len(codes), 1, 1)
@@ -69,26 +72,27 @@ def variants(tokenizer, indices, position, codes):
 
 
 def changed_tokens(tokenizer, before, images):
-    """Say which tokens another tokenizer `before` reads otherwise: images (B, 3, H, W) -> (B, h, w)
+    """Return which tokens differ between `tokenizer` and `before`: images (B, 3, H, W) -> (B, h, w)
     bool.
 
-    Means something where one was trained on from the other: a code keeps its number. UserError for
-    codebooks unlike in size.
+    The comparison is meaningful if the training of one tokenizer started from the other, because
+    codes then keep their indices. Raises UserError for codebooks of different sizes.
     """
     if tokenizer.config.codebook_size != before.config.codebook_size:
         raise UserError(
-            "these tokenizers number different codes: compare one with the tokenizer it was "
-            "trained on from."
+            f"these tokenizers have different codes, {tokenizer.config.codebook_size} and "
+            f"{before.config.codebook_size}: compare a tokenizer with the one from which its "
+            "training started."
         )
     with torch.no_grad():
         return tokenizer.encode(images) != before.encode(images)
 
 
-# -- how it is drawn -------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def draw_images(rows):
-    """Draw {title: images (B, 3, H, W) in [-1, 1]}, a row each; returns the figure."""
+    """Draw {title: images (B, 3, H, W) in [-1, 1]}, one row per title; return the figure."""
     count = len(next(iter(rows.values())))
     fig, axes = _grid(len(rows), count, width=10, height=(10 / count + 0.3) * len(rows))
     for line, (title, images) in zip(axes, rows.items()):
@@ -100,15 +104,13 @@ def draw_images(rows):
 
 @torch.no_grad()
 def draw_tokens(tokenizer, before, images, image):
-    """Draw one of `images` by its number, its index grid, its reconstruction, and the tokens that
-    `before` reads otherwise.
+    """Draw the image number `image` of `images`, its index grid, its reconstruction, and the tokens
+    that differ from those of the tokenizer `before`; return the figure.
     """
     picture = images[image : image + 1]
     indices = tokenizer.encode(picture)
-    changed, colours = (
-        changed_tokens(tokenizer, before, picture)[0],
-        code_colours(tokenizer, indices[0]),
-    )
+    changed = changed_tokens(tokenizer, before, picture)[0]
+    colours = code_colours(tokenizer, indices[0])
     fig, axes = _grid(1, 4, width=9.4, height=2.6)
     _picture(axes[0, 0], picture[0], "image")
     _show(axes[0, 1], colours, "indices, in their codes' colours")
@@ -117,17 +119,24 @@ def draw_tokens(tokenizer, before, images, image):
     _show(axes[0, 3], faded, f"{int(changed.sum())} of {changed.numel()} tokens changed")
     for row, line in enumerate(indices[0].tolist() if len(colours) <= NUMBERED else []):
         for column, index in enumerate(line):
-            size, colour = 56 / len(colours), ink(colours[row, column])
             axes[0, 1].text(
-                column, row, index, ha="center", va="center", fontsize=size, color=colour
+                column,
+                row,
+                index,
+                ha="center",
+                va="center",
+                fontsize=56 / len(colours),
+                color=text_colour(colours[row, column]),
             )
     return fig
 
 
 @torch.no_grad()
 def draw_taus(tokenizer, image, position, taus):
-    """Draw the soft read-out of an image (3, H, W) at several tau and the hard one: decoded, and
-    one patch's masses.
+    """Draw the soft read-out of an image (3, H, W) at each of `taus`, and the hard one; return the
+    figure.
+
+    The upper row shows the decoded images, the lower row the assignment of the patch at `position`.
     """
     affinity = tokenizer.affinity(image[None]).dense[0]  # (L, K)
     fig, axes = _grid(2, len(taus) + 1, width=10, height=2.7, left=0.05, bottom=0.1)
@@ -146,24 +155,28 @@ def draw_taus(tokenizer, image, position, taus):
 
 @torch.no_grad()
 def draw_readout(tokenizer, images, image, position, tau):
-    """Draw how one patch is read at `tau`: the masses of its nearest codes, how each would look,
-    and the image decoded.
+    """Draw the soft read-out of one patch at `tau`; return the figure.
+
+    It shows the masses of the nearest codes, the patch decoded with each of them, and the image
+    decoded from the hard and the soft read-out.
     """
-    picture, f = images[image : image + 1], tokenizer.config.downsampling
+    picture = images[image : image + 1]
+    f = tokenizer.config.downsampling
     affinity = tokenizer.affinity(picture).dense[0]  # (L, K)
     indices = tokenizer.encode(picture)[0]
     masses, size = _masses(affinity[position], tau)
     use_style()
     fig = plt.figure(figsize=(6.4, 4.2))
-    axis, strip = fig.add_axes([0.1, 0.7, 0.89, 0.23]), fig.add_axes([0.1, 0.49, 0.89, 0.155])
+    axis = fig.add_axes([0.1, 0.7, 0.89, 0.23])
+    strip = fig.add_axes([0.1, 0.49, 0.89, 0.155])
     _bars(axis, masses.values, PALETTE["GEAR"])
     axis.set_ylabel(r"$\pi_k$")
     axis.set_title(
         rf"nearest codes of the patch: H = {math.log(size):.3g} nats, exp H = {size:.3g} codes",
         y=1.0,
     )
-    for i, look in enumerate(to_uint8(variants(tokenizer, indices, position, masses.indices))):
-        strip.imshow(look.numpy(), extent=(i - 0.44, i + 0.44, 0, 1))
+    for i, patch in enumerate(to_uint8(variants(tokenizer, indices, position, masses.indices))):
+        strip.imshow(patch.numpy(), extent=(i - 0.44, i + 0.44, 0, 1))
     strip.set(xlim=axis.get_xlim(), yticks=[], aspect="auto", frame_on=False)
     strip.set_xticks(range(len(masses.indices)), masses.indices.tolist(), fontsize=8)
     strip.tick_params(length=0)
@@ -181,32 +194,36 @@ def draw_readout(tokenizer, images, image, position, tau):
 
 @torch.no_grad()
 def draw_samples(generator, tokenizer, grid, label, cfg_scale, temperature, seed):
-    """Draw samples of a class, guided and not, from the same random numbers, and what of the guided
-    was hard to predict.
+    """Draw samples of a class with and without guidance, from the same random numbers; return the
+    figure.
+
+    The third row shows the entropy with which each token of the guided samples was predicted.
     """
-    labels, options = torch.full((SAMPLES,), label), dict(temperature=temperature, seed=seed)
+    labels = torch.full((SAMPLES,), label)
+    options = dict(temperature=temperature, seed=seed)
     guided = generate(generator, labels, grid, cfg_scale=cfg_scale, **options)
     plain = generate(generator, labels, grid, cfg_scale=1.0, **options)
     entropy = row_entropies(generator(guided, labels), 1.0).view(guided.shape)
-    top = math.log(generator.codebook_size)
+    max_entropy = math.log(generator.codebook_size)
     fig, axes = _grid(3, SAMPLES, width=6.4, height=3.2)
-    for column, one, other, surprise in zip(
+    for column, guided_image, plain_image, entropies in zip(
         axes.T, tokenizer.decode(guided), tokenizer.decode(plain), entropy
     ):
-        _picture(column[0], one)
-        _picture(column[1], other)
-        _show(column[2], surprise, vmin=0, vmax=top, cmap="magma")
+        _picture(column[0], guided_image)
+        _picture(column[1], plain_image)
+        _show(column[2], entropies, vmin=0, vmax=max_entropy, cmap="magma")
     axes[0, 0].set_title(f"guided, cfg_scale = {cfg_scale:g}")
     axes[1, 0].set_title("the same random numbers without guidance")
     axes[2, 0].set_title(
-        f"entropy of the first row's tokens given those before: 0 to ln K = {top:.2f} nats"
+        f"entropy of the first row's tokens given those before: 0 to ln K = {max_entropy:.2f} nats"
     )
     return fig
 
 
 def _grid(rows, columns, width, height, left=0.005, bottom=0.005):
-    """Make axes that fill a figure: several times quicker than a layout engine, which is felt under
-    a slider.
+    """Make a grid of axes that fills a figure.
+
+    Fixed positions are several times faster than a layout engine, which matters under a slider.
     """
     use_style()
     return plt.subplots(
@@ -233,13 +250,13 @@ def _picture(axis, image, title=""):
 def _show(axis, image, title="", **options):
     """Put a grid, (h, w) or (h, w, 3), on an axis without ticks or frame."""
     axis.imshow(image.numpy(), **options)
-    # a place of its own spares matplotlib the search for one, half the time of drawing
+    # with y given, matplotlib need not search for a position, which takes half the drawing time
     axis.set_title(title, y=1.0)
     axis.set_axis_off()
 
 
 def _outline(axis, position, f):
-    """Frame the patch at `position` of the square image an axis shows, `f` pixels a token."""
+    """Outline the patch at `position` in the square image of an axis, at `f` pixels per token."""
     row, column = divmod(position, axis.get_images()[0].get_array().shape[1] // f)
     axis.add_patch(
         Rectangle(
@@ -249,35 +266,36 @@ def _outline(axis, position, f):
 
 
 def _masses(affinity, tau):
-    """Return the largest masses of softmax(A / tau), with their codes, and exp H: affinity (K,)."""
+    """Return the largest masses of softmax(A / tau) with their codes, and exp H: affinity (K,)."""
     masses = (affinity / tau).softmax(-1).topk(min(NEAREST, len(affinity)))
     return masses, float(row_entropies(affinity, tau).exp())
 
 
 def _bars(axis, masses, colour):
-    """Draw masses on a logarithmic axis: those of a very soft read-out are all small."""
+    """Draw masses on a logarithmic axis, because those of a very soft read-out are all small."""
     axis.bar(range(len(masses)), masses.clamp(min=1e-9).numpy(), color=colour, width=0.86)
     axis.set(xlim=(-0.5, len(masses) - 0.5), yscale="log", ylim=(1e-3, 1), xticks=[])
     axis.minorticks_off()
 
 
-# -- what can be turned ----------------------------------------------------------------------------
+# -- panels with controls --------------------------------------------------------------------------
 
 
 def tokens(tokenizer, before, images):
-    """Show any of `images` as tokens: a Panel with the control `image`."""
+    """Return a Panel that shows any of `images` as tokens, with the control `image`."""
     return Panel(
-        lambda image: draw_tokens(tokenizer, before, images, image), {"image": _image(images)}
+        lambda image: draw_tokens(tokenizer, before, images, image),
+        {"image": _image_slider(images)},
     )
 
 
 def readout(tokenizer, images, tau, position=0):
-    """Show the soft read-out of any patch at any tau: a Panel with the controls `image`, `tau` and
-    `position`.
+    """Return a Panel that shows the soft read-out of any patch at any tau, with the controls
+    `image`, `tau` and `position`.
     """
     h, w = tokenizer.encode(images[:1]).shape[1:]
     controls = {
-        "image": _image(images),
+        "image": _image_slider(images),
         "tau": widgets.FloatLogSlider(
             tau, min=-3, max=0.5, step=0.05, description="τ", readout_format=".3g"
         ),
@@ -294,8 +312,8 @@ def readout(tokenizer, images, tau, position=0):
 
 
 def samples(generator, tokenizer, grid, classes, cfg_scale=1.5):
-    """Show samples of any class: a Panel with the controls `label`, `cfg_scale`, `temperature` and
-    `seed`.
+    """Return a Panel that shows samples of any class, with the controls `label`, `cfg_scale`,
+    `temperature` and `seed`.
     """
     check_value("cfg_scale", cfg_scale, Guidance)
     scales = dict(min=0, max=max(6, cfg_scale), step=0.25)
@@ -312,11 +330,13 @@ def samples(generator, tokenizer, grid, classes, cfg_scale=1.5):
         "seed": widgets.BoundedIntText(0, min=0, max=2**31, description="seed"),
     }
     panel = Panel(lambda **values: draw_samples(generator, tokenizer, grid, **values), controls)
-    again = widgets.Button(description="Sample again", icon="refresh", tooltip="take the next seed")
-    again.on_click(lambda _: controls["seed"].set_trait("value", controls["seed"].value + 1))
-    panel.place(below=[again])
+    button = widgets.Button(
+        description="Sample again", icon="refresh", tooltip="take the next seed"
+    )
+    button.on_click(lambda _: controls["seed"].set_trait("value", controls["seed"].value + 1))
+    panel.place(below=[button])
     return panel
 
 
-def _image(images):
+def _image_slider(images):
     return widgets.IntSlider(0, min=0, max=len(images) - 1, description="image")

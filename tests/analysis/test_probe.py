@@ -1,5 +1,5 @@
-"""The probe: its numbers are those of the functions it is made of, for runs and files, and it says
-what cannot be compared.
+"""The probe: its numbers equal those of the functions it calls, for runs and for files, and it
+refuses what cannot be compared.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ SMALL = TokenizerConfig(
 
 @pytest.fixture(scope="module")
 def images():
-    return scenes(N, first=1 << 40)  # those of DataConfig("scenes"), validation
+    return scenes(N, first=1 << 40)  # the validation images of DataConfig("scenes")
 
 
 def write(path, kind, module, size):
-    """Write a network as a file of its public layout, in the public GEAR's wrapping."""
+    """Write a network to a file in its public layout, wrapped as in the public GEAR code."""
     part = Part(module.state_dict(), size, public_layout(kind, size))
     export(Checkpoint(path.name, "gear", {kind: part}, step=7), path)
     return str(path)
@@ -68,17 +68,18 @@ def generator_file(path, codebook_size=64, **changes):
 
 
 def value(table, metric, level, layer=None):
-    chosen = table[(table.metric == metric) & (table.level == level)]
-    return (chosen if layer is None else chosen[chosen.layer == layer]).value.item()
+    lines = table[(table.metric == metric) & (table.level == level)]
+    return (lines if layer is None else lines[lines.layer == layer]).value.item()
 
 
 @pytest.mark.parametrize(
     "changes", [{}, dict(quantizer="lfq", backbone="magvit2", code_dim=6), dict(quantizer="ibq")]
 )
-def test_numbers_are_those_of_the_functions_they_are_made_of(changes, images):
-    """Whatever the quantizer; taken a few images at a time, means are those over all."""
+def test_numbers_equal_those_of_the_called_functions(changes, images):
+    """For every quantizer; means over batches equal means over all images."""
     torch.manual_seed(0)
-    tokenizer, (pictures, _) = Tokenizer(replace(SMALL, **changes)).eval(), images
+    tokenizer = Tokenizer(replace(SMALL, **changes)).eval()
+    pictures, _ = images
     target = load_scenes_teacher()(pictures)
     indices, table = probe.probe_tokenizer(tokenizer, pictures, TAU, target, K)
     assert torch.equal(indices, tokenizer.encode(pictures))
@@ -110,8 +111,8 @@ def test_numbers_are_those_of_the_functions_they_are_made_of(changes, images):
         curve = table[(table.metric == name) & (table.level == "quantile")].set_index("x").value
         assert curve.is_monotonic_increasing and curve[0] <= value(table, name, "token") <= curve[1]
     expected = tokenizer_table(tokenizer_features(tokenizer, pictures), target, K)
-    got = table[table.layer.notna()].reset_index(drop=True)[expected.columns]
-    pd.testing.assert_frame_equal(got, expected, rtol=1e-3, check_dtype=False)
+    profiled = table[table.layer.notna()].reset_index(drop=True)[expected.columns]
+    pd.testing.assert_frame_equal(profiled, expected, rtol=1e-3, check_dtype=False)
 
 
 def test_a_run_and_the_file_it_is_exported_to_are_one_tokenizer_under_two_names(tiny, home, images):
@@ -132,10 +133,11 @@ def test_a_run_and_the_file_it_is_exported_to_are_one_tokenizer_under_two_names(
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_networks_are_on_a_device_for_as_long_as_a_block_lasts():
-    """The notebook that opened them goes on with CPU images; so it does after an error."""
+def test_networks_return_to_the_cpu_after_the_block():
+    """The notebook continues with CPU images, after an error as well."""
     network = torch.nn.Linear(2, 2)
-    moves, to = [], network.to
+    moves = []
+    to = network.to
     network.to = lambda device: (moves.append(device), to("cpu"))[1]
     with pytest.raises(UserError), probe.on_device("cuda:1", network) as networks:
         assert networks == [network] and moves == ["cuda:1"]
@@ -149,8 +151,8 @@ def test_two_checkpoints_of_one_name_are_refused(home):
         probe.open_tokenizers(*paths)
 
 
-def test_generator_layers_are_read_with_its_own_tokenizer_and_the_images_classes(tiny, images):
-    """Embeddings, tap, middle and last, as `generator_features` gives them for the run."""
+def test_a_generator_is_probed_with_its_own_tokenizer_and_the_images_classes(tiny, images):
+    """Layers 0, tap, middle and last equal those of `generator_features` for the run."""
     pictures, labels = images
     reader = probe.open_generator("tiny", load_tokenizer("tiny-tokenizer"))
     assert reader.tokenizer.source.endswith("of tiny (gear, step 24)")
@@ -165,15 +167,16 @@ def test_generator_layers_are_read_with_its_own_tokenizer_and_the_images_classes
 
 
 def test_a_generator_from_elsewhere_is_given_no_class(tiny, home, images):
-    """A file does not say what its classes are, and other images than its own have others."""
-    tokenizer, labels = load_tokenizer("tiny"), images[1]
+    """A file does not state its classes, and images of another source have other classes."""
+    tokenizer = load_tokenizer("tiny")
+    _, labels = images
     file = probe.open_generator(generator_file(home / "c2i.pt", num_classes=24), tokenizer)
     assert file.tokenizer is tokenizer and file.step == 7
     assert file.condition("scenes", labels).tolist() == [24] * N
     assert probe.open_generator("tiny", tokenizer).condition("~/pets", labels).tolist() == [24] * N
 
 
-def test_what_cannot_be_read_together_is_said(home, images):
+def test_mismatched_networks_and_values_are_refused(home, images):
     tokenizer = load_tokenizer(tokenizer_file(home / "vq.pt"))
     with pytest.raises(
         UserError,
@@ -182,7 +185,7 @@ def test_what_cannot_be_read_together_is_said(home, images):
         probe.open_generator(generator_file(home / "t2i.pt", text_slots=300, text_dim=8), tokenizer)
     with pytest.raises(
         UserError,
-        match="c2i.pt' knows 32 codes, tokenizer of vq.pt .* has 64: give the one it reads",
+        match="c2i.pt' knows 32 codes, but tokenizer of vq.pt .* has 64: give the tokenizer it was",
     ):
         probe.open_generator(generator_file(home / "c2i.pt", codebook_size=32), tokenizer)
     with pytest.raises(UserError, match="tau is 0.0: it has to be at least 1e-06"):
@@ -197,7 +200,7 @@ def test_what_cannot_be_read_together_is_said(home, images):
             probe.teacher_targets("", CONFIG, images[0], [4], k)
 
 
-def test_targets_lie_on_the_grid_of_each_tokenizer_or_the_teacher_is_refused(images):
+def test_targets_have_the_grid_of_each_tokenizer_or_the_teacher_is_refused(images):
     targets = probe.teacher_targets("scenes", CONFIG, images[0], [4, 4], K)
     assert list(targets) == [4] and torch.equal(targets[4], load_scenes_teacher()(images[0]))
     assert probe.teacher_targets("", CONFIG, images[0], [8, 4], K) == {4: None, 8: None}
@@ -213,23 +216,22 @@ def test_targets_lie_on_the_grid_of_each_tokenizer_or_the_teacher_is_refused(ima
 
 def test_without_a_teacher_maps_are_described_and_nothing_is_aligned(images):
     tokenizer = Tokenizer(SMALL).eval()
-    _, alone = probe.probe_tokenizer(tokenizer, images[0], TAU, None, K)
-    _, beside = probe.probe_tokenizer(
+    _, maps_only = probe.probe_tokenizer(tokenizer, images[0], TAU, None, K)
+    _, compared = probe.probe_tokenizer(
         tokenizer, images[0], TAU, load_scenes_teacher()(images[0]), K
     )
-    assert set(alone.metric) == set(beside.metric) - {"cka", "cknna"} and "teacher" not in set(
-        alone.layer
-    )
+    assert set(maps_only.metric) == set(compared.metric) - {"cka", "cknna"}
+    assert "teacher" not in set(maps_only.layer)
     for metric in ("moran", "high_frequency"):
-        assert value(alone, metric, "map", "pre") == value(beside, metric, "map", "pre")
+        assert value(maps_only, metric, "map", "pre") == value(compared, metric, "map", "pre")
 
 
-def test_the_notebook_takes_a_public_file_alone(home):
-    """No other, no generator, no teacher: a figure with the file's name, step and hash, and without
-    the panels of alignment.
+def test_the_notebook_runs_with_one_public_file_only(home):
+    """Without a second checkpoint, generator and teacher, the figure states the file's name, step
+    and hash, and has no alignment panels.
     """
     path = home / "vq.pt"
-    given = {
+    parameters = {
         "checkpoint": tokenizer_file(path),
         "other": "",
         "generator": "",
@@ -237,7 +239,7 @@ def test_the_notebook_takes_a_public_file_alone(home):
         "count": 8,
         "k": 5,
     }
-    executed = render.execute("probe", given)
+    executed = render.execute("probe", parameters)
     head, *_ = (home / "figures" / "data" / "probe.csv").read_text().splitlines()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert json.loads(head.removeprefix("# "))["runs"] == {"vq.pt": {"step": 7, "config": digest}}
@@ -246,7 +248,7 @@ def test_the_notebook_takes_a_public_file_alone(home):
     assert "No teacher: nothing is aligned." in executed.read_text()
 
 
-def test_a_figure_of_what_is_no_run_has_its_provenance_and_face(home):
+def test_a_figure_of_a_file_states_its_provenance(home):
     subject = probe.Subject("vq.pt", None, "0123456789ab", None, None)
     fig, (axis,) = figures.panels("a")
     axis.plot([1, 2])

@@ -1,4 +1,4 @@
-"""Tables of a run: what their levels mean, and the floors drawn beside them."""
+"""Analysis tables of a run: the meaning of their levels, and the floors of the alignment loss."""
 
 import numpy as np
 import pandas as pd
@@ -35,8 +35,8 @@ def noise():
 
 
 def test_position_alone_aligns_patches_and_not_content(noise):
-    """What only tells where a patch lies aligns any image with any other; without the position's
-    mean nothing is left.
+    """Features that depend only on the position align any two images; without the mean of each
+    position, no alignment is left.
     """
     position = 3 * noise[2][:1]
     table = profile(position + noise[0], position + noise[1])
@@ -52,10 +52,9 @@ def test_content_is_not_touched_by_what_position_adds(noise):
     assert shifted.value["patch", "cka"] < plain.value["patch", "cka"] - 0.1
 
 
-def test_a_collapsed_tokenizer_is_undefined_not_an_error(noise):
-    table = profile(
-        torch.ones(N, L, 6) + noise[2][:1], noise[0]
-    )  # one answer at every position, whatever the image
+def test_alignment_of_a_collapsed_tokenizer_is_undefined_and_no_error(noise):
+    # rows depend on the position only, not on the image
+    table = profile(torch.ones(N, L, 6) + noise[2][:1], noise[0])
     assert table.n["content", "cka"] == 0
     assert (
         table.value.loc[[("content", "cka"), ("content", "cknna"), ("image", "cka")]].isna().all()
@@ -72,9 +71,9 @@ def test_biased_cka_is_inflated_where_nothing_is_shared(noise):
         assert biased.value[level, "cknna"] == unbiased.value[level, "cknna"]
 
 
-def test_what_a_position_sees_is_found_one_position_on(noise):
-    """Position i + 1 holds patch i, as embeddings do: only the pairing by what is seen finds it,
-    and leaves out the last.
+def test_pairing_sees_compares_each_patch_with_the_next_position(noise):
+    """Position i + 1 holds patch i, as embeddings do: only the pairing "sees" aligns the two, and
+    it leaves out the last patch.
     """
     target = noise[0]
     hidden = torch.cat([noise[1][:, :1], target[:, :-1]], 1)
@@ -86,8 +85,9 @@ def test_what_a_position_sees_is_found_one_position_on(noise):
                 and predicts.value[level, metric] < 0.95
             )
     assert abs(predicts.value["patch", "cka"]) < 0.1
-    other = torch.cat([target[:, :-1], noise[2][:, :1]], 1)  # the last patch bears on nothing
-    assert profile(hidden, other, pairing="sees").value["patch", "cka"] == pytest.approx(
+    # the last patch has no effect
+    changed_end = torch.cat([target[:, :-1], noise[2][:, :1]], 1)
+    assert profile(hidden, changed_end, pairing="sees").value["patch", "cka"] == pytest.approx(
         1, abs=1e-9
     )
     assert predicts.value["map", "moran"] == sees.value["map", "moran"]
@@ -98,12 +98,12 @@ def test_standardising_undoes_the_scale_and_offset_of_channels(noise):
     moved = rows * torch.tensor([1e3, 1, 1, 1, 1e-3, 10]) + torch.arange(6)
     for level in ("image", "patch", "content"):
         for metric in ("cknna", "cka"):
-            found = {
+            values = {
                 how: [profile(x, target, normalise=how).value[level, metric] for x in (rows, moved)]
                 for how in ("standard", "l2")
             }
-            assert found["standard"][0] == pytest.approx(found["standard"][1], abs=1e-9)
-            assert abs(found["l2"][0] - found["l2"][1]) > 1e-3
+            assert values["standard"][0] == pytest.approx(values["standard"][1], abs=1e-9)
+            assert abs(values["l2"][0] - values["l2"][1]) > 1e-3
 
 
 def test_rows_that_are_not_normalised_are_compared_as_they_are(noise):
@@ -113,30 +113,28 @@ def test_rows_that_are_not_normalised_are_compared_as_they_are(noise):
     )
 
 
-def test_a_constant_channel_tells_nothing_when_standardised(noise):
+def test_a_constant_channel_changes_nothing_when_standardised(noise):
     wider = torch.cat([noise[0], torch.full((N, L, 1), 0.1)], -1)
-    one, other = (
+    plain, with_constant = (
         profile(x, noise[0] + noise[1], normalise="standard").value["patch", "cka"]
         for x in (noise[0], wider)
     )
-    assert one == pytest.approx(other, abs=1e-6)
+    assert plain == pytest.approx(with_constant, abs=1e-6)
 
 
-def test_tables_from_before_the_choices_still_fit(tiny):
-    """A default is not named among a table's parameters; another choice is, and the tracked table
-    stays.
-    """
+def test_tables_made_before_the_choices_existed_are_still_found(tiny):
+    """A default is not among a table's parameters; any other choice is, and makes a second table."""
     for name, table in (
         ("layer_profile", profiles.layer_profile),
         ("tokenizer_profile", profiles.tokenizer_profile),
     ):
-        run, kept = Run.open("tiny"), pd.DataFrame({"kept": [1]})
-        run.table(name, {"images": 40, "k": 5}, lambda kept=kept: kept)
-        assert table(run, 40, 5).equals(kept) and table(
-            run, 40, 5, normalise="l2", estimator="unbiased"
-        ).equals(kept)
-        other = table(run, 40, 5, normalise="none")
-        assert list(other) == profiles.COLUMNS and table(run, 40, 5).equals(kept)
+        run = Run.open("tiny")
+        old_table = pd.DataFrame({"old": [1]})
+        run.table(name, {"images": 40, "k": 5}, lambda old_table=old_table: old_table)
+        assert table(run, 40, 5).equals(old_table)
+        assert table(run, 40, 5, normalise="l2", estimator="unbiased").equals(old_table)
+        new_table = table(run, 40, 5, normalise="none")
+        assert list(new_table) == profiles.COLUMNS and table(run, 40, 5).equals(old_table)
     with pytest.raises(UserError, match="unknown normalise 'l1'.*Known: l2, none, standard"):
         profiles.layer_profile(run, 40, 5, normalise="l1")
     with pytest.raises(UserError, match="unknown estimator 'debiased'.*Known: unbiased, biased"):
@@ -167,23 +165,23 @@ def test_sensitivity_changes_one_choice_at_a_time(noise):
     for (choice, setting), rows in changed.items():
         for metric, level, value, _, chance, *_ in rows:
             if ONLY.get(choice, metric) == metric:
-                found = table.loc[choice, setting, level, metric]
-                assert (found.value, found.null) == pytest.approx((value, chance), nan_ok=True)
+                line = table.loc[choice, setting, level, metric]
+                assert (line.value, line.null) == pytest.approx((value, chance), nan_ok=True)
     assert not {("k", "cka"), ("estimator", "cknna")} & {
         (choice, metric) for choice, _, _, metric in table.index
     }
 
 
-def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
+def test_sensitivity_has_the_profile_as_its_base_and_is_kept_with_the_run(tiny):
     run = Run.open("tiny-joint")
     table, profile = tokenizer_sensitivity(run, 40, 5), profiles.tokenizer_profile(run, 40, 5)
     base = table[(table.choice == "images") & (table.setting == "40")][profiles.COLUMNS]
-    known = profile[
+    expected = profile[
         profile.layer.isin(["pre", "post"])
         & profile.level.isin(["image", "patch", "content"])
         & (profile.metric != "ties")
     ]
-    pd.testing.assert_frame_equal(base.reset_index(drop=True), known.reset_index(drop=True))
+    pd.testing.assert_frame_equal(base.reset_index(drop=True), expected.reset_index(drop=True))
     assert "pairing" not in set(table.choice)
     generators = generator_sensitivity(Run.open("tiny"), 40, 5)
     assert set(generators.layer) == {"tap", "last"} and set(generators.choice) == {
@@ -197,26 +195,28 @@ def test_sensitivity_starts_from_the_profiles_and_is_kept(tiny):
 
 
 def shrunk(rows, labels, classes=24):
-    """Class means of rows, from the sums that are kept of them."""
+    """Compute shrunk class means of rows, from their sums per class."""
     sums = torch.zeros(classes, *rows.shape[1:]).index_add_(0, labels, rows)
     squares = float(rows.double().square().sum())
     return profiles.shrunk_class_means(sums, torch.bincount(labels, minlength=classes), squares)
 
 
-def test_floors_are_what_constant_answers_reach(tiny, monkeypatch):
-    """Each by its definition, on the run's own training and validation images; class means are
-    shrunk toward the position's.
+def test_floors_are_the_losses_of_constant_answers(tiny, monkeypatch):
+    """Each floor by its definition, on the run's training and validation images; class means are
+    shrunk toward the mean of the position.
     """
     monkeypatch.setattr(profiles, "LEAST_IMAGES", 100)
     table = profiles.alignment_floors(Run.open("tiny"), 20).set_index("predictor").value
     teacher = load_scenes_teacher()
-    (train, classes), (val, labels) = scenes(480), scenes(96, first=1 << 40)  # 24 classes
-    unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
-    of_class = shrunk(unit, classes)[labels]
+    train, train_labels = scenes(480)  # 24 classes
+    val, val_labels = scenes(96, first=1 << 40)
+    unit = F.normalize(teacher(train), dim=-1)
+    target = teacher(val)
+    class_answers = shrunk(unit, train_labels)[val_labels]
     for name, answer in {
         "constant": unit.mean((0, 1)),
         "position": unit.mean(0),
-        "class and position": of_class,
+        "class and position": class_answers,
     }.items():
         cosine = (F.normalize(answer.expand_as(target), dim=-1) * F.normalize(target, dim=-1)).sum(
             -1
@@ -226,29 +226,36 @@ def test_floors_are_what_constant_answers_reach(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("per_class", (1, 2, 4, 40))
-def test_class_means_of_few_images_are_no_worse_than_the_positions(per_class):
-    """Teacher features of scenes: with 4 images a class, ImageNet's share of 4,000, the plain class
-    mean is a weaker floor than position alone; shrunk, it never is by more than noise.
+def test_shrunk_class_means_of_few_images_are_no_worse_than_position_means(per_class):
+    """Teacher features of scenes: with 4 images per class (4,000 images of ImageNet's 1,000
+    classes), the plain class mean is a weaker floor than position alone. The shrunk mean is never
+    weaker by more than noise.
     """
     teacher = load_scenes_teacher()
-    (train, classes), (val, labels) = scenes(1_200), scenes(300, first=1 << 40)
-    unit, target = F.normalize(teacher(train), dim=-1), teacher(val)
-    keep = torch.cat([(classes == c).nonzero()[:per_class, 0] for c in classes.unique()])
-    rows, of = unit[keep], classes[keep]
+    train, train_labels = scenes(1_200)
+    val, val_labels = scenes(300, first=1 << 40)
+    unit = F.normalize(teacher(train), dim=-1)
+    target = teacher(val)
+    chosen = torch.cat(
+        [(train_labels == c).nonzero()[:per_class, 0] for c in train_labels.unique()]
+    )
+    rows = unit[chosen]
+    labels = train_labels[chosen]
     cosine = lambda answer: float(F.cosine_similarity(answer, target, dim=-1).mean())  # noqa: E731
-    plain = torch.stack([rows[of == c].mean(0) for c in range(24)])
+    plain_means = torch.stack([rows[labels == c].mean(0) for c in range(24)])
     position = cosine(rows.mean(0).expand_as(target))
-    of_shrunk, of_plain = (cosine(means[labels]) for means in (shrunk(rows, of), plain))
-    assert of_shrunk > position - 0.002 and of_shrunk > of_plain - 0.002
+    shrunk_cosine = cosine(shrunk(rows, labels)[val_labels])
+    plain_cosine = cosine(plain_means[val_labels])
+    assert shrunk_cosine > position - 0.002 and shrunk_cosine > plain_cosine - 0.002
     if per_class <= 4:
-        assert of_plain < position - 0.02, "what is mended"
+        assert plain_cosine < position - 0.02, "the plain mean needs the shrinkage"
     else:
-        assert of_shrunk > position + 0.02
+        assert shrunk_cosine > position + 0.02
 
 
 def test_shrinkage_by_hand():
-    """Two classes of two rows: w = 2 a row's own variance, b what remains; alike classes keep
-    nothing.
+    """Two classes of two rows: w = 2 is the variance within a class, b the remaining variance
+    between them; the means of equal classes become the mean of all.
     """
     rows, labels = torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
     within, between = 2.0, 25.0 - 2.0 / 4  # (1 + 1 + 1 + 1) / (4 - 2); (5^2 + 5^2) / 2 less w / N
@@ -257,31 +264,29 @@ def test_shrinkage_by_hand():
         [6 - 5 * share, 6 + 5 * share]
     )
     alike = shrunk(torch.tensor([[0.0], [2.0], [0.0], [2.0]]), labels, 2)
-    assert alike.flatten().tolist() == [1, 1], "classes that are alike keep nothing"
+    assert alike.flatten().tolist() == [1, 1], "equal classes have the mean of all"
     assert shrunk(rows[[0, 2]], labels[[0, 2]], 2).flatten().tolist() == [5, 5], (
-        "nor does a row each"
+        "so have classes of one row each"
     )
     absent = shrunk(rows, labels, 3)
     assert float(absent[2]) == 6, "a class without rows has the mean of all"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_profiles_of_a_gpu_are_those_of_a_cpu(tiny):
-    """To what its features are rounded to; the nulls are of the same permutations."""
+    """Equal up to the rounding of the features; the nulls use the same permutations."""
     run = Run.open("tiny")
     for name in ("layer_profile", "tokenizer_profile", "alignment_floors"):
         measure = getattr(profiles, f"_{name}")
         sizes = (20,) if name == "alignment_floors" else (40, 5)
-        one, other = (measure(run, *sizes, torch.device(device)) for device in ("cpu", "cuda"))
-        pd.testing.assert_frame_equal(one, other, rtol=0, atol=0.02)
+        on_cpu, on_gpu = (measure(run, *sizes, torch.device(device)) for device in ("cpu", "cuda"))
+        pd.testing.assert_frame_equal(on_cpu, on_gpu, rtol=0, atol=0.02)
 
 
-def test_features_come_back_to_where_the_images_are(tiny, device):
-    tokenizer, generator, teacher = (
-        load_tokenizer("tiny"),
-        load_generator("tiny"),
-        load_scenes_teacher(),
-    )
+def test_features_are_returned_on_the_device_of_the_images(tiny, device):
+    tokenizer = load_tokenizer("tiny")
+    generator = load_generator("tiny")
+    teacher = load_scenes_teacher()
     images, labels = scenes(6, first=1 << 40)
     with torch.no_grad():
         codes = tokenizer.encode(images).flatten(1)
@@ -296,9 +301,9 @@ def test_features_come_back_to_where_the_images_are(tiny, device):
         tokenizer_features(tokenizer, images)["pre"],
         teacher_features(teacher.to(device), images),
     ]
-    for mine, theirs in zip(features, expected):
-        assert mine.device == images.device
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    for computed, reference in zip(features, expected):
+        assert computed.device == images.device
+        torch.testing.assert_close(computed, reference, rtol=1e-3, atol=1e-3)
 
 
 def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
@@ -315,20 +320,20 @@ def test_tokenizer_profile_compares_before_and_after_quantisation(tiny):
         "map",
     }
     ties = table[table.metric == "ties"].value.item()
-    assert 0.5 < ties <= 1  # 64 codes for 64 tokens: many are equal
+    assert 0.5 < ties <= 1  # many of an image's 64 tokens have the same code
 
 
-def test_twice_the_images_have_to_be_there(tiny):
-    """Or two of the settings would hold the same images under two names."""
+def test_sensitivity_needs_twice_the_images(tiny):
+    """With fewer images, two of the settings would be computed on the same images."""
     with pytest.raises(
-        UserError, match="'tiny' has 128 validation images, not 2 x 65: -p images 64"
+        UserError, match="'tiny' has 128 validation images, not 2 x 65: choose -p images 64"
     ):
         generator_sensitivity(Run.open("tiny"), images=65)
 
 
-def test_speedups_of_seeds_are_each_seeds_own():
-    """Baselines end at 2 after 100 steps; one seed's method is there at 50, another's at once, a
-    third's never.
+def test_speedups_are_computed_for_each_seed():
+    """The baselines end at 2 after 100 steps. The method reaches 2 at step 50 with one seed, at the
+    first step with another, and never with the third.
     """
     steps = list(range(10, 101, 10))
     ends = {0: [4 - 0.04 * s for s in steps], 1: [1.0] * 10, 2: [3.0] * 10}
@@ -355,7 +360,9 @@ def test_speedups_of_seeds_are_each_seeds_own():
 
 
 def test_speed_ups_are_averaged_over_seeds_not_over_curves():
-    """Geometric mean and Student's t of logarithms; a seed that never gets there leaves none."""
+    """Geometric mean and Student's t of logarithms; a seed that never reaches the target leaves no
+    average.
+    """
     by_seed = pd.DataFrame(
         {
             "seed": [0, 1, 2, 0, 1, 2, 0],

@@ -1,5 +1,5 @@
-"""CLIP score: a small random CLIP against transformers' own forward and preprocessing, and what is
-wrong with bad input.
+"""CLIP score: a small random CLIP equals transformers' forward pass and preprocessing, and bad input
+is refused.
 """
 
 import json
@@ -43,7 +43,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, config):
-    """Files as the hub has them: weights, with the buffers that old files hold, and a tokenizer."""
+    """Files as in the hub: weights, with the buffers of old files, and a tokenizer."""
     path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     model = transformers.CLIPModel(config)
@@ -65,34 +65,29 @@ def images(*sizes):
     return [torch.from_numpy(rng.integers(0, 256, (1, *size, 3), dtype=np.uint8)) for size in sizes]
 
 
-def test_the_score_is_the_librarys_own_cosine(folder, config):
-    network, seen = (
-        CLIP(str(folder), config=config),
-        torch.cat(images((32, 32), (32, 32), (32, 32))),
-    )
+def test_the_score_equals_the_cosine_of_transformers(folder, config):
+    network = CLIP(str(folder), config=config)
+    samples = torch.cat(images((32, 32), (32, 32), (32, 32)))
     model = transformers.CLIPModel(config).eval()
     model.load_state_dict(network.network.state_dict())
-    for caption, image, ours in zip(CAPTIONS, seen, network(seen, CAPTIONS)):
-        ids = [
-            words()[START],
-            *[words()[word] for word in caption.split()][:75],
-            words()[END],
-        ]  # cut, its end kept
+    for caption, image, ours in zip(CAPTIONS, samples, network(samples, CAPTIONS)):
+        # a long caption is cut before its end token
+        ids = [words()[START], *[words()[word] for word in caption.split()][:75], words()[END]]
         with torch.no_grad():
             out = model(input_ids=torch.tensor([ids]), pixel_values=preprocess(image[None]))
         scale = float(model.logit_scale.detach().exp())
         assert float(ours) == pytest.approx(float(out.logits_per_image) / scale, abs=1e-5)
-    assert network(seen, CAPTIONS).std() > 1e-4
+    assert network(samples, CAPTIONS).std() > 1e-4
 
 
-def test_preprocessing_is_the_librarys_own():
+def test_preprocessing_equals_that_of_transformers():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     for image in images((256, 256), (300, 400), (32, 48), (500, 224)):
-        want = CLIPImageProcessorPil()(Image.fromarray(image[0].numpy()), return_tensors="pt")[
+        expected = CLIPImageProcessorPil()(Image.fromarray(image[0].numpy()), return_tensors="pt")[
             "pixel_values"
         ]
-        torch.testing.assert_close(preprocess(image), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(preprocess(image), expected, rtol=0, atol=2e-6)
 
 
 def test_the_default_is_vit_b_32():
@@ -108,7 +103,7 @@ def test_the_default_is_vit_b_32():
 def test_missing_weights_are_named_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the network was asked")
+        "huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the network was used")
     )
     with pytest.raises(
         UserError,
@@ -125,7 +120,7 @@ def test_weights_that_do_not_fit(folder):
 
 
 @pytest.mark.parametrize("text", ["one\ntwo\n", "one\n\nthree\n"])
-def test_captions_have_to_be_one_a_sample(tmp_path, text):
+def test_one_caption_per_sample_is_needed(tmp_path, text):
     (tmp_path / "captions.txt").write_text(text)
     with pytest.raises(UserError, match="2 captions in . lines for 3 samples"):
         read_captions(tmp_path / "captions.txt", 3)
@@ -155,33 +150,30 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n"
 
 
 @pytest.mark.parametrize("content", (b"{", b"", LFS, b"<html>", b'{"model": {}}', b"\0"))
-def test_a_tokenizer_that_is_none_is_said(content, folder, config, tmp_path):
+def test_an_invalid_tokenizer_is_refused(content, folder, config, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(
             content if file.name == "tokenizer.json" else file.read_bytes()
         )
-    said = "a Git LFS pointer" if content == LFS else ""
-    with pytest.raises(
-        UserError, match=f"tokenizer.json is no tokenizer of CLIP .*{said}.*: 2 MB of openai/clip"
-    ):
+    reason = "a Git LFS pointer" if content == LFS else ""
+    message = f"tokenizer.json is no tokenizer of CLIP .*{reason}.*: tokenizer.json of openai/clip"
+    with pytest.raises(UserError, match=message):
         CLIP(str(tmp_path), config=config)
 
 
 @pytest.mark.parametrize("prefix", ("", "module.", "model.clip."))
 @pytest.mark.parametrize("wrapper", ("", "state_dict", "net"))
-def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(
-    prefix, wrapper, folder, config, tmp_path
-):
+def test_wrapped_weights_are_loaded_and_nan_is_named(prefix, wrapper, folder, config, tmp_path):
     tensors = torch.load(folder / "pytorch_model.bin")
     wrapped = {f"{prefix}{name}": t for name, t in tensors.items()}
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     torch.save(
         {wrapper: wrapped, "epoch": 3} if wrapper else wrapped, tmp_path / "pytorch_model.bin"
     )
-    seen = torch.cat(images((32, 32)))
+    samples = torch.cat(images((32, 32)))
     assert torch.equal(
-        CLIP(str(tmp_path), config=config)(seen, ["a cat"]),
-        CLIP(str(folder), config=config)(seen, ["a cat"]),
+        CLIP(str(tmp_path), config=config)(samples, ["a cat"]),
+        CLIP(str(folder), config=config)(samples, ["a cat"]),
     )
     tensors["visual_projection.weight"][0, 0] = float("nan")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
@@ -190,7 +182,7 @@ def test_wrapped_weights_are_found_and_those_that_are_no_numbers_named(
 
 
 def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
-    """`--samples FILE --captions FILE`: 100 times the mean cosine, its interval, and CLIP's own
+    """`--samples FILE --captions FILE` gives 100 times the mean cosine, its interval, and CLIP's
     protocol.
     """
     from gear.evaluation.evaluate import EvaluateOptions, evaluate_run
@@ -207,11 +199,11 @@ def test_evaluate_with_captions(folder, config, tmp_path, monkeypatch, tiny):
     )
     entry = next(r for r in evaluate_run("tiny", options) if r["metric"] == "clip_score")
     network = CLIP(str(folder), config=config)
-    seen = torch.from_numpy(np.load(tmp_path / "samples.npz")["arr_0"])
-    want = 100 * network(seen, ["a cat", "a mat"] * 35)
-    assert entry["value"] == pytest.approx(float(want.mean()), abs=1e-4)
+    samples = torch.from_numpy(np.load(tmp_path / "samples.npz")["arr_0"])
+    expected = 100 * network(samples, ["a cat", "a mat"] * 35)
+    assert entry["value"] == pytest.approx(float(expected.mean()), abs=1e-4)
     low, high = entry["interval"]
     assert (low + high) / 2 == pytest.approx(entry["value"])
-    assert high - low == pytest.approx(2 * 1.96 * float(want.std()) / 70**0.5, rel=1e-3)
+    assert high - low == pytest.approx(2 * 1.96 * float(expected.std()) / 70**0.5, rel=1e-3)
     assert entry["protocol"]["network"] == "clip-b32" and "reference" not in entry["protocol"]
     json.dumps(entry)

@@ -1,5 +1,5 @@
-"""Every number of an evaluation: golden values and identities, streaming, sources, protocols, and
-`gear evaluate` itself.
+"""The numbers of an evaluation: golden values and identities, streaming, sources, protocols, and the
+command `gear evaluate`.
 """
 
 import io
@@ -61,9 +61,9 @@ REAL, FAKE, LOGITS = (
     torch.from_numpy(ARRAYS[key]) for key in ("real", "fake", "logits_sorted_by_class")
 )
 RECON = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
-ATOL = 1e-6  # of the block `dist`
+ATOL = 1e-6  # for the golden values of `dist`
 
-# -- golden values (the block `dist`: torch-fidelity 0.4.0, prdc, gpic_eval_dino, dgm-eval, the ADM
+# -- golden values of `dist`, from torch-fidelity 0.4.0, prdc, gpic_eval_dino, dgm-eval and ADM ----
 
 
 def moments(rows):
@@ -83,12 +83,14 @@ def test_frechet_distance_golden():
         3.5459399254556665, abs=1e-10
     )
     biased = [(m, s * (n - 1) / n) for (m, s), n in ((moments(FAKE), 120), (moments(REAL), 160))]
-    assert abs(frechet_distance(*biased) - ours) > 1e-3  # a covariance over N is another number
+    assert (
+        abs(frechet_distance(*biased) - ours) > 1e-3
+    )  # a covariance divided by N gives another number
 
 
 def test_inception_score_golden():
-    """In the order of the file, as ADM has it; torch-fidelity's shuffle and one split are other
-    numbers.
+    """Samples in the order of the file, as in ADM; torch-fidelity's shuffle, and a single split,
+    give other numbers.
     """
     by_class = inception_score(LOGITS, 40)
     assert by_class == pytest.approx(2.261720717554128, abs=ATOL)
@@ -96,13 +98,13 @@ def test_inception_score_golden():
     assert inception_score(permuted, 40) == pytest.approx(3.137038097077166, abs=ATOL)
     shuffled = LOGITS[torch.from_numpy(np.random.RandomState(2020).permutation(400))]
     assert inception_score(shuffled, 40) == pytest.approx(3.120989781095575, abs=ATOL)
-    whole = inception_score(LOGITS, scores.IS_SPLIT)
-    assert whole == pytest.approx(3.2978786435207414, abs=ATOL)
-    assert min(abs(whole - other) for other in (by_class, 3.120989781095575)) > 0.1
+    single_split = inception_score(LOGITS, scores.IS_SPLIT)
+    assert single_split == pytest.approx(3.2978786435207414, abs=ATOL)
+    assert min(abs(single_split - score) for score in (by_class, 3.120989781095575)) > 0.1
 
 
 def test_precision_and_recall_golden():
-    """ADM's are in float16, and differ from the exact ones on so few samples."""
+    """ADM computes them in float16, which differs from the exact values for so few samples."""
     assert precision_recall(REAL, FAKE) == pytest.approx((0.9583333333333334, 0.725), abs=ATOL)
     assert radii(REAL, 3, half=True)[:3].tolist() == [18.125, 19.375, 28.8125]
     exact = precision_recall(REAL, FAKE, half=False)
@@ -114,16 +116,16 @@ def test_precision_and_recall_golden():
 
 
 @pytest.mark.parametrize(
-    "k, want",
+    "k, expected",
     (
         (3, dict(precision=0.95, recall=0.73125, density=1.238888888888889, coverage=0.8125)),
         (5, dict(precision=1.0, recall=0.8125, density=1.2283333333333335, coverage=0.91875)),
     ),
 )
-def test_prdc_golden(k, want, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 120 * 7)  # uneven blocks: they must not matter
-    assert prdc(REAL, FAKE, k) == pytest.approx(want, abs=ATOL)
-    assert prdc(FAKE, REAL, k) != pytest.approx(want, abs=1e-3)
+def test_prdc_golden(k, expected, monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 120 * 7)  # uneven blocks, which must have no effect
+    assert prdc(REAL, FAKE, k) == pytest.approx(expected, abs=ATOL)
+    assert prdc(FAKE, REAL, k) != pytest.approx(expected, abs=1e-3)
 
 
 def test_kernel_distance_golden():
@@ -131,11 +133,12 @@ def test_kernel_distance_golden():
     assert mean == pytest.approx(51.04527512160649, abs=ATOL) and std == pytest.approx(
         16.158529743015066, abs=ATOL
     )
-    whole = mmd(FAKE.double(), REAL[:120].double())
-    assert whole == pytest.approx(60.52682796443327, abs=ATOL)
-    m, cross = 120, (FAKE.double() @ REAL[:120].double().T / 16 + 1) ** 3
-    u_statistic = whole + 2 * cross.mean() - 2 * (cross.sum() - cross.trace()) / (m * (m - 1))
-    assert abs(u_statistic - whole) > 1e-2  # the cross term keeps its diagonal
+    full = mmd(FAKE.double(), REAL[:120].double())
+    assert full == pytest.approx(60.52682796443327, abs=ATOL)
+    m = 120
+    cross = (FAKE.double() @ REAL[:120].double().T / 16 + 1) ** 3
+    u_statistic = full + 2 * cross.mean() - 2 * (cross.sum() - cross.trace()) / (m * (m - 1))
+    assert abs(u_statistic - full) > 1e-2  # the cross term keeps its diagonal
 
 
 def recon():
@@ -146,11 +149,12 @@ def recon():
 def test_reconstruction_golden():
     rec, ref = recon()
     assert l1(rec, ref).mean().item() == pytest.approx(RECON["gear_l1"], abs=2e-5)
-    each = psnr(rec, ref)
-    assert each.tolist() == pytest.approx(RECON["skimage_psnr_per_image"], abs=2e-5)
-    assert each.mean().item() == pytest.approx(RECON["gear_psnr_mean_over_images"], abs=2e-5)
-    assert each.mean().item() == pytest.approx(RECON["torchmetrics_psnr_per_image_mean"], abs=2e-5)
-    assert abs(each.mean().item() - RECON["psnr_of_pooled_mse_WRONG"]) > 1
+    per_image = psnr(rec, ref)
+    assert per_image.tolist() == pytest.approx(RECON["skimage_psnr_per_image"], abs=2e-5)
+    mean = per_image.mean().item()
+    assert mean == pytest.approx(RECON["gear_psnr_mean_over_images"], abs=2e-5)
+    assert mean == pytest.approx(RECON["torchmetrics_psnr_per_image_mean"], abs=2e-5)
+    assert abs(mean - RECON["psnr_of_pooled_mse_WRONG"]) > 1
     assert ssim(rec, ref).tolist() == pytest.approx(
         RECON["skimage_ssim_dr1_uniform7_PRIMARY"], abs=2e-5
     )
@@ -158,9 +162,7 @@ def test_reconstruction_golden():
 
 @pytest.mark.parametrize("key", [key for key in RECON if "ssim" in key and "PRIMARY" not in key])
 def test_another_ssim_is_another_number(key):
-    """Inflated by a data range of 2, with a gaussian window, with another border: none of these is
-    ours.
-    """
+    """Other variants differ: a data range of 2, a Gaussian window, and another border."""
     ours = ssim(*recon()).tolist()
     assert all(abs(a - b) > 1e-3 for a, b in zip(ours, RECON[key]))
 
@@ -189,14 +191,14 @@ def test_frechet_distance_identities():
     x, y = gaussian(0), gaussian(1, mean=0.5, scale=2.0)
     fd = lambda a, b: frechet_distance(moments(a), moments(b))
     shift, base = gaussian(2, 1)[0], fd(x, y)
-    turn = torch.linalg.qr(gaussian(3, 12))[0]
+    rotation = torch.linalg.qr(gaussian(3, 12))[0]
     assert fd(x, x) == pytest.approx(0, abs=1e-10)
     assert fd(y, x) == pytest.approx(base, rel=1e-10)
     assert fd(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-10)
     assert fd(3 * x, 3 * y) == pytest.approx(9 * base, rel=1e-10)
-    assert fd(x @ turn, y @ turn) == pytest.approx(base, rel=1e-10)
-    one = torch.eye(12, dtype=torch.float64)
-    spheres = (torch.zeros(12), 1.5**2 * one), (torch.full((12,), 0.25), 0.5**2 * one)
+    assert fd(x @ rotation, y @ rotation) == pytest.approx(base, rel=1e-10)
+    identity = torch.eye(12, dtype=torch.float64)
+    spheres = (torch.zeros(12), 1.5**2 * identity), (torch.full((12,), 0.25), 0.5**2 * identity)
     assert frechet_distance(*spheres) == pytest.approx(
         12 * (1.5 - 0.5) ** 2 + 12 * 0.25**2, rel=1e-12
     )
@@ -213,20 +215,20 @@ def test_neighbour_identities():
         0,
     )
     y = gaussian(2, 70, scale=0.7)
-    there, back = prdc(x, y, 5), prdc(y, x, 5)
-    assert (there["precision"], there["recall"]) == (back["recall"], back["precision"])
+    forward, backward = prdc(x, y, 5), prdc(y, x, 5)
+    assert (forward["precision"], forward["recall"]) == (backward["recall"], backward["precision"])
     assert precision_recall(x, y) == precision_recall(y, x)[::-1]
-    assert 0 < there["recall"] < 1
+    assert 0 < forward["recall"] < 1
     inner = prdc(x, x.clone() * 0.1, 5)
-    assert inner["density"] > 1  # more than a share
+    assert inner["density"] > 1  # a density can exceed 1
 
 
-def test_float16_gives_way_where_it_overflows():
+def test_float16_is_replaced_where_it_overflows():
     x, y = gaussian(0, 50).float(), gaussian(1, 40, scale=0.9).float()
     assert precision_recall(1e4 * x, 1e4 * y) == precision_recall(x, y, half=False)
 
 
-def test_neighbours_of_few_are_searched_by_brute_force():
+def test_neighbours_equal_those_of_a_brute_force_search():
     x, y, k = gaussian(0, 30, 3), gaussian(1, 20, 3), 4
     d = lambda a, b: (a[:, None] - b).square().sum(-1)
     torch.testing.assert_close(radii(x, k), d(x, x).sort(dim=1).values[:, k])
@@ -235,7 +237,7 @@ def test_neighbours_of_few_are_searched_by_brute_force():
     assert prdc(x, y, k)["coverage"] == pytest.approx(inside.any(1).double().mean().item())
 
 
-def test_kernel_distance_of_a_set_from_itself_vanishes_from_below():
+def test_kernel_distance_of_a_set_to_itself_is_negative_and_vanishes():
     values = [mmd(gaussian(0, m), gaussian(0, m)) for m in (100, 400, 1_600)]
     assert max(values) < 0
     assert values[0] / values[1] == pytest.approx(4, rel=0.25) and values[1] / values[
@@ -269,7 +271,8 @@ def test_reconstruction_identities():
 
 @pytest.mark.parametrize("batch", (1, 7, 64, 400))
 def test_any_split_into_batches_gives_the_same_statistics(batch):
-    x, mean, covariance = gaussian(0, mean=3.0), *moments(gaussian(0, mean=3.0))
+    x = gaussian(0, mean=3.0)
+    mean, covariance = moments(x)
     streamed, score = Moments(12), InceptionScore(150)
     for rows, logits in zip(x.split(batch), LOGITS.split(batch)):
         streamed.update(rows)
@@ -282,22 +285,22 @@ def test_any_split_into_batches_gives_the_same_statistics(batch):
     assert score.value() == pytest.approx(inception_score(LOGITS, 150), rel=1e-12)
 
 
-def test_adms_rounding_is_that_of_its_own_order_whatever_the_blocks(monkeypatch):
-    """half(half(|u|^2 - 2uv) + |v|^2) is not that of (v, u): no distance may stand in for the other
-    way round.
+def test_adms_rounding_depends_on_the_order_of_the_pair_and_not_on_blocks(monkeypatch):
+    """half(half(|u|^2 - 2uv) + |v|^2) differs for (u, v) and (v, u), so neither may replace the
+    other.
     """
     x = torch.from_numpy(np.random.default_rng(0).gamma(0.5, size=(400, 128))).float()
     d = neighbours.squared_distances(x, x, True)
     assert not torch.equal(d, d.T)
-    want = d.sort(1).values[:, 3]
+    expected = d.sort(1).values[:, 3]
     for block in (2**22, 100 * 100, 37 * 37):
         monkeypatch.setattr(neighbours, "BLOCK", block)
-        assert torch.equal(neighbours.radii(x, 3, True), want)
+        assert torch.equal(neighbours.radii(x, 3, True), expected)
         exact = torch.cdist(x.double(), x.double()).square().sort(1).values[:, 3]
         torch.testing.assert_close(neighbours.radii(x.double(), 3), exact, rtol=1e-8, atol=1e-8)
 
 
-def test_moments_do_not_grow():
+def test_moments_need_constant_memory():
     streamed, sizes = Moments(12), []
     for seed in range(25):
         streamed.update(gaussian(seed))
@@ -309,12 +312,12 @@ def test_moments_do_not_grow():
         sizes.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)))
     assert (
         streamed.count > ROWS and max(sizes) < 12 + 12 + 144 + 12 * ROWS
-    )  # what it has summed, and a few rows that wait
+    )  # the sums, and a few rows that are not summed yet
 
 
 def test_moments_of_several_processes():
-    """What each has seen, brought together, is what one would have seen: any share, none, and far
-    from the origin.
+    """The merged moments of several processes equal those of all rows, for any split of the rows
+    and far from the origin.
     """
     x = gaussian(0, 300, mean=1e3)
     covariance = torch.from_numpy(np.cov(x.numpy(), rowvar=False))
@@ -363,21 +366,21 @@ def test_balanced_labels():
     )
 
 
-def drawn(folder, seed=3):
+def sample_chunks(folder, seed=3):
     parts = (tiny_generator(), tiny_tokenizer(codebook_size=11), balanced_labels(19, 5, 0), seed)
     return draw_samples(folder, *parts, quiet=True, grid=(3, 3), temperature=0.8)
 
 
-@pytest.mark.parametrize("there", ((), (0,), (1,), (0, 2), (0, 1, 2)))
-def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
+@pytest.mark.parametrize("chunks_present", ((), (0,), (1,), (0, 2), (0, 1, 2)))
+def test_an_interrupted_call_continues_to_the_same_samples(chunks_present, home, monkeypatch):
     monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
-    whole = list(drawn(home / "one"))
-    assert [len(chunk) for chunk in whole] == [8, 8, 3] and whole[0].dtype == torch.uint8
-    assert whole[0].unique().numel() > 8 and not torch.equal(whole[0], whole[1])
+    chunks = list(sample_chunks(home / "one"))
+    assert [len(chunk) for chunk in chunks] == [8, 8, 3] and chunks[0].dtype == torch.uint8
+    assert chunks[0].unique().numel() > 8 and not torch.equal(chunks[0], chunks[1])
     (home / "two").mkdir()
-    for i in there:
+    for i in chunks_present:
         shutil.copy(home / "one" / f"{i:05d}.npy", home / "two")
-    list(drawn(home / "two"))
+    list(sample_chunks(home / "two"))
     files = [sorted((home / folder).iterdir()) for folder in ("one", "two")]
     assert (
         [f.name for f in files[0]]
@@ -389,41 +392,44 @@ def test_a_killed_call_goes_on_to_the_same_samples(there, home, monkeypatch):
 
 def test_a_call_stopped_between_chunks_keeps_them(home, monkeypatch):
     monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
-    stopped = drawn(home / "one")
-    first = next(stopped)
-    stopped.close()
-    kept = home / "one" / "00000.npy"
-    assert [kept] == list((home / "one").iterdir())
-    before = kept.stat().st_mtime_ns
-    assert torch.equal(next(drawn(home / "one")), first) and kept.stat().st_mtime_ns == before
-    assert not torch.equal(next(drawn(home / "other", seed=4)), first)
+    interrupted = sample_chunks(home / "one")
+    first = next(interrupted)
+    interrupted.close()
+    file = home / "one" / "00000.npy"
+    assert [file] == list((home / "one").iterdir())
+    before = file.stat().st_mtime_ns
+    assert torch.equal(next(sample_chunks(home / "one")), first)
+    assert file.stat().st_mtime_ns == before
+    assert not torch.equal(next(sample_chunks(home / "other", seed=4)), first)
 
 
-def test_the_last_chunk_is_filled_up_with_the_first_labels():
-    """On a GPU: chunks of one size are one graph. Fewer labels than a chunk are one of their
-    number.
+def test_the_last_chunk_is_padded_with_the_first_labels():
+    """On a GPU, chunks of one size share one CUDA graph. Fewer labels than the size of a chunk make
+    one smaller chunk.
     """
-    chunks = sources.filled_up(torch.arange(19), 8)
+    chunks = sources.padded_chunks(torch.arange(19), 8)
     assert [chunk.tolist() for chunk in chunks] == [
         [*range(8)],
         [*range(8, 16)],
         [16, 17, 18, 0, 1, 2, 3, 4],
     ]
-    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(16), 8)] == [
+    assert [chunk.tolist() for chunk in sources.padded_chunks(torch.arange(16), 8)] == [
         [*range(8)],
         [*range(8, 16)],
     ]
-    assert [chunk.tolist() for chunk in sources.filled_up(torch.arange(3), 8)] == [[0, 1, 2]]
+    assert [chunk.tolist() for chunk in sources.padded_chunks(torch.arange(3), 8)] == [[0, 1, 2]]
 
 
-def test_a_protocol_says_how_samples_are_drawn_unless_as_on_a_cpu(device):
-    how = {"dtype": "bfloat16", "chunk": 256}
-    assert sources.drawing(tiny_generator().to(device)) == {"cpu": {}, "cuda": how}[device]
-    half = tiny_generator().to(device, torch.bfloat16)
-    assert sources.drawing(half) == {"cpu": {"dtype": "bfloat16"}, "cuda": how}[device]
+def test_a_protocol_states_settings_of_drawing_that_differ_from_a_cpus(device):
+    on_gpu = {"dtype": "bfloat16", "chunk": 256}
+    generator = tiny_generator().to(device)
+    assert sources.drawing_protocol(generator) == {"cpu": {}, "cuda": on_gpu}[device]
+    half = generator.to(torch.bfloat16)
+    expected = {"cpu": {"dtype": "bfloat16"}, "cuda": on_gpu}[device]
+    assert sources.drawing_protocol(half) == expected
 
 
-def spoilt(path, how):
+def damage(path, how):
     content = path.read_bytes()
     if how == "another array":
         np.save(path, np.zeros((3, 8, 8, 3), np.uint8))
@@ -444,16 +450,17 @@ def spoilt(path, how):
 @pytest.mark.parametrize(
     "how", ("cut", "empty", "a bit", "without its hash", "another array", "another chunk")
 )
-def test_a_chunk_that_is_not_what_was_drawn_is_drawn_again(how, home, monkeypatch):
+def test_a_damaged_chunk_is_drawn_again(how, home, monkeypatch):
     monkeypatch.setitem(sources.CHUNKS, "cpu", 8)
-    wanted = list(drawn(home / "one"))
+    expected = list(sample_chunks(home / "one"))
     before = [path.read_bytes() for path in sorted((home / "one").iterdir())]
-    spoilt(home / "one" / "00000.npy", how)
+    damage(home / "one" / "00000.npy", how)
     calls, draw = [], sources.generate
     monkeypatch.setattr(
         sources, "generate", lambda *a, **k: (calls.append(k["seed"]), draw(*a, **k))[1]
     )
-    assert all(torch.equal(a, b) for a, b in zip(drawn(home / "one"), wanted, strict=True))
+    chunks = sample_chunks(home / "one")
+    assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
     assert (
         calls == [derived_seed(3, 0)]
         and [path.read_bytes() for path in sorted((home / "one").iterdir())] == before
@@ -474,7 +481,7 @@ def test_npz_round_trip(home):
 
 
 class Stub:
-    """Features that are averages of pixels: nothing to load."""
+    """A feature network without weights: its features are averages of pixels."""
 
     protocol = {"network": "stub"}
 
@@ -498,25 +505,23 @@ STATISTICS = {
 
 
 def test_a_reference_with_statistics_and_images(home):
-    """ADM's statistics stand as they are; its images serve the metrics from neighbours."""
+    """ADM's statistics are used as they are, its images for the metrics from neighbours."""
     images = pixels(40)
     np.savez(home / "ref.npz", arr_0=images.numpy(), **STATISTICS)
-    found = reference(home / "ref.npz", Stub(), 32)
-    assert (
-        found.name == "ref.npz"
-        and found.count == 40
-        and found.rows.shape == (40, 12)
-        and len(found.pixels) == 12
-    )
-    np.testing.assert_array_equal(found.moments["pool"][1], STATISTICS["sigma"])
-    np.testing.assert_array_equal(found.moments["spatial"][0], STATISTICS["mu_s"])
-    torch.testing.assert_close(found.rows, Stub()(images)["pool"])
+    real = reference(home / "ref.npz", Stub(), 32)
+    assert real.name == "ref.npz" and real.count == 40
+    assert real.rows.shape == (40, 12) and len(real.digest) == 12
+    np.testing.assert_array_equal(real.moments["pool"][1], STATISTICS["sigma"])
+    np.testing.assert_array_equal(real.moments["spatial"][0], STATISTICS["mu_s"])
+    torch.testing.assert_close(real.rows, Stub()(images)["pool"])
     fake = extract("fake", pixels(2_030, seed=1).split(64), Stub())
-    values = compare(fake, found, Stub(), subsets=2, subset_size=20)
-    want = frechet_distance(fake.moments["spatial"], (STATISTICS["mu_s"], STATISTICS["sigma_s"]))
-    assert values["sfid"][0] == want and values["gfid"][0] == frechet_distance(
-        fake.moments["pool"], (STATISTICS["mu"], STATISTICS["sigma"])
+    values = compare(fake, real, Stub(), subsets=2, subset_size=20)
+    spatial, pool = (
+        (STATISTICS["mu_s"], STATISTICS["sigma_s"]),
+        (STATISTICS["mu"], STATISTICS["sigma"]),
     )
+    assert values["sfid"][0] == frechet_distance(fake.moments["spatial"], spatial)
+    assert values["gfid"][0] == frechet_distance(fake.moments["pool"], pool)
     assert values.keys() == {
         "gfid",
         "precision",
@@ -530,49 +535,46 @@ def test_a_reference_with_statistics_and_images(home):
         "inception_score",
     }
     np.savez(home / "other.npz", arr_0=images.numpy(), **STATISTICS | {"mu": np.zeros(12)})
-    assert reference(home / "other.npz", Stub(), 32).pixels != found.pixels
+    assert reference(home / "other.npz", Stub(), 32).digest != real.digest
 
 
 def test_a_reference_with_statistics_only(home):
     np.savez(home / "ref.npz", **STATISTICS)
-    found, fake = (
-        reference(home / "ref.npz", Stub(), 32),
-        extract("fake", pixels(2_030, seed=1).split(64), Stub()),
-    )
-    assert (
-        found.count == 0
-        and found.rows is None
-        and found.size == "not stated"
-        and fake.size == "32 x 32"
-    )
-    assert compare(fake, found, Stub()).keys() == {
-        "gfid",
-        "sfid",
-        "inception_score",
-    }  # not asked for: left out
+    real = reference(home / "ref.npz", Stub(), 32)
+    fake = extract("fake", pixels(2_030, seed=1).split(64), Stub())
+    assert real.count == 0 and real.rows is None
+    assert real.size == "not stated" and fake.size == "32 x 32"
+    # metrics from neighbours are left out unless they are named
+    assert compare(fake, real, Stub()).keys() == {"gfid", "sfid", "inception_score"}
     for metric in ("precision_recall", "prdc", "kid"):
         with pytest.raises(UserError, match="neighbours"):
-            compare(fake, found, Stub(), [metric])
+            compare(fake, real, Stub(), [metric])
     np.savez(home / "pool.npz", mu=STATISTICS["mu"], sigma=STATISTICS["sigma"])
     with pytest.raises(UserError, match="no spatial statistics"):
         compare(fake, reference(home / "pool.npz", Stub(), 32), Stub(), ["sfid"])
 
 
-def entry(array, position, value):
+def with_entry(array, position, value):
     array = array.copy()
     array[position] = value
     return array
 
 
 @pytest.mark.parametrize(
-    "arrays, said",
+    "arrays, message",
     (
         (
-            {"mu": entry(STATISTICS["mu"], 3, math.nan)},
+            {"mu": with_entry(STATISTICS["mu"], 3, math.nan)},
             "mu and sigma of '.*ref.npz': .* not finite",
         ),
-        ({"sigma": entry(STATISTICS["sigma"], (2, 2), math.inf)}, "mu and sigma of .* not finite"),
-        ({"sigma": entry(STATISTICS["sigma"], (2, 3), 0.5)}, "mu and sigma of .* is not symmetric"),
+        (
+            {"sigma": with_entry(STATISTICS["sigma"], (2, 2), math.inf)},
+            "mu and sigma of .* not finite",
+        ),
+        (
+            {"sigma": with_entry(STATISTICS["sigma"], (2, 3), 0.5)},
+            "mu and sigma of .* is not symmetric",
+        ),
         ({"mu": np.zeros((1, 12))}, r"of shapes \(1, 12\) and \(12, 12\)"),
         ({"mu": np.array(0.25)}, r"of shapes \(\) and \(12, 12\)"),
         ({"sigma": np.ones(12)}, r"of shapes \(12,\) and \(12,\)"),
@@ -581,10 +583,10 @@ def entry(array, position, value):
         ({"mu_s": np.zeros(9)}, r"mu_s and sigma_s of .* shapes \(9,\) and \(4, 4\)"),
     ),
 )
-def test_statistics_that_are_none(arrays, said, home):
-    """Though no metric was asked for by name, which would leave out what cannot be had."""
+def test_invalid_statistics_are_refused(arrays, message, home):
+    """They raise an error even where no metric is named, and are not left out."""
     np.savez(home / "ref.npz", **STATISTICS | arrays)
-    refused(said, reference, home / "ref.npz", Stub(), 32)
+    refused(message, reference, home / "ref.npz", Stub(), 32)
 
 
 def test_statistics_of_another_network_are_not_left_out(home):
@@ -614,21 +616,21 @@ def test_a_reference_with_neither(home):
         reference(home / "ref.npz", Stub("scenes"), 32)
 
 
-# -- what travels with a number --------------------------------------------------------------------
+# -- records and protocols -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in networks.NETWORKS if name != "inception"])
 def test_outside_inception_nothing_is_called_fid(name):
     sets = [extract("set", [pixels(20, seed=seed)], Stub(name)) for seed in (0, 1)]
-    found = compare(*sets, Stub(name), k=2, subsets=2, subset_size=10)
-    assert {f"fd_{name}", f"mmd_{name}"} < found.keys()
-    assert not any(word in metric for metric in found for word in ("fid", "kid", "inception"))
+    metrics = compare(*sets, Stub(name), k=2, subsets=2, subset_size=10)
+    assert {f"fd_{name}", f"mmd_{name}"} < metrics.keys()
+    assert not any(word in metric for metric in metrics for word in ("fid", "kid", "inception"))
     for metric in ("gfid", "kid", "sfid", "inception_score"):
         with pytest.raises(UserError, match=f"unknown metrics {metric} .*Known: fd_{name}"):
             compare(*sets, Stub(name), [metric])
 
 
-def test_protocols_are_told_apart():
+def test_protocols_have_different_ids():
     base = {"network": "inception", "samples_count": 50_000, "resize": "bicubic"}
     assert protocol_id(base) == protocol_id(
         base | {"weights_of": "run", "step": 3, "samples_hash": "ab", "spread": 0.1}
@@ -677,8 +679,9 @@ def by_metric(records):
 
 def test_evaluate_writes_each_number_with_its_protocol(tiny):
     records = evaluate_run("tiny", FEW)
-    found, run = by_metric(records), Run.open("tiny")
-    assert found.keys() == {
+    run = Run.open("tiny")
+    entries = by_metric(records)
+    assert entries.keys() == {
         "fd_scenes",
         "fd_scenes_halves",
         "mmd_scenes",
@@ -692,7 +695,7 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
         "usage_entropy",
         "predictable",
     }
-    protocol = found["fd_scenes"]["protocol"]
+    protocol = entries["fd_scenes"]["protocol"]
     assert (
         protocol.items()
         >= {
@@ -720,46 +723,41 @@ def test_evaluate_writes_each_number_with_its_protocol(tiny):
         "reference_hash",
         "samples_hash",
     } <= protocol.keys()
-    assert (
-        not {"dtype", "chunk", "device"} & protocol.keys()
-    )  # as before there was another way to draw
-    assert (
-        found["precision"]["protocol"]["k"] == 3
-        and "float16" in found["precision"]["protocol"]["distance"]
-    )
-    values = {name: r["value"] for name, r in found.items()}
+    assert not {"dtype", "chunk", "device"} & protocol.keys()  # only a GPU's are stated
+    assert entries["precision"]["protocol"]["k"] == 3
+    assert "float16" in entries["precision"]["protocol"]["distance"]
+    values = {name: entry["value"] for name, entry in entries.items()}
     assert values["predictable"] == pytest.approx(
         values["usage_entropy"] - values["ntp_loss"], abs=1e-9
     )
     assert values["fd_scenes"] > 0 and 0 <= values["recall"] <= 1
-    told = lambda entry: json.dumps(entry, sort_keys=True)  # noqa: E731
-    assert sorted(read_metrics(run), key=told) == sorted(records, key=told)
-    low, high = found["ntp_loss"]["interval"]
-    assert low < values["ntp_loss"] < high and "interval" not in found["fd_scenes"]
-    written = (run.path / "metrics.json").read_bytes()
+    as_text = lambda entry: json.dumps(entry, sort_keys=True)  # noqa: E731
+    assert sorted(read_metrics(run), key=as_text) == sorted(records, key=as_text)
+    low, high = entries["ntp_loss"]["interval"]
+    assert low < values["ntp_loss"] < high and "interval" not in entries["fd_scenes"]
+    content = (run.path / "metrics.json").read_bytes()
 
-    evaluate_run("tiny", FEW)  # from the samples that are there
-    assert (run.path / "metrics.json").read_bytes() == written
+    evaluate_run("tiny", FEW)  # from the kept samples
+    assert (run.path / "metrics.json").read_bytes() == content
     chunks = sorted((run.path / "evaluation").rglob("*.npy"))
     assert len(chunks) == 2
-    chunks[0].unlink()  # killed, and started again
+    chunks[0].unlink()  # as after an interruption
     (run.path / "metrics.json").unlink()
     evaluate_run("tiny", FEW)
-    assert (run.path / "metrics.json").read_bytes() == written
+    assert (run.path / "metrics.json").read_bytes() == content
 
-    other = by_metric(evaluate_run("tiny", few({"seed": 1})))  # both are kept, apart
-    assert protocol_id(other["fd_scenes"]["protocol"]) != protocol_id(protocol)
-    assert (
-        other["fd_scenes"]["value"] != values["fd_scenes"]
-        and other["ntp_loss"] == found["ntp_loss"]
-    )
+    # the records of both seeds are kept, in different columns
+    second = by_metric(evaluate_run("tiny", few({"seed": 1})))
+    assert protocol_id(second["fd_scenes"]["protocol"]) != protocol_id(protocol)
+    assert second["fd_scenes"]["value"] != values["fd_scenes"]
+    assert second["ntp_loss"] == entries["ntp_loss"]
     table, protocols = metrics_table([run])
     assert len([c for c in table.columns if c.startswith("fd_scenes [")]) == 2
     assert all(c.split("[")[1][:-1] in protocols for c in table.columns)
 
 
-def test_sweep_reuses_what_is_there(tiny):
-    one = by_metric(evaluate_run("tiny", few(metrics=("fd_scenes",))))
+def test_sweep_reuses_kept_samples(tiny):
+    single = by_metric(evaluate_run("tiny", few(metrics=("fd_scenes",))))
     before = {
         path: path.stat().st_mtime_ns for path in (tiny / "tiny" / "evaluation").rglob("*.npy")
     }
@@ -768,45 +766,43 @@ def test_sweep_reuses_what_is_there(tiny):
     assert [r["protocol"]["cfg_scale"] for r in swept] == [1, 1.5, 2] and len(
         {r["value"] for r in swept}
     ) == 3
-    assert swept[0] == one["fd_scenes"] and len({protocol_id(r["protocol"]) for r in swept}) == 3
+    assert swept[0] == single["fd_scenes"] and len({protocol_id(r["protocol"]) for r in swept}) == 3
     assert len({r["protocol"]["reference_hash"] for r in swept}) == 1
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert [r["metric"] for r in records].count("ntp_loss") == 1
 
 
 def test_samples_are_resized_before_they_are_rounded(tiny, home):
-    """Table 13: bicubic of the decoder's floats, then uint8; the reference has the same size."""
+    """Table 13: a bicubic resize of the decoder's floats, then uint8; the reference has the same
+    size.
+    """
     options = few(sample_size=16, metrics=("fd_scenes",), export=str(home / "x.npz"))
-    found = by_metric(evaluate_run("tiny", options))["fd_scenes"]["protocol"]
-    assert found["samples_resized"] == 16 and found["samples_size"] == "16 x 16"
-    assert found["reference_size"] == "16 x 16" and "image_size" not in found
-    drawn = torch.from_numpy(read_npz(home / "x.npz")["arr_0"])
+    protocol = by_metric(evaluate_run("tiny", options))["fd_scenes"]["protocol"]
+    assert protocol["samples_resized"] == 16 and protocol["samples_size"] == "16 x 16"
+    assert protocol["reference_size"] == "16 x 16" and "image_size" not in protocol
+    resized = torch.from_numpy(read_npz(home / "x.npz")["arr_0"])
     evaluate_run("tiny", replace(options, sample_size=0))
     plain = torch.from_numpy(read_npz(home / "x.npz")["arr_0"]).permute(0, 3, 1, 2).float()
-    want = F.interpolate(plain, (16, 16), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
-    errors = (drawn.float() - want).abs()
-    assert errors.max() <= 2, "of rounding once, after the resize, in place of twice"
+    expected = F.interpolate(plain, (16, 16), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
+    errors = (resized.float() - expected).abs()
+    assert errors.max() <= 2, "samples are rounded once, after the resize; these are rounded twice"
     assert 0.1 < errors.mean() < 0.5
 
 
 def test_export_and_samples_of_a_file(tiny, home):
-    own = by_metric(evaluate_run("tiny", few(export=str(home / "out" / "samples.npz"))))
+    of_run = by_metric(evaluate_run("tiny", few(export=str(home / "out" / "samples.npz"))))
     images = read_npz(home / "out" / "samples.npz")["arr_0"]
     assert images.shape == (70, 32, 32, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(
         images, np.concatenate([np.load(p) for p in sorted((tiny / "tiny").rglob("*.npy"))])
     )
-    file = by_metric(evaluate_run("tiny", few(samples=str(home / "out" / "samples.npz"))))
-    assert file["fd_scenes"]["value"] == own["fd_scenes"]["value"] and "ntp_loss" not in file
-    assert (
-        file["fd_scenes"]["protocol"]["samples_hash"]
-        == own["fd_scenes"]["protocol"]["samples_hash"]
-    )
-    assert (
-        file["fd_scenes"]["protocol"]["samples"] == "samples.npz"
-        and "cfg_scale" not in file["fd_scenes"]["protocol"]
-    )
-    assert protocol_id(file["fd_scenes"]["protocol"]) != protocol_id(own["fd_scenes"]["protocol"])
+    of_file = by_metric(evaluate_run("tiny", few(samples=str(home / "out" / "samples.npz"))))
+    assert of_file["fd_scenes"]["value"] == of_run["fd_scenes"]["value"]
+    assert "ntp_loss" not in of_file
+    protocols = [entries["fd_scenes"]["protocol"] for entries in (of_file, of_run)]
+    assert protocols[0]["samples_hash"] == protocols[1]["samples_hash"]
+    assert protocols[0]["samples"] == "samples.npz" and "cfg_scale" not in protocols[0]
+    assert protocol_id(protocols[0]) != protocol_id(protocols[1])
     same = by_metric(evaluate_run("tiny", few(reference=str(home / "out" / "samples.npz"))))
     assert (
         same["fd_scenes"]["value"] == pytest.approx(0, abs=1e-6)
@@ -815,14 +811,14 @@ def test_export_and_samples_of_a_file(tiny, home):
 
 
 def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
-    """Samples of twice the reference's resolution are another thing, and so is a reference of the
-    run's: both are said.
+    """Samples and references of different sizes are reported, and their sizes are in the
+    protocol.
     """
     images = pixels(40, 32)
     np.savez(home / "s32.npz", images)
     np.savez(home / "s64.npz", images.repeat_interleave(2, 1).repeat_interleave(2, 2))
     sizes = []
-    for given in (
+    for files in (
         dict(),
         dict(samples="s32.npz"),
         dict(samples="s64.npz"),
@@ -830,19 +826,17 @@ def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
         dict(samples="s64.npz", reference="s32.npz"),
         dict(samples="s64.npz", reference="s64.npz"),
     ):
-        paths = {option: str(home / file) for option, file in given.items()}
+        paths = {option: str(home / file) for option, file in files.items()}
         protocol = by_metric(evaluate_run("tiny", few(metrics=("fd_scenes",), **paths)))[
             "fd_scenes"
         ]["protocol"]
-        said, unlike = (
-            capsys.readouterr().err,
-            protocol["samples_size"] != protocol["reference_size"],
-        )
-        told = (
+        output = capsys.readouterr().err
+        differ = protocol["samples_size"] != protocol["reference_size"]
+        warning = (
             f"samples of {protocol['samples_size']} px are compared with a reference of "
             f"{protocol['reference_size']} px"
         )
-        assert (said.count(told) == 1) if unlike else (said == "")
+        assert (output.count(warning) == 1) if differ else (output == "")
         assert ("image_size" in protocol) == (protocol["samples_size"] == "32 x 32")
         sizes.append((protocol["samples_size"][:2], protocol["reference_size"][:2]))
     assert sizes == [
@@ -863,7 +857,7 @@ def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
 
 
 @pytest.mark.parametrize(
-    "array, said",
+    "array, message",
     (
         (np.zeros((9, 32, 32), np.uint8), r"\(9, 32, 32\) uint8"),
         (np.zeros((9, 32, 32, 1), np.uint8), r"\(9, 32, 32, 1\) uint8"),
@@ -873,12 +867,12 @@ def test_each_set_has_its_own_size_in_the_protocol(tiny, home, capsys):
         (np.zeros((1, 32, 32, 3), np.uint8), "nothing can be measured"),
     ),
 )
-def test_arrays_that_are_no_samples_and_no_reference(array, said, tiny, home):
+def test_arrays_that_are_no_images_are_refused(array, message, tiny, home):
     np.savez(home / "x.npz", array)
     for option in ("samples", "reference"):
-        if said == "nothing can be measured" and option == "reference":
-            continue  # the class score of samples needs no other set
-        refused(said, evaluate_run, "tiny", few(**{option: str(home / "x.npz")}))
+        if message == "nothing can be measured" and option == "reference":
+            continue  # the class score of samples needs no reference
+        refused(message, evaluate_run, "tiny", few(**{option: str(home / "x.npz")}))
     assert not (tiny / "tiny" / "metrics.json").exists()
 
 
@@ -895,7 +889,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     "option, value", [(option, value) for option, values in OPTIONS.items() for value in values]
 )
-def test_a_value_that_is_none_is_reported_with_its_option(
+def test_an_invalid_value_is_reported_with_its_option(
     option, value, tiny, home, capsys, monkeypatch
 ):
     monkeypatch.chdir(home)
@@ -903,11 +897,10 @@ def test_a_value_that_is_none_is_reported_with_its_option(
     (home / "empty.txt").write_text("\n")
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "tiny", "--network", "scenes", "--count", "4", "--quiet", option, value])
-    said = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2 and said.startswith(f"gear: {option}: ") and "Traceback" not in said
-    )
-    assert not value.endswith(".npy") or "a .npy holds one array" in said
+    output = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert output.startswith(f"gear: {option}: ") and "Traceback" not in output
+    assert not value.endswith(".npy") or "a .npy holds one array" in output
     assert not (tiny / "tiny" / "metrics.json").exists()
     assert (
         option == "--metrics"
@@ -916,7 +909,7 @@ def test_a_value_that_is_none_is_reported_with_its_option(
     )
 
 
-def test_weights_that_are_none_are_reported_with_their_option(tiny, capsys):
+def test_missing_weights_are_reported_with_their_option(tiny, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "tiny", "--network", "inception", "--weights", "nowhere", "--count", "4"])
     assert capsys.readouterr().err.startswith("gear: --weights: ")
@@ -932,25 +925,28 @@ def test_a_folder_may_be_called_npz(tiny, home):
     assert protocol["samples_count"] == 12
 
 
-def test_a_measure_of_pairs_is_that_of_all_of_them_at_once():
-    images, other = (
+def test_a_measure_of_pairs_does_not_depend_on_batches():
+    images, reconstructions = (
         2 * torch.rand(2, 37, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
     ).unbind()
     sizes = []
     for distance in (psnr, ssim, l1):
         counted = lambda x, y, f=distance: (sizes.append(len(x)), f(x, y))[1]  # noqa: E731
-        assert torch.equal(measure(counted, other, images), distance(other, images))
+        measured = measure(counted, reconstructions, images)
+        assert torch.equal(measured, distance(reconstructions, images))
     assert sizes == [16, 16, 5] * 3
 
 
-def test_reconstructions_are_what_the_tokenizer_decodes_a_few_at_a_time(device):
-    """They come back to where the images are."""
+def test_reconstructions_are_decoded_in_batches(device):
+    """They are returned on the device of the images."""
     tokenizer, images = tiny_tokenizer().eval().to(device), scenes(19)[0]
-    seen = []
-    tokenizer.decoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    sizes = []
+    tokenizer.decoder.register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(output))
+    )
     decoded, indices = reconstruct(tokenizer, images)
     assert decoded.device == indices.device == images.device and decoded.shape == images.shape
-    assert seen == {"cpu": [8, 8, 3], "cuda": [19]}[device]
+    assert sizes == {"cpu": [8, 8, 3], "cuda": [19]}[device]
     with torch.no_grad():
         assert torch.equal(indices[:8], tokenizer.encode(images[:8].to(device)).cpu())
         torch.testing.assert_close(decoded[:8], tokenizer.decode(indices[:8].to(device)).cpu())
@@ -960,35 +956,31 @@ def test_reconstructions_are_what_the_tokenizer_decodes_a_few_at_a_time(device):
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's numbers need one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_numbers_of_a_gpu_are_those_of_a_cpu(tiny):
-    """But for samples, which are other ones there: reconstructions and likelihoods."""
-    one, other = (
+    """Reconstructions and likelihoods agree; samples drawn on a GPU are different ones."""
+    on_cpu, on_gpu = (
         by_metric(evaluate_run("tiny", few(both=True, device=name))) for name in ("cpu", "cuda")
     )
     for metric in ("psnr", "ssim", "l1", "rfd_scenes", "ntp_loss", "usage_entropy"):
-        assert other[metric]["value"] == pytest.approx(one[metric]["value"], rel=1e-3)
-        assert other[metric]["protocol"] == one[metric]["protocol"]
-    how = {"dtype": "bfloat16", "chunk": 256}
-    assert (
-        other["fd_scenes"]["protocol"].items() >= how.items()
-        and not how.keys() & one["fd_scenes"]["protocol"].keys()
-    )
+        assert on_gpu[metric]["value"] == pytest.approx(on_cpu[metric]["value"], rel=1e-3)
+        assert on_gpu[metric]["protocol"] == on_cpu[metric]["protocol"]
+    settings = {"dtype": "bfloat16", "chunk": 256}
+    assert on_gpu["fd_scenes"]["protocol"].items() >= settings.items()
+    assert not settings.keys() & on_cpu["fd_scenes"]["protocol"].keys()
 
 
 def test_reconstruction_of_a_run(tiny):
-    found = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
-    assert found.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
+    entries = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
+    assert entries.keys() == {"psnr", "ssim", "l1", "rfd_scenes"}
     assert (
-        found["psnr"]["protocol"].items()
+        entries["psnr"]["protocol"].items()
         >= {"images": 40, "rounding": "none", "split": "val"}.items()
     )
-    assert (
-        found["rfd_scenes"]["protocol"]["network"] == "scenes"
-        and not (tiny / "tiny" / "evaluation").exists()
-    )
-    again = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
-    assert again == found
+    assert entries["rfd_scenes"]["protocol"]["network"] == "scenes"
+    assert not (tiny / "tiny" / "evaluation").exists()
+    repeated = by_metric(evaluate_run("tiny", few(reconstruction=True, reference_count=40)))
+    assert repeated == entries
 
 
 def test_runs_of_one_protocol_share_a_column(tiny):
@@ -1002,8 +994,8 @@ def test_runs_of_one_protocol_share_a_column(tiny):
 
 def test_the_command(tiny, capsys):
     main(["evaluate", "tiny", *COMMAND])
-    said = capsys.readouterr().out
-    assert "fd_scenes" in said and "ntp_loss" in said and "network scenes" in said
+    output = capsys.readouterr().out
+    assert "fd_scenes" in output and "ntp_loss" in output and "network scenes" in output
     assert {r["metric"] for r in read_metrics(Run.open("tiny"))} == {
         "fd_scenes",
         "fd_scenes_halves",
@@ -1016,15 +1008,12 @@ def test_the_command(tiny, capsys):
 COMMAND = "--network scenes --count 20 --reference-count 30 --metrics fd_scenes --quiet".split()
 
 
-def test_the_command_says_a_mistake(tiny, capsys):
+def test_the_command_reports_a_misspelt_option(tiny, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "tiny", *COMMAND, "--sweep", "cfg_scal=1,2"])
-    said = capsys.readouterr()
-    assert (
-        stopped.value.code == 2
-        and "Did you mean 'cfg_scale'?" in said.err
-        and "Traceback" not in said.err
-    )
+    output = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "Did you mean 'cfg_scale'?" in output and "Traceback" not in output
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -1035,7 +1024,7 @@ def test_the_command_says_a_mistake(tiny, capsys):
     (
         (dict(network="inceptoin"), "unknown feature network 'inceptoin'. Known: inception"),
         (dict(metrics=("gfid",)), "unknown metrics gfid in this feature space. Known: fd_scenes"),
-        (dict(sweep="cfg_scale=1,high"), "are no numbers of cfg_scale"),
+        (dict(sweep="cfg_scale=1,high"), "is no list of numbers for cfg_scale"),
         (dict(sweep="cfg_scale"), "as in cfg_scale=1,1.25,1.5"),
         (dict(sweep="weights=1,2"), "one of count, cfg_scale"),
         (dict(sampling={"count": 1}), "count is 1: it has to be at least 2"),
@@ -1046,9 +1035,9 @@ def test_the_command_says_a_mistake(tiny, capsys):
     ),
 )
 def test_evaluate_refuses(changes, message, tiny):
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as error:
         evaluate_run("tiny", few(**changes))
-    assert message in str(said.value)
+    assert message in str(error.value)
     assert not (tiny / "tiny" / "metrics.json").exists()
 
 
@@ -1058,8 +1047,8 @@ def refused(message, function, *arguments, **keywords):
 
 
 def test_a_frechet_distance_of_inception_needs_more_samples_than_features():
-    """Pool has 12 features here (2,048 in truth), spatial 4 (2,023): below that the covariance is
-    singular, and two sets of one distribution are far apart.
+    """The stub has 12 pool features (Inception: 2,048) and 4 spatial ones (2,023). With fewer
+    samples the covariance is singular, and two sets of one distribution are far apart.
     """
     sets = {count: extract("few", pixels(count, 8).split(64), Stub()) for count in (4, 5, 12, 13)}
     for metric, features in (("sfid", 4), ("gfid", 12)):
@@ -1067,54 +1056,63 @@ def test_a_frechet_distance_of_inception_needs_more_samples_than_features():
         value, details = compare(enough, enough, Stub(), [metric])[metric]
         assert value == pytest.approx(0, abs=1e-9) and details == {}
         for pair in ((few, enough), (enough, few)):
-            said = f"'few' has {features} samples: {features + 1} at least"
-            refused(said, compare, *pair, Stub(), [metric])
+            message = f"'few' has {features} samples: {features + 1} at least"
+            refused(message, compare, *pair, Stub(), [metric])
             assert metric not in compare(*pair, Stub(), k=1, subsets=1, subset_size=3)
 
 
 def test_a_frechet_distance_of_few_samples_is_marked_in_other_spaces():
-    other = Stub("other")
+    network = Stub("other")
     for count, details in (
         (12, {"covariance": "singular: no more samples than features"}),
         (13, {}),
     ):
-        few = extract("few", pixels(count, 8).split(64), other)
-        assert compare(few, few, other, ["fd_other"])["fd_other"][1] == details
-        given = FeatureSet("file", "", 0, {"pool": few.moments["pool"]}, given=("pool",))
-        assert compare(given, given, other, ["fd_other"])["fd_other"][1] == {}
+        few = extract("few", pixels(count, 8).split(64), network)
+        assert compare(few, few, network, ["fd_other"])["fd_other"][1] == details
+        moments = {"pool": few.moments["pool"]}
+        from_file = FeatureSet("file", "", 0, moments, file_moments=("pool",))
+        assert compare(from_file, from_file, network, ["fd_other"])["fd_other"][1] == {}
 
 
-def test_halves_of_a_reference_are_as_far_apart_as_two_sets_of_one_distribution():
-    """A thousand each of 64 standard normal features: 64 variances' errors, about 2 D^2 / 4 n."""
+def test_halves_of_a_reference_have_the_distance_of_two_sets_of_one_distribution():
+    """Halves of 1,000 rows of D = 64 standard normal features: the errors of the covariances give a
+    distance of about 2 D^2 / 4 n.
+    """
     rows = torch.randn(2_000, 64, generator=torch.Generator().manual_seed(1))
     real = FeatureSet("x", "", 2_000, rows=rows)
     distance, count = halves_distance(real, Stub("other"))
     assert count == 1_000 and 1.5 < distance < 2.7
-    twice, _ = halves_distance(FeatureSet("x", "", 1_000, rows=rows[:1_000]), Stub("other"))
-    assert 1.7 < twice / distance < 2.3, "of half as many samples it is twice as far"
+    larger, _ = halves_distance(FeatureSet("x", "", 1_000, rows=rows[:1_000]), Stub("other"))
+    assert 1.7 < larger / distance < 2.3, "with half as many samples the distance is twice as large"
     assert halves_distance(FeatureSet("x", "", 9), Stub("other")) is None
-    given = FeatureSet("x", "", 2_000, rows=rows, given=("pool",))
-    assert halves_distance(given, Stub("other")) is None, "its statistics are of other images"
+    from_file = FeatureSet("x", "", 2_000, rows=rows, file_moments=("pool",))
+    assert halves_distance(from_file, Stub("other")) is None, "its statistics are of other images"
     assert halves_distance(FeatureSet("x", "", 60, rows=rows[:60]), Stub("inception")) is None
 
 
-def test_neighbours_of_many_rows_are_those_of_ten_thousand(monkeypatch):
-    """GPIC's protocol: density and coverage of as many random rows of each; the protocol says so."""
+def test_neighbours_of_many_rows_are_those_of_a_random_subset(monkeypatch):
+    """GPIC's protocol: density and coverage of 10,000 random rows of each set; the details state
+    the number.
+    """
     monkeypatch.setattr(scores, "PRDC_ROWS", 50)
-    one, two = gaussian(0, 80), gaussian(1, 60)
-    sets = [FeatureSet(name, "", len(rows), rows=rows) for name, rows in (("a", one), ("b", two))]
-    found = compare(*sets, Stub("other"), ["prdc"])
-    assert found["prdc_density"][1].items() >= {"rows": 50, "rows_seed": 0}.items()
-    few = compare(*sets, Stub("other"), ["precision_recall"])
-    assert "rows" not in few["precision"][1], "ADM's are of all"
-    again = compare(*sets, Stub("other"), ["prdc"])
-    assert found == again != compare(*sets, Stub("other"), ["prdc"], seed=1)
+    sets = [
+        FeatureSet(name, "", len(rows), rows=rows)
+        for name, rows in (("a", gaussian(0, 80)), ("b", gaussian(1, 60)))
+    ]
+    metrics = compare(*sets, Stub("other"), ["prdc"])
+    assert metrics["prdc_density"][1].items() >= {"rows": 50, "rows_seed": 0}.items()
+    adm = compare(*sets, Stub("other"), ["precision_recall"])
+    assert "rows" not in adm["precision"][1], "ADM compares all rows"
+    repeated = compare(*sets, Stub("other"), ["prdc"])
+    assert metrics == repeated != compare(*sets, Stub("other"), ["prdc"], seed=1)
     monkeypatch.setattr(scores, "PRDC_ROWS", 80)
     assert "rows" not in compare(*sets, Stub("other"), ["prdc"])["prdc_density"][1]
 
 
-def test_gpic_brings_features_for_the_neighbours(home):
-    """dino_embeddings serve precision, recall, density, coverage and MMD, beside its statistics."""
+def test_features_of_a_gpic_file_are_used_for_metrics_from_neighbours(home):
+    """dino_embeddings are used for precision, recall, density, coverage and MMD; the Fréchet
+    distance uses the statistics of the file.
+    """
     network, rows = Stub("dinov2-l"), gaussian(3, 80).float()
     fake = FeatureSet(
         "mine",
@@ -1126,8 +1124,8 @@ def test_gpic_brings_features_for_the_neighbours(home):
     statistics = {"dino_mu": np.zeros(rows.shape[1]), "dino_sigma": np.eye(rows.shape[1])}
     np.savez(home / "test_stats.npz", dino_embeddings=rows.numpy(), **statistics)
     real = sources.reference(home / "test_stats.npz", network, 8)
-    found = compare(fake, real, network, subset_size=20)
-    assert found.keys() >= {
+    metrics = compare(fake, real, network, subset_size=20)
+    assert metrics.keys() >= {
         "fd_dinov2-l",
         "mmd_dinov2-l",
         "precision",
@@ -1135,11 +1133,11 @@ def test_gpic_brings_features_for_the_neighbours(home):
         "prdc_density",
         "prdc_coverage",
     }
-    assert found["prdc_precision"][0] == 1, "every sample is one of the reference"
+    assert metrics["prdc_precision"][0] == 1, "every sample is in the reference"
     assert torch.equal(real.moments["pool"][0], torch.zeros(rows.shape[1], dtype=torch.float64))
     np.savez(home / "features.npz", dino_embeddings=rows.numpy())
-    alone = sources.reference(home / "features.npz", network, 8)
-    assert torch.allclose(alone.moments["pool"][0], rows.double().mean(0))
+    features_only = sources.reference(home / "features.npz", network, 8)
+    assert torch.allclose(features_only.moments["pool"][0], rows.double().mean(0))
     np.savez(home / "bad.npz", dino_embeddings=np.zeros((3, 2, 2)))
     refused(
         "dino_embeddings of '.*bad.npz' is .3, 2, 2. .*: float rows",
@@ -1204,8 +1202,8 @@ def test_reconstruction_refuses_another_range():
     refused("too small", ssim, images[..., :5, :5], images[..., :5, :5])
 
 
-def test_lpips_looks_at_what_no_gradient_is_asked_of(monkeypatch, home):
-    """Training computes it at every step, and must not wait."""
+def test_lpips_checks_images_unless_a_gradient_is_needed(monkeypatch, home):
+    """Training computes LPIPS at every step and must not wait for the device."""
     monkeypatch.setattr("gear.evaluation.lpips.lpips_backbone", lambda: home)
     monkeypatch.setattr("gear.evaluation.lpips.file_hash", lambda path: "397923af")
     monkeypatch.setattr("lpips.LPIPS", lambda **options: torch.nn.PairwiseDistance())
@@ -1217,37 +1215,36 @@ def test_lpips_looks_at_what_no_gradient_is_asked_of(monkeypatch, home):
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_features_that_are_no_numbers(value):
+def test_features_that_are_not_finite_are_refused(value):
     refused("not finite", extract, "set", [pixels(3)], Stub(value=value))
     refused("not finite", Moments(3).update, torch.full((2, 3), value))
-
     refused("not finite", InceptionScore().update, torch.full((2, 3), value))
-    rows, sick = gaussian(0), gaussian(1)
-    sick[3, 1] = value
-    for sets in ((rows, sick), (sick, rows)):
+    rows, damaged = gaussian(0), gaussian(1)
+    damaged[3, 1] = value
+    for sets in ((rows, damaged), (damaged, rows)):
         refused("not finite", precision_recall, *sets)
         refused("not finite", prdc, *sets)
         refused("not finite", polynomial_mmd, *sets, 2, 10)
 
 
-def test_a_number_that_is_none_is_not_written(monkeypatch):
+def test_a_value_that_is_not_finite_is_not_recorded(monkeypatch):
     refused("gfid is nan", record, "gfid", math.nan, {})
     sets = [extract("some", pixels(20, seed=seed).split(64), Stub("scenes")) for seed in (0, 1)]
     monkeypatch.setattr(scores, "frechet_distance", lambda *sets: math.inf)
-    for wanted in (None, ["fd_scenes"]):
+    for names in (None, ["fd_scenes"]):
         refused(
             "fd_scenes of 'some' is inf",
             compare,
             *sets,
             Stub("scenes"),
-            wanted,
+            names,
             subsets=1,
             subset_size=9,
         )
 
 
 @pytest.mark.parametrize("count", (0, 1))
-def test_no_sample_and_one(count):
+def test_too_few_samples_are_refused(count):
     few, rows = gaussian(1, 40)[:count], gaussian(0, 40)
     for sets in ((few, rows), (rows, few)):
         refused(
@@ -1259,12 +1256,10 @@ def test_no_sample_and_one(count):
     refused(r"features have shape \(40,\)", prdc, rows[:, 0], rows)
 
 
-def test_a_set_of_which_nothing_can_be_measured():
-    """One sample has no statistics, and no neighbours: nothing at all is no success."""
-    one, some = (
-        extract("one", [pixels(1)], Stub("scenes")),
-        extract("some", [pixels(30)], Stub("scenes")),
-    )
+def test_sets_that_allow_no_metric_are_refused():
+    """One sample has neither statistics nor neighbours."""
+    one = extract("one", [pixels(1)], Stub("scenes"))
+    some = extract("some", [pixels(30)], Stub("scenes"))
     one.inception_score = None
     refused(
         "nothing can be measured of 'one' against 'some': 'one' has 1 sample: 2 at least",
@@ -1276,19 +1271,17 @@ def test_a_set_of_which_nothing_can_be_measured():
 
 
 @pytest.mark.parametrize("value", (-0.5, math.nan, math.inf))
-def test_a_covariance_that_is_none(value):
-    good, bad = (
-        torch.eye(3, dtype=torch.float64),
-        torch.diag(torch.tensor([1.0, 1.0, value], dtype=torch.float64)),
-    )
-    for one, other in ((good, bad), (bad, good)):
-        refused("covariance", frechet_distance, (torch.zeros(3), one), (torch.zeros(3), other))
+def test_invalid_covariances_are_refused(value):
+    good = torch.eye(3, dtype=torch.float64)
+    bad = torch.diag(torch.tensor([1.0, 1.0, value], dtype=torch.float64))
+    for first, second in ((good, bad), (bad, good)):
+        refused("covariance", frechet_distance, (torch.zeros(3), first), (torch.zeros(3), second))
     spiked = good.clone()
-    spiked[0, 1] = spiked[1, 0] = 5.0  # of no vectors: a correlation of 5
+    spiked[0, 1] = spiked[1, 0] = 5.0  # a correlation of 5, which no vectors have
     refused("eigenvalue", frechet_distance, (torch.zeros(3), good), (torch.zeros(3), spiked))
 
 
-def test_a_mean_that_is_none():
+def test_an_invalid_mean_is_refused():
     good = torch.eye(3)
     refused(
         "not finite|no mean",
@@ -1302,10 +1295,11 @@ def test_statistics_of_two_networks():
     refused("cannot be compared", frechet_distance, moments(gaussian(0)), moments(gaussian(0, d=5)))
 
 
-def test_npz_files_that_are_none(home):
-    path, buffer = home / "samples.npz", io.BytesIO()
+def test_invalid_npz_files_are_refused(home):
+    path = home / "samples.npz"
+    buffer = io.BytesIO()
     np.savez(buffer, arr_0=pixels(20).numpy())
-    whole = buffer.getvalue()
+    valid = buffer.getvalue()
     packed = io.BytesIO()
     np.savez_compressed(packed, arr_0=np.zeros((20, 32, 32, 3), np.uint8))
     damaged = bytearray(packed.getvalue())
@@ -1313,8 +1307,8 @@ def test_npz_files_that_are_none(home):
     array = io.BytesIO()
     np.save(array, pixels(2).numpy())
     for content in (
-        whole[:-100],
-        whole[: len(whole) // 2],
+        valid[:-100],
+        valid[: len(valid) // 2],
         b"",
         b"no archive",
         bytes(damaged),
@@ -1356,18 +1350,20 @@ def test_metrics_that_cannot_be_read(tiny):
             Run.open("tiny"),
         )
         refused("metrics.json cannot be read", evaluate_run, "tiny")
-    assert not (tiny / "tiny" / "evaluation").exists()  # it is said before anything is drawn
+    assert not (
+        tiny / "tiny" / "evaluation"
+    ).exists()  # the error is raised before any sample is drawn
     (tiny / "tiny" / "metrics.json").write_text(json.dumps([good]), encoding="utf-16")
     assert read_metrics(Run.open("tiny")) == [good]
 
 
 @pytest.fixture
 def no_network(monkeypatch, home):
-    """Every socket that is asked for is counted, and refused."""
-    asked = []
+    """Refuse every socket; return the list of refused calls."""
+    calls = []
 
     def refuse(*arguments, **keywords):
-        asked.append(arguments)
+        calls.append(arguments)
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket, "socket", refuse)
@@ -1375,7 +1371,7 @@ def no_network(monkeypatch, home):
     monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
     monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return asked
+    return calls
 
 
 def test_missing_weights_are_named(no_network, home, monkeypatch):
@@ -1388,7 +1384,7 @@ def test_missing_weights_are_named(no_network, home, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     refused(f"could not be downloaded .no network in this test|{about}", networks.Inception)
     assert no_network
-    assert not list((home / "cache").rglob("*.p*"))  # nothing half-done is left
+    assert not list((home / "cache").rglob("*.p*"))  # no partial file is left
 
 
 def test_damaged_weights_are_refused(no_network, home):
@@ -1404,16 +1400,16 @@ def test_damaged_weights_are_refused(no_network, home):
 @pytest.mark.parametrize(
     "content", (b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"", b"\x1f\x8b")
 )
-def test_what_lies_there_instead_of_weights_is_named(content, home):
+def test_another_file_in_place_of_weights_is_named(content, home):
     (home / "weights.pth").write_bytes(content)
-    said = {
+    reasons = {
         b"v": "a Git LFS pointer, not the weights: git lfs pull",
         b"<": "a web page",
         b"": "empty",
         b"\x1f": "an archive",
     }
     refused(
-        f"weights.pth cannot be read: it is not a checkpoint.*{said[content[:1]]}",
+        f"weights.pth cannot be read: it is not a checkpoint.*{reasons[content[:1]]}",
         networks.Inception,
         str(home / "weights.pth"),
     )
@@ -1434,7 +1430,7 @@ def test_a_weight_file_runs_no_code(home):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """A file of seeded tensors, named and shaped as torch-fidelity's are."""
+    """A file of seeded tensors with the names and shapes of torch-fidelity's weights."""
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     class Blank(library.FeatureExtractorInceptionV3):
@@ -1458,57 +1454,57 @@ def inception_weights(tmp_path_factory):
     return str(folder / "inception.pth")
 
 
-def test_inception_is_the_librarys(inception_weights, no_network):
+def test_inception_equals_torch_fidelitys(inception_weights, no_network):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     images = pixels(2)
     ours = networks.Inception(inception_weights)
-    found = ours(images)
+    features = ours(images)
     names = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3(
         "inception", names, feature_extractor_weights_path=inception_weights
     )
-    kept = []
+    hooked = []
     theirs.Mixed_6d.branch1x1.register_forward_hook(
-        lambda module, inputs, output: kept.append(output)
+        lambda module, inputs, output: hooked.append(output)
     )
     pool, logits = theirs(images.permute(0, 3, 1, 2))
-    assert {name: tuple(f.shape[1:]) for name, f in found.items()} == {
+    assert {name: tuple(f.shape[1:]) for name, f in features.items()} == {
         "pool": (2048,),
         "spatial": (2023,),
         "logits": (1008,),
     }
-    torch.testing.assert_close(found["pool"], pool, rtol=0, atol=0)
-    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0)
-    torch.testing.assert_close(found["spatial"], kept[0][:, :7].flatten(1), rtol=0, atol=0)
-    assert found["pool"].std() > 1e-3 and not torch.equal(found["pool"][0], found["pool"][1])
-    again = ours(
-        images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    )  # floats are rounded, as the graph takes uint8
-    torch.testing.assert_close(again["pool"], pool, rtol=0, atol=0)
+    spatial = hooked[0][:, :7].flatten(1)
+    torch.testing.assert_close(features["pool"], pool, rtol=0, atol=0)
+    torch.testing.assert_close(features["logits"], logits, rtol=0, atol=0)
+    torch.testing.assert_close(features["spatial"], spatial, rtol=0, atol=0)
+    assert features["pool"].std() > 1e-3
+    assert not torch.equal(features["pool"][0], features["pool"][1])
+    # floats are rounded, because the graph takes uint8
+    of_floats = ours(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    torch.testing.assert_close(of_floats["pool"], pool, rtol=0, atol=0)
     refused("are expected", ours, torch.rand(1, 3, 32, 32) * 255)
     assert ours.protocol["interpolation"] == "bilinear, tf1" and not no_network
 
-    other = networks.Inception(inception_weights, resize="torch")
-    assert other.protocol != ours.protocol
-    assert (other(images)["pool"] - pool).abs().max() > 1e-3 * pool.abs().max()
+    of_torch = networks.Inception(inception_weights, resize="torch")
+    assert of_torch.protocol != ours.protocol
+    assert (of_torch(images)["pool"] - pool).abs().max() > 1e-3 * pool.abs().max()
 
 
-def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(
-    inception_weights, tmp_path
-):
-    """A safetensors file, and one that another trainer wrapped: the same network; a NaN in it is
-    named.
+def test_inception_loads_other_containers_and_refuses_infinite_weights(inception_weights, tmp_path):
+    """A safetensors file and a file wrapped by a trainer give the same network; a tensor that is
+    not finite is named.
     """
-    tensors, images = torch.load(inception_weights, weights_only=True), pixels(1)
-    wanted = networks.Inception(inception_weights)(images)["pool"]
+    tensors = torch.load(inception_weights, weights_only=True)
+    images = pixels(1)
+    expected = networks.Inception(inception_weights)(images)["pool"]
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save(
         {"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 1},
         tmp_path / "b.pth",
     )
     for name in ("a.safetensors", "b.pth"):
-        assert torch.equal(networks.Inception(str(tmp_path / name))(images)["pool"], wanted)
+        assert torch.equal(networks.Inception(str(tmp_path / name))(images)["pool"], expected)
     tensors["fc.weight"][0, 0] = float("inf")
     torch.save(tensors, tmp_path / "c.pth")
     refused(
@@ -1521,39 +1517,41 @@ def test_inception_of_any_file_of_its_tensors_and_none_that_is_no_number(
     )
 
 
-def test_rfid_is_of_floats_that_no_rounding_has_touched(
+def test_rfid_is_computed_from_floats_without_rounding(
     inception_weights, tiny, monkeypatch, capsys
 ):
-    """Reconstructions go through pytorch-fid's resize of floats, not through the graph's of uint8;
-    the protocol says so.
+    """Reconstructions are resized as floats, as in pytorch-fid, and not as uint8 in the graph; the
+    protocol states it.
     """
     options = few(
         network="inception", weights=inception_weights, reconstruction=True, reference_count=4
     )
     assert by_metric(evaluate_run("tiny", options)).keys() == {"psnr", "ssim", "l1"}
-    said = "no rfid: 'tiny' has 4 samples: 2,049 at least are needed for pool"
-    assert said in capsys.readouterr().err
+    message = "no rfid: 'tiny' has 4 samples: 2,049 at least are needed for pool"
+    assert message in capsys.readouterr().err
     monkeypatch.setattr(scores, "_distance", lambda *sets: (1.0, {}))
-    found = by_metric(evaluate_run("tiny", options))
-    assert found.keys() == {"psnr", "ssim", "l1", "rfid"}
+    entries = by_metric(evaluate_run("tiny", options))
+    assert entries.keys() == {"psnr", "ssim", "l1", "rfid"}
     assert (
-        found["rfid"]["protocol"].items()
+        entries["rfid"]["protocol"].items()
         >= {"interpolation": "bilinear, torch", "rounding": "none"}.items()
     )
 
 
 def test_the_runs_teacher_is_the_default_space(tiny, monkeypatch):
-    asked = []
+    names = []
     monkeypatch.setattr(
         evaluation,
         "load_network_by_name",
-        lambda name, *rest, **more: asked.append(name) or Later(),
+        lambda name, *arguments, **keywords: names.append(name) or Unusable(),
     )
     with pytest.raises(ZeroDivisionError):
         evaluate_run("tiny", few(network=""))
-    assert asked == ["scenes"]
+    assert names == ["scenes"]
 
 
-class Later:
+class Unusable:
+    """A network that ends the evaluation at its first use."""
+
     def to(self, device):
         raise ZeroDivisionError

@@ -1,8 +1,8 @@
-"""Photographs in EfficientNet's space: our distances equal torch-fidelity's, which runs the same
-network on the same images.
+"""Photographs in EfficientNet's space: our distances equal those of torch-fidelity, which runs the
+same network on the same images.
 
-2,000 CIFAR-10 images against 2,000 others; GEAR_FULL=1 takes 10,000 and 10,000 (about 40 images/s
-on one core: 9 minutes).
+2,000 CIFAR-10 images are compared with 2,000 others; GEAR_FULL=1 takes 10,000 of each (about 40
+images/s on one core: 9 minutes).
 """
 
 import os
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 class Registered(FeatureExtractorBase):
-    """The network as torch-fidelity takes one: uint8 (B, 3, H, W) in, a tuple of features out."""
+    """The network with torch-fidelity's interface: uint8 (B, 3, H, W) -> a tuple of features."""
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
@@ -92,12 +92,11 @@ def test_frechet_distance(network, sets):
     statistics = [fid_features_to_statistics(features.double()) for features in rows(sets)]
     theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert ours == pytest.approx(theirs, rel=1e-5) and ours > 0
-    for features, other in zip(sets, statistics):  # streamed sums are the whole set's moments
+    for features, expected in zip(sets, statistics):
         assert features.count == COUNT
-        np.testing.assert_allclose(features.moments["pool"][0], other["mu"], rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(
-            features.moments["pool"][1], other["sigma"], rtol=1e-8, atol=1e-12
-        )
+        mean, covariance = features.moments["pool"]
+        np.testing.assert_allclose(mean, expected["mu"], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(covariance, expected["sigma"], rtol=1e-8, atol=1e-12)
 
 
 def test_kernel_distance(sets):
@@ -123,7 +122,7 @@ def test_precision_and_recall(sets):
 
 
 def test_end_to_end_with_the_registered_extractor(network):
-    """From pixels to numbers, each library on its own."""
+    """Each library computes its numbers from pixels."""
     torch_fidelity.register_feature_extractor("gear-efficientnet", Registered)
     fake, real = (torch.cat(list(read_images(path, 32, FEW))) for path in (FAKE, REAL))
     theirs = torch_fidelity.calculate_metrics(
@@ -146,11 +145,11 @@ def test_end_to_end_with_the_registered_extractor(network):
         extract(name, images.split(50), network)
         for name, images in (("fake", fake), ("real", real))
     ]
-    found = compare(*sets, network, subsets=10, subset_size=100, seed=2020)
-    assert found["fd_efficientnet-lite0"][0] == pytest.approx(
+    metrics = compare(*sets, network, subsets=10, subset_size=100, seed=2020)
+    assert metrics["fd_efficientnet-lite0"][0] == pytest.approx(
         theirs["frechet_inception_distance"], rel=1e-4
     )
-    assert found["mmd_efficientnet-lite0"][0] == pytest.approx(
+    assert metrics["mmd_efficientnet-lite0"][0] == pytest.approx(
         theirs["kernel_inception_distance_mean"], rel=1e-4, abs=1e-6
     )
     exact = precision_recall(sets[1].rows, sets[0].rows, 3, half=False)

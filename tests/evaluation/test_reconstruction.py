@@ -1,4 +1,6 @@
-"""A file's tokenizer on images of one's own: the same numbers as a run's; Table 18 in one command."""
+"""Tokenizers of files: a file gives the same numbers as the run it was exported from, and one
+command sets public files beside Table 18.
+"""
 
 import json
 
@@ -26,7 +28,7 @@ COUNT = 70  # more than a batch
 
 @pytest.fixture
 def photographs(home):
-    """A flat folder of scenes."""
+    """A folder of scenes as PNG files."""
     (home / "photographs").mkdir()
     for i, pixels in enumerate(to_uint8(scenes(COUNT)[0]).numpy()):
         Image.fromarray(pixels).save(home / "photographs" / f"{i:03d}.png")
@@ -44,21 +46,22 @@ def by_metric(records):
 
 
 def test_a_file_is_measured_as_its_run_is(tiny, home, file, photographs):
-    """By the definitions, on all images of the folder; a run on the same images gives the same."""
+    """Scores follow their definitions on all images of the folder; the run gives equal scores."""
     network = load_network_by_name("scenes")
-    found = by_metric(file_records(file, photographs, network, 1_000, size=32))
+    of_file = by_metric(file_records(file, photographs, network, 1_000, size=32))
     images = torch.stack(
         [torch.from_numpy(np.array(Image.open(p))) for p in sorted(photographs.iterdir())]
     )
     x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     decoded = reconstruct(load_tokenizer("tiny-joint"), x)[0].clamp(-1, 1)
     for name, function in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
-        assert found[name]["value"] == pytest.approx(float(measure(function, decoded, x).mean()))
-        assert found[name]["interval"][0] < found[name]["value"] < found[name]["interval"][1]
+        value, (low, high) = of_file[name]["value"], of_file[name]["interval"]
+        assert value == pytest.approx(float(measure(function, decoded, x).mean()))
+        assert low < value < high
     sets = [extract("", batch.split(64), network) for batch in (decoded, x)]
     distance = frechet_distance(*(features.moments["pool"] for features in sets))
-    assert found["rfd_scenes"]["value"] == pytest.approx(distance, rel=1e-4)
-    protocol = found["rfd_scenes"]["protocol"]
+    assert of_file["rfd_scenes"]["value"] == pytest.approx(distance, rel=1e-4)
+    protocol = of_file["rfd_scenes"]["protocol"]
     assert protocol.items() >= {
         "source": "photographs", "split": "all", "images": COUNT, "rounding": "none",
         "image_size": 32, "resize": "bicubic",
@@ -67,7 +70,7 @@ def test_a_file_is_measured_as_its_run_is(tiny, home, file, photographs):
         network="scenes", reconstruction=True, images=str(photographs), quiet=True
     )
     of_run = by_metric(evaluate_run("tiny-joint", options))
-    for name, entry in found.items():
+    for name, entry in of_file.items():
         assert of_run[name]["value"] == pytest.approx(entry["value"], rel=1e-5)
     assert of_run["psnr"]["protocol"]["source"] == "photographs"
 
@@ -75,18 +78,17 @@ def test_a_file_is_measured_as_its_run_is(tiny, home, file, photographs):
 def test_another_resize_is_another_protocol(file, photographs, home):
     options = EvaluateOptions(
         network="scenes", reconstruction=True, images=str(photographs), image_size=16,
-        out=str(home / "kept.json"), quiet=True,
+        out=str(home / "out.json"), quiet=True,
     )  # fmt: skip
     records = evaluate_files([str(file)], options, ("bicubic", "bilinear", "box"))
     values = [e["value"] for e in records if e["metric"] == "psnr"]
-    assert len(set(values)) == 3 and len(json.loads((home / "kept.json").read_text())) == len(
-        records
-    )
+    assert len(set(values)) == 3
+    assert len(json.loads((home / "out.json").read_text())) == len(records)
 
 
-def test_the_command_says_what_a_file_needs(tiny, home, file, photographs, capsys):
+def test_the_command_reports_what_a_file_needs(tiny, home, file, photographs, capsys):
     words = ["evaluate", str(file), "--network", "scenes", "--quiet"]
-    for more, said in (
+    for more, message in (
         ([], "gear evaluate FILE --reconstruction --images PATH"),
         (["--reconstruction"], "gear evaluate FILE --reconstruction --images PATH"),
         (["--reconstruction", "--images", "nowhere"], "--images: there are no images at 'nowhere'"),
@@ -95,12 +97,12 @@ def test_the_command_says_what_a_file_needs(tiny, home, file, photographs, capsy
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*words, *more])
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and said in err and "Traceback" not in err
+        output = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in output and "Traceback" not in output
     with pytest.raises(SystemExit):
         main(["evaluate", "tiny", str(file), "--reconstruction"])
     assert "'tiny' is no file" in capsys.readouterr().err
-    out = str(home / "kept.json")
+    out = str(home / "out.json")
     main(
         [
             *words,
@@ -113,9 +115,9 @@ def test_the_command_says_what_a_file_needs(tiny, home, file, photographs, capsy
             out,
         ]
     )
-    said = capsys.readouterr().out
-    assert "psnr " in said and "rfd_scenes " in said and "images 70" in said
-    assert len(json.loads((home / "kept.json").read_text())) == 4
+    output = capsys.readouterr().out
+    assert "psnr " in output and "rfd_scenes " in output and "images 70" in output
+    assert len(json.loads((home / "out.json").read_text())) == 4
     main(
         [
             *words,
@@ -128,17 +130,17 @@ def test_the_command_says_what_a_file_needs(tiny, home, file, photographs, capsy
             out,
         ]
     )
-    assert len(json.loads((home / "kept.json").read_text())) == 8, "beside those of before"
-    for more, said in (
+    assert len(json.loads((home / "out.json").read_text())) == 8, "earlier records are kept"
+    for more, message in (
         (
             ["--reconstruction", "--interpolation", "bilinear"],
-            "--interpolation is that of --images",
+            "--interpolation applies to --images only",
         ),
-        (["--images", str(photographs)], "--images are reconstructed: give --reconstruction"),
+        (["--images", str(photographs)], "--images are the images to reconstruct: add --recons"),
     ):
         with pytest.raises(SystemExit):
             main(["evaluate", "tiny", "--network", "scenes", *more])
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", str(tiny / "tiny"), "--reconstruction"])
     assert "a run is opened by its name" in capsys.readouterr().err
@@ -162,7 +164,7 @@ def test_table_18_sets_the_papers_numbers_beside_ours():
 
 @pytest.mark.slow
 def test_table_18_in_one_command(home, photographs, capsys):
-    """A public file by rule, both resizes, beside the paper's numbers."""
+    """A file in a public layout is measured with both resizes, beside the paper's numbers."""
     torch.save({"model": state_dict("vq16")}, home / "vq.pt")
     words = "--table 18 --image-size 32 --reference-count 3 --network scenes --quiet".split()
     main(

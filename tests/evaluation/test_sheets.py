@@ -1,4 +1,4 @@
-"""A sheet of images above their reconstructions: the tokenizer sees a few images at a time."""
+"""A sheet of images above their reconstructions, which the tokenizer computes in chunks."""
 
 from helpers import scenes, tiny_tokenizer
 
@@ -7,7 +7,7 @@ from gear.measures.reconstruction import psnr
 from gear.tokenizer.model import reconstruct
 
 
-def test_chunks_give_what_all_images_at_once_give(monkeypatch):
+def test_a_sheet_does_not_depend_on_chunks(monkeypatch):
     tokenizer, images = tiny_tokenizer().eval(), scenes(20)[0]
     decoded, indices = reconstruct(tokenizer, images)
     encode, counts = tokenizer.encode, []

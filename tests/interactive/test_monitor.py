@@ -1,4 +1,4 @@
-"""Runs side by side and while they train: what is listed, compared and followed, on runs without
+"""The panels of the notebook `runs`: listing, comparing and following runs, on runs without
 weights.
 """
 
@@ -29,7 +29,7 @@ BASE = {
 
 
 def make(name, steps=10, losses=("ntp_loss", "align_loss"), **changes):
-    """A run that has logged `steps` steps at 8 images/s."""
+    """Create a run that has logged `steps` steps at 8 images/s."""
     run = Run.create(name, BASE | changes)
     for step in range(1, steps + 1):
         run.append(
@@ -52,22 +52,22 @@ def runs(home):
 
 
 def age(run, seconds):
-    """Make a run look as if it had last been written to some time ago."""
+    """Set the times of a run's files to `seconds` ago."""
     for path in run.path.iterdir():
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_progress_says_speed_and_time_left(home):
+def test_progress_states_speed_and_time_left(home):
     run = make("a", steps=4)
-    now = monitor.progress(run)
-    assert now["step"] == 4 and now["steps"] == 10 and now["speed"] == pytest.approx(8)
-    assert now["seconds_left"] == pytest.approx(6 * 4 / 8) and 0 <= now["seconds_since"] < 60
-    assert monitor.describe(now).startswith(
+    state = monitor.progress(run)
+    assert state["step"] == 4 and state["steps"] == 10 and state["speed"] == pytest.approx(8)
+    assert state["seconds_left"] == pytest.approx(6 * 4 / 8) and 0 <= state["seconds_since"] < 60
+    assert monitor.describe(state).startswith(
         "step 4 of 10: 8 images/s, 0:03 left, last line 0 s ago"
     )
 
 
-def test_speed_is_that_of_time_not_of_lines(home):
+def test_speed_is_averaged_over_time_and_not_over_lines(home):
     run = Run.create("a", BASE)
     run.append({"step": 1, "ntp_loss": 1.0})
     run.append({"step": 1, "seconds": 9.0, "images_per_second": 10.0}, "timing.jsonl")
@@ -78,18 +78,18 @@ def test_speed_is_that_of_time_not_of_lines(home):
 def test_a_tracked_run_has_no_speed_and_is_finished(home):
     run = make("a")
     (run.path / "timing.jsonl").unlink()
-    now = monitor.progress(run)
-    assert math.isnan(now["speed"]) and monitor.describe(now) == "step 10 of 10: finished"
+    state = monitor.progress(run)
+    assert math.isnan(state["speed"]) and monitor.describe(state) == "step 10 of 10: finished"
 
 
-def test_only_a_fresh_unfinished_run_trains(home):
-    half, whole = make("half", steps=4), make("whole")
-    assert monitor.is_training(half) and not monitor.is_training(whole)
-    age(half, 2 * monitor.ALIVE)
-    assert not monitor.is_training(half)
+def test_only_a_recent_unfinished_run_is_training(home):
+    unfinished, finished = make("unfinished", steps=4), make("finished")
+    assert monitor.is_training(unfinished) and not monitor.is_training(finished)
+    age(unfinished, 2 * monitor.ALIVE)
+    assert not monitor.is_training(unfinished)
 
 
-def test_differing_fields_and_only_they(runs):
+def test_only_differing_fields_are_listed(runs):
     table = monitor.differing(["a-s0", "b-s0"])
     assert table.index.tolist() == ["objective.tau", "recipe", "stage"]
     assert table.loc["objective.tau"].tolist() == [0.02, 0.1]
@@ -103,9 +103,8 @@ def test_smoothing_averages_neighbours_in_steps():
     assert np.allclose(monitor.smoothed(steps, values, 0), values)
     assert np.allclose(monitor.smoothed(steps, values, 2)[1:-1], values[1:-1] + 2 / 3)
     assert np.allclose(monitor.smoothed(steps, np.ones(10), 7), 1)
-    assert np.allclose(
-        monitor.smoothed(steps * 100, values, 50), values
-    )  # logged seldom: left as it is
+    # points further apart than the window stay unchanged
+    assert np.allclose(monitor.smoothed(steps * 100, values, 50), values)
     assert len(monitor.smoothed(np.array([]), np.array([]), 5)) == 0
 
 
@@ -144,16 +143,14 @@ def test_filters_list_runs_and_keep_the_choice(runs):
         "recon_loss" in panel.controls["below"].options
         and "ntp_loss" not in panel.controls["below"].options
     )
-    filters["stage"].value, filters["recipe"].value, filters["pattern"].value = (
-        monitor.ALL,
-        "a",
-        "*",
-    )
+    filters["stage"].value = monitor.ALL
+    filters["recipe"].value = "a"
+    filters["pattern"].value = "*"
     assert names.options == ("a-s0", "a-s1")
     assert not plt.get_fignums()
 
 
-def test_a_filter_that_finds_nothing_says_so_and_recovers(runs):
+def test_a_filter_that_matches_no_run_shows_a_message_and_recovers(runs):
     panel = monitor.Compare("*")
     panel.filters["pattern"].value = "nothing*"
     assert "No run is selected" in panel.message.value and panel.picture.layout.display == "none"
@@ -161,15 +158,16 @@ def test_a_filter_that_finds_nothing_says_so_and_recovers(runs):
     assert panel.message.value == "" and panel.picture.layout.display is None
 
 
-def test_a_change_draws_and_several_draw_once(runs, monkeypatch):
-    panel, drawn = monitor.Compare("a-*"), []
+def test_one_change_draws_once_and_so_do_several_at_once(runs, monkeypatch):
+    panel = monitor.Compare("a-*")
+    calls = []
     draw = panel.draw
-    monkeypatch.setattr(panel, "draw", lambda **values: (drawn.append(values), draw(**values))[1])
+    monkeypatch.setattr(panel, "draw", lambda **values: (calls.append(values), draw(**values))[1])
     before = panel.picture.value
     panel.controls["smooth"].value = 5.0
-    assert panel.picture.value != before and len(drawn) == 1
+    assert panel.picture.value != before and len(calls) == 1
     panel.filters["pattern"].value = "b-*"
-    assert len(drawn) == 2 and drawn[-1]["names"] == ("b-s0",)
+    assert len(calls) == 2 and calls[-1]["names"] == ("b-s0",)
 
 
 def test_a_table_follows_the_choice(runs):
@@ -183,7 +181,7 @@ def test_a_table_follows_the_choice(runs):
     )
 
 
-def test_overview_names_what_a_run_is(runs):
+def test_overview_lists_settings_and_progress(runs):
     table = monitor.overview(("b-s0", "c-s0"))
     assert table.loc["b-s0"].to_dict() == {
         "stage": "joint", "recipe": "b", "seed": 0, "steps": 10, "step": 10, "weights": False,
@@ -202,13 +200,10 @@ def test_a_run_shows_all_losses_and_its_newest_samples(home):
         "recon_loss",
         "gan_loss",
     ]
-    assert (
-        fig.axes[4].get_title(loc="left").startswith("step 10:")
-        and fig.axes[4].get_images()[0].get_array().min() == 255
-    )
-    assert (
-        len(fig.axes[0].lines) == 2 and len(fig.axes[1].lines) == 1
-    )  # validation, where there is one
+    assert fig.axes[4].get_title(loc="left").startswith("step 10:")
+    assert fig.axes[4].get_images()[0].get_array().min() == 255
+    # only ntp_loss has a validation curve
+    assert len(fig.axes[0].lines) == 2 and len(fig.axes[1].lines) == 1
     plt.close(fig)
     Run.create("fresh", BASE)
     with pytest.raises(UserError, match="no losses yet"):
@@ -216,8 +211,9 @@ def test_a_run_shows_all_losses_and_its_newest_samples(home):
 
 
 async def watched(panel, until):
-    """Press the toggle and wait for a condition; the event loop has to stay free meanwhile."""
-    panel.toggle.value, turns = True, 0
+    """Switch the toggle on and wait for a condition; return how often the event loop was free."""
+    panel.toggle.value = True
+    turns = 0
     deadline = time.monotonic() + 20
     while not until():
         assert time.monotonic() < deadline
@@ -226,7 +222,7 @@ async def watched(panel, until):
     return turns
 
 
-def test_following_reads_what_is_written_and_ends_with_the_toggle(home, monkeypatch):
+def test_following_shows_new_lines_and_ends_with_the_toggle(home, monkeypatch):
     monkeypatch.setattr(monitor, "SECONDS", 0.05)
     run = make("a", steps=3)
 
@@ -237,7 +233,7 @@ def test_following_reads_what_is_written_and_ends_with_the_toggle(home, monkeypa
         await watched(panel, lambda: panel.task is not None)
         run.append({"step": 4, "ntp_loss": 0.2, "align_loss": 0.1})
         with open(run.path / "metrics.jsonl", "a") as out:
-            out.write('{"step": 5, "ntp_l')  # half a line: another process is writing it
+            out.write('{"step": 5, "ntp_l')  # half a line, as while another process writes it
         assert await watched(panel, lambda: panel.bar.value == 4) > 0
         await watched(panel, lambda: panel.picture.value != first)
         task = panel.task
@@ -247,14 +243,14 @@ def test_following_reads_what_is_written_and_ends_with_the_toggle(home, monkeypa
         with open(run.path / "metrics.jsonl", "a") as out:
             out.write('oss": 0.1, "align_loss": 0.1}\n')
         await asyncio.sleep(0.2)
-        assert panel.bar.value == 4  # nobody looks any more
+        assert panel.bar.value == 4  # the panel is no longer updated
         panel.look()
         assert panel.bar.value == 5
 
     asyncio.run(scenario())
 
 
-def test_following_goes_over_to_the_run_that_trains(home, monkeypatch):
+def test_following_changes_to_the_run_that_is_training(home, monkeypatch):
     monkeypatch.setattr(monitor, "SECONDS", 0.05)
     parent = make("parent", steps=9)
 
@@ -270,15 +266,16 @@ def test_following_goes_over_to_the_run_that_trains(home, monkeypatch):
     asyncio.run(scenario())
 
 
-def test_nothing_new_is_not_drawn_again(home, monkeypatch):
+def test_an_unchanged_run_is_not_drawn_again(home, monkeypatch):
     make("a")
-    panel, drawn = monitor.Follow("*"), []
-    monkeypatch.setattr(panel, "draw", lambda name: drawn.append(name))
+    panel = monitor.Follow("*")
+    names = []
+    monkeypatch.setattr(panel, "draw", lambda name: names.append(name))
     panel.look()
-    assert drawn == []
+    assert names == []
 
 
-def test_no_runs_yet(home):
+def test_following_waits_for_the_first_run(home):
     panel = monitor.Follow("scenes-*")
     assert "no run 'scenes-*'" in panel.message.value.replace("&#x27;", "'")
     assert "image/png" not in panel._repr_mimebundle_()
@@ -287,14 +284,14 @@ def test_no_runs_yet(home):
     assert panel.controls["name"].value == "scenes-a" and panel.message.value == ""
 
 
-def test_metrics_are_read_again_when_there_are_more(home):
+def test_metrics_are_read_again_when_their_file_has_grown(home):
     run = make("a", steps=2)
     assert monitor.metrics("a") is monitor.metrics("a") and len(monitor.metrics("a")) == 2
     run.append(json.loads('{"step": 3, "ntp_loss": 0.5}'))
     assert len(monitor.metrics("a")) == 3
 
 
-def test_a_folder_that_is_no_run_hides_none(home):
+def test_a_folder_that_is_no_run_is_ignored(home):
     for name in ("a", "b"):
         make(name)
     (home / "runs" / "vit").mkdir()

@@ -1,4 +1,4 @@
-"""The tour: what is drawn are the paper's quantities, and moving a control draws them anew."""
+"""The tour: its figures show the paper's quantities, and a change of a control draws them again."""
 
 import io
 import math
@@ -48,40 +48,36 @@ def shown(axis):
 def test_the_soft_read_out_turns_hard_as_tau_falls(tokenizer, images):
     affinity = tokenizer.affinity(images[:1]).dense[0]
     hard = tokenizer.decode(tokenizer.encode(images[:1]))[0]
-    far = [
+    distances = [
         float((tour.decode_mixture(tokenizer, affinity, tau) - hard).abs().mean())
         for tau in (1.0, 0.1, 1e-5)
     ]
     assert torch.allclose(tour.decode_mixture(tokenizer, affinity, 0), hard, atol=1e-5)
-    assert far[0] > far[1] > far[2] and far[2] < 1e-4
+    assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-4
 
 
 def test_exp_h_counts_the_codes_of_a_mixture():
-    even = torch.zeros(3, 16)
-    assert torch.allclose(tour.row_entropies(even, 0.1).exp(), torch.tensor(16.0))
+    uniform = torch.zeros(3, 16)
+    assert torch.allclose(tour.row_entropies(uniform, 0.1).exp(), torch.tensor(16.0))
     two = torch.full((16,), -4.0).index_fill(0, torch.tensor([3, 9]), -1.0)
     assert float(tour.row_entropies(two, 0.01).exp()) == pytest.approx(2)
 
 
-def test_variants_put_each_code_in_the_patchs_place(tokenizer, images):
+def test_variants_replace_the_code_of_a_patch(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]  # (8, 8)
     f, position = tokenizer.config.downsampling, 8 * 3 + 5
-    own, other = tour.variants(
+    unchanged, changed = tour.variants(
         tokenizer, indices, position, torch.stack([indices[3, 5], (indices[3, 5] + 1) % 32])
     )
     assert torch.allclose(
-        own, tokenizer.decode(indices[None])[0][:, 2 * f : 5 * f, 4 * f : 7 * f], atol=1e-5
+        unchanged, tokenizer.decode(indices[None])[0][:, 2 * f : 5 * f, 4 * f : 7 * f], atol=1e-5
     )
-    assert not torch.allclose(own, other, atol=1e-2)
-    assert tour.variants(tokenizer, indices, 0, indices[0, :1]).shape == (
-        1,
-        3,
-        2 * f,
-        2 * f,
-    )  # a corner has fewer neighbours
+    assert not torch.allclose(unchanged, changed, atol=1e-2)
+    # a corner has fewer neighbours
+    assert tour.variants(tokenizer, indices, 0, indices[0, :1]).shape == (1, 3, 2 * f, 2 * f)
 
 
-def test_a_code_has_one_colour_wherever_it_stands(tokenizer, images):
+def test_the_colour_of_a_code_does_not_depend_on_its_position(tokenizer, images):
     indices = tokenizer.encode(images[:1])[0]
     colours = tour.code_colours(tokenizer, indices)
     assert colours.shape == (8, 8, 3) and 0 <= colours.min() and colours.max() <= 1
@@ -90,7 +86,7 @@ def test_a_code_has_one_colour_wherever_it_stands(tokenizer, images):
     )
 
 
-def test_changed_tokens_are_those_another_tokenizer_reads_otherwise(tokenizer, images):
+def test_changed_tokens_are_those_that_differ_between_tokenizers(tokenizer, images):
     assert not tour.changed_tokens(tokenizer, tokenizer, images).any()
     before = stirred(stirred(tiny_tokenizer())).eval()
     changed = tour.changed_tokens(tokenizer, before, images)
@@ -103,9 +99,9 @@ def test_the_read_out_shows_the_masses_of_the_nearest_codes(tokenizer, images):
     fig = tour.draw_readout(tokenizer, images, 1, 20, 0.1)
     bars, strip, image, hard, soft, sizes = fig.axes
     pi = (tokenizer.affinity(images[1:2]).dense[0, 20] / 0.1).softmax(-1)
-    near = pi.topk(tour.NEAREST)
-    assert np.allclose([bar.get_height() for bar in bars.patches], near.values, rtol=1e-5)
-    assert [int(label.get_text()) for label in strip.get_xticklabels()] == near.indices.tolist()
+    nearest = pi.topk(tour.NEAREST)
+    assert np.allclose([bar.get_height() for bar in bars.patches], nearest.values, rtol=1e-5)
+    assert [int(label.get_text()) for label in strip.get_xticklabels()] == nearest.indices.tolist()
     assert len(strip.get_images()) == tour.NEAREST
     size = math.exp(float(torch.special.entr(pi).sum()))
     assert f"exp H = {size:.3g} codes" in bars.get_title(loc="left")
@@ -131,7 +127,7 @@ def test_a_row_of_taus_ends_with_the_hard_one(tokenizer, images):
     plt.close(fig)
 
 
-def test_turning_a_control_draws_what_it_says_and_leaves_no_figure_behind(tokenizer, images):
+def test_a_change_of_a_control_draws_its_value_and_closes_the_figure(tokenizer, images):
     plt.close("all")
     panel = tour.readout(tokenizer, images, tau=0.1, position=4)
     before = pixels(panel)
@@ -161,44 +157,44 @@ def test_tokens_follow_the_image(tokenizer, images):
     assert panel.picture.value == to_png(fig)
 
 
-def test_samples_of_a_class_repeat_with_the_seed_and_change_with_everything(tokenizer, generator):
+def test_samples_repeat_with_the_seed_and_change_with_each_control(tokenizer, generator):
     panel = tour.samples(generator, tokenizer, (8, 8), CLASSES)
-    seen = [panel.picture.value]
-    again = panel.column.children[-1]
-    for turn in (
+    pictures = [panel.picture.value]
+    button = panel.column.children[-1]
+    for change in (
         lambda: panel.controls["label"].set_trait("label", "class 3"),
         lambda: panel.controls["cfg_scale"].set_trait("value", 4.0),
         lambda: panel.controls["temperature"].set_trait("value", 0.5),
-        again.click,
+        button.click,
     ):
-        turn()
-        assert panel.picture.value not in seen
-        seen.append(panel.picture.value)
+        change()
+        assert panel.picture.value not in pictures
+        pictures.append(panel.picture.value)
     assert panel.controls["seed"].value == 1 and panel.controls["label"].value == 3
     assert panel.picture.value == to_png(
         tour.draw_samples(generator, tokenizer, (8, 8), 3, 4.0, 0.5, 1)
     )
     panel.controls["seed"].value = 0
-    assert panel.picture.value == seen[-2]
+    assert panel.picture.value == pictures[-2]
 
 
 def test_without_guidance_both_rows_are_the_same(tokenizer, generator):
     fig = tour.draw_samples(generator, tokenizer, (8, 8), 1, 1.0, 1.0, 0)
     axes = np.array(fig.axes).reshape(3, tour.SAMPLES)
-    assert all((shown(one) == shown(other)).all() for one, other in zip(axes[0], axes[1]))
+    assert all((shown(guided) == shown(plain)).all() for guided, plain in zip(axes[0], axes[1]))
     assert all(
         0 <= shown(axis).min() and shown(axis).max() <= math.log(32) + 1e-4 for axis in axes[2]
     )
     plt.close(fig)
 
 
-def test_a_panel_is_a_picture_where_no_widgets_live(tokenizer, images):
+def test_a_panel_shows_as_a_picture_where_widgets_do_not_work(tokenizer, images):
     panel = tour.tokens(tokenizer, tokenizer, images)
     bundle = panel._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "image/png", "application/vnd.jupyter.widget-view+json"}
 
 
-def test_a_token_grid_of_any_size_stays_on_the_page():
+def test_a_token_grid_of_any_size_fits_the_page():
     small, large = TokenGrid(4, 4), TokenGrid(16, 16, value=17)
     assert large.value == 17 and len(large.children) == 256
     assert all(

@@ -10,7 +10,7 @@ from gear.cli.usage import Usage
 from gear.config import Checked, Jobs, TrainingStopped, given_by
 from gear.experiments.studies import seeds_of
 from gear.figures.gallery import write_gallery
-from gear.figures.render import notebooks, products, render
+from gear.figures.render import INTERACTIVE, names_of, products, render
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ USAGE = Usage(
     options=lambda names: FigureOptions(),
     examples=(
         "gear figures",
-        "gear figures training_dynamics",
-        "gear figures generator_alignment -p images 200",
-        "gear figures ablations -p study temperature",
+        "gear figures fig3",
+        "gear figures fig5 -p images 200",
+        "gear figures tab5",
     ),
     details=(
         "Without a name, every notebook is executed that needs no weights. A figure that is up to "
         "date is not drawn again. Figures are written to figures/, or to $GEAR_FIGURES; "
         "index.html there shows all of them."
     ),
-    choices=tuple(dict.fromkeys([*notebooks(), *products()])),
+    choices=tuple(sorted({*INTERACTIVE}.union(*map(names_of, products())))),
 )
 
 

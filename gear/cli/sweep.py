@@ -97,5 +97,5 @@ def _print_results(name, options, seeds):
     words = [f"-p {key} {value}" for key, value in parameters.items() if value]
     print(
         f"small scale, seeds {options.seeds}; drawn by: "
-        f"{' '.join(['gear figures ablations -p study', name, *words])}"
+        f"{' '.join(['gear figures', f'tab{STUDIES[name].table}', *words])}"
     )

@@ -64,7 +64,7 @@ def test_commands_and_recipes_are_completed(complete):
         "teacher-scenes-s0",
     ]
     assert complete("gear", "sweep", "") == list(STUDIES)
-    assert complete("gear", "figures", "training_") == ["training_dynamics"]
+    assert complete("gear", "figures", "fig5") == ["fig5", "fig5_generator_alignment"]
     assert complete("gear", "completion", "") == list(SHELLS)
 
 

@@ -247,7 +247,7 @@ class Lab:
     def note(self):
         """Say what is not as a run has it: random weights, and a way that did not work."""
         fallen = [
-            f"not {way}: it failed" for way, running in self.running.items() if running.way != way
+            f"not {way}: it failed" for way, running in self.running.items() if running.mode != way
         ]
         words = [f"random weights: {', '.join(self.invented)}"] if self.invented else []
         return "; ".join(words + fallen + self.failures)

@@ -65,9 +65,9 @@ def built(tiny, home):
 
 def computed(monkeypatch):
     """Count the files that are computed from here on."""
-    count, keep = [], Rows.keep
+    count, keep = [], Rows.write
     monkeypatch.setattr(
-        Rows, "keep", lambda rows, file, values: (count.append(file), keep(rows, file, values))
+        Rows, "write", lambda rows, file, values: (count.append(file), keep(rows, file, values))
     )
     return count
 
@@ -81,7 +81,7 @@ def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(
 
     whole = State.observe
     monkeypatch.setattr(State, "observe", observe)
-    monkeypatch.setattr(Rows, "keep", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Rows, "write", lambda *_: pytest.fail("computed again"))
     shutil.rmtree(tiny / "tiny")
     train(recipe("tiny"), "tiny", CACHED)
     assert_same_run(tiny / "tiny", tiny_runs / "tiny")
@@ -122,7 +122,9 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
         for name in ("labels", "indices", "target"):
             assert torch.equal(getattr(seen, name), getattr(looked_up, name)), name
     assert samples.length == (144 if size[0] > 32 else (1 + flip) * len(samples.source))
-    assert samples.arrays[0].kept == np.uint8 and samples.arrays[1].kept == np.float32
+    assert (
+        samples.arrays[0].stored_dtype == np.uint8 and samples.arrays[1].stored_dtype == np.float32
+    )
 
 
 def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, monkeypatch):
@@ -151,7 +153,7 @@ def test_what_the_values_depend_on_makes_another_cache_and_says_so(
     said = capsys.readouterr().err.splitlines()
     assert (
         len(said) == 1
-        and "codes of 512 rows go to" in said[0]
+        and "codes of 512 rows are computed into" in said[0]
         and said[0].endswith("were made with another network.")
     )
     monkeypatch.setattr("gear.training.cached.torch.get_num_threads", lambda: 2)
@@ -207,7 +209,7 @@ def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, m
         and {p: p.read_bytes() for p in files(home)} == before
         and not leftover.exists()
     )
-    assert capsys.readouterr().err.count("files are missing, damaged or yet to come.") == 1
+    assert capsys.readouterr().err.count("files are missing, damaged or not computed yet.") == 1
 
 
 def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):
@@ -217,8 +219,8 @@ def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):
 
 
 def test_a_signal_stops_between_files_and_what_was_computed_stands(tiny, home, monkeypatch):
-    signals, keep = [], Rows.keep
-    monkeypatch.setattr(Rows, "keep", lambda *a: (keep(*a), signals.append(signal.SIGTERM)))
+    signals, keep = [], Rows.write
+    monkeypatch.setattr(Rows, "write", lambda *a: (keep(*a), signals.append(signal.SIGTERM)))
     with pytest.raises(Interrupted, match="keeps what was computed. The same command goes on"):
         Cached(state_of(), quiet=True, signals=signals)
     assert len(files(home)) == 2

@@ -337,7 +337,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
     assert "run 'tiny-tokenizer' stopped at step 18:" in message and "File too large" in message
     assert (
-        f"The state of step 12 stands in {run / 'checkpoints'}." in message
+        f"The state of step 12 is saved in {run / 'checkpoints'}." in message
         and "the same command then goes on" in message
     )
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000006", "0000012"]
@@ -352,7 +352,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
     assert (
         "stopped at step 13: [Errno 27] File too large" in message
-        and "The state of step 12 stands" in message
+        and "The state of step 12 is saved" in message
     )
     assert (
         fingerprint(run / "checkpoints") == kept

@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(monkeypat
     monkeypatch.setattr("gear.training.objectives.reconstruction_loss", sick)
     with pytest.raises(
         TrainingStopped,
-        match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 stands",
+        match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 is saved",
     ):
         train(recipe("tiny-tokenizer"), "sick", QUIET)
     run = Run.open("sick")
@@ -182,7 +182,7 @@ def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
         calls, healthy = [], objectives.reconstruction_loss
         loss = lambda *images: (calls.append(1), sick if len(calls) > 5 else healthy)[1](*images)
         patch.setattr(objectives, "reconstruction_loss", loss)
-        with pytest.raises(TrainingStopped, match="is inf at step 7. The state of step 6 stands"):
+        with pytest.raises(TrainingStopped, match="is inf at step 7. The state of step 6 is saved"):
             train(config, "kept", replace(QUIET, skip=2))
     run = Run.open("kept")
     assert run.metrics().set_index("step").skipped[6] == 1 and run.load_state()["skipped"] == 1
@@ -368,7 +368,7 @@ def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypat
         patch.setattr(validate.Validation, "__call__", sick)
         with pytest.raises(
             TrainingStopped,
-            match=f"'val/psnr' is nan at step {at}.*{'stands' if at else 'Nothing was saved'}",
+            match=f"'val/psnr' is nan at step {at}.*{'is saved' if at else 'Nothing was saved'}",
         ):
             train(config, "sick", QUIET)
     run = Run(home / "runs" / "sick")

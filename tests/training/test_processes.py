@@ -132,9 +132,9 @@ def test_the_entropy_is_that_of_the_whole_batch():
     batches = list(state.batches(IMAGES, LABELS))
     parts, alone = (
         torch.stack(
-            [entropy_loss(*b.tokenized.quantized.entropies, mean_use(b)) for b in batches]
+            [entropy_loss(*b.tokenized.quantized.entropies, global_mean(b)) for b in batches]
         ).mean()
-        for mean_use in (lambda b: b.mean_use, lambda b: None)
+        for global_mean in (lambda b: b.global_mean, lambda b: None)
     )
     assert parts.item() == pytest.approx(entire.item(), abs=1e-5)
     assert abs(alone.item() - entire.item()) > 1e-3
@@ -350,7 +350,8 @@ def test_one_process_has_nobody_to_share_a_generator_with(tiny):
 
 def test_a_batch_that_cannot_be_shared_out(tiny):
     with pytest.raises(
-        UserError, match="16 images cannot be shared out evenly to 1 processes of 3 parts each"
+        UserError,
+        match="16 images cannot be divided evenly among 1 process with 3 micro-batches each",
     ):
         train(small("tiny"), "uneven", replace(QUIET, accumulate=3))
     assert not (tiny / "uneven").exists()

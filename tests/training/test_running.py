@@ -116,14 +116,14 @@ def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, mo
             patch.setattr(
                 running,
                 "gradients",
-                lambda *a: failing(*a) if compute.way == way else gradients(*a),
+                lambda *a: failing(*a) if compute.mode == way else gradients(*a),
             )
         else:
             patch.setattr(running, "Graph", failing)
         losses, weights = descended(state, samples, compute)
     assert losses == expected[0] and all(map(torch.equal, weights, expected[1]))
     said = capsys.readouterr().err
-    assert said == f"steps cannot be {way} here, and are computed plainly: no compiler\n"
+    assert said == f"steps cannot be {way} here and run in plain mode instead: no compiler\n"
     state.finish_step()
     descended(state, samples, compute)
     assert not capsys.readouterr().err and calls == ["compile"] * (way == "compiled")
@@ -190,7 +190,7 @@ def test_a_fall_back_is_of_one_run(samples):
     assert all(part._compiled_call_impl is not None for part in parts)
     compute._fall_back(RuntimeError("no compiler"))
     assert all(part._compiled_call_impl is None for part in parts) and not state.is_compiled
-    assert Running(state, "compiled").way == "compiled" and state.is_compiled
+    assert Running(state, "compiled").mode == "compiled" and state.is_compiled
 
 
 def test_a_frozen_tokenizer_is_not_compiled(tiny):

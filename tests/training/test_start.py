@@ -116,7 +116,7 @@ def test_a_frozen_start_asks_for_the_average_alone(home):
 def test_batch_norm_of_parts_is_told(tiny, capsys):
     config = change(recipe("tiny-joint-no-init"), dict(objective=dict(disc_norm="batch"), steps=1))
     train(config, "parts", Runtime(device="cpu", accumulate=2))
-    assert "BatchNorm sees each part of a batch alone" in capsys.readouterr().err
+    assert "BatchNorm sees each micro-batch alone" in capsys.readouterr().err
     train(
         replace(config, objective=recipe("tiny").objective),
         "group",

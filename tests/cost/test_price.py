@@ -360,7 +360,7 @@ def test_parts_are_chosen_from_the_memory_there_is():
     assert price.parts_that_fit(config, 256, 1e15, True) == 1
     with pytest.raises(
         UserError,
-        match=r"one image at once needs 5\.\d GB, and 90% of 5\.0 GB are to be had: take a smaller",
+        match=r"one image at once needs 5\.\d GB, but only 90% of 5\.0 GB can be used: take a smaller",
     ):
         price.parts_that_fit(config, 256, 5 * GIGABYTE, True)
 

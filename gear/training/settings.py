@@ -32,7 +32,7 @@ class OptimizerConfig(Checked):
     # learning rate of the generator, the projector and the scenes teacher; 0 leaves them unchanged
     generator_lr: NonNegative = 1e-4
     beta2: BelowOne = 0.999  # of AdamW
-    clip: Positive = 1.0  # largest gradient norm per optimizer; a larger gradient is scaled down
+    clip: Positive = 1.0  # largest norm of a network's gradient; a larger one is scaled down
     warmup_steps: Whole = 1  # steps of linear learning-rate warm-up; 0 and 1: none
     decay_from: Share = 1.0  # share of the steps after which learning rates decay linearly
     decay_to: Share = 0.1  # learning-rate factor at the end of the decay
@@ -126,7 +126,7 @@ class Config(Checked):
             )
             require(
                 has_enough_tokens,
-                f"image_size is {size}, which is one token: a MAGVIT-2 decoder needs at least two.",
+                f"image_size is {size}, which is one token: a MAGVIT-2 decoder needs at least two tokens.",
             )
         if self.trains("discriminator"):
             require(

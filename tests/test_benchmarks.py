@@ -191,7 +191,7 @@ def test_without_a_gpu_one_sentence_says_so(home):
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stderr.splitlines()
     assert done.returncode == 2
-    assert said[0] == f"{sys.executable} finds no GPU; without one, {gpu.TRIAL} tries every part."
+    assert said[0] == f"{sys.executable} finds no GPU. To try every part without a GPU: {gpu.TRIAL}"
 
 
 # -- what they compute -----------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_the_bound_of_sampling_is_what_weights_and_cache_take():
     """
     with torch.device("meta"):
         generator = Generator(GENERATORS["L"], 16_384)
-    sizes = [sampling.bytes_a_token(generator, rows, 256, torch.bfloat16) for rows in (64, 256)]
+    sizes = [sampling.bytes_per_token(generator, rows, 256, torch.bfloat16) for rows in (64, 256)]
     assert [round(size / 1e9, 2) for size in sizes] == [1.46, 3.88]
     rates = [3e12 / size / 256 * rows for size, rows in zip(sizes, (64, 256))]
     assert rates == pytest.approx([514, 773], rel=0.002)
@@ -253,10 +253,10 @@ def test_the_public_statistics_are_read_of_the_whole_matrix():
 
 @pytest.mark.slow
 def test_random_weights_have_the_true_architecture_and_are_said_to_be():
-    with step.random_weights() as invented:
+    with step.random_weights() as names:
         teacher = load_teacher("dinov2-b", DataConfig("scenes", image_size=32), 16)
         lpips = load_lpips()
-    assert invented == ["dinov2-b", "LPIPS"]
+    assert names == ["dinov2-b", "LPIPS"]
     assert sum(p.numel() for p in teacher.network.parameters()) == 86_579_712
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert teacher(images).shape == (2, 4, 768) and lpips(images, -images).isfinite().all()

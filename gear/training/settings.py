@@ -126,7 +126,7 @@ class Config(Checked):
             )
             require(
                 has_enough_tokens,
-                f"image_size is {size}: this is one token, and a MAGVIT-2 decoder needs two tokens.",
+                f"image_size is {size}: this is one token; a MAGVIT-2 decoder needs two tokens.",
             )
         if self.trains("discriminator"):
             require(

@@ -68,5 +68,5 @@ teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
 	$(BIN)/python -m gear teacher teacher-scenes
 
-gpu:  ## what a visit to a GPU should do, in ten minutes; without one: make gpu GPU="--quick --device cpu"
+gpu:  ## runs all tests and measurements that need a GPU, in ten minutes; to try it without a GPU: make gpu GPU="--quick --device cpu"
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(GPU)

@@ -2,14 +2,15 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(p))))
 BIN := .venv/bin
 DEMO_RUNS := $(addprefix scenes-,$(addsuffix -s0,gear joint-naive joint-straight-through llamagen-repa-control llamagen-repa))
-DEMO_FIGURES := bridges codebook_usage generator_alignment probe protocols runs text_to_image tokenizer_alignment tour train training_dynamics
-# what the demo leaves out, so that it ends within 12 minutes: a line less in some figures
+DEMO_FIGURES := pictures probe runs tour train fig2_method fig3_training_dynamics fig4_codebook_usage fig5_generator_alignment tab2_3_text_to_image tab4_tokenizer_alignment bridges protocols
+# methods that the demo leaves out of its figures, so that it ends within 12 minutes
 DEMO_WITHOUT := -p half "" -p naive_inputs "" -p no_gan ""
 REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)) $(addprefix scenes-,$(addsuffix -s$(s),joint-naive-inputs joint-no-gan llamagen-repa-half llamagen)))
 SCORED_RUNS := $(foreach s,0 1 2,$(addprefix scenes-,$(addsuffix -s$(s),joint gear llamagen llamagen-repa llamagen-repa-control)))
 TOKENIZER_RUNS := $(foreach s,0 1 2,scenes-tokenizer-s$(s) scenes-control-s$(s))
 STUDIES := temperature weight components tokenizer size depth initialisation
-# glibc gives large blocks back at once and pages them in anew: half the time of a feature network on a CPU
+# By default glibc returns large blocks to the system at once and pages them in again, which takes half
+# the time of a feature network on a CPU.
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 DEMO := $(KEEP) GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/demo
 AGAIN := GEAR_RUNS=$(CURDIR)/runs/again GEAR_FIGURES=$(CURDIR)/figures/again
@@ -52,7 +53,7 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
-bench: setup  ## times metrics, read-outs, alignments, training steps and saving beside others' or plain ones; writes benchmarks/*.csv
+bench: setup  ## times our code beside other libraries or plain versions; writes benchmarks/*.csv
 	for benchmark in evaluation readout analysis step resume; do $(BIN)/python benchmarks/$$benchmark.py || exit 1; done
 
 lab: setup  ## JupyterLab on the notebooks, with the runs of the demo
@@ -62,11 +63,11 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 strip: setup  ## removes outputs and counts from the notebooks
-	$(BIN)/nbstripout notebooks/*.ipynb
+	$(BIN)/nbstripout notebooks/*/*.ipynb
 
 teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
 	$(BIN)/python -m gear teacher teacher-scenes
 
-gpu:  ## runs all tests and measurements that need a GPU, in ten minutes; to try it without a GPU: make gpu GPU="--quick --device cpu"
+gpu:  ## checks, benchmarks and a training run on a GPU, in ten minutes; dry run on a CPU: make gpu GPU="--quick --device cpu"
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(GPU)

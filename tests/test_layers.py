@@ -26,7 +26,7 @@ LAYERS = """
     cost.counts cost.price cost.dry_run
     experiments.presets experiments.recipes experiments.studies experiments.published experiments.results experiments.claims
     experiments.verdicts experiments.jobs experiments.sweep
-    figures.style figures figures.execution figures.parameters figures.render figures.gallery
+    figures.style figures.draw figures figures.method figures.execution figures.parameters figures.render figures.gallery
     interactive.widgets interactive.tour interactive.monitor
     cli.console cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data cli.evaluate
     cli.figures cli.claims cli.runs cli.pack cli.teacher
@@ -43,6 +43,7 @@ OPTIONAL = {
     "lightning_fabric.strategies",
     "lpips",
     "matplotlib",
+    "matplotlib.patches",
     "matplotlib.pyplot",
     "papermill",
     "safetensors.torch",

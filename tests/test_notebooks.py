@@ -25,57 +25,21 @@ from gear.experiments.studies import STUDIES
 from gear.figures import figure_path, render
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 ALLOWED = {"gear", "typing", "numpy", "pandas", "matplotlib", "seaborn"}
-GENERATORS = dict.fromkeys(["warm_up", "control", "method"], "tiny")
+GENERATORS = dict.fromkeys(["baseline", "control", "method"], "tiny")
 TOKENIZERS = dict.fromkeys(["warm_up", "control", "half"], "tiny-tokenizer")
 SYSTEMS = {
     "llamagen": "tiny-llamagen-s[012]",
-    "warm_up": "tiny-llamagen-repa-s[012]",
+    "baseline": "tiny-llamagen-repa-s[012]",
     "control": "tiny-llamagen-repa-control-s[012]",
     "method": "tiny-gear-s[012]",
 }
 ON_TINY = {
+    "pictures": {"run": "tiny-joint"},
     "train": {"recipe": "tiny", "device": "cpu"},
-    "training_dynamics": GENERATORS | {"half": "tiny"},
-    "codebook_usage": {
-        "joint": "tiny-joint",
-        "control": "tiny-tokenizer",
-        "half": "tiny-tokenizer",
-    },
-    "generator_alignment": GENERATORS | {"transfer": "", "images": 40, "k": 5},
-    "tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
-    "alignment_sensitivity": dict.fromkeys(["warm_up", "control", "method"], "tiny")
-    | dict.fromkeys(["tokenizer_warm_up", "tokenizer_control"], "tiny-tokenizer")
-    | {"tokenizer_method": "tiny-joint", "images": 40, "k": 5},
-    "bridges": dict.fromkeys(
-        ["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"
-    ),
     "tour": {"run": "tiny", "warm_up": "tiny-tokenizer"},
     "runs": {"pattern": "tiny*"},
-    "protocols": {"run": "tiny", "count": 32},
-    "convergence": SYSTEMS
-    | {
-        "method": "tiny-joint-s[012]",
-        "transfer": "tiny-gear-s[012]",
-        "preset": "tiny",
-        "count": 100,
-        "at": "12,24",
-    },
-    "system_comparison": SYSTEMS | {"count": 100},
-    "guidance_sweep": {
-        "warm_up": "tiny-llamagen-repa-s[012]",
-        "method": "tiny-joint-s[012]",
-        "count": 100,
-        "scales": "1,1.5,2",
-    },
-    "ablations": {"study": "temperature", "preset": "tiny", "count": 100},
-    "reconstruction": {
-        "preset": "tiny",
-        "count": 100,
-        "control": "tiny-llamagen-repa-control-s[012]",
-    },
-    "text_to_image": {},
     "probe": {
         "checkpoint": "tiny-joint",
         "other": "tiny-tokenizer",
@@ -83,6 +47,44 @@ ON_TINY = {
         "count": 40,
         "k": 5,
     },
+    "fig1_convergence": SYSTEMS
+    | {
+        "method": "tiny-joint-s[012]",
+        "transfer": "tiny-gear-s[012]",
+        "preset": "tiny",
+        "count": 100,
+        "at": "12,24",
+    },
+    "fig2_method": {},
+    "fig3_training_dynamics": GENERATORS | {"half": "tiny"},
+    "fig4_codebook_usage": {
+        "joint": "tiny-joint",
+        "control": "tiny-tokenizer",
+        "half": "tiny-tokenizer",
+    },
+    "fig5_generator_alignment": GENERATORS | {"transfer": "", "images": 40, "k": 5},
+    "tab1_system_comparison": SYSTEMS | {"count": 100},
+    "tab2_3_text_to_image": {},
+    "tab4_tokenizer_alignment": TOKENIZERS | {"method": "tiny-joint", "images": 40, "k": 5},
+    "tab5_13_ablations": {"study": "temperature", "preset": "tiny", "count": 100},
+    "tab14_19_guidance": {
+        "baseline": "tiny-llamagen-repa-s[012]",
+        "method": "tiny-joint-s[012]",
+        "count": 100,
+        "scales": "1,1.5,2",
+    },
+    "tab18_reconstruction": {
+        "preset": "tiny",
+        "count": 100,
+        "control": "tiny-llamagen-repa-control-s[012]",
+    },
+    "alignment_sensitivity": GENERATORS
+    | dict.fromkeys(["tokenizer_warm_up", "tokenizer_control"], "tiny-tokenizer")
+    | {"tokenizer_method": "tiny-joint", "images": 40, "k": 5},
+    "bridges": dict.fromkeys(
+        ["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"
+    ),
+    "protocols": {"run": "tiny", "count": 32},
 }
 
 
@@ -126,14 +128,22 @@ def test_contract(path):
     if path.stem not in render.INTERACTIVE:
         calls = [n for n in ast.walk(ast.parse("\n".join(sources))) if isinstance(n, ast.Call)]
         saves = [call for call in calls if ast.unparse(call.func) == "figures.save"]
-        name = ast.unparse(saves[0].args[1]).lstrip("f").strip("'")
-        assert name == path.stem or name.startswith(f"{path.stem}_{{"), "a notebook's own name"
+        name = ast.unparse(saves[0].args[1]).strip("'")
+        is_named = name == path.stem or path.stem == render.ABLATIONS and name.startswith("f'tab{")
+        assert is_named, "a figure bears its notebook's name"
         assert {"n", "interval"} <= {keyword.arg for keyword in saves[0].keywords}, (
             "a figure says what was measured, and what its bands are"
         )
 
 
-SCORED = ("convergence", "system_comparison", "guidance_sweep", "ablations", "reconstruction")
+SCORED = (
+    "fig1_convergence",
+    "tab1_system_comparison",
+    "tab14_19_guidance",
+    "tab5_13_ablations",
+    "tab18_reconstruction",
+)
+WITHOUT_RUNS = ("fig2_method", "tab2_3_text_to_image")
 
 
 def record_runs():
@@ -149,16 +159,14 @@ def record_runs():
 
 IN_A_KERNEL = (
     *render.INTERACTIVE,
-    "generator_alignment",
+    "fig5_generator_alignment",
 )  # in the quick tests: a kernel takes seconds to start
 DRAWN = [path.stem for path in NOTEBOOKS if path.stem not in render.INTERACTIVE]
 
 
 def run_here(name, parameters):
     """Run a notebook's cells in this process."""
-    first, *others = (
-        "".join(cell["source"]) for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb")
-    )
+    first, *others = ("".join(cell["source"]) for cell in code_cells(render.notebooks()[name]))
     namespace = {}
     with matplotlib.rc_context():
         exec(first, namespace)
@@ -170,14 +178,14 @@ def run_here(name, parameters):
 
 def check_figure(name):
     """Assert that a notebook has left a picture with its PDF and CSV, and where it comes from."""
-    product = f"{name}_temperature" if name == "ablations" else name
+    product = "tab5_temperature" if name == render.ABLATIONS else name
     assert matplotlib.image.imread(figure_path(product, "png")).std() > 0.05
     assert figure_path(product, "pdf").stat().st_size > 5_000
     head, *_ = figure_path(product, "csv").read_text().splitlines()
     provenance = json.loads(head.removeprefix("# "))
     assert {"tiny", "tiny-joint", "tiny-joint-s0", "tiny-gear-s0"} & provenance[
         "runs"
-    ].keys() or name == "text_to_image"
+    ].keys() or name in WITHOUT_RUNS
     assert all(provenance["statistics"].values())
     assert len(pd.read_csv(figure_path(product, "csv"), comment="#")) > 5
 
@@ -221,7 +229,7 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
         record_runs()
     assert render.execute(name, ON_TINY[name]).exists()
     check_figure(name)
-    if name == "generator_alignment":
+    if name == "fig5_generator_alignment":
         paths = [figure_path(name, suffix) for suffix in ("png", "pdf", "csv", "json")]
         files = [path.read_bytes() for path in paths]
         for weights in tiny.glob("*/checkpoints"):
@@ -234,9 +242,9 @@ def test_runs_on_tiny(name, tiny, home, monkeypatch):
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_is_drawn(study, home):
     record_study(study)
-    render.execute("ablations", {"study": study, "preset": "tiny", "count": 100})
-    table = pd.read_csv(figure_path(f"ablations_{study}", "csv"), comment="#")
-    assert {"ours", "paper", "seed", "directions"} <= set(table.source)
+    render.execute(render.ABLATIONS, {"study": study, "preset": "tiny", "count": 100})
+    table = pd.read_csv(figure_path(f"tab{STUDIES[study].table}_{study}", "csv"), comment="#")
+    assert {"ours", "paper", "directions"} <= set(table.source)
 
 
 def test_notebooks_that_need_weights_belong_to_the_demo():
@@ -253,7 +261,7 @@ def test_notebooks_that_need_weights_belong_to_the_demo():
 
 def test_unknown_parameter_is_caught_before_anything_runs(home):
     with pytest.raises(UserError, match="no parameter 'metod'. Did you mean 'method'"):
-        render.execute("training_dynamics", {"metod": "x"})
+        render.execute("fig3_training_dynamics", {"metod": "x"})
     assert not (home / "figures").exists()
 
 
@@ -268,9 +276,9 @@ def test_unknown_parameter_is_caught_before_anything_runs(home):
 def test_a_value_of_another_type_is_caught_before_anything_runs(key, value, said, home):
     with pytest.raises(
         UserError,
-        match=f"notebook 'generator_alignment', parameter '{key}': {'' if key == 'k' else said}",
+        match=f"notebook 'fig5_generator_alignment', parameter '{key}': {'' if key == 'k' else said}",
     ) as error:
-        render.execute("generator_alignment", {key: value})
+        render.execute("fig5_generator_alignment", {key: value})
     assert said in str(error.value) and not (home / "figures").exists()
 
 
@@ -327,7 +335,7 @@ def test_papermill_itself_stops_before_a_run_is_made(parameters, said, home):
         sys.executable,
         "-m",
         "papermill",
-        str(ROOT / "notebooks" / "train.ipynb"),
+        str(ROOT / "notebooks" / "start" / "train.ipynb"),
         str(home / "out.ipynb"),
         *given,
     ]
@@ -344,7 +352,7 @@ def test_papermill_drives_a_run_from_its_first_step_to_its_samples(compiled, hom
     """
     given = {"recipe": "tiny-joint-no-init", "device": device, "compile": compiled}
     words = [word for key, value in given.items() for word in ("-p", key, value)]
-    notebook, out = ROOT / "notebooks" / "train.ipynb", home / "out.ipynb"
+    notebook, out = ROOT / "notebooks" / "start" / "train.ipynb", home / "out.ipynb"
     done = subprocess.run(
         [sys.executable, "-m", "papermill", notebook, out, *words], capture_output=True, text=True
     )
@@ -360,14 +368,14 @@ def test_papermill_drives_a_run_from_its_first_step_to_its_samples(compiled, hom
 
 def test_figures_takes_parameters_and_draws_again_when_they_change(tiny, home, capsys, monkeypatch):
     given = [word for key in ("joint", "control", "half") for word in ("-p", key, "tiny-joint")]
-    main(["figures", "codebook_usage", *given])
-    assert "tiny-joint" in figure_path("codebook_usage", "csv").read_text()
-    main(["figures", "codebook_usage", *given])
-    assert "codebook_usage: up to date" in capsys.readouterr().out
+    main(["figures", "fig4_codebook_usage", *given])
+    assert "tiny-joint" in figure_path("fig4_codebook_usage", "csv").read_text()
+    main(["figures", "fig4_codebook_usage", *given])
+    assert "fig4_codebook_usage: up to date" in capsys.readouterr().out
     monkeypatch.setattr(
         render, "execute", lambda name, parameters: print("drawn again", parameters)
     )
-    main(["figures", "codebook_usage", *given[:3]])
+    main(["figures", "fig4_codebook_usage", *given[:3]])
     assert "drawn again {'joint': 'tiny-joint'}" in capsys.readouterr().out
 
 
@@ -421,12 +429,49 @@ def test_a_folder_that_is_no_run_is_no_input(home):
     assert render._inputs("probe", {"checkpoint": "x"})["parameters"] == {"checkpoint": "x"}
 
 
+@pytest.mark.parametrize(
+    "name, products",
+    [
+        ("fig5", ["fig5_generator_alignment"]),
+        ("generator_alignment", ["fig5_generator_alignment"]),
+        ("tab19", ["tab14_19_guidance"]),
+        ("tab3", ["tab2_3_text_to_image"]),
+        ("tab5", ["tab5_temperature"]),
+        ("temperature", ["tab5_temperature"]),
+        ("bridges", ["bridges"]),
+    ],
+)
+def test_a_figure_is_found_by_its_place_in_the_paper_and_by_its_title(name, products):
+    assert list(render._targets([name], {})) == products
+
+
+def test_a_notebook_says_what_to_train_if_runs_are_missing():
+    """The first cell of each has its claim or question, its runs, and commands of known recipes."""
+    for name, path in render.notebooks().items():
+        head = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        assert "**Runs.**" in head or name in ("train", "runs"), name
+        for command in re.findall(r"`gear train ([^`-][^`]*)`", head.replace("\n", " ")):
+            for word in command.split():
+                recipe(word)
+
+
 def test_several_notebooks_take_each_its_own_parameters(home, capsys):
-    targets = render._targets(["codebook_usage", "training_dynamics"], {"half": "", "joint": "x"})
-    assert targets["codebook_usage"] == ("codebook_usage", {"half": "", "joint": "x"})
-    assert targets["training_dynamics"] == ("training_dynamics", {"half": ""})
+    targets = render._targets(
+        ["fig4_codebook_usage", "fig3_training_dynamics"], {"half": "", "joint": "x"}
+    )
+    assert targets["fig4_codebook_usage"] == ("fig4_codebook_usage", {"half": "", "joint": "x"})
+    assert targets["fig3_training_dynamics"] == ("fig3_training_dynamics", {"half": ""})
     with pytest.raises(SystemExit) as stop:
-        main(["figures", "codebook_usage", "training_dynamics", "-p", "joynt", "tiny-joint"])
+        main(
+            [
+                "figures",
+                "fig4_codebook_usage",
+                "fig3_training_dynamics",
+                "-p",
+                "joynt",
+                "tiny-joint",
+            ]
+        )
     assert stop.value.code == 2
     assert "none of these notebooks has a parameter 'joynt'" in capsys.readouterr().err
     assert not (home / "figures").exists()
@@ -437,26 +482,26 @@ def test_a_failed_notebook_names_its_cell_and_the_others_still_run(tiny, home, c
     others.
     """
     with pytest.raises(TrainingStopped) as failed:
-        render.render(["codebook_usage", "training_dynamics"])
-    for name in ("codebook_usage", "training_dynamics"):
+        render.render(["fig4_codebook_usage", "fig3_training_dynamics"])
+    for name in ("fig4_codebook_usage", "fig3_training_dynamics"):
         assert f"notebook '{name}', cell" in str(failed.value)
     assert "no run 'scenes-joint-s0'" in str(failed.value)
 
 
 def test_up_to_date_figures_are_not_drawn_again(tiny, home, capsys, monkeypatch):
     def draw(product, parameters):
-        assert product == "codebook_usage" and parameters == {
+        assert product == "fig4_codebook_usage" and parameters == {
             "joint": "scenes-joint-s0",
             "control": "scenes-control-s0",
             "half": "scenes-tokenizer-half-s0",
         }
         (home / "figures").mkdir(exist_ok=True)
-        Image.new("L", (1, 1)).save(home / "figures" / "codebook_usage.png")
+        Image.new("L", (1, 1)).save(home / "figures" / "fig4_codebook_usage.png")
         print("drawn")
 
     monkeypatch.setattr(render, "execute", draw)
     for said in ("drawn", "up to date", "drawn"):
-        render.render(["codebook_usage"], seeds=[0])
+        render.render(["fig4_codebook_usage"], seeds=[0])
         assert said in capsys.readouterr().out
         if said == "up to date":
             (tiny / "tiny" / "metrics.jsonl").open("a").write('{"step": 25}\n')

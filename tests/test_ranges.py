@@ -407,11 +407,11 @@ def test_every_number_of_every_notebook_has_a_range():
 
 @pytest.mark.parametrize("notebook, key, values", [
     ("probe", "tau", (NAN, "nan", 0, -1, "inf")), ("probe", "k", (0, -1)), ("probe", "count", (1, 0, -5)),
-    ("probe", "image_size", (0, -1)), ("generator_alignment", "images", (0, -1)), ("tokenizer_alignment", "k", (0, -3)),
-    ("training_dynamics", "window", (0, -1)), ("runs", "smooth", (-1, "nan", "inf")), ("bridges", "images", (0,)),
-    ("system_comparison", "cfg_scale", ("nan", -1, "inf")), ("convergence", "count", (1, -1)), ("tour", "cfg_scale", ("nan",)),
-    ("ablations", "seeds", ("-1", "0,x", "", "4294967296", "0,1.5", "nan")), ("convergence", "at", ("0", "50,-1", "x", "nan")),
-    ("guidance_sweep", "scales", ("1,nan", "-1", "", "1;2")), ("train", "device", ("gpu", "cuda:99", "")),
+    ("probe", "image_size", (0, -1)), ("fig5_generator_alignment", "images", (0, -1)), ("tab4_tokenizer_alignment", "k", (0, -3)),
+    ("fig3_training_dynamics", "window", (0, -1)), ("runs", "smooth", (-1, "nan", "inf")), ("bridges", "images", (0,)),
+    ("tab1_system_comparison", "cfg_scale", ("nan", -1, "inf")), ("fig1_convergence", "count", (1, -1)), ("tour", "cfg_scale", ("nan",)),
+    ("tab5_13_ablations", "seeds", ("-1", "0,x", "", "4294967296", "0,1.5", "nan")), ("fig1_convergence", "at", ("0", "50,-1", "x", "nan")),
+    ("tab14_19_guidance", "scales", ("1,nan", "-1", "", "1;2")), ("train", "device", ("gpu", "cuda:99", "")),
 ])  # fmt: skip
 def test_a_notebooks_value_out_of_range_is_refused_before_it_runs(notebook, key, values, home):
     for value in values:

@@ -1,39 +1,53 @@
-"""Figures: how they look and are kept (`style`), the notebooks that draw them (`render`), the page
-of all (`gallery`).
+"""Figures: their style and files (`style`), what panels share (`draw`), the method as a picture
+(`method`), the notebooks that draw figures (`render`), and the page of all figures (`gallery`).
 """
 
+from gear.figures.draw import (
+    bars,
+    dots,
+    focus,
+    legend,
+    lines,
+    named,
+    panel_rows,
+    show_rows,
+    speedup_dots,
+    speedup_title,
+    speedup_words,
+)
 from gear.figures.style import (
     METHODS,
     PALETTE,
     figure_path,
-    focus,
     kept_words,
-    legend,
-    panel_rows,
     panels,
     rounded,
     runs_of,
     save,
     scale,
-    show_panels,
-    show_rows,
     use_style,
 )
 
 __all__ = [
     "METHODS",
     "PALETTE",
+    "bars",
+    "dots",
     "figure_path",
     "focus",
     "kept_words",
     "legend",
+    "lines",
+    "named",
     "panel_rows",
     "panels",
     "rounded",
     "runs_of",
     "save",
     "scale",
-    "show_panels",
     "show_rows",
+    "speedup_dots",
+    "speedup_title",
+    "speedup_words",
     "use_style",
 ]

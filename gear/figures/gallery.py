@@ -1,8 +1,7 @@
-"""One page of every figure: its claim, its numbers, the runs it was drawn from and the command that
-draws it.
+"""One page of all figures, each with its claim, its numbers, its runs and its command.
 
-It is made of what stands in the folder of figures (PNG, PDF, CSV with provenance, JSON with words),
-opens from a disk without a network, and has the same bytes each time.
+The page is made from the files in the folder of figures (PNG, PDF, CSV with provenance, JSON with
+words). It opens from a disk without a network, and has the same bytes each time.
 """
 
 import re
@@ -19,14 +18,15 @@ from gear.figures.render import NEEDS_WEIGHTS, about, products
 from gear.figures.style import PALETTE, figure_path, kept_words, runs_of
 from gear.files import figures_dir, write_atomically
 
-MARKDOWN = MarkdownIt("zero").enable(["backticks", "emphasis"])  # the rest stays as it is written
+MARKDOWN = MarkdownIt("zero").enable(["backticks", "emphasis"])  # other markup stays text
 SCALE = "Small scale: "  # begins what `figures.scale` says
 ELSEWHERE = "Not in the paper"
 
 
 def write_gallery():
-    """Write figures_dir()/index.html: every product with its figure, in the paper's order, then
-    those without; returns it.
+    """Write figures_dir()/index.html and return its path.
+
+    Products with a figure come first, in the paper's order, then those without.
     """
     entries = [_words(product) | _files(product) for product in products()]
     entries.sort(key=lambda entry: (_order(entry["place"]), entry["product"]))
@@ -67,8 +67,8 @@ def _ending_in_code(needs):
 
 
 def _words(product):
-    """Return what was kept of a figure; of one that `gear figures` has not tried, what its
-    notebook says.
+    """Return the saved words of a figure, or its notebook's where `gear figures` has not drawn
+    it.
     """
     plain = {
         "command": f"gear figures {product}",
@@ -107,7 +107,7 @@ def _files(product):
     size = None
     if paths[0].exists():
         with Image.open(paths[0]) as picture:
-            size = picture.size  # told, so that a page still loading does not move
+            size = picture.size  # fixes the layout while the page loads
     runs, recipes = runs_of(product), {}
     for name, run in runs.items():
         recipe, seed = with_parts(name, seed=None), run_name(name).seed

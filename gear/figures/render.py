@@ -1,5 +1,6 @@
-"""Execute notebooks with papermill: one call a figure and the words that go with it, nothing
-repeated that is up to date.
+"""Execute notebooks with papermill: each call leaves one figure and the words that go with it.
+
+A figure whose inputs have not changed is not drawn again.
 """
 
 import ast
@@ -31,13 +32,17 @@ from gear.runs.names import REFERENCE, SEEDS, reseeded
 from gear.runs.run import Run, run_names
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}  # of a notebook's parameters
-INTERACTIVE = ("runs", "tour", "train")  # notebooks to sit before: they save no figure
-NEEDS_WEIGHTS = (*INTERACTIVE, "probe")  # drawn when named, as the demo does: records come without
+FOLDERS = ("start", "paper", "beyond")  # of notebooks: to begin with, the paper's, and further ones
+ABLATIONS = "tab5_13_ablations"  # the notebook that draws one figure per study
+INTERACTIVE = ("runs", "tour", "train")  # notebooks for interactive use: they save no figure
+# drawn only when named, as the demo does: the reference records have no weights
+NEEDS_WEIGHTS = (*INTERACTIVE, "probe")
 
 
 class NeedsRuns(TrainingStopped):
-    """Say where a notebook stopped for want of runs; `needs` is the first line of the MissingRuns
-    that it met.
+    """A notebook stopped because runs are missing.
+
+    The message says where; `needs` is the first line of the MissingRuns that was raised.
     """
 
     def __init__(self, message, needs):
@@ -46,8 +51,9 @@ class NeedsRuns(TrainingStopped):
 
 
 def notebooks():
-    """Return {name: path} of the project's notebooks."""
-    return {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    """Return {name: path} of the project's notebooks, in the order of their folders."""
+    folders = (ROOT / "notebooks" / folder for folder in FOLDERS)
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.ipynb"))}
 
 
 def figure_notebooks():
@@ -59,56 +65,67 @@ def products():
     """Return {product: (notebook, parameters)}: each figure, `figures_dir()/PRODUCT.png`, and what
     draws it.
     """
-    found = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
-    if found.pop("ablations", None):  # drawn once for each of the paper's studies
-        found |= {f"ablations_{study}": ("ablations", {"study": study}) for study in STUDIES}
-    return found
+    figures = {name: (name, {}) for name in notebooks() if name not in INTERACTIVE}
+    if figures.pop(ABLATIONS, None):  # drawn once for each of the paper's studies
+        for name, study in STUDIES.items():
+            figures[f"tab{study.table}_{name}"] = (ABLATIONS, {"study": name})
+    return figures
+
+
+def names_of(product):
+    """Return the names by which a product can be asked for: its own, its notebook's, its place in
+    the paper ("fig5"), and what follows the place ("generator_alignment").
+    """
+    notebook = products().get(product, (product, {}))[0]
+    kind, numbers, title = re.fullmatch(r"(?:(fig|tab)([\d_]+)_)?(.*)", product).groups()
+    places = [f"{kind}{number}" for number in (numbers or "").split("_") if number]
+    return {product, notebook, title, *places}
 
 
 def about(product):
     """Return a product's title, place in the paper ("" for none) and claim, from the head of its
     notebook.
     """
-    notebook, own = products()[product]
-    heading, _, claim = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
+    notebook, fixed = products()[product]
+    heading, _, text = "".join(_cells(notebooks()[notebook])[0]["source"]).strip().partition("\n")
     title, place = re.fullmatch(r"# (.*?)(?: \(((?:Fig|Table)[^()]*)\))?", heading).groups()
-    if study := STUDIES.get(own.get("study")):
+    if study := STUDIES.get(fixed.get("study")):
         title, place = f"{title.partition(':')[0]}: {study.axis}", f"Table {study.table}"
-    return {"title": title, "place": place or "", "claim": claim.strip()}
+    return {"title": title, "place": place or "", "claim": text.strip()}
 
 
 def _targets(names, parameters):
-    """Return {product: (notebook, all its parameters)} of `names`: products, or notebooks, which
-    stand for all their own.
+    """Return {product: (notebook, all its parameters)} of `names`, which may be any of `names_of`.
 
-    Of several notebooks each takes those `parameters` that it has. Raises UserError for an unknown
-    name, and for a parameter that none of several has.
+    Each of several notebooks takes those of `parameters` that it has. Raises UserError for an
+    unknown name, and for a parameter that none of several notebooks has.
     """
     known = products() | {name: (name, {}) for name in INTERACTIVE}
     chosen = {}
     for name in names:
-        own = {product: target for product, target in known.items() if name in (product, target[0])}
-        if not own:
+        matches = {product: known[product] for product in known if name in names_of(product)}
+        if not matches:
             known_names = dict.fromkeys([*notebooks(), *known])
             raise UserError(
                 f"unknown notebook '{name}'.{nearest(name, known_names)} Known: "
                 f"{', '.join(known_names)}."
             )
-        chosen |= own
-    taken = _taken({notebook for notebook, _ in chosen.values()}, parameters)
-    wanted = {
-        product: (notebook, own | taken[notebook])
-        for product, (notebook, own) in chosen.items()
-        if all(parameters.get(key, value) == value for key, value in own.items())
+        chosen |= matches
+    accepted = _accepted({notebook for notebook, _ in chosen.values()}, parameters)
+    targets = {
+        product: (notebook, fixed | accepted[notebook])
+        for product, (notebook, fixed) in chosen.items()
+        if all(parameters.get(key, value) == value for key, value in fixed.items())
     }
-    if chosen and not wanted:
+    if chosen and not targets:
         raise UserError(f"no figure is drawn with {parameters}. There are: {', '.join(chosen)}.")
-    return wanted
+    return targets
 
 
-def _taken(names, parameters):
-    """Return {notebook: its own of `parameters`}; one notebook alone takes them all, and says
-    itself what it does not have.
+def _accepted(names, parameters):
+    """Return {notebook: those of `parameters` that it has}.
+
+    A single notebook gets them all, and its own check names those that it does not have.
     """
     if len(names) < 2 or not parameters:
         return dict.fromkeys(names, parameters)
@@ -120,15 +137,15 @@ def _taken(names, parameters):
 
 
 def execute(name, parameters=None):
-    """Execute a product or notebook with `parameters`, output under `figures_dir()/executed`;
-    returns its path.
+    """Execute a product or notebook with `parameters`; returns the path of the executed notebook.
 
-    What it says is kept in data/PRODUCT.json. A value may be text, as from a command
-    line, if it reads as the parameter's type. Raises UserError for an unknown name or parameter and
-    for a value of another type, before anything runs; TrainingStopped naming the cell that failed,
-    NeedsRuns if it did for want of runs.
+    The executed notebook lies under `figures_dir()/executed`, and what it printed in
+    data/PRODUCT.json. A value may be text, as from a command line, if it reads as the parameter's
+    type. Raises UserError for an unknown name or parameter and for a value of another type, before
+    anything runs; TrainingStopped, naming the cell, where a cell fails; NeedsRuns where runs are
+    missing.
     """
-    # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
+    # papermill takes 1.4 s to import, a third of the start of gear, and a sweep starts gear often
     import papermill
 
     product, (notebook, parameters) = next(iter(_targets([name], parameters or {}).items()))
@@ -142,20 +159,20 @@ def execute(name, parameters=None):
     try:
         run_notebook(source, out, parameters)
     except papermill.PapermillExecutionError as error:
-        asked = "".join(
+        options = "".join(
             f", -p {key}" for key, value in parameters.items() if f"'{value}'" in error.evalue
         )
-        what = (
-            f"notebook '{product}', cell {error.cell_index}{asked}: {error.ename}: "
+        message = (
+            f"notebook '{product}', cell {error.cell_index}{options}: {error.ename}: "
             f"{error.evalue}\n "
             f" executed as {out}"
         )
         if error.ename == MissingRuns.__name__:
             needs = error.evalue.partition("\n")[0]  # the lines after it are about this machine
             _keep_words(product, known, parameters, needs=needs)
-            raise NeedsRuns(what, needs) from None
-        raise TrainingStopped(what) from None
-    except Exception as error:  # a kernel that died, say: the other notebooks shall still run
+            raise NeedsRuns(message, needs) from None
+        raise TrainingStopped(message) from None
+    except Exception as error:  # such as a dead kernel: the other notebooks still run
         raise TrainingStopped(
             f"notebook '{product}': {type(error).__name__}: {error}\n  executed as {out}"
         ) from None
@@ -178,24 +195,23 @@ def _printed(path):
     return "".join("".join(output["text"]) for output in outputs).splitlines()
 
 
-def _keep_words(product, known, parameters, said=(), needs=""):
-    """Write data/PRODUCT.json: title, place in the paper, claim, parameters, what was printed; no
-    date, no path.
+def _keep_words(product, known, parameters, printed=(), needs=""):
+    """Write data/PRODUCT.json: title, place in the paper, claim, parameters, printed lines.
 
-    `known` is what papermill says of the parameters. Of a figure that could not be drawn, or not
-    again, what it `needs`.
+    It holds no date and no path. `known` is papermill's description of the parameters. `needs`
+    names the missing runs of a figure that could not be drawn.
     """
     if product in INTERACTIVE:
         return
-    own = products()[product][1]
-    given = [
+    fixed = products()[product][1]
+    options = [
         word
         for key, value in parameters.items()
-        if key not in own
+        if key not in fixed
         for word in ("-p", key, str(value))
     ]
     words = about(product) | {
-        "command": shlex.join(["gear", "figures", product, *given]),
+        "command": shlex.join(["gear", "figures", product, *options]),
         "parameters": {
             key: {
                 "value": parameters.get(key, ast.literal_eval(value["default"])),
@@ -203,15 +219,16 @@ def _keep_words(product, known, parameters, said=(), needs=""):
             }
             for key, value in known.items()
         },
-        "said": list(said),
+        "said": list(printed),
         "scale": "" if needs else _scale(product),
         "needs": needs,
     }
-    drawn = kept_words(product)
-    # the figure stands, and so does what was said of it
-    if needs and drawn and figure_path(product, "png").exists():
-        words = drawn | ({"needs": needs} if drawn["command"] == words["command"] else {})
-    # a byte of a path that is no UTF-8 becomes JSON's escape
+    previous = kept_words(product)
+    # an older figure stays, and so do its words
+    if needs and previous and figure_path(product, "png").exists():
+        is_same = previous["command"] == words["command"]
+        words = previous | ({"needs": needs} if is_same else {})
+    # a byte of a path that is not UTF-8 becomes JSON's escape
     text = json.dumps(words, indent=1, ensure_ascii=False) + "\n"
     path = figure_path(product, "json")
     write_atomically(
@@ -220,8 +237,8 @@ def _keep_words(product, known, parameters, said=(), needs=""):
 
 
 def _scale(product):
-    """Return the scale of the runs that a figure's CSV names, as on its face; "" if it draws no
-    run.
+    """Return the scale that is printed on a figure, of the runs that its CSV names; "" without
+    runs.
     """
     names = runs_of(product)
     runs = [Run.open(name) for name in run_names() if name in names]
@@ -229,8 +246,8 @@ def _scale(product):
 
 
 def seeded(notebook, seeds):
-    """Return the parameters by which a notebook looks at `seeds` alone: its patterns of runs, and
-    its `seeds`.
+    """Return the parameters that restrict a notebook to `seeds`: its patterns of runs, and its
+    parameter `seeds`.
     """
     known = parameters_of(notebooks()[notebook])
     defaults = {key: ast.literal_eval(value["default"]) for key, value in known.items()}
@@ -241,11 +258,11 @@ def seeded(notebook, seeds):
 
 
 def check_parameters(namespace):
-    """Raise UserError unless the parameters that papermill gave a notebook are its own and of their
-    annotated types.
+    """Raise UserError unless the parameters that papermill passed to a notebook are known and of
+    their annotated types.
 
-    A notebook calls it with its `globals()`: `papermill -p` itself takes any name and any value,
-    and a name that is no parameter would leave the default in force without a word.
+    A notebook calls this function with its `globals()`. `papermill -p` itself accepts any name and
+    any value, and would ignore an unknown name silently.
     """
     types = {
         key: kind
@@ -270,12 +287,12 @@ def _typed(notebook, types, key, value):
         try:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            pass  # still text, and said to be
+            pass  # stays text, which the check below reports
     _check_value(notebook, key, kind, value)
     if kind is str and not is_utf8(value):
         raise UserError(
-            f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, which notebooks are "
-            "written in."
+            f"notebook '{notebook}', parameter '{key}': {value!r} is no UTF-8, the encoding of "
+            "notebooks."
         )
     return value
 
@@ -298,29 +315,28 @@ def _check_known(notebook, types, key):
 
 
 def _is_of(value, kind):
-    """An int will do for a float; a bool is no number."""
+    """Return whether a value is of a type; an int is accepted as a float, a bool is not."""
     return isinstance(value, (int, float) if kind is float else kind) and (
         kind is bool or not isinstance(value, bool)
     )
 
 
 def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
-    """Draw `names`, products or notebooks (none: all), `jobs` at a time, skipping those whose
-    inputs have not changed.
+    """Draw `names` (default: every figure that records can draw), `jobs` at a time.
 
-    `parameters` {name: value} take the place of the defaults of those notebooks that have them
-    (UserError where none has), and `seeds` of theirs. One that fails does not keep the others from
-    running; raises TrainingStopped with all failures at the end. Runs that are missing are a
-    failure of what is named; where all are drawn, it is said what needs them.
+    Figures whose inputs have not changed are skipped, unless `force`. `parameters` {name: value}
+    and `seeds` replace the defaults of the notebooks that have them (UserError where none has). A
+    notebook that fails does not stop the others; TrainingStopped at the end lists all failures.
+    Missing runs are a failure only of a figure that is named; otherwise they are printed.
     """
     targets = _targets(names or figure_notebooks(), parameters or {})
     check_value("jobs", jobs, Jobs)
     if seeds:
         targets = {
-            product: (notebook, seeded(notebook, seeds) | given)
-            for product, (notebook, given) in targets.items()
+            product: (notebook, seeded(notebook, seeds) | options)
+            for product, (notebook, options) in targets.items()
         }
-    # a kernel is a process of its own; the threads wait for theirs
+    # each thread waits for a kernel, which is a separate process
     with ThreadPoolExecutor(jobs) as pool:
         ends = list(pool.map(lambda product: _render(product, *targets[product], force), targets))
     failures = [str(end) for end in ends if end and (names or not isinstance(end, NeedsRuns))]
@@ -329,14 +345,14 @@ def render(names=(), force=False, parameters=None, jobs=1, seeds=()):
 
 
 def _render(product, notebook, parameters, force):
-    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped by which it
-    failed.
+    """Draw one figure if its inputs have changed; returns None, or the TrainingStopped that was
+    raised.
     """
     stamp = figures_dir() / "executed" / f"{product}.json"
     inputs = _inputs(notebook, parameters)
-    drawn = figure_path(product, "png").exists() or product in INTERACTIVE
-    damaged = figure_path(product, "json").exists() and not kept_words(product)
-    if not force and drawn and not damaged and kept_json(stamp) == inputs:
+    is_drawn = figure_path(product, "png").exists() or product in INTERACTIVE
+    is_damaged = figure_path(product, "json").exists() and not kept_words(product)
+    if not force and is_drawn and not is_damaged and kept_json(stamp) == inputs:
         print(f"{product}: up to date")
         return None
     start = time.perf_counter()
@@ -344,7 +360,7 @@ def _render(product, notebook, parameters, force):
         execute(product, parameters)
     except NeedsRuns as failure:
         print(f"{product}: needs runs: {failure.needs}")
-        stamp.unlink(missing_ok=True)  # when they are there again it is drawn again
+        stamp.unlink(missing_ok=True)  # the figure is drawn as soon as its runs exist
         return failure
     except TrainingStopped as failure:
         print(f"{product}: failed")
@@ -356,11 +372,11 @@ def _render(product, notebook, parameters, force):
 
 
 def _inputs(name, parameters):
-    """Identify everything a notebook's figure is made of: the notebook, its parameters, the code
-    that draws, the runs.
+    """Identify everything that a notebook's figure is made of: the notebook, its parameters, the
+    code that draws, the runs.
 
-    Of a file that a parameter names, size and time stand for its content, and a folder's own time
-    for what it holds. Not the analysis tables: they follow from the runs, and drawing writes them.
+    A file that a parameter names is identified by its size and time, a folder by its time. Analysis
+    tables are left out: they follow from the runs, and drawing writes them.
     """
     digest = hashlib.sha256()
     sources = sorted((ROOT / "gear").rglob("*.py"))

@@ -129,7 +129,7 @@ def test_no_run_at_a_time(capsys, home):
     [
         ("GEAR_RUNS", ["train", "tiny"]),
         ("GEAR_RUNS", ["train", "tiny", "tiny-joint", "--jobs", 2]),
-        ("GEAR_FIGURES", ["figures", "codebook_usage"]),
+        ("GEAR_FIGURES", ["figures", "fig4"]),
         ("GEAR_FIGURES", ["claims"]),
     ],
 )

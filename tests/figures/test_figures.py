@@ -84,13 +84,13 @@ def test_the_scale_names_every_size(home):
         "tokenizer": CONFIG["tokenizer"] | {"codebook_size": 32},
     }
     runs = [Run.create("r", CONFIG), Run.create("h", half)]
-    assert figures.scale(runs).endswith("K = 64 and 32, 20 and 10 steps of 4; 2 seeds (3, 4)")
+    assert figures.scale(runs).endswith("K = 64 and 32, 20 and 10 steps, batch 4; 2 seeds (3, 4)")
 
 
 def test_the_scale_is_on_the_figures_face(home):
     assert (
         figures.scale([Run.create("r", CONFIG)])
-        == "Small scale: pets 32 px, 8x8 tokens, K = 64, 20 steps of 4; 1 seed (3)"
+        == "Small scale: pets 32 px, 8x8 tokens, K = 64, 20 steps, batch 4; 1 seed (3)"
     )
 
 

@@ -48,7 +48,7 @@ def notebooks(home, monkeypatch):
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    paths = {name: home / f"{name}.ipynb" for name in ("one", "two", "ablations", "tour")}
+    paths = {name: home / f"{name}.ipynb" for name in ("one", "two", render.ABLATIONS, "tour")}
     for path in paths.values():
         path.write_text(json.dumps(book))
     monkeypatch.setattr(render, "notebooks", lambda: paths)
@@ -107,11 +107,11 @@ def stop(evalue, ename="MissingRuns"):
 
 def test_products_are_figures_and_an_ablation_is_one_a_study(notebooks):
     found = render.products()
-    assert {"one", "two", "ablations_temperature", "ablations_resolution"} <= set(found) and len(
+    assert {"one", "two", "tab5_temperature", "tab13_resolution"} <= set(found) and len(
         found
     ) == 2 + len(render.STUDIES)
-    assert found["one"] == ("one", {}) and found["ablations_size"] == (
-        "ablations",
+    assert found["one"] == ("one", {}) and found["tab9_size"] == (
+        render.ABLATIONS,
         {"study": "size"},
     )
 
@@ -128,9 +128,9 @@ def test_the_projects_own_products_have_a_title_and_a_claim():
 def test_every_product_once_in_the_papers_order_and_links_exist(notebooks):
     drawn(notebooks, "one", place="Table 4")
     drawn(notebooks, "two", place="Table 7, Fig. 1")
-    drawn(notebooks, "ablations_depth", place="Table 11")
+    drawn(notebooks, "tab11_depth", place="Table 11")
     page = gallery.write_gallery().read_text()
-    assert re.findall(r'<section id="(\w+)"', page) == ["two", "one", "ablations_depth", "needs"]
+    assert re.findall(r'<section id="(\w+)"', page) == ["two", "one", "tab11_depth", "needs"]
     for product in render.products():
         assert page.count(f'id="{product}"') == 1
     for kind, link in re.findall(r'(href|src)="([^"]+)"', page):
@@ -235,12 +235,12 @@ def test_words_are_kept_beside_the_figure(notebooks, monkeypatch, tiny):
         words["parameters"]["runs"] == {"value": "a b", "about": "runs"}
         and words["parameters"]["seeds"]["value"] == "0,1,2"
     )
-    render.execute("ablations", {"study": "size"})
-    words = json.loads((notebooks / "data" / "ablations_size.json").read_text())
+    render.execute(render.ABLATIONS, {"study": "size"})
+    words = json.loads((notebooks / "data" / "tab9_size.json").read_text())
     assert words["place"] == "Table 9" and words["title"].endswith(": generator size")
     assert (
-        words["command"] == "gear figures ablations_size"
-        and (notebooks / "executed" / "ablations_size.ipynb").exists()
+        words["command"] == "gear figures tab9_size"
+        and (notebooks / "executed" / "tab9_size.ipynb").exists()
     )
 
 
@@ -322,9 +322,9 @@ def test_other_errors_are_failures_and_the_others_are_drawn(error, notebooks, mo
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["ablations"], {f"ablations_{study}" for study in render.STUDIES}),
-        (["ablations_temperature"], {"ablations_temperature"}),
-        (["ablations", "-p", "study", "temperature"], {"ablations_temperature"}),
+        ([render.ABLATIONS], {f"tab{s.table}_{n}" for n, s in render.STUDIES.items()}),
+        (["tab5_temperature"], {"tab5_temperature"}),
+        ([render.ABLATIONS, "-p", "study", "temperature"], {"tab5_temperature"}),
         (["one", "two"], {"one", "two"}),
         (["tour"], {"tour"}),
     ],
@@ -342,10 +342,10 @@ def test_a_notebook_stands_for_its_products(words, expected, notebooks, monkeypa
 
 def test_a_product_is_up_to_date_by_itself(notebooks, monkeypatch, capsys):
     ends(monkeypatch, lambda product: drawn(notebooks, product) or [])
-    main(["figures", "ablations_size"])
-    main(["figures", "ablations_size", "ablations_depth"])
+    main(["figures", "tab9_size"])
+    main(["figures", "tab9_size", "tab11_depth"])
     out = capsys.readouterr().out
-    assert "ablations_size: up to date" in out and "ablations_depth: 0 s" in out
+    assert "tab9_size: up to date" in out and "tab11_depth: 0 s" in out
 
 
 @pytest.mark.parametrize("content", ("", "{", "[1]", "null", "\0", "[" * 100_000))
@@ -385,11 +385,11 @@ def test_a_figure_whose_provenance_is_damaged_shows_none(head, notebooks):
 def test_unknown_products_and_parameters_no_product_has(notebooks):
     with pytest.raises(
         UserError,
-        match="unknown notebook 'ablations_tempereture'. Did you mean 'ablations_temperature'",
+        match="unknown notebook 'tab5_tempereture'. Did you mean 'tab5_temperature'",
     ):
-        render.render(["ablations_tempereture"])
+        render.render(["tab5_tempereture"])
     with pytest.raises(UserError, match="no figure is drawn with {'study': 'x'}"):
-        render.render(["ablations"], parameters={"study": "x"})
+        render.render([render.ABLATIONS], parameters={"study": "x"})
 
 
 @pytest.mark.parametrize(
@@ -400,9 +400,9 @@ def test_seeds_take_the_place_of_those_that_notebooks_name(
 ):
     calls = {}
     ends(monkeypatch, lambda _: [], calls)
-    main(["figures", "one", "ablations_size", "--seeds", seeds])
+    main(["figures", "one", "tab9_size", "--seeds", seeds])
     assert calls["one"] == {"runs": pattern, "seeds": value}
-    assert calls["ablations_size"] == {"runs": pattern, "seeds": value, "study": "size"}
+    assert calls["tab9_size"] == {"runs": pattern, "seeds": value, "study": "size"}
     main(["figures", "one", "--seeds", seeds, "-p", "runs", "mine", "--force"])
     assert calls["one"]["runs"] == "mine", "what is said of a parameter goes before"
 

@@ -69,11 +69,11 @@ def test_every_product_comes_from_the_records_the_same_each_time(home, capsys):
     render.render(jobs=2)
     told = [line for line in capsys.readouterr().out.splitlines() if gone in line]
     assert [line.partition(":")[0] for line in told] == [
-        "ablations_initialisation"
+        "tab12_initialisation"
     ] and "gear sweep initialisation" in told[0]
     assert (
         gone
-        in json.loads((home / "figures" / "data" / "ablations_initialisation.json").read_text())[
+        in json.loads((home / "figures" / "data" / "tab12_initialisation.json").read_text())[
             "needs"
         ]
     )

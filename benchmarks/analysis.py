@@ -1,16 +1,18 @@
-"""How fast the alignments are: seconds and peak memory beyond the inputs, ours beside the
-definitions written out.
+"""Measure the alignment metrics: seconds and peak memory beyond the inputs, compared with direct
+implementations of their definitions.
 
 `python benchmarks/analysis.py [--quick] [--device cuda]` measures gear.measures.alignment on
-float32 inputs beside the textbook forms below, dense and in loops: centring matrices, n x n masks,
-every term from matrix products, O(n^3). Each measurement is a process of its own with two threads,
-the two forms of a size one after the other. It prints a table and writes benchmarks/analysis.csv.
-What takes the direct form too long is listed as not measured. `seconds` go by the clock,
-`cpu_seconds` are what both threads worked together: where other programs take their turns on the
-cores (`load`, of the last minute), seconds are an upper bound, and half the cpu_seconds come nearer
-to what an idle machine takes; `times_ours` is of cpu_seconds. `difference` is that of the two
-forms' values. On a GPU `seconds` count alone, and a second call is timed: the first one pays for
-libraries.
+float32 inputs, and the direct forms below, which are dense and use loops: centring matrices,
+n x n masks, every term from matrix products, O(n^3). Each measurement runs in a separate process
+with two threads; the two forms of a size run one after the other. The script prints a table and
+writes benchmarks/analysis.csv. A size for which the direct form takes too long is listed as not
+measured.
+
+`seconds` is elapsed time, `cpu_seconds` the CPU time of both threads. If other programs use the
+cores (`load` is the average of the last minute), `seconds` is an upper bound, and half of
+`cpu_seconds` is closer to the time on an idle machine. `times_ours` is a ratio of `cpu_seconds`.
+`difference` is the difference between the two forms' values. On a GPU only `seconds` count, and the
+second call is timed, because the first one includes the set-up of libraries.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -32,14 +34,17 @@ from measure import card, memory_rise, wait
 from gear.device import open_device
 from gear.measures.alignment import cka, cknna, null, within_image
 
-THREADS, K, DRAWS, LIMIT = 2, 10, 20, 300  # LIMIT: seconds a measurement may take
+THREADS = 2
+K = 10  # neighbours of CKNNA and mutual k-NN
+DRAWS = 20  # permutations of a null
+LIMIT = 300  # seconds that a measurement may take
 OUT = Path(__file__).with_suffix(".csv")
 COLUMNS = (
     "what form size device card seconds cpu_seconds peak_mib times_ours difference value load note"
 ).split()
 
 
-# -- the definitions, written out ------------------------------------------------------------------
+# -- direct implementations of the definitions -----------------------------------------------------
 
 
 def kernels(x, y):
@@ -47,7 +52,7 @@ def kernels(x, y):
 
 
 def mask(kernel, k=K):
-    """The n x n matrix with a one where column j is among the k nearest of row i."""
+    """Return the n x n matrix that is one where column j is among the k nearest of row i."""
     nearest = kernel.clone().fill_diagonal_(-torch.inf).topk(k).indices
     return torch.zeros_like(kernel).scatter(1, nearest, 1)
 
@@ -60,11 +65,12 @@ def hsic(p, q):
 
 def direct_cknna(x, y):
     p, q = kernels(x, y)
-    of_p, of_q = mask(p), mask(q)
-    both = of_p * of_q
-    return float(
-        hsic(both * p, both * q) / (hsic(of_p * p, of_p * p) * hsic(of_q * q, of_q * q)).sqrt()
-    )
+    mask_p = mask(p)
+    mask_q = mask(q)
+    both = mask_p * mask_q
+    hsic_pp = hsic(mask_p * p, mask_p * p)
+    hsic_qq = hsic(mask_q * q, mask_q * q)
+    return float(hsic(both * p, both * q) / (hsic_pp * hsic_qq).sqrt())
 
 
 def direct_cka(x, y):
@@ -89,10 +95,10 @@ def direct_within(x, y):
 
 
 def our_within(x, y):
-    found = within_image(x, y, K)
+    alignment = within_image(x, y, K)
     mean = lambda *values: torch.stack(values).mean().item()
-    return mean(found.cknna, found.cka, found.mutual_knn) - mean(
-        found.null_cknna, found.null_cka, found.null_mutual_knn
+    return mean(alignment.cknna, alignment.cka, alignment.mutual_knn) - mean(
+        alignment.null_cknna, alignment.null_cka, alignment.null_mutual_knn
     )
 
 
@@ -100,7 +106,7 @@ def direct_null(metric):
     return lambda x, y: null(x, y, lambda x, y: metric(x, y), DRAWS).std
 
 
-FORMS = {  # {what: (ours, direct, largest count the direct form is given)}
+FORMS = {  # {metric: (gear's form, direct form, largest count for the direct form)}
     "within images: CKNNA, CKA, mutual k-NN and nulls": (our_within, direct_within, 100),
     "CKNNA": (cknna, direct_cknna, 4_000),
     "CKA": (cka, direct_cka, 2_000),
@@ -122,61 +128,69 @@ SIZES += [(what, (n, 1024)) for what in list(FORMS)[3:] for n in (1_000, 10_000)
 QUICK = [(WITHIN, (10, 64, 128)), *((what, (300, 128)) for what in list(FORMS)[1:])]
 
 
-# -- how it is measured ----------------------------------------------------------------------------
+# -- measurement -----------------------------------------------------------------------------------
 
 
 def inputs(shape, device):
-    """Two float32 representations, half of the second's variance the first's."""
+    """Return two float32 representations; half of the second's variance comes from the first."""
     rng = torch.Generator().manual_seed(0)
     x, y = (torch.randn(shape, generator=rng) for _ in range(2))
     return x.to(device), y.add_(x).to(device)
 
 
-def _measure(what, ours, shape, device):
-    function, sets, taken = FORMS[what][0 if ours else 1], inputs(shape, device), {}
-    small = inputs((4, 16, 8) if len(shape) == 3 else (40, 8), device)
-    function(*(sets if device.type == "cuda" else small))  # what torch's start takes is not counted
+def _measure(metric, ours, shape, device):
+    function = FORMS[metric][0 if ours else 1]
+    pair = inputs(shape, device)
+    small_pair = inputs((4, 16, 8) if len(shape) == 3 else (40, 8), device)
+    # a first call that is not measured, in which torch sets up its libraries
+    function(*(pair if device.type == "cuda" else small_pair))
+    result = {}
 
-    def work():
-        start, worked = time.perf_counter(), time.process_time()
-        taken["value"] = function(*sets)
+    def measured_call():
+        start = time.perf_counter()
+        cpu_start = time.process_time()
+        result["value"] = function(*pair)
         wait(device)
-        taken.update(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - worked)
+        result["seconds"] = time.perf_counter() - start
+        result["cpu_seconds"] = time.process_time() - cpu_start
 
-    rise, _ = memory_rise(work, device)
-    return taken | dict(peak_mib=rise, note="")
+    rise, _ = memory_rise(measured_call, device)
+    return result | dict(peak_mib=rise, note="")
 
 
-def _inside(pipe, *arguments):
+def _send_measurement(pipe, *arguments):
     torch.set_num_threads(THREADS)
     pipe.send(_measure(*arguments))
 
 
-def measure(what, ours, shape, device):
-    """Return what was measured, on a CPU in a process of its own, or why nothing was."""
-    if not ours and shape[0] > FORMS[what][2]:
+def measure(metric, ours, shape, device):
+    """Return the columns of a measurement, or a note that says why there is none.
+
+    On a CPU the measurement runs in a separate process.
+    """
+    if not ours and shape[0] > FORMS[metric][2]:
         return dict(note="not measured: too long")
     if device.type == "cuda":
-        return _measure(what, ours, shape, device)
-    here, there = multiprocessing.Pipe()
+        return _measure(metric, ours, shape, device)
+    receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=_inside, args=(there, what, ours, shape, device)
+        target=_send_measurement, args=(sender, metric, ours, shape, device)
     )
     process.start()
-    there.close()
-    found = dict(note=f"not measured: above {LIMIT} s")
+    sender.close()
+    result = dict(note=f"not measured: above {LIMIT} s")
     try:
-        if here.poll(LIMIT):
-            found = here.recv()
+        if receiver.poll(LIMIT):
+            result = receiver.recv()
     except EOFError:
-        found = dict(note="not measured: the process was killed (memory)")
+        result = dict(note="not measured: the process was killed (memory)")
     process.kill()
     process.join()
-    return found
+    return result
 
 
-def chosen(quick, device):
-    """Return the (what, shape) to measure: on a GPU the largest of each alone."""
+def metrics_and_shapes(quick, device):
+    """Return the (metric, shape) to measure; on a GPU only the largest shape of each metric."""
     largest = dict(SIZES) if device.type == "cuda" else {}
     return QUICK if quick else list(largest.items()) or SIZES
 
@@ -186,20 +200,21 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one small size of each: under a minute, to see that it runs",
+        help="one small size of each, to check that the benchmark runs (under a minute)",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
-    options, rows = parser.parse_args(), []
+    options = parser.parse_args()
+    rows = []
     device = open_device(options.device)
-    for what, shape in chosen(options.quick, device):
+    for metric, shape in metrics_and_shapes(options.quick, device):
         pair = [
-            dict(what=what, form=form, size="x".join(map(str, shape)))
+            dict(what=metric, form=form, size="x".join(map(str, shape)))
             for form in ("gear", "direct")
         ]
         for ours, row in zip((True, False), pair):
             row |= dict(device=str(device), card=card(device))
-            row |= measure(what, ours, shape, device) | dict(load=os.getloadavg()[0])
+            row |= measure(metric, ours, shape, device) | dict(load=os.getloadavg()[0])
         if "value" in pair[0] and "value" in pair[1]:
             clock = "cpu_seconds" if device.type == "cpu" else "seconds"
             pair[1] |= dict(
@@ -208,7 +223,10 @@ def main():
             )
         for row in pair:
             print(
-                "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()),
+                "  ".join(
+                    f"{value:.4g}" if isinstance(value, float) else str(value)
+                    for value in row.values()
+                ),
                 flush=True,
             )
         rows += pair
@@ -217,7 +235,7 @@ def main():
         f"\n{options.out}: {len(rows)} rows; two threads, load {os.getloadavg()[0]:.1f} on "
         f"{os.cpu_count()} cores"
     )
-    print("Where the load was above zero, seconds are upper bounds.")
+    print("If the load was above zero, `seconds` are upper bounds.")
 
 
 if __name__ == "__main__":

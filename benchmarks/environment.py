@@ -1,7 +1,7 @@
-"""Say what machine this is: the card, versions, and whether every module of gear can be imported.
+"""Describe this machine: GPU, package versions, and whether every module of gear can be imported.
 
-`python benchmarks/environment.py --out env.txt` ends with exit code 1 where a module cannot that
-training needs.
+`python benchmarks/environment.py --out env.txt` ends with exit code 1 if a module that training
+needs cannot be imported.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import gear  # before torch: it sets what torch's libraries read when they load
+import gear  # before torch, whose libraries read variables that gear sets
 
 PACKAGES = (
     "torch torchvision triton numpy scipy scikit-learn pandas pyarrow matplotlib seaborn pillow "
@@ -23,34 +23,35 @@ PACKAGES = (
 ).split()
 
 
+# modules that need Jupyter, which training does not
 IN_JUPYTER = {"gear.interactive.tour", "gear.interactive.monitor", "gear.interactive.widgets"}
 
 
 def modules():
-    """Return the names of gear's modules, but for the one that is a command."""
+    """Return the names of gear's modules."""
     folder = Path(gear.__file__).parent
     paths = sorted(path.relative_to(folder.parent).with_suffix("") for path in folder.rglob("*.py"))
     return [".".join(path.parts).removesuffix(".__init__") for path in paths]
 
 
 def import_failures():
-    """Import every module of gear; returns {name: why} of those that cannot be."""
+    """Import every module of gear; returns {name: error} of the modules that cannot be imported."""
     failures = {}
     for name in modules():
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever it is, the others are still to be tried
+        except Exception as error:  # of any type, so that the other modules are still tried
             failures[name] = f"{type(error).__name__}: {error}"
     return failures
 
 
 def versions():
-    """Return {package: version}, "none" where it is not installed."""
-    found = dict.fromkeys(PACKAGES, "none")
+    """Return {package: version}, with "none" for packages that are not installed."""
+    versions_found = dict.fromkeys(PACKAGES, "none")
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions_found[name] = importlib.metadata.version(name)
+    return versions_found
 
 
 def main():
@@ -61,7 +62,7 @@ def main():
     lines = [f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"]
     lines += [f"{name} {version}" for name, version in versions().items()]
     lines += [f"imported: {len(modules()) - len(failures)} of {len(modules())} modules of gear"]
-    lines += [f"not imported: {name}: {why}" for name, why in failures.items()]
+    lines += [f"not imported: {name}: {error}" for name, error in failures.items()]
     if shutil.which("nvidia-smi"):
         lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
     options.out.write_text("\n".join(lines) + "\n")

@@ -1,12 +1,13 @@
-"""How fast the evaluation is: images/s of features, seconds and peak memory of each statistic, ours
-beside others'.
+"""Measure the evaluation against other libraries: images/s of feature extraction, seconds and peak
+memory of each statistic.
 
 `python benchmarks/evaluation.py [--quick] [--counts 10000 50000] [--dims 1280 2048] [--device
-cuda]` gives every library the same random features, in processes of their own and in turn (ours,
-theirs, ours, ...); the least of the repeats counts. It prints a table and writes
-benchmarks/evaluation.csv. prdc is measured where it is installed; its matrices of all pairs take 8
-N^2 bytes each, so that 50,000 samples need more memory than most machines have: what does not fit
-is listed as not measured. On a GPU ours are measured alone, in this process.
+cuda]` gives every library the same random features. Each measurement runs in a separate process;
+the libraries alternate, and the minimum of the repeats counts. The script prints a table and writes
+benchmarks/evaluation.csv. prdc is measured if it is installed. Each of its matrices of all pairs
+takes 8 N^2 bytes, so that 50,000 samples need more memory than most machines have; a measurement
+that does not fit into memory is listed as not measured. On a GPU only gear's functions are
+measured, in this process.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -30,14 +31,14 @@ from measure import card, memory_rise, seconds, wait
 
 from gear.device import open_device
 
-LIMIT = 600  # seconds a measurement may take
+LIMIT = 600  # seconds that a measurement may take
 OUT = Path(__file__).with_suffix(".csv")
 
 
 @functools.cache
 def features(count, dim):
-    """Two seeded sets with a spectrum like a network's: a few strong directions, many weak ones,
-    nothing negative.
+    """Return two seeded, non-negative sets of features with a few strong and many weak directions,
+    as a network's features have.
     """
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(64, dim, generator=rng) / 8
@@ -49,7 +50,7 @@ def features(count, dim):
     return draw(0.5).relu_(), draw(0.45).relu_()
 
 
-# -- what is measured: {statistic: {library: function of (fake, real)}}; every function imports what
+# -- the statistics: functions of (fake, real), each of which imports its own library
 
 
 def our_moments(fake, real):
@@ -59,8 +60,8 @@ def our_moments(fake, real):
 
 
 def _stream(moments, rows):
-    for part in rows.split(64):
-        moments.update(part)
+    for chunk in rows.split(64):
+        moments.update(chunk)
     return moments.mean, moments.covariance
 
 
@@ -88,10 +89,10 @@ def fidelity_kid(fake, real, exact=False):
 
     sets = [rows.double() if exact else rows for rows in (fake, real)]
     size = min(1_000, len(fake))
-    found = kid_features_to_metric(
+    metrics = kid_features_to_metric(
         *sets, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False
     )
-    return found["kernel_inception_distance_mean"]
+    return metrics["kernel_inception_distance_mean"]
 
 
 def our_precision_recall(fake, real, half=False):
@@ -124,7 +125,7 @@ def prdc_prdc(fake, real):
 
 
 def one_job(function, *arguments, n_jobs=None, **keywords):
-    """Run a function of scikit-learn on one core, as everything here: prdc asks for eight."""
+    """Run a function of scikit-learn on one core; prdc would use eight, all others use one."""
     return function(*arguments, n_jobs=1, **keywords)
 
 
@@ -140,7 +141,7 @@ def fidelity_score(fake, real):
     return isc_features_to_metric(fake[:, :1008], 10, shuffle=False)["inception_score_mean"]
 
 
-STATISTICS = {
+STATISTICS = {  # {statistic: {library: function}}
     "moments, streamed in 64s": {"gear": lambda *sets: our_moments(*sets)[0][0].mean().item()},
     "Frechet distance": {"gear": our_fd, "torch-fidelity": fidelity_fd},
     "Inception Score": {"gear": our_score, "torch-fidelity": fidelity_score},
@@ -158,27 +159,22 @@ STATISTICS = {
 }
 
 
-# -- how it is measured ----------------------------------------------------------------------------
+# -- measurement -----------------------------------------------------------------------------------
 
 
-def _inside(pipe, function, count, dim):
-    """Run in a process of its own: seconds, the value, and by how much the peak memory rose above
-    the features' own.
+def _send_measurement(pipe, function, count, dim):
+    """Send (seconds, value, MiB) through a pipe; MiB is the rise of the peak memory above that of
+    the features. Runs in a separate process.
     """
     torch.set_num_threads(1)
     try:
         sets = features(count, dim)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         value = function(*sets)
         seconds = time.perf_counter() - start
-        pipe.send(
-            (
-                seconds,
-                float(value),
-                (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-            )
-        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((seconds, float(value), (peak - peak_before) / 1024))
     except ImportError as error:
         pipe.send(f"not measured: {error.name} is not installed")
     except MemoryError:
@@ -186,7 +182,9 @@ def _inside(pipe, function, count, dim):
 
 
 def measure_here(function, sets, device):
-    """Return (seconds, value, MiB) of the second of two calls on a GPU, or why there is none."""
+    """Return (seconds, value, MiB) of the second of two calls on a GPU, or a note why there is no
+    value.
+    """
     values = []
     try:
         times = seconds(lambda: values.append(float(function(*sets))), device, 2)
@@ -196,28 +194,32 @@ def measure_here(function, sets, device):
 
 
 def measure(function, count, dim):
-    """Return (seconds, value, MiB) or why there is none."""
-    here, there = multiprocessing.Pipe()
+    """Return (seconds, value, MiB), measured in a separate process, or a note why there is no
+    value.
+    """
+    receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=_inside, args=(there, function, count, dim)
+        target=_send_measurement, args=(sender, function, count, dim)
     )
     process.start()
-    there.close()
-    found = f"not measured: above {LIMIT} s"
+    sender.close()
+    result = f"not measured: above {LIMIT} s"
     try:
-        if here.poll(LIMIT):
-            found = here.recv()
+        if receiver.poll(LIMIT):
+            result = receiver.recv()
     except EOFError:
-        found = "not measured: the process was killed (memory)"
+        result = "not measured: the process was killed (memory)"
     process.kill()
     process.join()
-    return found
+    return result
 
 
 def needs(statistic, library, count, dim):
-    """Return the bytes a measurement is known to need, all pairs being held at once by some."""
+    """Return the bytes that a measurement is known to need; some libraries hold all pairs at
+    once.
+    """
     if library == "prdc":
-        return 3 * 8 * count**2  # real-real, fake-fake with a copy that is partitioned
+        return 3 * 8 * count**2  # real-real, fake-fake, and a copy that is partitioned
     if library == "torch-fidelity" and statistic.startswith("precision"):
         return 3 * 4 * min(count, 10_000) * count
     return 8 * 4 * count * dim if "KID" in statistic else 0
@@ -232,7 +234,7 @@ def statistics(counts, dims, repeats, only, device):
     rows = []
     for count in counts:
         for dim in dims:
-            # once: the processes inherit it
+            # computed once here, because the forked processes inherit it
             sets = [both.to(device) for both in features(count, dim)]
             for statistic, libraries in STATISTICS.items():
                 if only and not any(word in statistic for word in only):
@@ -241,17 +243,15 @@ def statistics(counts, dims, repeats, only, device):
                     libraries = {"gear": libraries["gear"]} if "gear" in libraries else {}
                 runs = {library: [] for library in libraries}
                 for _ in range(repeats):
-                    for library, function in libraries.items():  # in turn
+                    for library, function in libraries.items():  # alternately
+                        needed = needs(statistic, library, count, dim)
                         if device.type == "cuda":
-                            found = measure_here(function, sets, device)
-                        elif needs(statistic, library, count, dim) > 0.8 * free_memory():
-                            found = (
-                                "not measured: needs "
-                                f"{needs(statistic, library, count, dim) / 2**30:.0f} GiB"
-                            )
+                            result = measure_here(function, sets, device)
+                        elif needed > 0.8 * free_memory():
+                            result = f"not measured: needs {needed / 2**30:.0f} GiB"
                         else:
-                            found = measure(function, count, dim)
-                        runs[library].append(found)
+                            result = measure(function, count, dim)
+                        runs[library].append(result)
                 rows += _rows(statistic, count, dim, runs)
                 for row in rows[-len(runs) :]:
                     print(_line(row), flush=True)
@@ -261,23 +261,25 @@ def statistics(counts, dims, repeats, only, device):
 
 def _rows(statistic, count, dim, runs):
     rows = []
-    for library, found in runs.items():
+    for library, results in runs.items():
         row = dict(what=statistic, library=library, count=count, dim=dim)
-        good = [f for f in found if isinstance(f, tuple)]
-        if good:
+        measured = [result for result in results if isinstance(result, tuple)]
+        if measured:
             row |= dict(
-                seconds=min(f[0] for f in good),
-                value=good[0][1],
-                peak_mib=max(f[2] for f in good),
+                seconds=min(seconds for seconds, _, _ in measured),
+                value=measured[0][1],
+                peak_mib=max(rise for _, _, rise in measured),
                 note="",
             )
         else:
-            row |= dict(note=found[0])
+            row |= dict(note=results[0])
         rows.append(row)
-    ours = next((r["seconds"] for r in rows if r["library"] == "gear" and "seconds" in r), None)
+    our_seconds = next(
+        (row["seconds"] for row in rows if row["library"] == "gear" and "seconds" in row), None
+    )
     for row in rows:
-        if ours and "seconds" in row and row["library"] != "gear":
-            row["times_ours"] = row["seconds"] / ours
+        if our_seconds and "seconds" in row and row["library"] != "gear":
+            row["times_ours"] = row["seconds"] / our_seconds
     return rows
 
 
@@ -299,26 +301,28 @@ def _line(row):
 
 
 def extraction(images, side, device):
-    """Return images/s of each feature network whose weights are on this machine: batches of 64, a
-    GPU or one core.
+    """Return rows with the images/s of each feature network, in batches of 64, on a GPU or on one
+    core; a network whose weights are not on this machine is not measured.
     """
     from gear.config import UserError
     from gear.evaluation.networks import NETWORKS, load_network_by_name
 
     torch.set_num_threads(1)
-    rows, batch = [], torch.randint(0, 256, (min(64, images), side, side, 3), dtype=torch.uint8)
+    rows = []
+    batch = torch.randint(0, 256, (min(64, images), side, side, 3), dtype=torch.uint8)
     for name in NETWORKS:
         row = dict(what=f"features of {side} px images", library=name)
         try:
             network = load_network_by_name(name, offline=True).to(device)
             network(batch[:2].to(device))
             wait(device)
-            start, seen = time.perf_counter(), 0
-            while seen < images:
+            start = time.perf_counter()
+            num_seen = 0
+            while num_seen < images:
                 network(batch.to(device))
-                seen += len(batch)
+                num_seen += len(batch)
             wait(device)
-            row |= dict(count=seen, images_s=seen / (time.perf_counter() - start), note="")
+            row |= dict(count=num_seen, images_s=num_seen / (time.perf_counter() - start), note="")
         except (UserError, ImportError) as error:
             row |= dict(note=f"not measured: {str(error)[:70]}...")
         rows.append(row)
@@ -329,19 +333,25 @@ def extraction(images, side, device):
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
-        "--quick", action="store_true", help="small sets: under 30 s, to see that it runs"
+        "--quick",
+        action="store_true",
+        help="small sets, to check that the benchmark runs (under 30 s)",
     )
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 50_000])
     parser.add_argument("--dims", type=int, nargs="+", default=[1280, 2048])
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=[], help="words of the statistics wanted")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="words in the names of the statistics to measure"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     device = open_device(options.device)
     if options.quick:
-        options.counts, options.dims, options.repeats = [1_000], [256], 1
-    import torch_fidelity  # noqa: F401  imported once, so that no process is charged for it
+        options.counts = [1_000]
+        options.dims = [256]
+        options.repeats = 1
+    import torch_fidelity  # noqa: F401  imported here, so that no measurement includes the import
     import torch_fidelity.metric_fid  # noqa: E401, F401, I001
 
     rows = extraction(64 if options.quick else 256, 32, device) if not options.only else []

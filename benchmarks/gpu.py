@@ -1,15 +1,15 @@
-"""All that a short visit to a GPU should do, in one command: tests, rates, timings, memory, and
+"""Run everything that a short visit to a GPU should do: tests, peak rates, timings, memory, and
 training until the deadline.
 
 `make gpu`, or `python benchmarks/gpu.py [--deadline 590] [--out FOLDER] [--parts NAME ...]`. Each
-part is a process of its own with a limit; its exit code and seconds go to summary.csv, and the next
-part runs regardless. A part for which less than half of its limit is left is skipped, and said to
-be. FOLDER (default: $OUT, else a new folder) gets eight small files, which are written anew after
-every part: what a kill leaves is complete up to there. No part needs a network or an installed
-package of gear: the Python that runs this script runs them all, and wheels in `wheels/` beside the
-Makefile are installed first.
+part runs in a separate process with a time limit. Its exit code and seconds go to summary.csv, and
+the next part runs even if it fails. A part for which less than half of its limit is left is
+skipped, which summary.csv says. FOLDER (default: $OUT, or a new folder) gets eight small files.
+They are written again after every part, so that they are complete up to that part if the visit is
+killed. No part needs network access or an installed package of gear: all parts run with the Python
+that runs this script, and wheels in `wheels/` beside the Makefile are installed first.
 
-`--quick --device cpu` runs every part at its smallest size, to see that all of them work.
+`--quick --device cpu` runs every part at its smallest size, to check that all of them work.
 """
 
 import argparse
@@ -27,28 +27,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
-PACKING = 8  # seconds kept back for the last files
-GRACE = 12  # seconds that a part which ran out of time has to save what it can
-LEAST = 20  # seconds below which training is not begun
-STOPPED = 124  # exit code of a part that was stopped at its limit, as timeout(1) has it
-SEEDS = range(3, 8)  # beside the records, 0 to 2
-LARGE = "imagenet256-l-joint"  # what the goals are about
+PACKING = 8  # seconds reserved for writing the last files
+GRACE = 12  # seconds that a part has to save after it was asked to stop
+LEAST = 20  # least seconds for which training is started
+STOPPED = 124  # exit code of a part that was stopped at its limit, as in timeout(1)
+SEEDS = range(3, 8)  # the repository's records have seeds 0 to 2
+LARGE = "imagenet256-l-joint"  # the recipe that the goals refer to
 METHODS = "joint-naive gear llamagen-repa llamagen-repa-control llamagen-repa-half".split()
-FEW = "blocks or joint_step or cache or waits"  # tests of a quick visit
+FEW = "blocks or joint_step or cache or waits"  # the tests of a quick visit, for pytest -k
 SUMMARY = ("part", "seconds", "limit", "exit", "note")
 TRIAL = "`python benchmarks/gpu.py --quick --device cpu`"
-TAIL = 11_000  # characters of the report that are printed last
-# of a run, and its last samples
+TAIL = 11_000  # number of characters of the report's end that are printed
+# files of a run that are packed, besides its last samples
 KEPT = ("config.json", "metrics.jsonl", "timing.jsonl", "metrics.json", "analysis/*")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the visit: commands, run one after another, whichever fails, and the seconds they
-    may take together.
+    """A part of the visit: commands that run one after another, and their total limit in seconds.
 
-    `lasts` says that the part takes whatever time there is and ends with it: to be stopped is no
-    failure.
+    A command runs even if an earlier one failed. `lasts` marks a part that uses all remaining time:
+    stopping it is no failure.
     """
 
     name: str
@@ -58,17 +57,21 @@ class Part:
 
 
 def parts(options, out, work):
-    """Return the Parts of a visit in their order; `out` gets the eight files, `work` everything
-    else.
+    """Return the Parts of a visit in order; the eight files go to `out`, all other files to
+    `work`.
     """
-    python, device, quick = sys.executable, options.device, ["--quick"] * options.quick
+    python = sys.executable
+    device = options.device
+    quick = ["--quick"] * options.quick
     tables = work / "tables"
 
     def bench(name, *words, table=None):
-        written = ["--device", device, "--out", str(tables / f"{table or name}.csv"), *quick]
-        return [python, str(HERE / f"{name}.py"), *words, *written]
+        """Return the command of a benchmark that writes to the folder of tables."""
+        output = ["--device", device, "--out", str(tables / f"{table or name}.csv"), *quick]
+        return [python, str(HERE / f"{name}.py"), *words, *output]
 
-    wheels, setup = sorted((ROOT / "wheels").glob("*.whl")), []
+    wheels = sorted((ROOT / "wheels").glob("*.whl"))
+    setup = []
     if wheels:
         install = "-m pip install --quiet --no-index --no-deps --target".split()
         setup = [[python, *install, str(work / "packages"), *map(str, wheels)]]
@@ -83,12 +86,12 @@ def parts(options, out, work):
         "--basetemp",
         str(work / "tests"),
     ]
-    # as in test_x[cuda-...]
-    chosen = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]
+    # tests of one device have names like test_x[cuda-...]
+    selection = ["-k", f"[{device.partition(':')[0]}" + (f" and ({FEW})" if options.quick else "")]
     tests += [
         str(ROOT / "tests" / "training" / "test_cuda.py"),
         f"--junitxml={out / 'junit.xml'}",
-        *chosen,
+        *selection,
     ]
     step = ["--random-weights"]
     step += ["--steps", "3" if options.quick else "8", "--batch", "0" if options.quick else "32"]
@@ -134,8 +137,8 @@ def parts(options, out, work):
 
 
 def environment(work):
-    """Return the environment of every part: this gear, and every cache in the folder of this
-    visit.
+    """Return the environment variables of every part: this repository's gear, and all caches inside
+    `work`.
     """
     paths = [str(ROOT), str(work / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = {"GEAR_RUNS": "runs", "GEAR_FIGURES": "figures", "GEAR_CACHE": "cache"}
@@ -146,10 +149,13 @@ def environment(work):
 
 
 def run(part, limit, work):
-    """Run a part's commands for `limit` seconds at most, its output to a log; returns (exit code,
-    note).
+    """Run a part's commands for at most `limit` seconds, with output to a log file; returns (exit
+    code, note).
+
+    The exit code is that of the first command that failed.
     """
-    end, failure = time.monotonic() + limit, (0, "")
+    end = time.monotonic() + limit
+    failure = (0, "")
     with open(work / "log" / f"{part.name}.txt", "w") as log:
         for command in part.commands:
             log.write(f"$ {' '.join(command)}\n")
@@ -174,7 +180,9 @@ def run(part, limit, work):
 
 
 def stop(process):
-    """End a part and all that it started: first asked, so that it can save, then killed."""
+    """End a process and all processes that it started: SIGTERM first, so that it can save, then
+    SIGKILL.
+    """
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -182,62 +190,59 @@ def stop(process):
         except subprocess.TimeoutExpired:
             pass
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in that group
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # only this process and its children are in the group
     except ProcessLookupError:
         pass
     process.wait()
 
 
 def allowance(part, left, later):
-    """Return the seconds that a part gets of those `left`, or 0: it is skipped.
+    """Return the seconds that a part gets of the seconds `left`, or 0 if it is skipped.
 
-    Of the parts `later`, one that lasts is kept half of its limit; to one that lasts, the others
-    come before it.
+    A part that lasts gets the time that the `later` parts do not need. Any other part gets up to
+    its limit, and leaves a later part that lasts at least half of its limit.
     """
     usable = left - PACKING - GRACE
     if part.lasts:
-        usable -= sum(other.limit for other in later)
+        usable -= sum(later_part.limit for later_part in later)
         return usable if usable >= LEAST else 0
-    usable -= sum(other.limit / 2 for other in later if other.lasts)
+    usable -= sum(later_part.limit / 2 for later_part in later if later_part.lasts)
     return min(part.limit, usable) if usable >= part.limit / 2 else 0
 
 
 def visit(options, out, work):
     """Run the parts one after another until the deadline; returns the rows of summary.csv."""
-    deadline, rows = time.monotonic() + options.deadline, []
+    deadline = time.monotonic() + options.deadline
+    rows = []
     for folder in ("log", "tables", "runs"):
         (work / folder).mkdir(parents=True, exist_ok=True)
-    chosen = [
+    selected = [
         part for part in parts(options, out, work) if part.name in (options.parts or [part.name])
     ]
-    for i, part in enumerate(chosen):
+    for i, part in enumerate(selected):
         start = time.monotonic()
-        limit = allowance(part, deadline - start, chosen[i + 1 :])
+        limit = allowance(part, deadline - start, selected[i + 1 :])
         if limit:
             code, note = run(part, limit, work)
         else:
-            code, note = (
-                "",
-                f"skipped: {max(0, deadline - start):.0f} s are left until the deadline",
-            )
-        rows.append(
-            dict(
-                zip(
-                    SUMMARY,
-                    (part.name, f"{time.monotonic() - start:.1f}", f"{limit:.0f}", code, note),
-                )
-            )
-        )
+            code = ""
+            note = f"skipped: {max(0, deadline - start):.0f} s are left until the deadline"
+        seconds = f"{time.monotonic() - start:.1f}"
+        rows.append(dict(zip(SUMMARY, (part.name, seconds, f"{limit:.0f}", code, note))))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
         pack(rows, out, work)
     return rows
 
 
-# -- what comes back -------------------------------------------------------------------------------
+# -- the eight files -------------------------------------------------------------------------------
 
 
 def pack(rows, out, work):
-    """Write the eight files as far as they are known: env.txt and junit.xml are the parts' own."""
+    """Write the eight files with the results so far; the parts write env.txt and junit.xml
+    themselves.
+    """
     for name in ("env.txt", "junit.xml"):
         if not (out / name).exists():
             (out / name).write_text("")
@@ -245,12 +250,9 @@ def pack(rows, out, work):
     write_csv(goals(work / "tables"), ("goal", "threshold", "value", "card"), out / "goals.csv")
     archive(out / "tables.tgz", work / "tables", (work / "tables").glob("*.csv"))
     runs = list((work / "runs").glob("*/"))
-    kept = [file for run in runs for pattern in KEPT for file in run.glob(pattern)]
-    archive(
-        out / "runs.tgz",
-        work / "runs",
-        [*kept, *(max(run.glob("samples/*"), default=run) for run in runs)],
-    )
+    records = [file for run in runs for pattern in KEPT for file in run.glob(pattern)]
+    last_samples = [max(run.glob("samples/*"), default=run) for run in runs]
+    archive(out / "runs.tgz", work / "runs", [*records, *last_samples])
     archive(out / "log.tgz", work / "log", (work / "log").glob("*.txt"))
     (out / "report.txt").write_text(report(out, work))
 
@@ -263,7 +265,7 @@ def write_csv(rows, columns, path):
 
 
 def read_csv(path):
-    """Return the rows of a CSV file as dicts of texts, none where it is not there."""
+    """Return the rows of a CSV file as dicts of strings, or [] if there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -271,119 +273,130 @@ def read_csv(path):
 
 
 def archive(path, folder, files):
-    """Write those of the paths in `folder` that are files to a .tgz."""
+    """Write the paths of `files`, all inside `folder`, to a .tgz; paths that are no files are left
+    out.
+    """
     with tarfile.open(path, "w:gz") as tar:
         for file in sorted(file for file in files if file.is_file()):
             tar.add(file, file.relative_to(folder))
 
 
 def report(out, work):
-    """Return every table as text, the shortest last: the end is what a terminal keeps."""
+    """Return all tables as text, the shortest last, because a terminal shows the end."""
     files = [*sorted((work / "tables").glob("*.csv"), key=lambda path: -path.stat().st_size)]
     files += [out / "goals.csv", out / "summary.csv"]
     return "\n".join(f"== {path.name}\n{path.read_text()}" for path in files)
 
 
-# -- what a GPU has to show ------------------------------------------------------------------------
+# -- the goals of a GPU ----------------------------------------------------------------------------
 
 
 def goals(tables):
-    """Return a row for each goal: its threshold, and its value, "not measured" without a GPU's
-    own.
+    """Return one row per goal: its threshold, and its value or, without a GPU's measurement,
+    "not measured".
     """
     step, sampling = (read_csv(tables / f"{name}.csv") for name in ("step", "sampling"))
     readout = read_csv(tables / "readout.csv")
     large = {row["who"]: row for row in step if row.get("recipe") == LARGE and row.get("who")}
-    found = []
+    rows = []
 
     def goal(text, threshold, value):
         try:
             number, card = value()
-            found.append(dict(goal=text, threshold=threshold, value=f"{number:.4g}", card=card))
-        except (
-            KeyError,
-            ValueError,
-            ZeroDivisionError,
-            StopIteration,
-        ):  # a row or a number that is not there
-            found.append(dict(goal=text, threshold=threshold, value="not measured", card=""))
+            rows.append(dict(goal=text, threshold=threshold, value=f"{number:.4g}", card=card))
+        # a row or a number is missing
+        except (KeyError, ValueError, ZeroDivisionError, StopIteration):
+            rows.append(dict(goal=text, threshold=threshold, value="not measured", card=""))
 
     def ours(column):
         return float(large["ours"][column]), on_gpu(large["ours"])
 
-    def faster(than):
-        return lambda: (ours("images_s")[0] / float(large[than]["images_s"]), ours("images_s")[1])
+    def speedup(variant):
+        def value():
+            images_s, card = ours("images_s")
+            return images_s / float(large[variant]["images_s"]), card
 
-    def lighter():
-        rise = [
+        return value
+
+    def memory_ratio():
+        plain, our_rise = (
             float(large[who]["peak_mib"]) - float(large[who]["held_mib"])
             for who in ("plain compiled", "ours")
-        ]
-        return rise[0] / rise[1], on_gpu(large["ours"])
+        )
+        return plain / our_rise, on_gpu(large["ours"])
 
-    def of_dense():
-        rows = {
+    def readout_memory():
+        reads = {
             row["read"]: row
             for row in readout
             if row["count"] == "8192" and row["codes"] == "16384"
         }
-        return float(rows["blocks"]["peak_mib"]) / float(rows["matrix"]["peak_mib"]), on_gpu(
-            rows["blocks"]
-        )
+        share = float(reads["blocks"]["peak_mib"]) / float(reads["matrix"]["peak_mib"])
+        return share, on_gpu(reads["blocks"])
 
-    def dry_run():
-        return abs(
-            float(large["ours"]["dry_run_mib"]) / float(large["ours"]["peak_mib"]) - 1
-        ), on_gpu(large["ours"])
+    def dry_run_error():
+        ratio = float(large["ours"]["dry_run_mib"]) / float(large["ours"]["peak_mib"])
+        return abs(ratio - 1), on_gpu(large["ours"])
 
-    def drawn(rows, column):
+    def sampled(num_rows, column):
         row = next(
-            r
-            for r in sampling
-            if (r["size"], r["rows"], r["mode"], r["dtype"]) == ("L", rows, "graph", "bfloat16")
+            row
+            for row in sampling
+            if (row["size"], row["rows"], row["mode"], row["dtype"])
+            == ("L", num_rows, "graph", "bfloat16")
         )
         return float(row[column]), on_gpu(row)
 
     goal(
-        "joint step of L at 256 px, times the compiled plain step",
+        "joint step of L at 256 px: speed relative to the compiled plain step",
         ">= 1.2",
-        faster("plain compiled"),
+        speedup("plain compiled"),
     )
-    goal("joint step of L at 256 px, times the eager plain step", ">= 2.3", faster("plain eager"))
     goal(
-        "joint step of L, share of the product rate that was measured",
+        "joint step of L at 256 px: speed relative to the eager plain step",
+        ">= 2.3",
+        speedup("plain eager"),
+    )
+    goal(
+        "joint step of L at 256 px: share of the measured product rate",
         ">= 0.43",
         lambda: ours("of_measured"),
     )
-    goal("read-out memory, share of the matrix's", "<= 0.125", of_dense)
-    goal("joint step of L, the plain step's memory for activations over ours", ">= 2", lighter)
+    goal("read-out by blocks: share of the matrix read-out's memory", "<= 0.125", readout_memory)
+    goal(
+        "joint step of L: activation memory of the plain step relative to ours",
+        ">= 2",
+        memory_ratio,
+    )
     goal(
         "sampling of L, 64 rows: share of the bandwidth's bound",
         ">= 0.65",
-        lambda: drawn("64", "of_bound"),
+        lambda: sampled("64", "of_bound"),
     )
     goal(
-        "sampling of L, 64 rows, images a second (H100)", ">= 334", lambda: drawn("64", "images_s")
+        "sampling of L, 64 rows: images per second (H100)",
+        ">= 334",
+        lambda: sampled("64", "images_s"),
     )
     goal(
         "sampling of L, 256 rows: share of the bandwidth's bound",
         ">= 0.65",
-        lambda: drawn("256", "of_bound"),
+        lambda: sampled("256", "of_bound"),
     )
     goal(
-        "sampling of L, 256 rows, images a second (H100)",
+        "sampling of L, 256 rows: images per second (H100)",
         ">= 500",
-        lambda: drawn("256", "images_s"),
+        lambda: sampled("256", "images_s"),
     )
-    goal("waits for the device in a joint step of L", "<= 1", lambda: ours("waits"))
-    goal("dry run of L, difference from the allocator's peak", "<= 0.1", dry_run)
-    return found
+    goal("joint step of L: waits for the device", "<= 1", lambda: ours("waits"))
+    goal("dry run of L: relative difference from the allocator's peak", "<= 0.1", dry_run_error)
+    return rows
 
 
 def on_gpu(row):
-    """Return the card of a row; raises ValueError where it is no GPU's."""
+    """Return the name of the GPU that measured a row; raises ValueError if it was no GPU."""
     if not row["device"].startswith("cuda"):
-        raise ValueError(row["device"])
+        raise ValueError(f"measured on {row['device']}")
     return row["card"]
 
 
@@ -391,7 +404,7 @@ def on_gpu(row):
 
 
 def has_gpu():
-    """Tell whether this Python's torch finds a GPU."""
+    """Tell whether torch, in the Python that runs this script, finds a GPU."""
     if importlib.util.find_spec("torch") is None:
         return False
     probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -404,24 +417,24 @@ def main():
     parser.add_argument("--quick", action="store_true", help="every part at its smallest size")
     parser.add_argument("--deadline", type=float, default=590, help="seconds for everything")
     parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT"), help="folder of the eight files"
+        "--out", type=Path, default=os.environ.get("OUT"), help="folder for the eight files"
     )
     parser.add_argument(
         "--work",
         type=Path,
-        help="folder of runs, caches and logs; given again, compiled code is used again",
+        help="folder for runs, caches and logs; the same folder again reuses compiled code",
     )
     parser.add_argument(
-        "--parts", nargs="+", default=[], help="these alone; the summary names all of them"
+        "--parts", nargs="+", default=[], help="run only these parts; summary.csv lists all names"
     )
     options = parser.parse_args()
     if options.device.startswith("cuda") and not has_gpu():
         print(
-            f"{sys.executable} finds no GPU; without one, {TRIAL} tries every part.",
+            f"{sys.executable} finds no GPU. To try every part without a GPU: {TRIAL}",
             file=sys.stderr,
         )
         raise SystemExit(2)
-    # so that the part under way is stopped, too
+    # exit through the `finally` of `run`, which stops the current part too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = Path(options.out or tempfile.mkdtemp(prefix="gear-gpu-")).resolve()
     work = Path(options.work or tempfile.mkdtemp(prefix="gear-gpu-work-")).resolve()

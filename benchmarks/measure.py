@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds, memory, and what a device can do at most."""
+"""Functions that the benchmarks share: timing, memory, and the peak rates of a device."""
 
 import contextlib
 import time
@@ -23,44 +23,44 @@ def card(device):
 
 
 def data_sheet(device):
-    """Return the row of gear.cost.price.GPUS that describes a device, or None."""
+    """Return the entry of gear.cost.price.GPUS that describes a device, or None."""
+    if device.type != "cuda":
+        return None
     name = card(device).lower().replace(" ", "")
-    return (
-        next((gpu for key, gpu in GPUS.items() if key in name), None)
-        if device.type == "cuda"
-        else None
-    )
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 def wait(device):
-    """Wait until a device has done what it was asked to do."""
+    """Wait until a device has finished all work submitted to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(function, device, repeats=5):
-    """Return the seconds of each of `repeats` calls, the device waited for."""
-    found = []
+    """Return the seconds of each of `repeats` calls, including the work on the device."""
+    times = []
     for _ in range(repeats):
         wait(device)
         start = time.perf_counter()
         function()
         wait(device)
-        found.append(time.perf_counter() - start)
-    return found
+        times.append(time.perf_counter() - start)
+    return times
 
 
-def product_rate(device, kind=torch.float32):
-    """Return the FLOP/s of a large product of random matrices of dtype `kind`: the best of five,
-    after a first.
+def product_rate(device, dtype=torch.float32):
+    """Return the FLOP/s of a large product of random matrices: the best of five calls after a first
+    one.
     """
     side = GPU_PRODUCT if device.type == "cuda" else CPU_PRODUCT
-    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b, device, 6)[1:])
 
 
 def copy_rate(device):
-    """Return the bytes/s that a large copy reads and writes: the best of five, after a first."""
+    """Return the bytes/s that a large copy reads and writes: the best of five calls after a first
+    one.
+    """
     count = 2**32 if device.type == "cuda" else 2**27
     source = torch.empty(count, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
@@ -68,11 +68,12 @@ def copy_rate(device):
 
 
 def memory_rise(function, device):
-    """Return (MiB at the peak above what is held before, MiB held before) while `function` runs.
+    """Return (rise, held) of one call of `function`, in MiB: the peak above the memory held before
+    the call, and the memory held before it.
 
-    Of a GPU that is what torch's allocator gave out. Of a CPU it is this process's memory: give it
-    a process of its own, and where the system does not let a process forget its earlier peak, the
-    rise is an upper bound.
+    On a GPU this is the memory that torch's allocator handed out. On a CPU it is the memory of this
+    process: call it in a separate process. If the operating system does not let a process reset its
+    peak, the rise is an upper bound.
     """
     if device.type == "cuda":
         wait(device)
@@ -82,19 +83,19 @@ def memory_rise(function, device):
         wait(device)
         return (torch.cuda.max_memory_allocated(device) - held) / 2**20, held / 2**20
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     held = resident("VmRSS")
     function()
     return resident("VmHWM") - held, held
 
 
-def resident(what):
-    """Return the MiB of memory that this process holds, "VmRSS", or has held at most, "VmHWM"."""
-    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024
+def resident(field):
+    """Return the memory of this process in MiB: held now ("VmRSS"), or at its peak ("VmHWM")."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
 def write_table(rows, path):
-    """Write rows, one dict each, as CSV with four digits; a first row's missing columns come
+    """Write rows, one dict per row, as CSV with four digits; columns that the first row lacks come
     last.
     """
     pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")

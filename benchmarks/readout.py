@@ -1,22 +1,24 @@
-"""What streaming the soft read-out costs and saves: seconds, peak memory and error beside the
-matrix, and beside attention.
+"""Compare the soft read-out by blocks of rows with the read-out through the full matrix and with
+attention: seconds, peak memory and error.
 
 `python benchmarks/readout.py [--quick] [--device cuda]` runs softmax(A / tau) E forward and
-backward (to latents and codes, E frozen, as in training) by blocks of rows and through the (N, K)
-matrix, in turn in one process on one core; the least of the repeats counts, and on a GPU their
-median. The library takes the matrix up to gear.tokenizer.readout.WHOLE elements; here the blocks
-are measured on all shapes. Peak memory is that above what its inputs take, on a CPU in a process of
-its own. The error is the largest of the read-out and its gradients against float64, over the
-largest entry: on 512 rows, in four blocks. It prints a table and writes benchmarks/readout.csv.
-What does not fit is listed as not measured.
+backward (to latents and codes, with E frozen, as in training), by blocks of rows and through the
+(N, K) matrix. Both run alternately in one process on one core. The minimum of the repeats counts,
+on a GPU their median. The library uses the matrix up to gear.tokenizer.readout.WHOLE elements; here
+the blocks are measured for all shapes. Peak memory excludes the inputs, and on a CPU is measured in
+a separate process. The error is the largest deviation of the read-out and its gradients from
+float64, relative to the largest entry, on 512 rows in four blocks. The script prints a table and
+writes benchmarks/readout.csv. A measurement that does not fit into memory is listed as not
+measured.
 
-On a GPU blocks of other sizes are measured beside the one that is shipped, and everything in both
-precisions of a run: only in "bf16" may a product be TF32.
+On a GPU, blocks of other sizes are measured too, and everything runs in both precisions of a run:
+only "bf16" allows TF32 products.
 
-Why blocks and not scaled_dot_product_attention, whose queries, keys and values have one width,
-where the code's is 8 and E's about 1,000? Latents and codes can be filled up with zeros, or E taken
-by groups of columns, each with the softmax anew: both are measured on the shapes that are quick
-enough. At these widths both take longer than the blocks; at 64 (--quick) zeros win.
+scaled_dot_product_attention is an alternative to the blocks, but it requires queries, keys and
+values of the same width, whereas a code has width 8 and E about 1,000. Two remedies are measured,
+on the shapes that are fast enough: padding latents and codes with zeros, and splitting E into
+groups of columns, each with its own softmax. At these widths both are slower than the blocks; at
+width 64 (--quick), padding is faster.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -42,16 +44,17 @@ from gear.device import open_device
 from gear.tokenizer import readout
 from gear.tokenizer.readout import Affinity
 
-DIM, TAU = 8, 0.1  # of a code; the paper's
-LIMIT = 300  # seconds a measurement of memory may take
+DIM = 8  # width of a code
+TAU = 0.1  # the paper's guidance temperature
+LIMIT = 300  # seconds that a measurement of memory may take
 OUT = Path(__file__).with_suffix(".csv")
-ATTENTION = 2**25  # elements of A up to which attention is measured too
+ATTENTION = 2**25  # largest number of elements of A for which attention is measured
 
 
 def inputs(count, size, width, device):
-    """Unit latents and codes, a table E, and the gradient that reaches the read-out."""
+    """Return unit latents and codes, a table E, and the gradient of the read-out."""
     rng = torch.Generator(device).manual_seed(0)
-    shapes = (count, DIM), (size, DIM), (size, width), (count, width)
+    shapes = ((count, DIM), (size, DIM), (size, width), (count, width))
     z, c, e, g = (torch.randn(shape, generator=rng, device=device) for shape in shapes)
     return [F.normalize(z, dim=-1), F.normalize(c, dim=-1), e, g]
 
@@ -61,7 +64,7 @@ def library(z, c, e):
 
 
 def attention(z, c, e, width=None):
-    """All of E at once, or by groups of `width` columns."""
+    """Read out by attention: all of E at once, or groups of `width` columns one by one."""
     width = width or e.shape[1]
     q, k = (F.pad(x, (0, width - DIM))[None, None] for x in (z, c))
     groups = [
@@ -76,13 +79,11 @@ def attention_by_256(z, c, e):
 
 
 class Read(NamedTuple):
-    """A way to read out: the function, and what stands in for gear.tokenizer.readout's WHOLE and,
-    unless None, BLOCK.
-    """
+    """A read-out to measure: a function, and the settings of gear.tokenizer.readout for it."""
 
     function: object
-    whole: int = 0
-    block: int | None = None
+    whole: int = 0  # replaces WHOLE
+    block: int | None = None  # replaces BLOCK, unless None
 
     def __call__(self, z, c, e, g):
         """Return the read-out (N, D) and its gradients to z and c."""
@@ -100,11 +101,12 @@ READS = {
     "attention, E by 256 columns": Read(attention_by_256),
     "attention, zeros": Read(attention),
 }
-# measured on a GPU
+# block sizes that are also measured on a GPU
 SIZES = {f"blocks of 2^{power}": Read(library, block=2**power) for power in (21, 23, 25, 27)}
 
 
-def _inside(pipe, read, shape):
+def _send_memory(pipe, read, shape):
+    """Send the rise of this process's peak memory through a pipe, after a small first read-out."""
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     tensors = inputs(*shape, cpu)
@@ -113,20 +115,21 @@ def _inside(pipe, read, shape):
 
 
 def memory(read, shape, device):
-    """Return by how many MiB the peak rises: on a CPU in a process of its own, nan where that is
-    killed or too slow.
+    """Return the rise of the peak memory in MiB.
+
+    On a CPU it is measured in a separate process, and is nan if that is killed or takes too long.
     """
     if device.type == "cuda":
         tensors = inputs(*shape, device)
         return memory_rise(lambda: read(*tensors), device)[0]
-    here, there = multiprocessing.Pipe()
+    receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=_inside, args=(there, read, shape)
+        target=_send_memory, args=(sender, read, shape)
     )
     process.start()
-    there.close()
+    sender.close()
     try:
-        rise = here.recv() if here.poll(LIMIT) else float("nan")
+        rise = receiver.recv() if receiver.poll(LIMIT) else float("nan")
     except EOFError:
         rise = float("nan")
     process.kill()
@@ -135,8 +138,8 @@ def memory(read, shape, device):
 
 
 def error(read, shape, device):
-    """Return the largest error relative to the largest entry, of the read-out and its gradients, on
-    512 rows.
+    """Return the largest error of the read-out and its gradients on 512 rows, relative to the
+    largest entry.
     """
     tensors = inputs(512, *shape[1:], device)
     read = (
@@ -149,8 +152,9 @@ def error(read, shape, device):
 
 
 def needs(name, count, size, width):
-    """Return the bytes a read-out takes above its inputs: of the matrix A, A / tau, pi and two
-    gradients of them.
+    """Return the bytes that a read-out needs besides its inputs.
+
+    The matrix read-out holds A, A / tau, pi and two gradients of that size.
     """
     return 4 * (5 * count * size if name == "matrix" else 2 * count * width + size * width)
 
@@ -163,7 +167,7 @@ def free_memory(device):
 
 
 def measure(shape, repeats, device, precision):
-    """Measure every read-out of one shape that fits; returns a row of each."""
+    """Measure every read-out of one shape that fits into memory; returns one row for each."""
     count, size, width = shape
     reads = READS | (SIZES if device.type == "cuda" else {})
     names = [
@@ -188,25 +192,27 @@ def measure(shape, repeats, device, precision):
         times[name] = []
     tensors = inputs(*shape, device)
     for turn in range(repeats):
-        for name, taken in times.items():  # in turn
-            if turn == 0 or not name.startswith("attention"):  # of attention once will do
-                taken += seconds(lambda: reads[name](*tensors), device, 1)  # noqa: B023
+        for name, read_times in times.items():  # alternately
+            if turn == 0 or not name.startswith("attention"):  # attention is timed only once
+                read_times += seconds(lambda: reads[name](*tensors), device, 1)  # noqa: B023
     typical = min if device.type == "cpu" else statistics.median
-    for name, taken in times.items():
-        rows[name]["seconds"] = typical(taken)
+    for name, read_times in times.items():
+        rows[name]["seconds"] = typical(read_times)
         if "matrix" in times:
-            rows[name]["of_matrix_time"] = typical(taken) / typical(times["matrix"])
+            rows[name]["of_matrix_time"] = typical(read_times) / typical(times["matrix"])
             rows[name]["of_matrix_memory"] = rows[name]["peak_mib"] / rows["matrix"]["peak_mib"]
     for row in rows.values():
         print(
-            "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()),
+            "  ".join(
+                f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()
+            ),
             flush=True,
         )
     return list(rows.values())
 
 
 def shapes_of(options):
-    """Return the (N, K, D) that are measured."""
+    """Return the shapes (N, K, D) to measure."""
     if options.quick:
         return [(8192, 1024, 64)]
     if options.device.type == "cuda":
@@ -217,7 +223,9 @@ def shapes_of(options):
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
-        "--quick", action="store_true", help="one small shape: under 30 s, to see that it runs"
+        "--quick",
+        action="store_true",
+        help="one small shape, to check that the benchmark runs (under 30 s)",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -228,9 +236,9 @@ def main():
     for precision in ("float32", "bf16") if options.device.type == "cuda" else ("float32",):
         open_device(str(options.device), precision)
         for shape in shapes_of(options):
-            # of A, all repeats together
-            most, elements = (10, 2**32) if options.device.type == "cuda" else (4, 2**28)
-            repeats = max(1, min(most, elements // (shape[0] * shape[1])))
+            # fewer repeats for large shapes: `elements` limits the elements of A over all repeats
+            max_repeats, elements = (10, 2**32) if options.device.type == "cuda" else (4, 2**28)
+            repeats = max(1, min(max_repeats, elements // (shape[0] * shape[1])))
             rows += measure(shape, repeats, options.device, precision)
     table = pd.DataFrame(rows).drop(columns="note").assign(note=[row["note"] for row in rows])
     table.to_csv(options.out, index=False, float_format="%.4g")

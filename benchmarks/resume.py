@@ -1,10 +1,9 @@
-"""What it costs to be killed: seconds to save and to load a run's whole state, and its bytes on
-disk, beside a step's.
+"""Measure the cost of resuming: the seconds to save and to load a run's full state, and its size.
 
-`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state with its
-optimizers' moments, saves it as training does (written, flushed, renamed), loads it into another
-one and compares the two tensor for tensor. It prints a table and writes benchmarks/resume.csv.
-Disks differ: the numbers are of this one.
+`python benchmarks/resume.py [--quick] [--recipes NAME ...]` builds each recipe's state, including
+its optimizers' moments, and saves it as training does: written, flushed, renamed. It then loads it
+into a second state and compares the two tensor for tensor. It prints a table and writes
+benchmarks/resume.csv. The numbers hold for the disk of this machine.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -32,7 +31,7 @@ OUT = Path(__file__).with_suffix(".csv")
 
 
 def state_of(name, device):
-    """Return a recipe's state after one step on noise, without parents: every optimizer has
+    """Return a recipe's state without parents, after one step on noise, so that every optimizer has
     moments.
     """
     config = replace(recipe(name), tokenizer_run="", batch_size=2)
@@ -43,7 +42,8 @@ def state_of(name, device):
     torch.manual_seed(0)
     state = State(config, device)
     size = config.data.image_size
-    images, labels = torch.randn(2, 3, size, size).clamp(-1, 1), torch.zeros(2, dtype=torch.long)
+    images = torch.randn(2, 3, size, size).clamp(-1, 1)
+    labels = torch.zeros(2, dtype=torch.long)
     for batch in state.batches(images, labels):
         for update in STAGES[config.stage].updates:
             with state.autocast():
@@ -54,6 +54,7 @@ def state_of(name, device):
 
 
 def measure(name, device, repeats):
+    """Return the row of a recipe: the best seconds of `repeats` saves and loads, and its MiB."""
     state = state_of(name, device)
     run = Run.create("resume", to_dict(state.config))
     best = {"save": float("inf"), "load": float("inf")}
@@ -67,14 +68,14 @@ def measure(name, device, repeats):
         best["save"] = min(best["save"], time.perf_counter() - start)
         folder = run.path / "checkpoints" / f"{state.step:07d}"
         size = sum(path.stat().st_size for path in folder.iterdir())
-        other = state_of(name, device)
+        restored = state_of(name, device)
         start = time.perf_counter()
-        other.restore(run)
+        restored.restore(run)
         best["load"] = min(best["load"], time.perf_counter() - start)
         for file, tensors in state.tensors().items():
-            found = other.tensors()[file]
-            assert tensors.keys() == found.keys() and all(
-                torch.equal(t, found[n]) for n, t in tensors.items()
+            restored_tensors = restored.tensors()[file]
+            assert tensors.keys() == restored_tensors.keys() and all(
+                torch.equal(tensor, restored_tensors[key]) for key, tensor in tensors.items()
             ), file
         for path in folder.iterdir():
             path.unlink()
@@ -93,7 +94,9 @@ def measure(name, device, repeats):
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
-        "--quick", action="store_true", help="the smallest recipe, once: to see that it runs"
+        "--quick",
+        action="store_true",
+        help="the smallest recipe, once, to check that the benchmark runs",
     )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--repeats", type=int, default=3)
@@ -101,7 +104,8 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if options.quick:
-        options.recipes, options.repeats = ["tiny-joint"], 1
+        options.recipes = ["tiny-joint"]
+        options.repeats = 1
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GEAR_RUNS"] = folder

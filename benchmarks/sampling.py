@@ -1,15 +1,15 @@
-"""How fast a generator draws: tokens and images a second, beside what the memory's bandwidth
-allows.
+"""Measure the speed of sampling, in tokens and images per second, and compare it with the bound set
+by the memory bandwidth.
 
-`python benchmarks/sampling.py [--quick] [--device cuda]` draws 16 x 16 tokens of LlamaGen's sizes
-with random weights, in bfloat16 and once in float32, token by token from Python ("eager") and as
-one CUDA graph ("graph"). The first batch, which pays for kernels, plans and the capture, is timed
-apart from the best of the others.
+`python benchmarks/sampling.py [--quick] [--device cuda]` samples 16 x 16 tokens from generators of
+LlamaGen's sizes with random weights, in bfloat16 and once in float32. Tokens are sampled one by one
+from Python ("eager") or with one CUDA graph ("graph"). The first batch, which includes the set-up
+of kernels and the capture, is timed separately from the best of the others.
 
-The bound (`bound_images_s`): at every token all weights of the blocks and the head are read once,
-and the filled part of the keys and values, half of it on average; `of_bound` is what is reached of
-the images/s that the bandwidth, a measured copy's, allows for that. It prints a table and writes
-benchmarks/sampling.csv; the decoder's images/s has a row of its own.
+The bound (`bound_images_s`) follows from the bytes that one token reads: all weights of the blocks
+and of the head, and the filled part of the key and value cache, which is half of it on average. The
+bandwidth is that of a measured copy, and `of_bound` is the share of the bound that is reached. The
+script prints a table and writes benchmarks/sampling.csv, with a separate row for the decoder.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -32,12 +32,13 @@ from gear.generator.sampling import generate
 from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
-OUT, CODES = Path(__file__).with_suffix(".csv"), 16_384
+OUT = Path(__file__).with_suffix(".csv")
+CODES = 16_384
 TINY = GeneratorConfig(width=32, heads=2, layers=3, tap_layer=1, num_classes=10)
 SMALL = TokenizerConfig(
     codebook_size=CODES, channels=8, channel_mult=(1, 2, 2), latent_channels=16, res_blocks=1
 )
-CASES = {  # (mode, dtype, images, guidance): 1 is none, and else every image takes two rows
+CASES = {  # (mode, dtype, images, cfg_scale): 1 is no guidance; else every image takes two rows
     "cuda": [
         ("graph", torch.bfloat16, 64, 1.0),
         ("graph", torch.bfloat16, 256, 1.0),
@@ -51,36 +52,37 @@ CASES = {  # (mode, dtype, images, guidance): 1 is none, and else every image ta
         ("eager", torch.float32, 4, 1.0),
     ],
 }
-# a graph is captured in the second call, and replayed from then on
+# number of calls: a graph is captured in the second call and replayed from the third on
 CALLS = {"graph": 4, "eager": 2}
 
 
-def bytes_a_token(generator, rows, length, kind):
-    """Return the bytes that drawing one token for each of `rows` sequences reads, on the mean of
+def bytes_per_token(generator, rows, length, dtype):
+    """Return the bytes read to sample one token for each of `rows` sequences, as a mean over
     `length` tokens.
 
-    The i-th is drawn with i keys and values, the condition's among them.
+    The i-th token is sampled with i keys and values, including those of the condition.
     """
-    config, size = generator.config, kind.itemsize
+    config = generator.config
     weights = sum(
         p.numel()
         for part in (generator.blocks, generator.norm, generator.head)
         for p in part.parameters()
     )
     cache = rows * config.layers * 2 * config.width * (length + 1) / 2
-    return size * (weights + cache)
+    return dtype.itemsize * (weights + cache)
 
 
-def drawing(size, generator, mode, kind, images, cfg_scale, options):
-    """Return a row: `images` grids drawn a few times."""
-    device, side = options.device, 4 if options.quick else 16
+def sampling_row(size, generator, mode, dtype, images, cfg_scale, options):
+    """Return a row: the speed of sampling `images` token grids, repeated a few times."""
+    device = options.device
+    side = 4 if options.quick else 16
     labels = torch.arange(images) % generator.config.num_classes
-    how = dict(cfg_scale=cfg_scale, dtype=kind, graph=mode == "graph")
+    settings = dict(cfg_scale=cfg_scale, dtype=dtype, graph=mode == "graph")
     first, *others = seconds(
-        lambda: generate(generator, labels, (side, side), **how), device, CALLS[mode]
+        lambda: generate(generator, labels, (side, side), **settings), device, CALLS[mode]
     )
     rows = images if cfg_scale == 1 else 2 * images
-    bound = options.copy_rate / bytes_a_token(generator, rows, side**2, kind) / side**2 * images
+    bound = options.copy_rate / bytes_per_token(generator, rows, side**2, dtype) / side**2 * images
     rates = dict(
         first_s=first,
         best_s=min(others),
@@ -93,7 +95,7 @@ def drawing(size, generator, mode, kind, images, cfg_scale, options):
         rows=rows,
         cfg_scale=cfg_scale,
         mode=mode,
-        dtype=str(kind).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
     return (
         row
@@ -106,9 +108,9 @@ def drawing(size, generator, mode, kind, images, cfg_scale, options):
     )
 
 
-def decoding(options):
-    """Return a row: indices to images of 256 px, eight at a time, in float32 as the library does
-    it.
+def decoding_row(options):
+    """Return a row: the speed of decoding indices to images of 256 px, eight at a time, in float32
+    as the library does.
     """
     tokenizer = Tokenizer(SMALL if options.quick else TOKENIZERS["VQ-16"]).to(options.device).eval()
     side = 4 if options.quick else 16
@@ -126,25 +128,24 @@ def decoding(options):
 
 
 def measure(options):
-    """Yield the rows."""
+    """Yield the rows of the table."""
     for size in ["tiny"] if options.quick else options.sizes:
         torch.manual_seed(0)
         config = TINY if options.quick else GENERATORS[size]
         generator = Generator(config, CODES).to(options.device).eval().requires_grad_(False)
-        for mode, kind, images, cfg_scale in CASES[options.device.type]:
-            yield drawing(
-                size, generator, mode, kind, 4 if options.quick else images, cfg_scale, options
-            )
-    yield decoding(options)
+        for mode, dtype, num_images, cfg_scale in CASES[options.device.type]:
+            images = 4 if options.quick else num_images
+            yield sampling_row(size, generator, mode, dtype, images, cfg_scale, options)
+    yield decoding_row(options)
 
 
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny generator: to see that it runs"
+        "--quick", action="store_true", help="a tiny generator, to check that the benchmark runs"
     )
     parser.add_argument(
-        "--sizes", nargs="+", default=["L", "B"], help="names of gear.generator.config.GENERATORS"
+        "--sizes", nargs="+", default=["L", "B"], help="names in gear.generator.config.GENERATORS"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -156,7 +157,8 @@ def main():
         rows.append(row | dict(device=str(options.device), card=card(options.device)))
         print(
             "  ".join(
-                f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in row.items()
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
             ),
             flush=True,
         )

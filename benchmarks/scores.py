@@ -1,9 +1,8 @@
-"""Score the finished runs in $GEAR_RUNS, and measure what their weights say: a process a run, eight
-at a time.
+"""Score and analyse the finished runs in $GEAR_RUNS: one process per run, eight at a time.
 
-`python benchmarks/scores.py [--quick] [--device cuda]` leaves metrics.json and analysis/ in every
-run that is trained to its end: samples and reconstructions, the profiles of its layers and its
-tokenizer, the floors of its alignment.
+`python benchmarks/scores.py [--quick] [--device cuda]` writes metrics.json and analysis/ of every
+finished generator run: the scores of its samples and reconstructions, the alignment profiles of its
+layers and of its tokenizer, and the floors of its alignment.
 """
 
 import argparse
@@ -24,8 +23,9 @@ JOBS = 8
 
 
 def score(name, device, quick):
-    """Score one run and keep what was found beside it."""
-    run, images = gear.Run.open(name), 40 if quick else 1_000
+    """Score and analyse one run; the results are written to its folder. Returns its name."""
+    run = gear.Run.open(name)
+    images = 40 if quick else 1_000
     few = dict(sampling=Sampling(count=64), reference_count=100) if quick else {}
     evaluate_run(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
     tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
@@ -38,14 +38,16 @@ def score(name, device, quick):
 
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
-    parser.add_argument("--quick", action="store_true", help="few images: to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few images, to check that the script runs"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     finished = [
         run for run in gear.open_runs("*") if run.is_finished and run.config["stage"] == "generator"
     ]
     if not finished:
-        print("no run is trained to its end")
+        print("no run is finished: there is nothing to score")
         sys.exit(1)
     jobs = min(JOBS, os.cpu_count(), len(finished))
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:

@@ -1,23 +1,25 @@
-"""How fast a training step is, where its time goes, and what bounds it: ours beside the public one.
+"""Measure the speed of a training step and the time of each of its parts, and compare it with the
+step of the public code.
 
 `python benchmarks/step.py [--quick] [--recipes NAME ...] [--precision bf16] [--compile] [--device
-cuda]` runs each stage of each preset on noise, without parents. Who is compared:
+cuda]` runs each stage of each preset on noise, without parents. These variants are compared:
 
-    plain eager      the step as one would write it: the whole matrix of affinities for every
-                     read-out, every loss read, and the public trainer's statistics of the
-                     assignment, at T = 1 and at tau, at every step
-    plain compiled   the same, its networks compiled as ours are, where they are: as the public
-                     trainer does it
-    ours eager       without torch.compile, and without a CUDA graph
-    ours             as shipped: on a GPU compiled, or where it is small one CUDA graph; on a CPU
-                     eager, but with --compile
+    plain eager      a straightforward step: the full matrix of affinities for every read-out, every
+                     loss read at every step, and the public trainer's statistics of the assignment,
+                     at T = 1 and at tau, at every step
+    plain compiled   the same with compiled networks, as in the public trainer; measured where ours
+                     is compiled
+    ours eager       gear's step without torch.compile and without a CUDA graph
+    ours             gear's step in its default mode: on a GPU compiled, or one CUDA graph if it is
+                     small; on a CPU eager, or compiled with --compile
 
-All are steps of one state, compiled or not, with the same frozen networks in the same precision,
-and take turns; their losses are compared first. The median of a step's seconds counts. Utilisation
-is the FLOPs of `gear train --dry-run` over what the card's data sheet says (`of_sheet`) and over
-what a large product reaches on it, measured first (`of_measured`). `waits` is how often a step
-waits for a GPU. With --random-weights public teachers and LPIPS have their true architecture and
-seeded random weights, and the note names them. It prints a table and writes benchmarks/step.csv.
+All variants step the same state, with the same frozen networks in the same precision, and take
+turns. Their losses are compared first. The median of the seconds per step counts. Utilisation is
+the FLOPs of `gear train --dry-run` relative to the rate on the GPU's data sheet (`of_sheet`) and to
+the rate of a large product, measured first (`of_measured`). `waits` counts how often a step waits
+for the GPU. With --random-weights, public teachers and LPIPS have their true architecture with
+seeded random weights, and the column `note` names them. The script prints a table and writes
+benchmarks/step.csv.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gear  # noqa: F401  before torch: it sets what torch's libraries read when they load
+import gear  # noqa: F401  before torch, whose libraries read variables that gear sets
 
 # isort: split
 
@@ -66,7 +68,7 @@ RECIPES = [
     "cifar10-joint",
     "cifar10-gear",
 ]
-TOP = (1, 10, 100, 1000)  # codes whose mass the public trainer logs
+TOP = (1, 10, 100, 1000)  # the public trainer logs the mass of this many most likely codes
 LARGEST = (192, 128, 96, 64, 48, 32)  # batch sizes that --largest tries, on a GPU
 LPIPS_HASH = "397923af"
 
@@ -76,21 +78,21 @@ LPIPS_HASH = "397923af"
 
 @contextlib.contextmanager
 def random_weights():
-    """Give teachers and LPIPS that are loaded inside the block seeded random weights; yields the
-    names of those.
+    """Give teachers and LPIPS loaded inside the block seeded random weights; yields the list of
+    their names.
     """
-    invented = []
+    names = []
 
     def vit_weights(spec, side, offline=False, flag=""):
-        invented.append(spec)
+        names.append(spec)
         return Path("random"), build(parse(spec)[0], side).state_dict()
 
     def efficientnet_network():
-        invented.append(efficientnet.NAME)
+        names.append(efficientnet.NAME)
         return efficientnet.build_network(), "random"
 
     def lpips_network(**_):
-        invented.append("LPIPS")
+        names.append("LPIPS")
         return network(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
 
     patches = {
@@ -110,37 +112,38 @@ def random_weights():
     with contextlib.ExitStack() as stack:
         for name, value in patches.items():
             stack.enter_context(mock.patch(name, value))
-        yield invented
+        yield names
 
 
 # -- a step ----------------------------------------------------------------------------------------
 
 
 def prepared(name, options):
-    """Return a recipe's Config without parents, on noise in place of its images."""
+    """Return a recipe's Config for training on noise, without parents."""
     config = replace(recipe(name), precision=options.precision or recipe(name).precision)
     config = replace(config, objective=replace(config.objective, gan_start=0.0))
     config = replace(config, data=replace(config.data, source="scenes"))
     if config.stage != "generator":
         config = replace(config, tokenizer_run="")
-    most = 32 if options.device.type == "cpu" else config.batch_size
-    return replace(config, batch_size=options.batch or min(most, config.batch_size))
+    largest_batch = 32 if options.device.type == "cpu" else config.batch_size
+    return replace(config, batch_size=options.batch or min(largest_batch, config.batch_size))
 
 
 class Lab:
-    """A state on a device, and noise to train it on."""
+    """A State on a device, noise to train it on, and the variants of its step."""
 
     def __init__(self, config, options):
-        self.config, self.device = config, options.device
-        torch._dynamo.reset()  # else another recipe's sizes would make those of this one variable
+        self.config = config
+        self.device = options.device
+        torch._dynamo.reset()  # otherwise an earlier recipe's sizes would make these sizes dynamic
         torch.manual_seed(0)
         with (
             random_weights()
             if options.random_weights
-            else contextlib.nullcontext([]) as self.invented
+            else contextlib.nullcontext([]) as self.randomised
         ):
-            # any tokenizer will do for a generator: the state is built as a joint one, and updated
-            # as its own stage
+            # a generator's state is built as a joint one, which needs no parent's tokenizer, and is
+            # updated as the stage "generator"
             joint = (
                 replace(config, stage="joint", tokenizer_run="")
                 if config.stage == "generator"
@@ -158,20 +161,19 @@ class Lab:
             and self.state.lpips is None
         ):
             raise UserError(
-                "VGG16's weights, for LPIPS, are not on this machine: --random-weights goes on "
+                "LPIPS's VGG16 weights are not on this machine. Use --random-weights to measure "
                 "without them."
             )
         if config.tokenizer.init_from_data:
             self.state.tokenizer.skip_in.weight.data.normal_(0, 0.1)
         self.failures = []
-        self.state.step = 1  # the first step's learning rate may be none
+        self.state.step = 1  # at step 0 the learning rate may be zero
         is_alone = options.accumulate == 1
-        shipped = way_of(config, self.device, Runtime(compile=options.compile), is_alone)
-        self.running = {way: Running(self.state, way) for way in {"plain", shipped}}
-        self.who = {"plain eager": "plain", "ours": shipped} | (
-            {"ours eager": "plain"} if shipped != "plain" else {}
-        )
-        self.who |= {"plain compiled": "compiled"} if shipped == "compiled" else {}
+        default = way_of(config, self.device, Runtime(compile=options.compile), is_alone)
+        self.running = {mode: Running(self.state, mode) for mode in {"plain", default}}
+        self.who = {"plain eager": "plain", "ours": default}  # {variant: execution mode}
+        self.who |= {"ours eager": "plain"} if default != "plain" else {}
+        self.who |= {"plain compiled": "compiled"} if default == "compiled" else {}
         rng = torch.Generator().manual_seed(1)
         size = config.data.image_size
         images = torch.rand(config.batch_size, 3, size, size, generator=rng) * 2 - 1
@@ -179,18 +181,21 @@ class Lab:
         self.samples = upload([images, labels], self.device)
 
     def gradients(self, who, mark=lambda part: None):
-        """Compute every network's gradients, as gear.training.loop does; `mark(part)` is called
-        after each part.
+        """Compute every network's gradients as gear.training.loop does, in the variant `who`.
+
+        `mark(part)` is called after each part.
         """
-        state, way, plain = self.state, self.who[who], who.startswith("plain")
+        state = self.state
+        mode = self.who[who]
+        is_plain = who.startswith("plain")
         torch.manual_seed(step_seed(0, state.step))
-        stance = "default" if way == "compiled" else "force_eager"
+        stance = "default" if mode == "compiled" else "force_eager"
         with (
             torch.compiler.set_stance(stance),
-            whole_matrices() if plain else contextlib.nullcontext(),
+            full_matrices() if is_plain else contextlib.nullcontext(),
         ):
-            if way == "graphed":
-                self.running[way](self.samples)
+            if mode == "graphed":
+                self.running[mode](self.samples)
                 mark("one graph")
                 return
             for batch in state.batches(*self.samples):
@@ -198,15 +203,15 @@ class Lab:
                 for update in STAGES[self.config.stage].updates:
                     with state.autocast():
                         losses = update(state, batch)
-                    if plain:
+                    if is_plain:
                         {name: value.item() for name, value in losses.items()}
                     mark(update.__name__)
-                if plain:
+                if is_plain:
                     public_statistics(batch, self.config)
                     mark("statistics")
 
     def step(self, who="ours", mark=lambda part: None):
-        """Take a step; returns its losses."""
+        """Take a step in the variant `who`; returns its losses."""
         self.gradients(who, mark)
         losses = self.state.descend()
         mark("clip and step")
@@ -219,7 +224,7 @@ class Lab:
         )
 
     def losses(self, who):
-        """Return the losses that a step would have, and leave the weights as they are."""
+        """Return the losses of the next step without changing the weights."""
         self.gradients(who)
         losses = {
             name: float(value)
@@ -230,35 +235,39 @@ class Lab:
         return losses
 
     def clock(self, who):
-        """Take a step and return {part: seconds}, the device waited for after every part."""
-        seconds, last = {}, [0.0]
+        """Take a step and return {part: seconds}, waiting for the device after every part."""
+        seconds = {}
+        last_time = 0.0
 
         def mark(part):
+            nonlocal last_time
             wait(self.device)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - last[0]
-            last[0] = time.perf_counter()
+            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - last_time
+            last_time = time.perf_counter()
 
         wait(self.device)
-        last[0] = time.perf_counter()
+        last_time = time.perf_counter()
         self.step(who, mark)
         return seconds
 
     @property
     def note(self):
-        """Say what is not as a run has it: random weights, and a way that did not work."""
-        fallen = [
-            f"not {way}: it failed" for way, running in self.running.items() if running.way != way
+        """What differs from a real run: random weights, and execution modes that failed."""
+        failed_modes = [
+            f"not {mode}: it failed"
+            for mode, running in self.running.items()
+            if running.mode != mode
         ]
-        words = [f"random weights: {', '.join(self.invented)}"] if self.invented else []
-        return "; ".join(words + fallen + self.failures)
+        random = [f"random weights: {', '.join(self.randomised)}"] if self.randomised else []
+        return "; ".join(random + failed_modes + self.failures)
 
 
 @torch.no_grad()
 def public_statistics(batch, config):
-    """Compute what the public trainer logs of a step: entropy and top masses of a row's assignment,
-    codes that are used.
+    """Compute what the public trainer logs at every step: the share of codes used, and the entropy
+    and top masses of the assignment's rows.
 
-    In float32 on the whole matrix, at T = 1 and at tau, every number read.
+    They are computed in float32 on the full matrix, at T = 1 and at tau, and every number is read.
     """
     size = config.tokenizer.codebook_size
     (batch.indices.unique().numel() / size)
@@ -276,17 +285,17 @@ def public_statistics(batch, config):
 
 
 @contextlib.contextmanager
-def whole_matrices():
-    """Form every affinity whole, however large."""
+def full_matrices():
+    """Form every affinity as a full matrix, however large."""
     with mock.patch.object(readout, "WHOLE", 2**62):
         yield
 
 
-# -- how it is measured ----------------------------------------------------------------------------
+# -- measurement -----------------------------------------------------------------------------------
 
 
 def measure(name, options):
-    """Print and return a recipe's rows, a way of taking its step each."""
+    """Print and return the rows of a recipe, one per variant of its step."""
     config = prepared(name, options)
     about = dict(
         recipe=name,
@@ -298,7 +307,7 @@ def measure(name, options):
     about |= dict(precision=config.precision, batch=config.batch_size, note="")
     try:
         lab = Lab(config, options)
-        cost = price(config, lab.who["ours"] == "compiled")  # as gear train --dry-run tells it
+        cost = price(config, lab.who["ours"] == "compiled")  # the estimate of gear train --dry-run
     except UserError as error:
         print(f"{name:28} not measured: {str(error)[:90]}")
         return [about | dict(note=f"not measured: {error}")]
@@ -311,11 +320,11 @@ def measure(name, options):
     }
     rows = {who: about | dict(who=who) | row for who, row in timed(lab, options.steps).items()}
     for who, row in rows.items():
-        middle = row.pop("median")
-        row |= dict(note=lab.note, milliseconds=1e3 * middle, images_s=config.batch_size / middle)
+        median = row.pop("median")
+        row |= dict(note=lab.note, milliseconds=1e3 * median, images_s=config.batch_size / median)
         for peak, rate in peaks.items():
             row |= (
-                {f"{peak}_tflops": rate / 1e12, f"of_{peak}": flops / middle / rate} if rate else {}
+                {f"{peak}_tflops": rate / 1e12, f"of_{peak}": flops / median / rate} if rate else {}
             )
         if options.device.type == "cpu":
             row["peak_mib"] = memory_of_child(name, who, options)
@@ -325,68 +334,67 @@ def measure(name, options):
 
 
 def compare_losses(lab):
-    """Raise AssertionError unless everybody has the same losses, of the same weights; leave out who
-    has none.
+    """Raise AssertionError unless all variants have the same losses on the same weights.
 
-    Where ours cannot be compiled or graphed it is plain, as in training. Compiled code drops out
-    others.
+    A variant that fails is left out. If "ours" cannot be compiled or graphed, it is measured in
+    plain mode, as in training. The tolerance is larger for compiled code, which draws dropout
+    differently.
     """
-    close = 1e-2 if lab.config.precision == "bf16" or "compiled" in lab.who.values() else 1e-3
+    tolerance = 1e-2 if lab.config.precision == "bf16" or "compiled" in lab.who.values() else 1e-3
     losses = {}
     for who in list(lab.who):
         try:
             losses[who] = lab.losses(who)
-        except (
-            Exception
-        ) as error:  # the compiler's, or no memory: the others are still to be measured
-            way = lab.who.pop(who)
-            lab.failures.append(
-                f"{who} ({way}) failed: "
-                f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-            )
+        # the compiler failed, or memory ran out: the other variants are still measured
+        except Exception as error:
+            mode = lab.who.pop(who)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            lab.failures.append(f"{who} ({mode}) failed: {reason[:200]}")
             print(lab.failures[-1], flush=True)
             lab.state.discard()
-            if who == "ours" and way != "plain":
+            if who == "ours" and mode != "plain":
                 lab.who[who] = "plain"
                 losses[who] = lab.losses(who)
-    first = losses["ours"]
+    ours = losses["ours"]
     for who, values in losses.items():
-        assert values.keys() == first.keys(), losses
-        assert all(abs(v - first[k]) <= close * abs(v) + close for k, v in values.items()), (
-            who,
-            losses,
-        )
+        assert values.keys() == ours.keys(), losses
+        is_close = [
+            abs(value - ours[term]) <= tolerance * abs(value) + tolerance
+            for term, value in values.items()
+        ]
+        assert all(is_close), (who, losses)
 
 
 def timed(lab, count):
-    """Return {who: median seconds of `count` steps, parts, memory, waits}; everybody takes
-    turns.
+    """Return {variant: columns}: the median seconds of `count` steps, the shares of the parts,
+    memory and waits. The variants take turns.
     """
-    rows, seconds = {}, {who: [] for who in lab.who}
+    rows = {}
+    seconds = {who: [] for who in lab.who}
     for who in lab.who:
-        take = functools.partial(lab.step, who)
-        take()  # not timed
-        rise, held = memory_rise(take, lab.device)
+        take_step = functools.partial(lab.step, who)
+        take_step()  # a first step that is not timed
+        rise, held = memory_rise(take_step, lab.device)
         parts = lab.clock(who)
         total = sum(parts.values())
-        rows[who] = dict(waits=count_waits(take, lab.device))
+        rows[who] = dict(waits=count_waits(take_step, lab.device))
         rows[who]["where"] = ", ".join(
             f"{part} {share / total:.0%}" for part, share in parts.items()
         )
         if lab.device.type == "cuda":
             rows[who] |= dict(peak_mib=rise + held, held_mib=held)
     for _ in range(count):
-        for who, taken in seconds.items():
+        for who, times in seconds.items():
             wait(lab.device)
             start = time.perf_counter()
             lab.step(who)
             wait(lab.device)
-            taken.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
     return {who: dict(median=statistics.median(seconds[who])) | row for who, row in rows.items()}
 
 
 def count_waits(function, device):
-    """Return how often `function` waits for a GPU by itself, None on a CPU."""
+    """Return how often `function` waits for the GPU, or None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.set_sync_debug_mode("warn")
@@ -398,31 +406,30 @@ def count_waits(function, device):
 
 
 def sheet_rate(device, precision):
-    """Return the FLOP/s of a card's data sheet in the type of a run's products, None where there is
-    no sheet of it.
+    """Return the FLOP/s on the GPU's data sheet in the precision of a run, or None for an unknown
+    device.
     """
     sheet = data_sheet(device)
     return sheet and 1e12 * getattr(sheet, precision)
 
 
 def measured_rate(device, precision):
-    """Return the FLOP/s of a large product in the type of a run's products."""
-    bf16 = precision == "bf16" and device.type == "cuda"  # many CPUs have no unit for it
+    """Return the measured FLOP/s of a large product in the precision of a run."""
+    bf16 = precision == "bf16" and device.type == "cuda"  # many CPUs have no bf16 arithmetic
     return product_rate(device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def line(row):
-    """Say a row in a line."""
+    """Return a row as a line of text."""
     share = row.get("of_measured", float("nan"))
     return (
         f"{row['recipe']:24} {row['who']:14} {row['images_s']:9.1f} images/s {share:6.1%} of the "
-        "measured peak "
-        f"{row['peak_mib']:8.0f} MiB"
+        f"measured peak {row['peak_mib']:8.0f} MiB"
     )
 
 
 def memory_of_child(name, who, options):
-    """Return the peak MiB that a step takes beside the state, in a process of its own."""
+    """Return the peak MiB that a step needs besides the state, measured in a separate process."""
     words = [sys.executable, __file__, "--memory", name, who, "--device", str(options.device)]
     words += ["--accumulate", str(options.accumulate), "--batch", str(options.batch)]
     words += ["--precision", options.precision] if options.precision else []
@@ -435,15 +442,15 @@ def memory_of_child(name, who, options):
 
 
 def report_memory(name, who, options):
-    """Print what `memory_of_child` reads."""
+    """Measure the memory of a step and print it for `memory_of_child`, in the child process."""
     lab = Lab(prepared(name, options), options)
-    lab.step(who)  # moments and library buffers exist from here on
+    lab.step(who)  # a first step, which allocates moments and library buffers
     print(memory_rise(lambda: [lab.step(who) for _ in range(2)], options.device)[0])
 
 
 def largest(name, options):
-    """Return a row of our step with the largest batch of LARGEST that a GPU holds, or on a CPU that
-    was asked for.
+    """Return a row for our step with the largest batch of LARGEST that fits on the GPU; on a CPU,
+    with the batch of the options.
     """
     sizes = LARGEST if options.device.type == "cuda" else [prepared(name, options).batch_size]
     for batch in sizes:
@@ -479,24 +486,28 @@ def largest(name, options):
 def main():
     parser = argparse.ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument(
-        "--quick", action="store_true", help="the smallest recipes, two steps: to see that it runs"
+        "--quick",
+        action="store_true",
+        help="the smallest recipes, two steps, to check that the benchmark runs",
     )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument(
-        "--batch", type=int, default=0, help="images a step; 0: the recipe's, on a CPU 32 at most"
+        "--batch", type=int, default=0, help="images per step; 0: the recipe's, on a CPU at most 32"
     )
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="")
-    parser.add_argument("--compile", action="store_true", help="on a CPU, too")
+    parser.add_argument("--compile", action="store_true", help="compile on a CPU too")
     parser.add_argument(
-        "--random-weights", action="store_true", help="of public teachers and of LPIPS"
+        "--random-weights",
+        action="store_true",
+        help="give public teachers and LPIPS random weights",
     )
     parser.add_argument(
         "--largest",
         action="store_true",
-        help="measure our step at the largest batch that fits, instead",
+        help="measure only our step, at the largest batch that fits",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", nargs=2, metavar=("RECIPE", "WHO"), help=argparse.SUPPRESS)
@@ -511,7 +522,8 @@ def main():
         options.recipes = [name for name in options.recipes if name.startswith("tiny")] or [
             "tiny-joint"
         ]
-        options.steps, options.batch = 2, 0
+        options.steps = 2
+        options.batch = 0
     rows = []
     for name in options.recipes:
         open_device(str(options.device), options.precision or recipe(name).precision)

@@ -1,5 +1,5 @@
-"""The benchmarks run at their smallest size, and `gpu.py` keeps its promises: limits, a deadline,
-eight files.
+"""The benchmarks run at their smallest size, and `gpu.py` respects its limits and its deadline and
+writes its eight files.
 """
 
 import csv
@@ -51,14 +51,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folders(home):
-    """The folder of what comes back, and that of the work."""
+    """The folder of the eight files, and the folder of all other files."""
     for folder in (home / "out", home / "work" / "log"):
         folder.mkdir(parents=True)
     return home / "out", home / "work"
 
 
 def visited(parts, folders, monkeypatch, deadline=60):
-    """Visit with these parts in place of the real ones; returns {name: row of summary.csv}."""
+    """Run a visit with these parts instead of the real ones; returns {name: row of summary.csv}."""
     monkeypatch.setattr(gpu, "parts", lambda *_: parts)
     gpu.visit(Namespace(deadline=deadline, parts=[]), *folders)
     with open(folders[0] / "summary.csv", newline="") as file:
@@ -146,7 +146,7 @@ def test_goals_are_not_measured_without_a_gpu_and_computed_with_one(home):
         about | numbers | dict(who=name, images_s=rate, peak_mib=memory[name])
         for name, rate in who.items()
     ]
-    drawn = dict(
+    sampling_row = dict(
         size="L",
         rows=64,
         mode="graph",
@@ -156,11 +156,13 @@ def test_goals_are_not_measured_without_a_gpu_and_computed_with_one(home):
         device="cuda",
         card="H100",
     )
-    read = dict(count=8192, codes=16384, width=1024, precision="bf16", device="cuda", card="H100")
+    readout_row = dict(
+        count=8192, codes=16384, width=1024, precision="bf16", device="cuda", card="H100"
+    )
     measure.write_table(table, home / "step.csv")
-    measure.write_table([drawn], home / "sampling.csv")
+    measure.write_table([sampling_row], home / "sampling.csv")
     measure.write_table(
-        [read | dict(read=n, peak_mib=p) for n, p in (("blocks", 400), ("matrix", 4000))],
+        [readout_row | dict(read=n, peak_mib=p) for n, p in (("blocks", 400), ("matrix", 4000))],
         home / "readout.csv",
     )
     rows = gpu.goals(home)
@@ -189,22 +191,25 @@ def test_without_a_gpu_one_sentence_says_so(home):
         pytest.skip("there is a GPU")
     command = ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}", f"BIN={home}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stderr.splitlines()
+    messages = done.stderr.splitlines()
     assert done.returncode == 2
-    assert said[0] == f"{sys.executable} finds no GPU; without one, {gpu.TRIAL} tries every part."
+    assert (
+        messages[0]
+        == f"{sys.executable} finds no GPU. To try every part without a GPU: {gpu.TRIAL}"
+    )
 
 
-# -- what they compute -----------------------------------------------------------------------------
+# -- the benchmarks' computations ------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_bound_of_sampling_is_what_weights_and_cache_take():
-    """LlamaGen-L, 64 rows: 1.46 GB a token, 514 images/s at 3.0 TB/s; 256 rows: 3.88 GB, 773
-    images.
+    """LlamaGen-L at 3.0 TB/s: with 64 rows 1.46 GB per token and 514 images/s, with 256 rows 3.88 GB
+    and 773 images/s.
     """
     with torch.device("meta"):
         generator = Generator(GENERATORS["L"], 16_384)
-    sizes = [sampling.bytes_a_token(generator, rows, 256, torch.bfloat16) for rows in (64, 256)]
+    sizes = [sampling.bytes_per_token(generator, rows, 256, torch.bfloat16) for rows in (64, 256)]
     assert [round(size / 1e9, 2) for size in sizes] == [1.46, 3.88]
     rates = [3e12 / size / 256 * rows for size, rows in zip(sizes, (64, 256))]
     assert rates == pytest.approx([514, 773], rel=0.002)
@@ -225,7 +230,7 @@ def test_a_table_of_a_cpu_names_it_and_has_no_data_sheet(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_rises_by_what_is_held_at_once():
-    """In a process of its own, which has no freed memory to use again."""
+    """Measured in a new process, which has no freed memory to reuse."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         rise, held = process.submit(
             measure.memory_rise, functools.partial(torch.ones, 2**26), CPU
@@ -253,10 +258,10 @@ def test_the_public_statistics_are_read_of_the_whole_matrix():
 
 @pytest.mark.slow
 def test_random_weights_have_the_true_architecture_and_are_said_to_be():
-    with step.random_weights() as invented:
+    with step.random_weights() as names:
         teacher = load_teacher("dinov2-b", DataConfig("scenes", image_size=32), 16)
         lpips = load_lpips()
-    assert invented == ["dinov2-b", "LPIPS"]
+    assert names == ["dinov2-b", "LPIPS"]
     assert sum(p.numel() for p in teacher.network.parameters()) == 86_579_712
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert teacher(images).shape == (2, 4, 768) and lpips(images, -images).isfinite().all()
@@ -264,8 +269,8 @@ def test_random_weights_have_the_true_architecture_and_are_said_to_be():
 
 @pytest.mark.slow
 def test_a_quick_visit_runs_every_part_on_a_cpu(home):
-    """Within four minutes on two loaded cores; every part ends with exit code 0, and every file is
-    there and full.
+    """It takes less than four minutes on two loaded cores, every part ends with exit code 0, and no
+    file is missing or empty.
     """
     command = [
         sys.executable,
@@ -296,11 +301,11 @@ def test_a_quick_visit_runs_every_part_on_a_cpu(home):
         row["card"] == measure.card(CPU) and 0 < float(row["of_measured"]) < 1 for row in rows
     )
     with tarfile.open(home / "out" / "runs.tgz") as tar:
-        kept = {
+        files = {
             f"tiny-llamagen-repa/{name}"
             for name in ("metrics.jsonl", "metrics.json", "analysis/layer_profile.parquet")
         }
-        assert kept <= set(tar.getnames()) and not any(
+        assert files <= set(tar.getnames()) and not any(
             "checkpoints" in name for name in tar.getnames()
         )
     assert 'failures="0"' in (home / "out" / "junit.xml").read_text()
@@ -325,7 +330,7 @@ def test_the_page_names_the_files_that_come_back(folders):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
 def test_the_commands_of_the_page_are_understood(words, home, capsys):
-    """All but the device, which is not here."""
+    """Only the device is missing on this machine."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     recorded("scenes-gear-s0", recipe("scenes-gear-s0"))

@@ -1,8 +1,8 @@
-"""FLOPs, activations and parameters of each part of a model for one image, on fake tensors: shapes
-and types, no memory.
+"""FLOPs, activation bytes and parameters of each part of a model for one image, counted on fake
+tensors, which have shapes and types but use no memory.
 
-Every part runs the code that trains. Products are counted as torch.utils.flop_counter counts them:
-a multiplication and an addition are two, attention is counted in full though causal.
+Every part runs the same code as in training. Products are counted as torch.utils.flop_counter does:
+a multiplication and an addition are two FLOPs, and causal attention is counted over all pairs.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from gear.tokenizer.readout import Affinity
 from gear.training.losses import QUANTIZER_LOSSES, next_token_loss
 
 aten = torch.ops.aten
-# by torch's counter: sums in place, and the fused attention of the device that fake tensors claim
-# to be on
+# operations that torch's counter does not know: products added in place, and the fused attention of
+# the CPU, the device of the fake tensors
 UNCOUNTED = {
     aten.addmm_: lambda into, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
@@ -42,27 +42,24 @@ UNCOUNTED = {
 
 
 class Count(NamedTuple):
-    """What one image takes: FLOPs of the forward and of the backward pass, and bytes that autograd
-    keeps between them.
+    """The cost of one image in one part: FLOPs of both passes, and bytes saved between them."""
 
-    Of these bytes, `fused` go into a SiLU: compiled code does not keep them, it computes them
-    again. The `largest` tensor has so many.
-    """
-
-    forward: int
-    backward: int
-    saved: int
-    fused: int = 0
-    largest: int = 0
+    forward: int  # FLOPs of the forward pass
+    backward: int  # FLOPs of the backward pass
+    saved: int  # bytes that autograd saves for the backward pass
+    fused: int = 0  # bytes of `saved` that are inputs of a SiLU, which compiled code recomputes
+    largest: int = 0  # bytes of the largest saved tensor
 
 
 def count(work, arguments, mode, precision):
-    """Count an image in `work(batch, *arguments)`, one of the functions below: a Count.
+    """Return the Count of one image in `work(batch, *arguments)`, where `work` is one of the
+    functions below.
 
-    `mode` is "train" (backward to weights and input), "fixed" (to the input alone) or "forward" (no
-    gradient), `precision` "float32" or "bf16". An image is what three take more than two, so that
-    what is done once a batch drops out. The blocks of a generator are alike: one is counted, the
-    difference of two generators.
+    `mode` is "train" (the gradient reaches weights and input), "fixed" (the input only) or
+    "forward" (no gradient); `precision` is "float32" or "bf16". The cost of one image is the cost
+    of a batch of three minus that of a batch of two, which excludes work done once per batch. All
+    blocks of a generator are alike: the cost of one block is that of a generator with two blocks
+    minus that of a generator with one.
     """
     if work is not generator:
         return _image(work, arguments, mode, precision)
@@ -70,29 +67,33 @@ def count(work, arguments, mode, precision):
     shallow = [
         (replace(config, layers=n, tap_layer=n), codes, side, tap and n, soft) for n in (1, 2)
     ]
-    one, two = (_image(work, arguments, mode, precision) for arguments in shallow)
-    return Count(*(a + ((tap or config.layers) - 1) * (b - a) for a, b in zip(one, two)))
+    one_block, two_blocks = (_image(work, arguments, mode, precision) for arguments in shallow)
+    num_blocks = tap or config.layers
+    return Count(*(a + (num_blocks - 1) * (b - a) for a, b in zip(one_block, two_blocks)))
 
 
 @functools.cache
 def _image(work, arguments, mode, precision):
-    one, two = (_batch(work, arguments, mode, precision, n) for n in (2, 3))
-    forward, backward = (b - a for a, b in zip(one[:2], two[:2]))
-    sizes = [b - a for a, b in zip(one[2], two[2], strict=True)]
-    return Count(forward, backward, sum(sizes), two[3] - one[3], max(sizes, default=0))
+    """Return the Count of one image: the difference between a batch of three and one of two."""
+    two, three = (_batch(work, arguments, mode, precision, n) for n in (2, 3))
+    forward, backward = (b - a for a, b in zip(two[:2], three[:2]))
+    sizes = [b - a for a, b in zip(two[2], three[2], strict=True)]
+    return Count(forward, backward, sum(sizes), three[3] - two[3], max(sizes, default=0))
 
 
 def _batch(work, arguments, mode, precision, batch):
     """Run `work` on a batch of fake images, forward and backward.
 
-    Returns the FLOPs of both, the bytes of each tensor kept between them, and those that go into a
-    SiLU.
+    Returns the FLOPs of the forward pass, those of the backward pass, the bytes of each tensor
+    saved between them, and the bytes of the saved tensors that are inputs of a SiLU.
     """
-    kept, fused, counter = {}, {}, lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    saved = {}  # {address: storage}
+    silu_inputs = {}  # {address: storage}
+    counter = lambda: FlopCounterMode(display=False, custom_mapping=UNCOUNTED)  # noqa: E731
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # a storage counts once, however many views of it are kept
+        saved[storage._cdata] = storage  # several saved views of one storage count once
         return tensor
 
     with (
@@ -100,40 +101,40 @@ def _batch(work, arguments, mode, precision, batch):
         torch.random.fork_rng(devices=[]),
         torch.set_grad_enabled(mode != "forward"),
     ):
-        module, call, given = work(batch, *arguments)
+        module, call, inputs = work(batch, *arguments)
         module.requires_grad_(mode == "train")
         if mode == "fixed":
-            given.requires_grad_()
+            inputs.requires_grad_()
         with (
             counter() as forward,
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            _noting_silu(fused),
+            saved_tensors_hooks(save, lambda tensor: tensor),
+            _recorded_silu(silu_inputs),
         ):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                out = call(given)
+                out = call(inputs)
             out = sum(part.float().mean() for part in (out if isinstance(out, list) else [out]))
         with counter() as backward:
             if mode != "forward":
                 out.backward()
-    again = sum(kept[number].nbytes() for number in kept.keys() & fused.keys())
+    fused_bytes = sum(saved[address].nbytes() for address in saved.keys() & silu_inputs.keys())
     return (
         forward.get_total_flops(),
         backward.get_total_flops(),
-        [s.nbytes() for s in kept.values()],
-        again,
+        [storage.nbytes() for storage in saved.values()],
+        fused_bytes,
     )
 
 
 @contextlib.contextmanager
-def _noting_silu(inputs):
-    """Put the storage of whatever goes into a SiLU into `inputs`, by its number."""
+def _recorded_silu(inputs):
+    """Record the storages of all inputs of SiLUs inside the block, {address: storage}."""
     silu = F.silu
 
-    def noted(x, inplace=False):
+    def recorded(x, inplace=False):
         inputs[x.untyped_storage()._cdata] = x.untyped_storage()
         return silu(x)
 
-    F.silu = noted
+    F.silu = recorded
     try:
         yield
     finally:
@@ -142,49 +143,53 @@ def _noting_silu(inputs):
 
 @contextlib.contextmanager
 def fake():
-    """Make tensors inside the block fake ones, and leave torch's global generator as it was."""
+    """Make every tensor inside the block fake, and leave the state of torch's global random
+    generator unchanged.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         yield
 
 
 @functools.cache
 def parameters(work, arguments):
-    """Count the parameters of the module that `work` builds."""
+    """Return the number of parameters of the module that `work` builds."""
     with fake():
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
 def limit(whole):
-    """Return the limit with which an Affinity is formed whole, or by blocks, however small it is:
-    as the batch that trains.
+    """Return the size limit with which an Affinity is always formed as one matrix, or always by
+    blocks.
+
+    The small counted batch then takes the same code path as the batch in training.
     """
     return 2**62 if whole else 0
 
 
-# What is counted. Each takes a batch size and what fixes the part's shapes: its configuration, the
-# image's side `size` in pixels or the token grid's `side`, the number of `codes`. Each returns (the
-# part's module, what is called, its input).
+# The parts that are counted. Each function takes a batch size and the arguments that fix the part's
+# shapes: its configuration, the image's side `size` in pixels or the token grid's `side`, and the
+# number of `codes`. Each returns (the part's module, the function to call, its input).
 
 
 def encoder(batch, config, size):
-    """Images to latents Z, the convolution before the quantizer with it."""
+    """Images to latents Z, including the convolution before the quantizer."""
     tokenizer = Tokenizer(config)
-    call, images = tokenizer.latents, _images(batch, size)
+    call = tokenizer.latents
+    images = _images(batch, size)
     del tokenizer.decoder, tokenizer.quantizer, tokenizer.post_quant_conv, tokenizer.skip_out
     return tokenizer, call, images
 
 
 def quantizer(batch, config, side, whole):
-    """Latents to the affinity A, indices and loss terms; to indices alone where nothing gets a
-    gradient.
-    """
-    quantizer, losses = Tokenizer(config).quantizer, QUANTIZER_LOSSES[config.quantizer]
+    """Latents to the affinity A, indices and loss terms; without gradients, to indices alone."""
+    quantizer = Tokenizer(config).quantizer
+    losses = QUANTIZER_LOSSES[config.quantizer]
 
     def call(latents):
         if not torch.is_grad_enabled():
             return quantizer.indices(latents, check=False)
-        found = quantizer(latents, limit(whole))
-        return [found.latents, *losses(found).values(), *found.entropies]
+        quantized = quantizer(latents, limit(whole))
+        return [quantized.latents, *losses(quantized).values(), *quantized.entropies]
 
     return (
         quantizer,
@@ -202,10 +207,11 @@ def decoder(batch, config, side):
 
 
 def lpips(batch, size):
-    """VGG16 to its thirteenth convolution, on a reconstruction and on the image."""
-    import torchvision.models  # it loads torch's compiler, which a training run has no use for
+    """VGG16 up to its thirteenth convolution, on a reconstruction and on the image."""
+    import torchvision.models  # loads torch's compiler, which a training run does not need
 
-    network, images = torchvision.models.vgg16().features[:30], _images(batch, size)
+    network = torchvision.models.vgg16().features[:30]
+    images = _images(batch, size)
     return (
         network,
         lambda reconstruction: [network(reconstruction), network(images)],
@@ -220,8 +226,10 @@ def discriminator(batch, channels, layers, size):
 
 
 def readout(batch, soft, tau, config, side, width, whole):
-    """A to embeddings, softly (Eq. 8) or straight through; its gradient reaches latents and, where
-    they learn, codes.
+    """Affinity to embeddings, by the soft (Eq. 8) or the straight-through read-out.
+
+    The gradient reaches the latents and, unless the quantizer is LFQ with its fixed codes, the
+    codes.
     """
     codes = torch.empty(
         config.codebook_size, config.code_dim, requires_grad=config.quantizer != "lfq"
@@ -238,12 +246,13 @@ def readout(batch, soft, tau, config, side, width, whole):
 
 
 def generator(batch, config, codes, side, tap, soft):
-    """To the block `tap`, or with None to the next-token loss; from `soft` embeddings or from
-    indices.
+    """Embeddings (if `soft`) or indices to the hidden states of block `tap`, or to the next-token
+    loss if `tap` is None.
     """
-    module, labels = Generator(config, codes), torch.zeros(batch, dtype=torch.long)
+    module = Generator(config, codes)
+    labels = torch.zeros(batch, dtype=torch.long)
     targets = torch.zeros(batch, side**2, dtype=torch.long)
-    given = torch.empty(batch, side**2, config.width) if soft else targets
+    inputs = torch.empty(batch, side**2, config.width) if soft else targets
 
     def call(tokens):
         return (
@@ -252,17 +261,17 @@ def generator(batch, config, codes, side, tap, soft):
             else next_token_loss(module(tokens, labels), targets)
         )
 
-    return module, call, given
+    return module, call, inputs
 
 
 def projector(batch, config, dim, side):
-    """The tap's hidden states to a teacher's space of `dim` channels."""
+    """Hidden states of the tap layer to a teacher's feature space of `dim` channels."""
     module = Projector(config, dim)
     return module, module, torch.empty(batch, side**2, config.width, requires_grad=True)
 
 
 def scenes_teacher(batch, size):
-    """Images to the factors of their patches: the scenes teacher in training."""
+    """Images to the factors of their patches, as the scenes teacher is trained."""
     module = ScenesTeacher()
 
     def call(images):
@@ -273,8 +282,10 @@ def scenes_teacher(batch, size):
 
 
 def teacher(batch, spec, size, stride):
-    """Images to a teacher's features, by NAME[@LAYER]; raises UserError where its grid or its
-    library does not fit.
+    """Images to the features of a teacher NAME[@LAYER].
+
+    Raises UserError if the teacher's grid does not match the tokens', or its library is not
+    installed.
     """
     name, layer, _ = parse(spec)
     if name == "scenes":
@@ -284,7 +295,7 @@ def teacher(batch, spec, size, stride):
         teacher = efficientnet.EfficientNetTeacher(efficientnet.build_network(), "", stride)
         call = teacher.raw
     else:
-        # the libraries look at values while they build
+        # the libraries read tensor values while they build, which fake tensors do not have
         with unset_fake_temporarily(), torch.device("meta"):
             network = build(name, input_side(name, size, stride))
         teacher = ViTTeacher(name, network.to_empty(device="cpu"), "", size, stride, layer)
@@ -293,7 +304,9 @@ def teacher(batch, spec, size, stride):
 
 
 def teacher_dim(spec):
-    """Return the width of a teacher's features; raises UserError for one that is unknown."""
+    """Return the number of channels of a teacher's features; raises UserError for an unknown
+    teacher.
+    """
     name = bare_name(spec)
     return (
         VITS[name].dim

@@ -1,15 +1,14 @@
-"""Codes and teacher features for the stage `generator`, where both networks are frozen: computed
-once, then looked up.
+"""Codes and teacher features for the stage `generator`, where both networks are frozen: they are
+computed once and then looked up.
 
-What training sees of an image is a variant of it, and has a row. Where images fill their square
-(scenes, CIFAR, a folder of square ones) there are finitely many: an image has one row, or with
-flips two, whatever the seed. Where they are cropped at random, each sample is a variant of its own:
-row n is sample n of the stream, which runs of one seed share.
+Training sees variants of an image (flips, crops), and each variant has one row in the cache. If
+images need no crop (scenes, CIFAR, a folder of square images), an image has one row, or two with
+flips, for every seed. If images are cropped at random, every sample is a new variant: row n is
+sample n of the stream, and only runs with the same seed share rows.
 
-    codes/KEY/about.json    what the values depend on, whose hash is KEY: network, images, batch
-                            size, torch, device
-              000000.npy    the first rows, complete or absent, like every file after it; behind
-                            them their hash
+    codes/KEY/about.json    everything that the values depend on: network, images, batch size,
+                            torch, device; KEY is its hash
+              000000.npy    the first rows, followed by their hash; every file is complete or absent
 """
 
 import contextlib
@@ -36,46 +35,44 @@ from gear.files import (
     write_atomically,
 )
 
-FILE = 4096  # rows of a file, rounded to whole batches
+FILE = 4096  # rows per file, rounded down to whole batches
 
 
 class Cached(Stream):
-    """A Stream whose samples are pixel-free images (B, 0), labels (B,), indices (B, L), and with a
-    teacher features (B, L, C).
+    """A Stream whose samples are images without pixels (B, 0), labels (B,), indices (B, L) and, if
+    there is a teacher, its features (B, L, C).
 
-    On a CPU they are, bit for bit, what State.observe computes from images: they are computed in
-    batches of the same size, on which the last bits depend, and features are kept in float32. On a
-    GPU these are kept in float16. What is missing or cut short in the cache folder is computed
-    first. Raises UserError when that folder cannot be written to, OSError when it is full, and
-    Interrupted when `signals` holds one; the files that are complete then stand.
+    On a CPU the values equal, bit for bit, what State.observe computes from images: they are
+    computed in batches of the same size, on which the last bits depend, and features are stored in
+    float32. On a GPU, features are stored in float16. Missing or damaged files are computed first.
+
+    Raises UserError if the cache folder cannot be written to, OSError if the disk is full, and
+    Interrupted if `signals` contains a signal. Complete files are kept in each case.
     """
 
     def __init__(self, state, workers=0, quiet=False, signals=(), source=None):
         config = state.config
         super().__init__(source or config.data, config.seed)
-        self.batch, self.device, self.identity = (
-            config.batch_size,
-            state.device,
-            self.source.identity(),
-        )
+        self.batch = config.batch_size
+        self.device = state.device
+        self.identity = self.source.identity()
         self.per_image = None if self.source.is_cropped() else 1 + self.mirrors
         self.length = (
             len(self.source) * self.per_image
             if self.per_image
             else config.steps * config.batch_size
         )
-        codes, count = (
-            np.min_scalar_type(config.tokenizer.codebook_size - 1),
-            (self.batch, FILE, self.length),
-        )
+        sizes = (self.batch, FILE, self.length)
+        code_dtype = np.min_scalar_type(config.tokenizer.codebook_size - 1)
         encode = lambda images: state.tokenizer.encode(images).flatten(1)  # noqa: E731
-        self.arrays = [Rows(self._about("codes", state.tokenizer), encode, codes, np.int64, *count)]
+        about = self._about("codes", state.tokenizer)
+        self.arrays = [Rows(about, encode, code_dtype, np.int64, *sizes)]
         if state.teacher_features is not None:
-            features = np.float32 if state.device.type == "cpu" else np.float16
+            feature_dtype = np.float32 if state.device.type == "cpu" else np.float16
             about = self._about("features", state.teacher_features)
             if self.device.type != "cpu" and config.precision != "float32":  # see State.features
                 about["precision"] = config.precision
-            self.arrays.append(Rows(about, state.features, features, np.float32, *count))
+            self.arrays.append(Rows(about, state.features, feature_dtype, np.float32, *sizes))
         self._complete(workers, quiet, signals)
 
     def _samples(self, numbers):
@@ -88,18 +85,16 @@ class Cached(Stream):
         )
 
     def images(self, rows):
-        """Return what stands behind rows as training sees it, (B, H, W, 3) uint8."""
+        """Return the image variants of the given rows as training sees them: (B, H, W, 3) uint8."""
         if not self.per_image:
             return self.render(*self.choose(rows))
         positions, mirrored = np.divmod(rows, self.per_image)
         return self.render(positions, np.zeros((len(rows), 2)), mirrored.astype(bool))
 
     def _about(self, what, network):
-        """Return all that the values of a frozen network depend on, as JSON values."""
-        config, device = (
-            self.config,
-            f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        )
+        """Return everything that the outputs of a frozen network depend on, as JSON values."""
+        config = self.config
+        device = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if self.device.type != "cpu":
             device = torch.cuda.get_device_name(self.device)
         return {
@@ -116,17 +111,19 @@ class Cached(Stream):
         }
 
     def _complete(self, workers, quiet, signals):
-        """Compute the files that are not there, images once for both arrays."""
+        """Compute the missing files; every image is loaded once for both arrays."""
         check_writable(cache_dir(), "GEAR_CACHE")
         codes = self.arrays[0]
         codes.folder.mkdir(parents=True, exist_ok=True)
-        # of all: runs on different codes share features
+        # one lock for the whole cache, because runs with different codes share features
         with FileLock(codes.folder.parent / ".lock"):
             missing = {
-                file: [a for a in self.arrays if not a.has(file)] for file in range(codes.files)
+                file: [array for array in self.arrays if not array.is_complete(file)]
+                for file in range(codes.num_files)
             }
             missing = {file: arrays for file, arrays in missing.items() if arrays}
-            for array in {id(a): a for arrays in missing.values() for a in arrays}.values():
+            incomplete = {id(array): array for arrays in missing.values() for array in arrays}
+            for array in incomplete.values():
                 array.announce()
             batches = [batch for file in missing for batch in codes.batches(file)]
             images = loaded(_Images(self), batches, workers)
@@ -143,22 +140,22 @@ class Cached(Stream):
                         raise Interrupted(
                             (
                                 f"{codes.folder.parent} keeps what was computed. The same command "
-                                "goes on."
+                                "goes on from there."
                             ),
                             signals[0],
                         )
                     values = [[] for _ in arrays]
                     for _ in codes.batches(file):
                         (batch,) = upload([next(images)], self.device)
-                        for of_array, array in zip(values, arrays):
-                            of_array.append(array.of(batch))
+                        for array_values, array in zip(values, arrays):
+                            array_values.append(array.compute_batch(batch))
                         bar.update(min(self.batch, bar.total - bar.n))
-                    for of_array, array in zip(values, arrays):
-                        array.keep(file, of_array)
+                    for array_values, array in zip(values, arrays):
+                        array.write(file, array_values)
 
 
 class _Images(Stream):
-    """The images behind the rows of a Cached."""
+    """A Stream of the images that the rows of a Cached are computed from."""
 
     def __init__(self, cached):
         self.cached = cached
@@ -168,26 +165,26 @@ class _Images(Stream):
 
 
 class Rows:
-    """What `compute` makes of images, a row each: kept as `kept` in files of about `per_file` rows,
-    handed out as `given`.
+    """The outputs of `compute` for images, one row per image, stored in files of about `per_file`
+    rows.
+
+    They are stored as `stored_dtype` and returned as `returned_dtype`.
     """
 
-    def __init__(self, about, compute, kept, given, batch, per_file, length):
-        self.about, self.compute, self.kept, self.given, self.batch, self.length = (
-            about,
-            compute,
-            kept,
-            given,
-            batch,
-            length,
-        )
+    def __init__(self, about, compute, stored_dtype, returned_dtype, batch, per_file, length):
+        self.about = about
+        self.compute = compute
+        self.stored_dtype = stored_dtype
+        self.returned_dtype = returned_dtype
+        self.batch = batch
+        self.length = length
         self.per_file = batch * max(1, per_file // batch)
-        self.files = -(-length // self.per_file)
+        self.num_files = -(-length // self.per_file)
         self.folder = cache_dir() / "codes" / config_hash(about)
 
     def __getitem__(self, rows):
-        found = [_mapped(self._path(row // self.per_file))[row % self.per_file] for row in rows]
-        return torch.from_numpy(np.stack(found).astype(self.given))
+        values = [_mapped(self._path(row // self.per_file))[row % self.per_file] for row in rows]
+        return torch.from_numpy(np.stack(values).astype(self.returned_dtype))
 
     def _path(self, file):
         return self.folder / f"{file:06d}.npy"
@@ -196,53 +193,65 @@ class Rows:
         return range(file * self.per_file, min((file + 1) * self.per_file, self.length))
 
     def batches(self, file):
-        """Return the rows of a file in whole batches; the last row fills up the last one."""
+        """Return the row numbers of a file in full batches; the last row is repeated to fill the
+        last batch.
+        """
         rows = self.rows(file)
         return [
             [min(row, rows[-1]) for row in range(first, first + self.batch)]
             for first in rows[:: self.batch]
         ]
 
-    def has(self, file):
-        """Say whether a file is there and holds what was written; a longer run's serves a shorter
-        one.
+    def is_complete(self, file):
+        """Tell whether a file exists, is undamaged and holds all rows; a longer run's file serves a
+        shorter run.
 
-        Its hash is computed, which reads every byte once when a run starts: a gigabyte takes a
-        second or two, hours less than the network that made it would, and the rows are read again
+        The file's hash is checked, which reads every byte once when a run starts. A gigabyte takes
+        a second or two. Computing the values again would take hours, and training reads all rows
         every epoch anyway.
         """
         array = read_array(self._path(file), mapped=True)
-        return array is not None and array.dtype == self.kept and len(array) >= len(self.rows(file))
+        return (
+            array is not None
+            and array.dtype == self.stored_dtype
+            and len(array) >= len(self.rows(file))
+        )
 
     @torch.no_grad()
-    def of(self, images):
-        return self.compute(images).cpu().numpy().astype(self.kept)
+    def compute_batch(self, images):
+        return self.compute(images).cpu().numpy().astype(self.stored_dtype)
 
-    def keep(self, file, values):
-        """Write a file from the values of its batches; it is there whole or not at all."""
+    def write(self, file, values):
+        """Write a file atomically from the values of its batches."""
         write_array(self._path(file), np.concatenate(values)[: len(self.rows(file))])
-        _mapped.cache_clear()  # a longer run replaces the last file of a shorter one
+        _mapped.cache_clear()  # the file may replace a shorter run's last file
 
     def announce(self):
-        """Say in a line what is computed and why: against what is kept, what has changed."""
-        about, others = self.folder / "about.json", {}
+        """Print one line that says what is computed, where to, and why nothing stored fits."""
+        about = self.folder / "about.json"
+        others = {}
         for path in self.folder.parent.glob("*/about.json"):
-            # it only serves to say what has changed
+            # an unreadable file is ignored: the differences only serve the message
             with contextlib.suppress(TypeError, ValueError):
                 others[path.parent.name] = differences(dict(read_json(path)), self.about)
-        near = {k: v for k, v in others.items() if not any(line.startswith("what:") for line in v)}
+        same_kind = {
+            name: lines
+            for name, lines in others.items()
+            if not any(line.startswith("what:") for line in lines)
+        }
         if about.exists():
-            why = "files are missing, damaged or yet to come"
-        elif near:
-            nearest = min(near, key=lambda name: len(near[name]))
-            why = (
+            reason = "files are missing, damaged or not computed yet"
+        elif same_kind:
+            nearest = min(same_kind, key=lambda name: len(same_kind[name]))
+            reason = (
                 f"those in {nearest} were made with another "
-                f"{', '.join(line.split(':')[0] for line in near[nearest])}"
+                f"{', '.join(line.split(':')[0] for line in same_kind[nearest])}"
             )
         else:
-            why = "none are kept yet"
+            reason = "none are stored yet"
         print(
-            f"{self.about['what']} of {self.length} rows go to {self.folder}: {why}.",
+            f"{self.about['what']} of {self.length} rows are computed into {self.folder}: "
+            f"{reason}.",
             file=sys.stderr,
         )
         for leftover in self.folder.glob(".*.tmp"):
@@ -250,13 +259,15 @@ class Rows:
         write_atomically(about, lambda path: path.write_text(json.dumps(self.about, indent=1)))
 
 
-@functools.lru_cache(maxsize=256)  # a mapped file holds a descriptor
+@functools.lru_cache(maxsize=256)  # bounded, because every mapped file holds a file descriptor
 def _mapped(path):
     return np.load(path, mmap_mode="r")
 
 
 def network_identity(network):
-    """Return a hash of a frozen network: its tensors and what its parts say of themselves."""
+    """Return a hash of a frozen network: of its tensors, and of its modules' types and `identity`
+    attributes.
+    """
     digest = hashlib.sha256(
         repr([(type(m).__name__, getattr(m, "identity", "")) for m in network.modules()]).encode()
     )

@@ -1,9 +1,10 @@
-"""The updates of Algorithm 1. Each computes one network's loss on the shared batch, and its
-gradient to that network alone.
+"""The updates of Algorithm 1. Each computes the loss of one network on the shared batch, and adds
+the gradient of that loss to that network alone.
 
-Beside each update stand its passes: which parts of the networks it runs, [(part, mode, times)],
-from which gear/cost reckons what a step takes. `mode` is "train", "fixed" (a gradient passes
-through, to the input alone) or "forward" (none does).
+Each update has a companion function that lists its passes: the parts of the networks that it runs,
+as [(part, mode, times)], from which gear/cost computes what a step costs. `mode` is "train" (the
+gradient reaches weights and input), "fixed" (the gradient reaches the input only) or "forward" (no
+gradient).
 """
 
 import contextlib
@@ -27,10 +28,11 @@ from gear.training.losses import (
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Hold networks fixed inside: no gradient to their weights, no dropout.
+    """Freeze networks inside the block: their weights get no gradient and nothing is dropped out.
 
-    They are in evaluation mode, all but a discriminator: its BatchNorm, if it has one, normalises
-    by the batch's own statistics in every update.
+    The networks are in evaluation mode. A discriminator is the exception: it stays in training
+    mode, because its BatchNorm (if it has one) normalises by the batch's own statistics in every
+    update.
     """
     modes = [(module.training, next(module.parameters()).requires_grad) for module in modules]
     for module in modules:
@@ -38,17 +40,17 @@ def frozen(*modules):
     try:
         yield
     finally:
-        for module, (training, learns) in zip(modules, modes):
-            module.train(training).requires_grad_(learns)
+        for module, (is_training, requires_grad) in zip(modules, modes):
+            module.train(is_training).requires_grad_(requires_grad)
 
 
 def tokenizer_update(state, batch):
     """theta_tok <- theta_tok - eta grad (L_VQ + lambda L_align^s)   (Alg. 1, line 6; Eq. 11)."""
-    # Alg. 1, line 1: Z and A; line 2: x^
-    objective, tokenized = (state.config.objective, batch.tokenized)
+    objective = state.config.objective
+    tokenized = batch.tokenized  # Alg. 1, lines 1 and 2: Z, A and the reconstruction x^
     losses = {"recon_loss": reconstruction_loss(tokenized.reconstruction, batch.images)}
     losses |= QUANTIZER_LOSSES[state.config.tokenizer.quantizer](tokenized.quantized)
-    losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.mean_use)
+    losses["entropy_loss"] = entropy_loss(*tokenized.quantized.entropies, batch.global_mean)
     if state.lpips is not None:
         losses["lpips_loss"] = state.lpips(tokenized.reconstruction, batch.images).mean()
     weights = {
@@ -58,7 +60,7 @@ def tokenizer_update(state, batch):
         "commit_loss": objective.commit_weight,
         "soft_align_loss": objective.align_weight,
     }
-    # in backward, too
+    # the other networks stay frozen during the backward pass too
     with frozen(*(module for name, module in state.networks.items() if name != "tokenizer")):
         if state.gan_is_on:
             losses["gan_loss"] = generator_hinge_loss(state.discriminator(tokenized.reconstruction))
@@ -68,7 +70,7 @@ def tokenizer_update(state, batch):
 
 
 def tokenizer_passes(config):
-    """What `tokenizer_update` runs, and the forward of the step that is its alone."""
+    """List the passes of `tokenizer_update`, with the tokenizer's forward pass of the step."""
     objective = config.objective
     passes = [(part, "train", 1) for part in ("encoder", "quantizer", "decoder")]
     passes += [("LPIPS", "fixed", 1)] if objective.lpips_weight > 0 else []
@@ -81,7 +83,7 @@ def tokenizer_passes(config):
 
 
 def guidance_parts(config):
-    """What the bridge of a joint stage runs."""
+    """Return the names of the parts that the bridge of a joint stage runs."""
     bridge = config.objective.bridge
     if bridge in ("naive", "naive_inputs"):
         return ("read-out", "guidance")
@@ -89,20 +91,21 @@ def guidance_parts(config):
 
 
 def soft_bridge(state, batch):
-    """L_align^s of softmax(A / tau) E   (Alg. 1, lines 3 to 5): GEAR."""
+    """Compute L_align^s from softmax(A / tau) E   (Alg. 1, lines 3 to 5): the method GEAR."""
     return _guidance(state, batch, batch.tokenized.quantized.affinity.soft_readout)
 
 
 def straight_through_bridge(state, batch):
-    """L_align^s of the one-hot assignment, with the gradient of the soft one: the public code's
-    flag.
+    """Compute L_align^s from the one-hot assignment, with the gradient of the soft assignment.
+
+    The public code offers this as a flag.
     """
     return _guidance(state, batch, batch.tokenized.quantized.affinity.straight_through_readout)
 
 
 def _guidance(state, batch, readout):
-    """Send a read-out of A (Eqs. 7 and 8) through the frozen generator, no further than the tap,
-    and align it.
+    """Run a read-out of A (Eqs. 7 and 8) through the frozen generator up to the tap layer, and
+    return its alignment loss.
     """
     objective, tap = state.config.objective, state.config.generator.tap_layer
     if objective.align_weight == 0:
@@ -118,26 +121,28 @@ def _guidance(state, batch, readout):
 
 
 def naive_bridge(state, batch):
-    """Fig. 2b: next-token prediction reaches the tokenizer through the generator's inputs and
-    through its targets.
+    """Compute L_NTP so that its gradient reaches the tokenizer through the generator's inputs and
+    through its targets   (Fig. 2b).
 
-    One-hot forward, softmax-at-tau backward. The tokenizer can now lower L_NTP by saying little,
-    and it collapses.
+    The assignment is one-hot in the forward pass and softmax(A / tau) in the backward pass. The
+    tokenizer can now lower L_NTP by making its indices easier to predict, and its codebook
+    collapses.
     """
     assignment, logits = _predict(state, batch)
     return {"naive_ntp_loss": expected_next_token_loss(logits, assignment)}
 
 
 def naive_inputs_bridge(state, batch):
-    """Next-token prediction reaches the tokenizer through the generator's inputs alone; the targets
-    are fixed indices.
+    """Compute L_NTP so that its gradient reaches the tokenizer through the generator's inputs
+    alone; the targets are fixed indices.
     """
-    return {"naive_ntp_loss": next_token_loss(_predict(state, batch)[1], batch.indices)}
+    _, logits = _predict(state, batch)
+    return {"naive_ntp_loss": next_token_loss(logits, batch.indices)}
 
 
 def _predict(state, batch):
-    """Predict tokens from straight-through embeddings with the generator held fixed; returns
-    (assignment, logits).
+    """Predict tokens from straight-through embeddings with the frozen generator; returns
+    (assignment, logits), both (B, L, K).
     """
     with frozen(state.generator):
         assignment = batch.tokenized.quantized.affinity.straight_through_assignment(
@@ -149,7 +154,9 @@ def _predict(state, batch):
 
 
 def no_bridge(state, batch):
-    """The tokenizer trains on, unguided, beside a generator that trains on its indices."""
+    """Return no guidance loss: the tokenizer trains on its own losses, while the generator trains
+    on its indices.
+    """
     return {}
 
 
@@ -163,7 +170,7 @@ BRIDGES = {
 
 
 def discriminator_update(state, batch):
-    """Hinge loss of the PatchGAN on real images and on this step's reconstructions."""
+    """Update the discriminator by its hinge loss on real images and this step's reconstructions."""
     if not state.gan_is_on:
         return {}
     real, fake = batch.images, batch.tokenized.reconstruction.detach()
@@ -172,18 +179,18 @@ def discriminator_update(state, batch):
 
 
 def discriminator_passes(config):
-    """What `discriminator_update` runs, on an image and on its reconstruction."""
+    """List the passes of `discriminator_update`: one on images, one on their reconstructions."""
     return [("discriminator", "train", 2)] if config.objective.gan_weight > 0 else []
 
 
 def generator_update(state, batch):
     """theta_AR <- theta_AR - eta grad (L_NTP + lambda L_align^h)   (Alg. 1, line 7; Eq. 12).
 
-    Hard indices only: the arg-max cuts every path back to the tokenizer.
+    The generator sees hard indices only: the arg-max cuts every gradient path to the tokenizer.
     """
     config, generator = state.config, state.generator
     top, tap = config.generator.layers, config.generator.tap_layer
-    # line 4: S^h to layer L
+    # line 4: the hard sequence S^h through all layers
     hidden = generator.hidden(batch.indices, batch.labels, [tap, top], dropped=batch.dropped)
     # line 5: L_NTP
     losses = {"ntp_loss": _loss(state, predicted, generator, hidden[top], batch.indices)}
@@ -195,17 +202,19 @@ def generator_update(state, batch):
 
 
 def generator_passes(config):
-    """What `generator_update` runs."""
+    """List the passes of `generator_update`."""
     return [("generator", "train", 1)] + ([("projector", "train", 1)] if config.is_aligned else [])
 
 
 def predicted(generator, hidden, indices):
-    """L_NTP of the last hidden states (B, L, D) and the indices (B, L) that they predict."""
+    """Compute L_NTP from the last hidden states (B, L, D) and the indices (B, L) to predict."""
     return next_token_loss(generator.logits(hidden), indices)
 
 
 def aligned(projector, hidden, target, widths):
-    """L_align of a tap's hidden states (B, L, D) and the teacher's features (B, L, C)."""
+    """Compute L_align from the tap layer's hidden states (B, L, D) and the teacher's features
+    (B, L, C).
+    """
     return alignment_loss(projector(hidden), target, widths)
 
 
@@ -213,19 +222,17 @@ compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def _loss(state, function, *arguments):
-    """Compute a loss of networks and tensors, in one piece where this state's networks are
-    compiled.
-    """
+    """Call a loss function; compile it first if the networks of this state are compiled."""
     return (compiled(function) if state.is_compiled else function)(*arguments)
 
 
 def teacher_update(state, batch):
-    """Cross entropy of each patch's factors: the scenes teacher is told what it sees."""
+    """Update the scenes teacher by the cross entropy of each patch's factors, its supervision."""
     return state.backward("teacher", state.teacher.factor_losses(batch.images, batch.labels), {})
 
 
 def teacher_passes(config):
-    """What `teacher_update` runs."""
+    """List the passes of `teacher_update`."""
     return [("teacher", "train", 1)]
 
 

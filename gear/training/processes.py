@@ -1,5 +1,5 @@
-"""Several processes as one: whose rows of a batch are whose, means over all, who writes. Fabric
-does the talking.
+"""Training in several processes: the rows of the batch that each process takes, means over the
+processes, and which process writes. They communicate through Lightning Fabric.
 """
 
 import atexit
@@ -12,38 +12,40 @@ import torch
 from gear.config import UserError
 from gear.training import fsdp
 
-PATIENCE = timedelta(hours=2)  # for a process that validates or saves while the others wait
+TIMEOUT = timedelta(hours=2)  # the others wait this long while one process validates or saves
 
 
 def world_size():
-    """Return how many processes torchrun started, 1 without it."""
+    """Return the number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Processes:
-    """The processes that `torchrun --nproc-per-node N -m gear train ...` started, or this one
-    alone.
+    """The processes that `torchrun --nproc-per-node N -m gear train ...` started, or a single
+    process.
 
-    Every process computes the gradient of its own rows of the batch; what is stepped is the mean.
-    With `shard` a generator's blocks are spread over them. Raises UserError for a batch that cannot
-    be shared out evenly, for one process that is to shard, and where Fabric is missing.
+    Every process computes the gradient of its own rows of the batch, and the optimizers step along
+    the mean gradient. With `shard`, a generator's blocks are sharded over the processes. Raises
+    UserError if the batch cannot be divided evenly, if `shard` is set for a single process, and if
+    Fabric is not installed.
     """
 
     def __init__(self, device, batch_size, parts=1, shard=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         if batch_size % (self.world * parts):
             raise UserError(
-                f"a batch of {batch_size} images cannot be shared out evenly to {self.world} "
-                f"processes of {parts} parts each: "
-                f"change --accumulate or the number of processes, or batch_size."
+                f"a batch of {batch_size} images cannot be divided evenly among {self.world} "
+                f"process{'es' * (self.world > 1)} with {parts} micro-batches each: change "
+                "--accumulate, the number of processes or batch_size."
             )
         if shard and self.world == 1:
             raise UserError(
                 "--fsdp spreads a generator that is too large for one GPU over several processes, "
-                "and this is one alone: "
-                "torchrun --nproc-per-node 2 -m gear train NAME --fsdp, or leave it out."
+                "but only one process runs. Start several: "
+                "torchrun --nproc-per-node 2 -m gear train NAME --fsdp, or leave out --fsdp."
             )
-        self.share, self.shard = batch_size // self.world, shard
+        self.share = batch_size // self.world  # images of a batch that one process takes
+        self.shard = shard
         if self.world > 1:
             self.fabric = _fabric(device, self.world)
             device = self.fabric.device
@@ -51,18 +53,18 @@ class Processes:
 
     @property
     def main(self):
-        """Whether this process is the one that writes."""
+        """Whether this process is the one that writes files."""
         return self.rank == 0
 
     @property
     def measures(self):
-        """Whether this process runs validation: the one that writes; all, where it takes all of
-        them to run a network.
+        """Whether this process runs validation: the one that writes, or with shards every process,
+        because all of them are needed to run the network.
         """
         return self.main or self.shard
 
     def rows(self, part=0, parts=1):
-        """Return the slice of the whole batch that is a part of this process's rows."""
+        """Return the slice of the full batch that is micro-batch `part` of this process's rows."""
         size = self.share // parts
         return slice(
             self.rank * self.share + part * size, self.rank * self.share + (part + 1) * size
@@ -73,8 +75,9 @@ class Processes:
         return tensor if self.world == 1 else self.fabric.all_reduce(tensor, reduce_op="mean")
 
     def average(self, tensors):
-        """Replace each of `tensors` by its mean over the processes, in one exchange; shards of
-        gradients are means already.
+        """Replace each of `tensors` by its mean over the processes, in one exchange.
+
+        Shards are left alone: FSDP has averaged their gradients already.
         """
         tensors = [t for t in tensors if not fsdp.is_shard(t)]
         if self.world > 1 and tensors:
@@ -83,18 +86,19 @@ class Processes:
                 tensor.copy_(mean.view_as(tensor))
 
     def gather(self, tensors):
-        """Return {name: tensor}, whole, to the process that writes, shards on its CPU; every
-        process has to ask.
+        """Return full tensors {name: tensor} to the process that writes, and {} to the others.
+
+        Tensors that were shards are returned on the CPU. Every process has to call this.
         """
         gathered = {}
-        for name, tensor in tensors.items():  # one at a time: no device has room for all of them
-            whole = fsdp.whole(tensor)
+        for name, tensor in tensors.items():  # one by one, as a device may not hold all of them
+            full_tensor = fsdp.full_tensor(tensor)
             if self.main:
-                gathered[name] = whole.cpu() if fsdp.is_shard(tensor) else tensor
+                gathered[name] = full_tensor.cpu() if fsdp.is_shard(tensor) else tensor
         return gathered
 
     def any(self, flag):
-        """Tell whether any of the processes has a true `flag`."""
+        """Tell whether `flag` is true in any of the processes."""
         return bool(
             self.world == 1
             and flag
@@ -103,39 +107,43 @@ class Processes:
         )
 
     def wait(self):
-        """Wait for the others."""
+        """Wait until all processes have reached this call."""
         if self.world > 1:
             self.fabric.barrier()
 
 
 def _fabric(device, world):
+    """Return a Fabric that has joined this process to the other `world` - 1 processes."""
     try:
         import lightning_fabric
         import lightning_fabric.strategies
     except ImportError:
         raise UserError("several processes need Fabric: pip install lightning-fabric") from None
-    here, kind = int(os.environ.get("LOCAL_WORLD_SIZE", world)), device.type
-    if kind == "cuda" and here > torch.cuda.device_count():
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if device.type == "cuda" and num_local > torch.cuda.device_count():
         raise UserError(
-            f"{here} processes for {torch.cuda.device_count()} GPUs: start one a GPU, or give "
-            "--device cpu."
+            f"{num_local} processes for {torch.cuda.device_count()} GPUs: start one process per "
+            "GPU, or give --device cpu."
         )
-    backend = "nccl" if kind == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     strategy = lightning_fabric.strategies.DDPStrategy(
-        process_group_backend=backend, timeout=PATIENCE
+        process_group_backend=backend, timeout=TIMEOUT
     )
     fabric = lightning_fabric.Fabric(
-        accelerator=kind, devices=here, num_nodes=world // here, strategy=strategy
+        accelerator=device.type,
+        devices=num_local,
+        num_nodes=world // num_local,
+        strategy=strategy,
     )
     fabric.launch()
-    atexit.register(_leave)
+    atexit.register(_close)
     return fabric
 
 
-def _leave():
-    """Close the connections while the interpreter stands: gloo's threads now and then abort a
-    process that exits with them.
+def _close():
+    """Close the connections before the interpreter exits, because gloo's threads sometimes abort a
+    process that exits with open connections.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        gc.collect()  # FSDP's cycles hold the group
+        gc.collect()  # FSDP's reference cycles keep the process group alive

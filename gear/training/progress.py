@@ -1,10 +1,10 @@
-"""What a run tells while it trains: means of its losses, a progress bar, images a second."""
+"""Progress of a run while it trains: mean losses, a progress bar, images per second."""
 
 import sys
 import time
 
 import torch
-from tqdm import tqdm  # the plain one: tqdm.auto freezes under papermill
+from tqdm import tqdm  # not tqdm.auto, which freezes under papermill
 
 from gear.config import UserError
 
@@ -12,19 +12,22 @@ SHOWN = ("recon_loss", "ntp_loss", "align_loss", "soft_align_loss", "shape_loss"
 
 
 class Meter:
-    """Means of the losses since the last logged line, kept on the device until then and saved with
-    a checkpoint.
+    """Mean losses since the last logged line.
+
+    The sums stay on the device until they are read, and are saved with each checkpoint.
     """
 
     def __init__(self, processes):
         self.processes, self.sums, self.counts = processes, {}, {}
 
     def add(self, losses):
+        """Add the losses of one step, {name: scalar tensor}."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.double()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self):
+        """Return the means {name: float} since the last call, and start again from zero."""
         sums = self._totals()
         means = {name: total / self.counts[name] for name, total in sums.items()}
         self.sums, self.counts = {}, {}
@@ -49,7 +52,9 @@ class Meter:
 
 
 class Progress:
-    """A progress bar with loss, images/s and time left, and the same figures in timing.jsonl."""
+    """A progress bar with losses, images/s and time left; the speed is also logged to
+    timing.jsonl.
+    """
 
     def __init__(self, run, config, step, quiet):
         self.run, self.batch, self.step = run, config.batch_size, step
@@ -62,50 +67,53 @@ class Progress:
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
             dynamic_ncols=True,
         )
-        self.shown, self.board = 0.0, None
-        self._mark()
+        self.last_shown = 0.0
+        self.writer = None  # of TensorBoard, opened when first needed
+        self._restart_timer()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        if self.writer is not None:
+            self.writer.close()
 
-    def _mark(self):
-        self.time, self.images = time.perf_counter(), 0
+    def _restart_timer(self):
+        self.start_time = time.perf_counter()
+        self.num_images = 0
 
     def advance(self, losses):
+        """Count one step, and show its losses at most once per second."""
         self.step += 1
-        self.images += self.batch
+        self.num_images += self.batch
         self.bar.update(self.batch)
-        if not self.bar.disable and time.perf_counter() - self.shown > 1:
-            self.shown = time.perf_counter()
-            shown = {
+        if not self.bar.disable and time.perf_counter() - self.last_shown > 1:
+            self.last_shown = time.perf_counter()
+            postfix = {
                 k.removesuffix("_loss"): f"{float(v):.3f}" for k, v in losses.items() if k in SHOWN
             }
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix(postfix, refresh=False)
 
     def log(self, record=None):
-        """Note the speed since the last time in timing.jsonl, and `record` for TensorBoard, where
-        there is one.
+        """Append the speed since the last call to timing.jsonl, and write `record`, if given, for
+        TensorBoard.
         """
         if record is not None:
-            self.board = self.board or _board(self.run, self.step)
+            self.writer = self.writer or _summary_writer(self.run, self.step)
             for name, value in record.items():
-                self.board.add_scalar(name, value, self.step)
-        seconds = time.perf_counter() - self.time
-        record = {
+                self.writer.add_scalar(name, value, self.step)
+        seconds = time.perf_counter() - self.start_time
+        timing = {
             "step": self.step,
             "seconds": round(seconds, 3),
-            "images_per_second": round(self.images / seconds, 1),
+            "images_per_second": round(self.num_images / seconds, 1),
         }
-        self.run.append(record, "timing.jsonl")
-        self._mark()
+        self.run.append(timing, "timing.jsonl")
+        self._restart_timer()
 
 
-def _board(run, step):
+def _summary_writer(run, step):
     try:
         import torch.utils.tensorboard as tensorboard
     except ImportError:

@@ -1,5 +1,5 @@
-"""The stages of training: what each trains, what it keeps frozen, and the updates that make up one
-of its steps.
+"""The stages of training: the networks that each stage trains, the networks that it keeps frozen,
+and the updates that make up one of its steps.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,32 @@ from gear.training.objectives import (
     tokenizer_update,
 )
 
-# networks of which an exponential moving average is kept, where they train
+# networks of which an exponential moving average is kept in the stages that train them
 AVERAGED = ("tokenizer", "generator")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of training. Every network steps when the last update is done.
+    """One kind of training. All optimizers step together, after the last update of a step.
 
-    Guidance so reads the generator before its step, and next-token targets come from the tokenizer
-    before its step, as in the public code.
+    Guidance therefore runs through the generator as it was before the step, and next-token targets
+    come from the tokenizer as it was before the step. The public code does the same.
     """
 
     trains: tuple[str, ...]  # networks; the projector trains only where features are aligned
-    updates: tuple[Callable, ...]  # of gear/training/objectives.py, in their order
-    frozen: tuple[str, ...] = ()  # networks of the run `tokenizer_run`, which are only read
+    updates: tuple[Callable, ...]  # functions of gear/training/objectives.py, in their order
+    frozen: tuple[str, ...] = ()  # networks that are read from `tokenizer_run` and never change
 
 
 STAGES = {
     "tokenizer": Stage(
         ("tokenizer", "discriminator"), (tokenizer_update, discriminator_update)
-    ),  # warm-up and control
+    ),  # warm-up, and the control: the warm-up tokenizer trained for longer without guidance
     "joint": Stage(  # GEAR
         ("tokenizer", "discriminator", "generator", "projector"),
         (tokenizer_update, discriminator_update, generator_update),
     ),
-    "generator": Stage(  # LlamaGen, LlamaGen-REPA, a fresh generator on a GEAR tokenizer
+    "generator": Stage(  # LlamaGen, the baseline, and a new generator on a GEAR tokenizer
         ("generator", "projector"), (generator_update,), frozen=("tokenizer",)
     ),
     "teacher": Stage(("teacher",), (teacher_update,)),
@@ -45,11 +45,13 @@ STAGES = {
 
 
 def gradients(state, samples):
-    """Add up the gradients of one step, Algorithm 1 up to the steps of the optimizers; `samples` is
-    what a stream gives.
+    """Compute all gradients of one step: Algorithm 1 up to the steps of the optimizers.
+
+    `samples` are the tensors that a stream yields for the step.
     """
-    for batch in state.batches(*samples):  # one tokenizer forward, one teacher forward, shared by
-        # joint = tokenizer, discriminator, generator:
+    # one Batch per micro-batch; its updates share one tokenizer forward and one teacher forward
+    for batch in state.batches(*samples):
+        # in the stage "joint": tokenizer, discriminator, generator
         for update in STAGES[state.config.stage].updates:
             with state.autocast():
-                update(state, batch)  # loss and gradient of one network
+                update(state, batch)  # the loss and the gradient of one network

@@ -1,5 +1,5 @@
-"""What a run measures of itself on the validation split while it trains; the same functions serve
-the analyses.
+"""The metrics that a run computes on the validation split while it trains. The analyses use the
+same functions.
 """
 
 import math
@@ -19,11 +19,12 @@ BATCH = 128
 
 
 class Validation:
-    """The run's own measurements on the first `eval_images` of the validation split."""
+    """The metrics of a run on the first `eval_images` images of the validation split."""
 
     def __init__(self, state, source=None):
-        config, self.state = state.config, state
-        self.of_tokenizer = None  # its metrics and indices
+        config = state.config
+        self.state = state
+        self.tokenizer_results = None  # the last metrics and indices of `tokenizer_metrics`
         source = source or data.Source(config.data)
         self.classes = source.split("val").classes
         if state.generator is not None:
@@ -39,6 +40,7 @@ class Validation:
             )
 
     def __call__(self):
+        """Return the metrics of the current step, {name: float}."""
         state, config = self.state, self.state.config
         if state.teacher is not None:
             with torch.no_grad():
@@ -46,20 +48,24 @@ class Validation:
             return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
-        # a frozen tokenizer is measured once
-        if "tokenizer" in averages or self.of_tokenizer is None:
-            self.of_tokenizer = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
-        metrics, indices = self.of_tokenizer
+        # a frozen tokenizer is measured only once
+        if "tokenizer" in averages or self.tokenizer_results is None:
+            self.tokenizer_results = tokenizer_metrics(tokenizer, self.images, config.objective.tau)
+        metrics, indices = self.tokenizer_results
         if "generator" in averages:
-            generator, target = averages["generator"], self.target
             metrics = metrics | generator_metrics(
-                generator, state.projector, indices, self.labels, target, state.widths
+                averages["generator"],
+                state.projector,
+                indices,
+                self.labels,
+                self.target,
+                state.widths,
             )
         return metrics
 
     def panel(self):
-        """Draw inputs, reconstructions and, with a generator, two rows of samples, a class each: an
-        image, or None.
+        """Draw a grid image: inputs, reconstructions and, with a generator, two rows of samples,
+        one class per sample. Returns None for a teacher's run.
         """
         state = self.state
         if state.teacher is not None:
@@ -77,38 +83,43 @@ class Validation:
                 % state.config.generator.num_classes
             )
             side = state.config.data.image_size // state.config.tokenizer.downsampling
-            # no copy, no memory held
+            # float32 needs no copy of the generator, and without a graph no memory stays allocated
             settings = dict(seed=state.config.seed, dtype=torch.float32, graph=False)
-            drawn = sample(generator, tokenizer, labels, (side, side), **settings)
-            rows.append(data.to_float(drawn))
+            samples = sample(generator, tokenizer, labels, (side, side), **settings)
+            rows.append(data.to_float(samples))
         grid = image_grid(torch.cat(rows).clamp(-1, 1), PANEL_WIDTH, PANEL_GAP)
         return Image.fromarray(data.to_uint8(grid[None])[0].cpu().numpy())
 
 
 @torch.no_grad()
 def tokenizer_metrics(tokenizer, images, tau):
-    """Measure a tokenizer on images (N, 3, H, W): reconstruction, marginal usage, and the
-    assignment at tau and at 1.
+    """Measure a tokenizer on images (N, 3, H, W): reconstruction quality, marginal code usage, and
+    the soft assignment at temperatures tau and 1.
 
-    Returns {name: float} and the indices (N, L); PSNR in dB, L1 in [0, 1] units, entropies in nats
-    a token.
+    Returns {name: float} and the indices (N, L). PSNR is in dB, L1 in units of [0, 1] images,
+    entropies in nats per token.
     """
-    indices, quality, assignments = [], [], {"tau": [], "one": []}
+    indices = []
+    quality = []
+    assignments = {"tau": [], "one": []}
     for chunk in images.split(BATCH):
         out = tokenizer(chunk)
-        affinity, share = out.quantized.affinity, len(chunk) / len(images)
+        affinity = out.quantized.affinity
+        share = len(chunk) / len(images)
         indices.append(out.quantized.indices)
         quality.append(
             torch.stack([psnr(out.reconstruction, chunk), l1(out.reconstruction, chunk)])
         )
-        for name, temperature in (("tau", tau), ("one", 1.0)):  # a chunk at a time: (N, K) is large
+        # chunk by chunk, because the assignment of all images would be too large
+        for name, temperature in (("tau", tau), ("one", 1.0)):
             assignment = codes.assignment(affinity.blocks(), temperature)
             values = {
                 "entropy": assignment.entropy,
                 **{f"top{m}": mass for m, mass in assignment.top_mass.items()},
             }
             assignments[name].append({key: share * value for key, value in values.items()})
-    quality, indices = torch.cat(quality, 1).mean(1), torch.cat(indices)
+    quality = torch.cat(quality, 1).mean(1)
+    indices = torch.cat(indices)
     usage = codes.usage(indices, tokenizer.config.codebook_size)
     metrics = {
         "val/psnr": float(quality[0]),
@@ -122,8 +133,8 @@ def tokenizer_metrics(tokenizer, images, tau):
             if m <= len(usage.top_mass)
         },
     }
-    for name, parts in assignments.items():
-        means = {key: sum(part[key] for part in parts) for key in parts[0]}
+    for name, chunks in assignments.items():
+        means = {key: sum(values[key] for values in chunks) for key in chunks[0]}
         metrics |= {f"val/assignment_{name}_{key}": value for key, value in means.items()}
         metrics[f"val/assignment_{name}_size"] = math.exp(means["entropy"])
     return metrics, indices
@@ -131,13 +142,15 @@ def tokenizer_metrics(tokenizer, images, tau):
 
 @torch.no_grad()
 def generator_metrics(generator, projector, indices, labels, target, widths=None):
-    """Measure a generator on indices (N, L) with labels (N,): next-token loss, and alignment where
-    there is a projector: the live one, beside an averaged generator, as in the public code.
+    """Measure a generator on indices (N, L) with labels (N,): its next-token loss and, with a
+    projector, its alignment loss.
 
-    `target` are the teacher's features (N, L, C), or None; of several teachers, `widths` of them
-    each. Returns {name: float}, nats a token and minus a cosine.
+    The generator is the averaged one and the projector the live one, as in the public code.
+    `target` holds the teacher's features (N, L, C), or is None; with several teachers, `widths`
+    lists the channels of each. Returns {name: float}, in nats per token and as minus a cosine.
     """
-    ntp, align, tap, top = 0.0, 0.0, generator.config.tap_layer, generator.config.layers
+    ntp, align = 0.0, 0.0
+    tap, top = generator.config.tap_layer, generator.config.layers
     for start in range(0, len(indices), BATCH):
         rows = slice(start, start + BATCH)
         chunk = indices[rows]

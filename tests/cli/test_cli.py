@@ -354,7 +354,7 @@ def test_non_finite_loss_stops_with_code_1(capsys, tiny):
         code=1,
     )
     assert " is inf " in message or " is nan " in message
-    assert "stands in" in message and "lower learning rate" in message
+    assert "is saved in" in message and "lower learning rate" in message
 
 
 def test_labels_out_of_range(capsys, tiny):

@@ -1,5 +1,5 @@
-"""A dry run's numbers: against formulas, the networks' known sizes, and a real step; and it touches
-nothing.
+"""A dry run's numbers agree with formulas, with the networks' known sizes and with a real step; and
+it changes nothing.
 """
 
 from dataclasses import replace
@@ -23,8 +23,8 @@ L, K = 256, 16_384
 
 
 def linear(config, layers):
-    """FLOPs of one image in the matrices of so many blocks: attention's four of D x D, the
-    feed-forward's three of D x F.
+    """Return the FLOPs per image of the matrices in `layers` blocks: four of D x D in attention,
+    three of D x F in the feed-forward network.
     """
     hidden = {768: 2048, 1024: 2816, 1280: 3584}[config.width]
     return layers * 2 * L * (4 * config.width**2 + 3 * config.width * hidden)
@@ -33,39 +33,42 @@ def linear(config, layers):
 def attention(config, layers):
     return (
         layers * 2 * 2 * L**2 * config.width
-    )  # q k and its product with v, over all pairs of positions
+    )  # the product q k and its product with v, over all pairs of positions
 
 
 def passes(name):
-    """{(update, part): Pass} of a recipe."""
+    """Return the passes of a recipe: {(update, part): Pass}."""
     return {(p.update, p.part): p for p in price.price(RECIPES[name]).passes}
 
 
 @pytest.mark.parametrize("size", ["B", "L", "XL"])
 def test_generator_against_its_formula(size):
     config = GENERATORS[size]
-    head, found = 2 * L * config.width * K, passes(f"imagenet256-{size.lower()}-joint")
-    whole, guidance = found["generator", "generator"].count, found["tokenizer", "guidance"].count
+    head, recipe_passes = 2 * L * config.width * K, passes(f"imagenet256-{size.lower()}-joint")
+    training, guidance = (
+        recipe_passes["generator", "generator"].count,
+        recipe_passes["tokenizer", "guidance"].count,
+    )
     products, pairs = linear(config, config.layers) + head, attention(config, config.layers)
-    assert whole.forward == products + pairs
-    assert whole.backward == 2 * products + 2.5 * pairs  # fused attention computes q k again
+    assert training.forward == products + pairs
+    assert training.backward == 2 * products + 2.5 * pairs  # fused attention recomputes q k
     products, pairs = linear(config, config.tap_layer), attention(config, config.tap_layer)
     assert guidance.forward == products + pairs
-    assert guidance.backward == products + 2.5 * pairs  # to the input alone
-    readout = found["tokenizer", "read-out"].count
+    assert guidance.backward == products + 2.5 * pairs  # the gradient of the input only
+    readout = recipe_passes["tokenizer", "read-out"].count
     assert readout.forward == 2 * L * K * (
         config.width + 8
-    )  # A, of codes of eight dimensions, is formed again
+    )  # A, from codes of eight dimensions, is recomputed
     assert readout.backward == 2 * L * K * (
         config.width + 3 * 8
-    )  # and once more; latents and codes each have a gradient
+    )  # recomputed once more; latents and codes each get a gradient
 
 
 def test_projector_discriminator_and_quantizer_against_their_formulas():
-    found = passes("imagenet256-l-joint")
+    recipe_passes = passes("imagenet256-l-joint")
     weights = 1024 * 2048 + 2048**2 + 2048 * 768
-    assert found["generator", "projector"].count[:2] == (2 * L * weights, 4 * L * weights)
-    assert found["tokenizer", "projector"].count[:2] == (2 * L * weights, 2 * L * weights)
+    assert recipe_passes["generator", "projector"].count[:2] == (2 * L * weights, 4 * L * weights)
+    assert recipe_passes["tokenizer", "projector"].count[:2] == (2 * L * weights, 2 * L * weights)
     convolutions = [
         (3, 64, 128),
         (64, 128, 64),
@@ -74,28 +77,30 @@ def test_projector_discriminator_and_quantizer_against_their_formulas():
         (512, 1, 30),
     ]  # from, to, side of the output
     forward = sum(2 * a * b * 16 * side**2 for a, b, side in convolutions)
-    judged, trained = (found[update, "discriminator"] for update in ("tokenizer", "discriminator"))
+    judged, trained = (
+        recipe_passes[update, "discriminator"] for update in ("tokenizer", "discriminator")
+    )
     assert (
         judged.count.forward == trained.count.forward == forward
         and judged.count.backward == forward
     )
-    first = 2 * 3 * 64 * 16 * 128**2  # needs no gradient of an image
+    first = 2 * 3 * 64 * 16 * 128**2  # the gradient of the image is not needed
     assert trained.count.backward == 2 * forward - first and trained.training == 2 * (
         3 * forward - first
     )
-    assert found["tokenizer", "quantizer"].count[:2] == (
+    assert recipe_passes["tokenizer", "quantizer"].count[:2] == (
         2 * L * K * 8,
         6 * L * K * 8,
-    )  # A once, and in backward thrice
+    )  # A once in the forward pass, three products in the backward pass
     assert (
-        found["tokenizer", "quantizer"].precision
-        == found["tokenizer", "read-out"].precision
+        recipe_passes["tokenizer", "quantizer"].precision
+        == recipe_passes["tokenizer", "read-out"].precision
         == "float32"
     )
 
 
 @pytest.mark.parametrize(
-    "name, wanted",
+    "name, expected",
     [
         ("imagenet256-b-joint", {"generator": 110_888_448, "projector": 7_344_896}),
         (
@@ -105,27 +110,27 @@ def test_projector_discriminator_and_quantizer_against_their_formulas():
         ("imagenet256-xl-joint", {"generator": 774_699_520, "projector": 8_393_472}),
     ],
 )
-def test_parameters_are_the_known_ones(name, wanted):
-    found = price.price(RECIPES[name]).parameters
-    assert wanted.items() <= found.items()
-    assert found["encoder"] + found["quantizer"] + found["decoder"] == 71_883_403
+def test_parameters_are_the_known_ones(name, expected):
+    parameters = price.price(RECIPES[name]).parameters
+    assert expected.items() <= parameters.items()
+    assert parameters["encoder"] + parameters["quantizer"] + parameters["decoder"] == 71_883_403
 
 
-@pytest.mark.parametrize("kind, wanted", [("lfq", 115_094_033), ("ibq", 110_982_019)])
-def test_the_other_tokenizers_are_whole(kind, wanted):
+@pytest.mark.parametrize("kind, expected", [("lfq", 115_094_033), ("ibq", 110_982_019)])
+def test_the_other_tokenizers_have_their_known_sizes(kind, expected):
     config = RECIPES[f"imagenet256-l-{kind}-joint"]
     assert config.tokenizer == TOKENIZERS[f"{kind.upper()}-16"]
-    found = [
+    parameters = [
         counts.parameters(*work)
         for part in ("encoder", "quantizer", "decoder")
         for work in price.works(config)[part]
     ]
-    assert sum(found) == wanted
+    assert sum(parameters) == expected
 
 
 @pytest.mark.parametrize("name", ["tiny-tokenizer", "tiny-joint", "tiny", "scenes-joint-naive"])
 def test_a_real_step_does_as_much(name, tiny):
-    """The products of every update of a step, counted while it trains."""
+    """The FLOPs counted while a step trains equal those of the price."""
     config = RECIPES[name]
     if name.startswith("scenes"):
         config = change(recipe("tiny-joint"), dict(objective=dict(bridge="naive")))
@@ -140,29 +145,32 @@ def test_a_real_step_does_as_much(name, tiny):
     assert counter.get_total_flops() / 4 == pytest.approx(
         sum(p.training for p in price.price(config).passes), rel=1e-3
     )
-    held = {n: sum(p.numel() for p in m.parameters()) for n, m in state.networks.items()}
-    found = price.price(config).parameters
-    assert held["tokenizer"] == found["encoder"] + found["quantizer"] + found["decoder"]
-    assert all(found[part] == n for part, n in held.items() if part != "tokenizer")
+    network_sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in state.networks.items()}
+    parameters = price.price(config).parameters
+    assert (
+        network_sizes["tokenizer"]
+        == parameters["encoder"] + parameters["quantizer"] + parameters["decoder"]
+    )
+    assert all(parameters[part] == n for part, n in network_sizes.items() if part != "tokenizer")
 
 
 def test_a_real_step_keeps_as_much(tiny):
-    """Activations: what autograd keeps in the tokenizer's update of a joint step, of eight images
-    more than of four.
+    """The activations that autograd saves in the tokenizer's update of a joint step, as the
+    difference of eight and four images, equal those of the price.
     """
     config, sizes = change(recipe("tiny-joint"), dict(objective=dict(gan_start=0.0))), []
     for n in (4, 8):
-        state, kept = State(config, torch.device("cpu")), {}
+        state, storages = State(config, torch.device("cpu")), {}
 
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        def save(tensor, storages=storages):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             STAGES["joint"].updates[0](
                 state, state.observe(torch.zeros(n, 3, 32, 32), torch.zeros(n, dtype=torch.long))
             )
-        sizes.append(sum(storage.nbytes() for storage in kept.values()))
+        sizes.append(sum(storage.nbytes() for storage in storages.values()))
     assert (sizes[1] - sizes[0]) / 4 == pytest.approx(price.price(config).saved, rel=0.05)
 
 
@@ -188,7 +196,9 @@ def test_memory_grows_with_the_batch_and_bf16_keeps_less():
 
 
 def test_a_dry_run_needs_and_leaves_nothing(home, capsys, monkeypatch):
-    """No images, no weights, no run folder; the global generator stays where it was."""
+    """It needs no images and no weights, writes no run folder, and leaves torch's random generator
+    unchanged.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(home)
     before = torch.get_rng_state()
@@ -203,16 +213,16 @@ def test_a_dry_run_needs_and_leaves_nothing(home, capsys, monkeypatch):
             "0.2",
         ]
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("tokenizer", "joint", "gear"):
-        assert f"imagenet100-128-{name}-s3: stage " in said
+        assert f"imagenet100-128-{name}-s3: stage " in output
     assert (
-        "num_classes 100" in said
-        and "rtx4090, 24 GB: that does not fit" in said
-        and ": --accumulate 2" in said
-        and "20% is assumed" in said
+        "num_classes 100" in output
+        and "rtx4090, 24 GB: that does not fit" in output
+        and ": --accumulate 2" in output
+        and "20% is assumed" in output
     )
-    assert "estimate" in said and said.endswith("nothing was trained\n")
+    assert "estimate" in output and output.endswith("nothing was trained\n")
     assert torch.equal(before, torch.get_rng_state()) and list(home.iterdir()) == []
 
 
@@ -234,19 +244,19 @@ def test_classes_are_those_of_a_folder_that_is_there(home, capsys):
             "cpu",
         ]
     )
-    said = capsys.readouterr().out
-    assert said.count("num_classes 3") == 3 and "tiny-joint-photos: stage joint" in said
-    assert "hours on a cpu: not known" in said and "all on one" not in said
+    output = capsys.readouterr().out
+    assert output.count("num_classes 3") == 3 and "tiny-joint-photos: stage joint" in output
+    assert "hours on a cpu: not known" in output and "all on one" not in output
 
 
 def test_what_is_finished_costs_nothing(tiny, capsys):
     (tiny / "tiny" / "checkpoints" / "0000024").rename(tiny / "gone")
     main(["train", "tiny", "--dry-run"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "tiny-tokenizer: finished" in said
-        and "tiny-joint: finished" in said
-        and "tiny: stage generator" in said
+        "tiny-tokenizer: finished" in output
+        and "tiny-joint: finished" in output
+        and "tiny: stage generator" in output
     )
 
 
@@ -261,7 +271,7 @@ def test_several_runs_share_their_parents(home, capsys):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (["--gpu", "h10"], "unknown GPU 'h10'. Did you mean 'h100'?"),
         (["--utilisation", "0"], "utilisation is 0.0"),
@@ -273,7 +283,7 @@ def test_several_runs_share_their_parents(home, capsys):
         ),
     ],
 )
-def test_mistakes_are_found(options, said, home, capsys):
+def test_mistakes_are_found(options, message, home, capsys):
     with pytest.raises(SystemExit) as stop:
         main(
             [
@@ -285,16 +295,16 @@ def test_mistakes_are_found(options, said, home, capsys):
                 "--dry-run",
             ]
         )
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_training_without_the_images_says_what_to_give(home, capsys):
     with pytest.raises(SystemExit):
         main(["train", "imagenet256-l-gear-s0"])
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "--source: there are no images at 'imagenet'. A folder, a zip or tar shards of images is "
-        "expected" in said
+        "expected" in message
     )
 
 
@@ -350,7 +360,7 @@ def test_a_batch_goes_in_as_few_parts_as_fit(images, room, parts):
 
 
 def test_parts_are_chosen_from_the_memory_there_is():
-    """Compiled code keeps less, so that more images go at once."""
+    """Compiled code saves fewer activations, so that more images fit at once."""
     config = RECIPES["imagenet256-b-joint"]
     plain, compiled = (price.price(config, is_compiled) for is_compiled in (False, True))
     assert 0.65 * plain.saved < compiled.saved < 0.8 * plain.saved
@@ -360,7 +370,7 @@ def test_parts_are_chosen_from_the_memory_there_is():
     assert price.parts_that_fit(config, 256, 1e15, True) == 1
     with pytest.raises(
         UserError,
-        match=r"one image at once needs 5\.\d GB, and 90% of 5\.0 GB are to be had: take a smaller",
+        match=r"one image at once needs 5\.\d GB, but only 90% of 5\.0 GB can be used: take a smaller",
     ):
         price.parts_that_fit(config, 256, 5 * GIGABYTE, True)
 
@@ -377,8 +387,8 @@ def test_auto_parts_are_those_of_the_gpu(home, capsys):
             "rtx4090",
         ]
     )
-    said = capsys.readouterr().out
-    assert "rtx4090, 24 GB: that fits" in said and "GB held + 64 images x " in said
+    output = capsys.readouterr().out
+    assert "rtx4090, 24 GB: that fits" in output and "GB held + 64 images x " in output
 
 
 def test_an_unknown_word_for_parts(home, capsys):

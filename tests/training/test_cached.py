@@ -1,5 +1,5 @@
-"""A cached run writes the bytes of an uncached one; what does not belong to it, or is cut short, is
-computed again.
+"""A cached run writes the same bytes as an uncached one; cache files that are damaged or belong to
+another configuration are computed again.
 """
 
 import errno
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(cached, "FILE", 128)  # of 512 rows
+    monkeypatch.setattr(cached, "FILE", 128)  # rows per file; `tiny` has 512
 
 
 def paint(folder, size=(32, 32), count=40):
@@ -54,22 +54,24 @@ def files(home):
 
 @pytest.fixture
 def built(tiny, home):
-    """The cache of `tiny`, four files of codes and four of features; returns its files and their
-    times.
+    """Compute the cache of `tiny`: four files of codes and four of features; returns {file:
+    modification time}.
     """
     Cached(state_of(), quiet=True)
-    found = files(home)
-    assert len(found) == 8
-    return found
+    built_files = files(home)
+    assert len(built_files) == 8
+    return built_files
 
 
 def computed(monkeypatch):
-    """Count the files that are computed from here on."""
-    count, keep = [], Rows.keep
+    """Return a list to which the number of every file computed from now on is appended."""
+    computed_files, write = [], Rows.write
     monkeypatch.setattr(
-        Rows, "keep", lambda rows, file, values: (count.append(file), keep(rows, file, values))
+        Rows,
+        "write",
+        lambda rows, file, values: (computed_files.append(file), write(rows, file, values)),
     )
-    return count
+    return computed_files
 
 
 def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(
@@ -77,11 +79,11 @@ def test_a_cached_run_has_the_bytes_of_an_uncached_one_and_looks_at_no_image(
 ):
     def observe(state, images, labels, indices, target):
         assert images.numel() == 0
-        return whole(state, images, labels, indices, target)
+        return original_observe(state, images, labels, indices, target)
 
-    whole = State.observe
+    original_observe = State.observe
     monkeypatch.setattr(State, "observe", observe)
-    monkeypatch.setattr(Rows, "keep", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Rows, "write", lambda *_: pytest.fail("computed again"))
     shutil.rmtree(tiny / "tiny")
     train(recipe("tiny"), "tiny", CACHED)
     assert_same_run(tiny / "tiny", tiny_runs / "tiny")
@@ -116,27 +118,29 @@ def test_crops_and_flips_are_those_of_the_stream(tiny, home, size, flip):
     samples, stream = Cached(state, quiet=True), Stream(state.config.data, 0)
     for first in (0, 16, 100):  # of 144
         numbers = list(range(first, first + 16))
-        seen, looked_up = (
+        computed_batch, cached_batch = (
             state.observe(*upload(s.__getitems__(numbers), CPU)) for s in (stream, samples)
         )
         for name in ("labels", "indices", "target"):
-            assert torch.equal(getattr(seen, name), getattr(looked_up, name)), name
+            assert torch.equal(getattr(computed_batch, name), getattr(cached_batch, name)), name
     assert samples.length == (144 if size[0] > 32 else (1 + flip) * len(samples.source))
-    assert samples.arrays[0].kept == np.uint8 and samples.arrays[1].kept == np.float32
+    assert (
+        samples.arrays[0].stored_dtype == np.uint8 and samples.arrays[1].stored_dtype == np.float32
+    )
 
 
 def test_a_longer_run_of_the_same_crops_computes_what_is_to_come(tiny, home, monkeypatch):
     data = paint(home / "images", (40, 32))
     Cached(state_of(data=data, steps=18), quiet=True).__getitems__(
         [256, 287]
-    )  # 288 samples, the last ones now mapped
-    count = computed(monkeypatch)
+    )  # 288 samples; the file of the last ones is now mapped into memory
+    computed_files = computed(monkeypatch)
     longer, stream = Cached(state_of(data=data, steps=24), quiet=True), Stream(data, 0)
     numbers = list(range(280, 296))
-    seen = state_of(data=data).observe(*upload(stream.__getitems__(numbers), CPU))
-    assert torch.equal(longer.__getitems__(numbers)[2], seen.indices)
+    expected = state_of(data=data).observe(*upload(stream.__getitems__(numbers), CPU))
+    assert torch.equal(longer.__getitems__(numbers)[2], expected.indices)
     Cached(state_of(data=data, steps=10), quiet=True)
-    assert count == [2, 2]
+    assert computed_files == [2, 2]
 
 
 def test_what_the_values_depend_on_makes_another_cache_and_says_so(
@@ -148,11 +152,11 @@ def test_what_the_values_depend_on_makes_another_cache_and_says_so(
     (home / "cache" / "codes" / "other").mkdir()
     (home / "cache" / "codes" / "other" / "about.json").write_text("{ cut")
     Cached(state, quiet=True)
-    said = capsys.readouterr().err.splitlines()
+    messages = capsys.readouterr().err.splitlines()
     assert (
-        len(said) == 1
-        and "codes of 512 rows go to" in said[0]
-        and said[0].endswith("were made with another network.")
+        len(messages) == 1
+        and "codes of 512 rows are computed into" in messages[0]
+        and messages[0].endswith("were made with another network.")
     )
     monkeypatch.setattr("gear.training.cached.torch.get_num_threads", lambda: 2)
     Cached(state_of(batch_size=8), quiet=True)
@@ -165,16 +169,16 @@ def test_changed_images_and_preprocessing_make_another_cache(tiny, home, capsys)
     Cached(state_of(data=data), quiet=True)
     name = next((home / "images" / "a").iterdir())
     Image.new("RGB", (32, 32)).save(name)
-    for changed, what in (
+    for changed, field in (
         (data, "images"),
         (replace(data, flip=False), "flip"),
         (replace(data, interpolation="box"), "interpolation"),
     ):
         capsys.readouterr()
         samples, state = Cached(state_of(data=changed), quiet=True), state_of(data=changed)
-        assert capsys.readouterr().err.count(f"were made with another {what}.") == 2
-        seen = state.observe(*upload(Stream(changed, 0).__getitems__(list(range(48))), CPU))
-        assert torch.equal(seen.indices, samples.__getitems__(list(range(48)))[2])
+        assert capsys.readouterr().err.count(f"were made with another {field}.") == 2
+        expected = state.observe(*upload(Stream(changed, 0).__getitems__(list(range(48))), CPU))
+        assert torch.equal(expected.indices, samples.__getitems__(list(range(48)))[2])
 
 
 def damage(path, how):
@@ -195,19 +199,19 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ("gone", "cut", "empty", "other", "a bit", "without its hash"))
 def test_a_damaged_file_is_computed_again_and_no_other(tiny, built, home, how, monkeypatch, capsys):
-    before, kept = {p: p.read_bytes() for p in built}, list(built)[2]
-    leftover = kept.with_name(f".{kept.name}.1.tmp")
+    before, damaged = {p: p.read_bytes() for p in built}, list(built)[2]
+    leftover = damaged.with_name(f".{damaged.name}.1.tmp")
     leftover.write_bytes(b"of a kill")
-    damage(kept, how)
+    damage(damaged, how)
     capsys.readouterr()
-    count = computed(monkeypatch)
+    computed_files = computed(monkeypatch)
     Cached(state_of(), quiet=True)
     assert (
-        count == [2]
+        computed_files == [2]
         and {p: p.read_bytes() for p in files(home)} == before
         and not leftover.exists()
     )
-    assert capsys.readouterr().err.count("files are missing, damaged or yet to come.") == 1
+    assert capsys.readouterr().err.count("files are missing, damaged or not computed yet.") == 1
 
 
 def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):
@@ -217,14 +221,14 @@ def test_a_cache_folder_that_is_gone_is_made_again(tiny, built, home):
 
 
 def test_a_signal_stops_between_files_and_what_was_computed_stands(tiny, home, monkeypatch):
-    signals, keep = [], Rows.keep
-    monkeypatch.setattr(Rows, "keep", lambda *a: (keep(*a), signals.append(signal.SIGTERM)))
+    signals, write = [], Rows.write
+    monkeypatch.setattr(Rows, "write", lambda *a: (write(*a), signals.append(signal.SIGTERM)))
     with pytest.raises(Interrupted, match="keeps what was computed. The same command goes on"):
         Cached(state_of(), quiet=True, signals=signals)
     assert len(files(home)) == 2
-    count = computed(monkeypatch)
+    computed_files = computed(monkeypatch)
     Cached(state_of(), quiet=True)
-    assert len(count) == 6
+    assert len(computed_files) == 6
 
 
 def test_a_cache_folder_that_cannot_be_written_to(tiny, home, monkeypatch):

@@ -1,5 +1,5 @@
-"""What a device has to compute: the public code's outputs, float64's, a CPU's, and the same again
-after any detour.
+"""Every device computes the public code's outputs, the values of float64, and the values of a CPU;
+and it computes the same values by every path: micro-batches, checkpointing, resuming, caches.
 """
 
 import shutil
@@ -32,57 +32,57 @@ IMAGES, LABELS = scenes(16)
 
 @pytest.fixture
 def device(device):
-    """Each kind of device that is here, its products in float32."""
+    """Each type of device of this machine, with float32 products."""
     return open_device(device)
 
 
 def steps(state, count=2):
-    """Take steps; returns the losses of each, as floats."""
+    """Take steps; returns the losses of each step as floats."""
     return [
         {name: float(value) for name, value in take_step(state, IMAGES, LABELS).items()}
         for _ in range(count)
     ]
 
 
-def assert_near(got, want, tolerance=1e-4):
-    """Every loss of every step is within a relative `tolerance`."""
-    for one, other in zip(got, want, strict=True):
-        assert one == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True)
+def assert_near(steps, expected_steps, tolerance=1e-4):
+    """Assert that every loss of every step agrees within `tolerance`, relative or absolute."""
+    for losses, expected in zip(steps, expected_steps, strict=True):
+        assert losses == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ("vq16", "lfq16", "ibq16"))
 def test_a_tokenizer_is_the_public_one(name, device, home):
     torch.save({"model": state_dict(name)}, home / "public.pt")
     tokenizer = gear.load_tokenizer(home / "public.pt").to(device)
-    want = {key: value.to(device) for key, value in case(name).items()}
-    x = want["x"].requires_grad_()
+    expected = {key: value.to(device) for key, value in case(name).items()}
+    x = expected["x"].requires_grad_()
     indices = tokenizer.encode(x)
-    assert torch.equal(indices.flatten(1), want["indices"])
-    assert_close(tokenizer.decode(indices), want["recon"])
+    assert torch.equal(indices.flatten(1), expected["indices"])
+    assert_close(tokenizer.decode(indices), expected["recon"])
     embedding = torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))).to(device)
-    read = Formed(tokenizer.affinity(x).dense).soft_readout(embedding, 0.1).flatten(0, 1)
-    assert_close(read, want["soft_readout"])
-    assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
+    embeddings = Formed(tokenizer.affinity(x).dense).soft_readout(embedding, 0.1).flatten(0, 1)
+    assert_close(embeddings, expected["soft_readout"])
+    assert_close(torch.autograd.grad((embeddings * expected["P"]).sum(), x)[0], expected["grad_x"])
 
 
 def test_a_generator_is_the_public_one(device, home):
     torch.save({"model": state_dict("llamagen_b")}, home / "public.pt")
-    generator, want = gear.load_generator(home / "public.pt").to(device), case("llamagen_b")
+    generator, expected = gear.load_generator(home / "public.pt").to(device), case("llamagen_b")
     with torch.no_grad():
-        logits = generator(want["tokens"].to(device), want["classes"].to(device)).cpu()
-    assert_close(logits[:, ::16, ::97], want["logits"])
-    assert_close(logits.logsumexp(-1), want["logsumexp"])
+        logits = generator(expected["tokens"].to(device), expected["classes"].to(device)).cpu()
+    assert_close(logits[:, ::16, ::97], expected["logits"])
+    assert_close(logits.logsumexp(-1), expected["logsumexp"])
 
 
 @pytest.mark.parametrize(
     ("block", "count", "width"), [(2**20, 512, 64), (2**25, 4096, 1024)], ids=["2^20", "2^25"]
 )
 def test_blocks_are_as_float64(block, count, width, device, monkeypatch):
-    """The read-out and the entropies of an A of `count` rows and 16,384 codes, with every
-    gradient.
+    """The read-out and the entropies for `count` rows and 16,384 codes, with all gradients, equal
+    those in float64.
     """
     if device.type == "cpu" and count > 512:
-        pytest.skip("float64 of this size is for a GPU")
+        pytest.skip("this size takes too long in float64 on a CPU")
     leaves = [gaussian(count, 8), gaussian(16_384, 8, seed=1), gaussian(16_384, width, seed=2)]
     weights = gaussian(count, width, seed=3), gaussian(count, seed=4), gaussian(16_384, seed=5)
     results = []
@@ -93,9 +93,9 @@ def test_blocks_are_as_float64(block, count, width, device, monkeypatch):
         values = [affinity.soft_readout(e, 0.1), *affinity.entropies()]
         loss = sum((value * weight.to(value)).sum() for value, weight in zip(values, weights))
         results.append([*values, *torch.autograd.grad(loss, [z, c, e])])
-    for exact, got in zip(*results):
-        assert got.dtype == torch.float32
-        assert float((got - exact).detach().norm() / exact.detach().norm()) < 1e-4
+    for exact, computed in zip(*results):
+        assert computed.dtype == torch.float32
+        assert float((computed - exact).detach().norm() / exact.detach().norm()) < 1e-4
 
 
 def test_a_joint_step_is_that_of_a_cpu(device):
@@ -104,8 +104,8 @@ def test_a_joint_step_is_that_of_a_cpu(device):
 
 def test_indices_in_training_are_those_of_encode_in_bf16(device):
     state = state_on(device, precision="bf16")
-    seen = state.observe(IMAGES, LABELS).indices
-    assert torch.equal(state.tokenizer.eval().encode(IMAGES.to(device)).flatten(1), seen)
+    indices = state.observe(IMAGES, LABELS).indices
+    assert torch.equal(state.tokenizer.eval().encode(IMAGES.to(device)).flatten(1), indices)
 
 
 def test_a_batch_in_four_parts_is_the_whole_one(device):
@@ -117,8 +117,8 @@ def test_recomputed_activations_change_nothing(device):
 
 
 def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):
-    """Losses within 1e-4; and the optimizer's moments lie in memory as their weights do, else torch
-    takes a slow path.
+    """Losses agree within 1e-4, and the optimizer's moments have the memory format of their
+    weights, because torch is slow with any other.
     """
     config = replace(recipe("tiny-joint-no-init"), steps=6, save_every=2, eval_every=6)
     runtime, finish_step = Runtime(device=str(device), quiet=True, eager=True), State.finish_step
@@ -128,13 +128,13 @@ def test_a_run_goes_on_as_if_nothing_had_been(device, monkeypatch):
         if state.step == 5:
             raise KeyboardInterrupt
 
-    whole = train(config, "whole", runtime)
+    uninterrupted = train(config, "whole", runtime)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(State, "finish_step", killed)
         train(config, "killed", runtime)
     assert Run.open("killed").step == 4
     run = train(config, "killed", runtime)
-    assert_near(run.metrics().to_dict("records"), whole.metrics().to_dict("records"))
+    assert_near(run.metrics().to_dict("records"), uninterrupted.metrics().to_dict("records"))
     state = State(config, device)
     state.restore(run)
     moments = [(p, s) for o in state.optimizers.values() for p, s in o.adam.state.items()]
@@ -152,13 +152,11 @@ def test_codes_that_are_looked_up_are_those_that_are_computed(device, tiny):
 
 
 def test_a_step_waits_once(device, monkeypatch):
-    """For what `descend` reads as a list: whether all is finite."""
-    state, batch, reads, tolist = (
-        state_on(device),
-        upload([IMAGES, LABELS], device),
-        [],
-        torch.Tensor.tolist,
-    )
+    """The one wait is for the list in `descend` that says which values are finite."""
+    state = state_on(device)
+    batch = upload([IMAGES, LABELS], device)
+    reads = []
+    tolist = torch.Tensor.tolist
     take_step(state, *batch)
 
     def read(tensor):
@@ -173,8 +171,8 @@ def test_a_step_waits_once(device, monkeypatch):
     assert len(reads) == 1
 
 
-def drawn(generator, cfg_scale=1.0, temperature=0, **options):
-    """Draw 4 x 4 tokens of four classes."""
+def draw_tokens(generator, cfg_scale=1.0, temperature=0, **options):
+    """Sample 4 x 4 tokens for each of four classes."""
     return sampling.generate(
         generator, torch.arange(4), (4, 4), cfg_scale=cfg_scale, temperature=temperature, **options
     )
@@ -182,35 +180,37 @@ def drawn(generator, cfg_scale=1.0, temperature=0, **options):
 
 @pytest.mark.parametrize("cfg_scale", (1.0, 3.0), ids=("plain", "guided"))
 def test_samples_with_a_cache_are_those_of_full_forwards(device, cfg_scale):
-    """From Python and, on a GPU from the second call of a kind on, by one graph."""
+    """With tokens sampled from Python and, on a GPU, with the graph that the second call
+    captures.
+    """
     generator = tiny_generator().to(device)
-    want = greedy(tiny_generator(), torch.arange(4), 4, cfg_scale)
+    expected = greedy(tiny_generator(), torch.arange(4), 4, cfg_scale)
     for graph in (False, True, True, True):
         assert torch.equal(
-            drawn(generator, cfg_scale, dtype=torch.float32, graph=graph).cpu(), want
+            draw_tokens(generator, cfg_scale, dtype=torch.float32, graph=graph).cpu(), expected
         )
-    assert len(want.unique()) > 3
+    assert len(expected.unique()) > 3
 
 
 @pytest.mark.parametrize("name", ("launched", "repeated"))
 def test_no_token_waits(device, name, monkeypatch):
-    """From Python, and by a graph, which is captured in the second call."""
+    """Neither when sampling from Python, nor with the graph that the second call captures."""
     generator, draws = tiny_generator().to(device), getattr(sampling, name)
     for _ in range(2):
-        drawn(generator, 3.0, 1.0, graph=name == "repeated")
+        draw_tokens(generator, 3.0, 1.0, graph=name == "repeated")
 
     def watched(*arguments):
         with no_waits(device):
             return draws(*arguments)
 
     monkeypatch.setattr(sampling, name, watched)
-    drawn(generator, 3.0, 1.0, graph=name == "repeated")
+    draw_tokens(generator, 3.0, 1.0, graph=name == "repeated")
 
 
 def test_an_evaluation_is_that_of_a_cpu(device, tiny, monkeypatch):
     monkeypatch.setattr(
         sampling, "sampling_dtype", lambda generator: torch.float32
-    )  # the same indices
+    )  # float32 on both devices, so that they sample the same indices
     options = EvaluateOptions(
         Sampling(count=64, temperature=0), reference_count=100, both=True, quiet=True
     )

@@ -1,5 +1,5 @@
-"""Signals, a second process and a full disk: one message, nothing lost, and the same command ends
-with the same bytes.
+"""Signals, a second process and a full disk: the run stops with one message, no saved step is lost,
+and the same command continues to the same bytes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ OPTIONS = ["--quiet", "--device", "cpu", "--threads", "1"]
 
 
 class Background:
-    """`gear ARGUMENTS` in a process of its own: a fork, which need not import everything again."""
+    """`gear ARGUMENTS` in a separate process: a fork, which does not import everything again."""
 
     def __init__(self, log, *arguments):
         self.log, self.pid, self.code = log, os.fork(), None
@@ -40,7 +40,7 @@ class Background:
                 sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
                 signal.signal(
                     signal.SIGINT, signal.default_int_handler
-                )  # it is ignored under a job in the background
+                )  # SIGINT is ignored in a background job
                 main(list(arguments))
                 code = 0
             except SystemExit as stop:
@@ -57,14 +57,14 @@ class Background:
             time.sleep(0.002)
 
     def wait(self):
-        """Return the exit code, negative for a signal's, and what was said."""
+        """Return the exit code (negative if a signal ended the process) and the output."""
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.code, self.log.read_text()
 
 
 @pytest.fixture
 def background(home):
-    """Start a command in the background; whatever happens, it does not outlive the test."""
+    """Return a function that starts a command in the background; it is killed after the test."""
     started = []
 
     def start(*arguments):
@@ -80,9 +80,7 @@ def background(home):
 
 @contextlib.contextmanager
 def disk_of(size):
-    """No file can grow beyond `size` bytes inside the block: to what writes it, the disk is
-    full.
-    """
+    """Simulate a full disk: inside the block, no file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -108,10 +106,10 @@ def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(
     process = background("train", name, *OPTIONS)
     process.wait_for(tiny / name / "checkpoints" / "0000006")
     os.kill(process.pid, number)
-    code, said = process.wait()
+    code, output = process.wait()
     step = Run.open(name).step
-    assert code == 128 + number and "Traceback" not in said and 6 <= step < 24
-    assert said.endswith(
+    assert code == 128 + number and "Traceback" not in output and 6 <= step < 24
+    assert output.endswith(
         f"gear: run '{name}' is saved at step {step} of 24. The same command goes on from there.\n"
     )
     main(["train", name, *OPTIONS])
@@ -119,20 +117,20 @@ def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_bytes(
 
 
 def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers_before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(
         Interrupted, match="stopped at once: the same command goes on from the last checkpoint"
     ) as stop:
-        with deferred_signals() as came:
+        with deferred_signals() as received:
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
-            assert came == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]  # each held back
+            assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]  # none took effect
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.number == signal.SIGINT
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers_before
 
 
-def test_a_signal_that_nobody_looked_at_takes_its_usual_effect():
+def test_a_signal_that_the_caller_does_not_check_takes_its_usual_effect():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -143,26 +141,26 @@ def test_a_signal_that_nobody_looked_at_takes_its_usual_effect():
 
 
 def test_a_thread_leaves_signals_alone():
-    found = []
+    observed = []
 
     def train():
-        with deferred_signals() as came:
-            found.append((came, signal.getsignal(signal.SIGTERM)))
+        with deferred_signals() as received:
+            observed.append((received, signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
-    assert found == [([], before)]
+    assert observed == [([], before)]
 
 
-SAVES_WHEN_TOLD = """
+SAVES_ON_SIGTERM = """
 import signal, sys, time
 def save(number, frame):
     open(sys.argv[1] + '.saved', 'w').close()
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the parent alone
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent receives it
 open(sys.argv[1] + '.started', 'w').close()
 time.sleep(60)
 """
@@ -176,7 +174,7 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
         name = command[1]
         log = open(home / f"{name}.log", "w+b")
         return subprocess.Popen(
-            [sys.executable, "-S", "-c", SAVES_WHEN_TOLD, name], cwd=home, stderr=log
+            [sys.executable, "-S", "-c", SAVES_ON_SIGTERM, name], cwd=home, stderr=log
         ), log
 
     def tell():
@@ -199,9 +197,9 @@ def test_a_signal_to_the_parent_of_several_runs_reaches_them_and_waits_for_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ways", ("terminal", "parent"))
-def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_runs):
-    """Ctrl-C in a terminal reaches the parent and the runs, `kill` the parent alone."""
+@pytest.mark.parametrize("sender", ("terminal", "parent"))
+def test_several_runs_are_saved_and_go_on_to_the_same_bytes(sender, home, tiny_runs):
+    """Ctrl-C in a terminal reaches the parent and its runs; `kill` reaches the parent alone."""
     command = [
         sys.executable,
         "-m",
@@ -225,15 +223,17 @@ def test_several_runs_are_saved_and_go_on_to_the_same_bytes(ways, home, tiny_run
     while not (first / "checkpoints" / "0000006").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    if ways == "terminal":
+    if sender == "terminal":
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.terminate()
-    said = process.communicate()[1]
-    assert process.returncode == (130 if ways == "terminal" else 143) and "Traceback" not in said
+    output = process.communicate()[1]
+    assert (
+        process.returncode == (130 if sender == "terminal" else 143) and "Traceback" not in output
+    )
     assert (
         f"'tiny-tokenizer' stands at step {Run.open('tiny-tokenizer').step}. The same command goes "
-        "on" in said
+        "on" in output
     )
     assert not (first.parent / "tiny-joint").exists()
     subprocess.run(command, check=True, capture_output=True)
@@ -286,7 +286,7 @@ def test_a_run_is_trained_by_one_process_and_kill_9_releases_it(
     shutil.rmtree(run)
     process = background("train", "tiny-tokenizer", *OPTIONS)
     process.wait_for(run / "checkpoints" / "0000006")
-    os.kill(process.pid, signal.SIGSTOP)  # still there, and holds its run
+    os.kill(process.pid, signal.SIGSTOP)  # the stopped process still holds its lock
     before = fingerprint(run)
     message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS)
     assert (
@@ -327,35 +327,35 @@ def test_whoever_waits_for_a_run_gets_it_when_it_is_free(tiny, capsys):
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_same_command_goes_on(
     tiny, tiny_runs, capsys
 ):
-    """First for a checkpoint, which grows when the discriminator's optimizer begins, then for a
-    line of metrics.
+    """The disk is full first when a checkpoint is written, which grows once the discriminator's
+    optimizer has moments, and then when a line of metrics is written.
     """
     run = tiny / "tiny-tokenizer"
-    whole = (run / "checkpoints" / "0000024" / "optimizers.safetensors").stat().st_size
+    full_size = (run / "checkpoints" / "0000024" / "optimizers.safetensors").stat().st_size
     shutil.rmtree(run)
-    with disk_of(whole - 1):
+    with disk_of(full_size - 1):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
     assert "run 'tiny-tokenizer' stopped at step 18:" in message and "File too large" in message
     assert (
-        f"The state of step 12 stands in {run / 'checkpoints'}." in message
+        f"The state of step 12 is saved in {run / 'checkpoints'}." in message
         and "the same command then goes on" in message
     )
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000006", "0000012"]
-    kept = fingerprint(run / "checkpoints")
+    checkpoints = fingerprint(run / "checkpoints")
     logged = [
         line
         for line in (run / "metrics.jsonl").read_text().splitlines()
         if json.loads(line)["step"] <= 12
     ]
-    (run / "checkpoints" / ".0000018.tmp").mkdir()  # what kill -9 would have left
+    (run / "checkpoints" / ".0000018.tmp").mkdir()  # as left by kill -9
     with disk_of(sum(len(line) + 1 for line in logged) + 10):
         message = mistake(capsys, "train", "tiny-tokenizer", *OPTIONS, code=1)
     assert (
         "stopped at step 13: [Errno 27] File too large" in message
-        and "The state of step 12 stands" in message
+        and "The state of step 12 is saved" in message
     )
     assert (
-        fingerprint(run / "checkpoints") == kept
+        fingerprint(run / "checkpoints") == checkpoints
         and not (run / "checkpoints" / ".0000018.tmp").exists()
     )
     main(["train", "tiny-tokenizer", *OPTIONS])

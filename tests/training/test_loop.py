@@ -1,5 +1,5 @@
-"""A killed run ends with the bytes of an uninterrupted one; a sick one stops and keeps its last
-good state.
+"""A killed run that is resumed ends with the bytes of an uninterrupted one; a run whose loss is not
+finite stops and keeps its last good checkpoint.
 """
 
 import os
@@ -46,8 +46,8 @@ def gear_train(name):
 
 
 def kill_after_checkpoint(name, runs, step):
-    """Start training and kill -9 it once the checkpoint of `step` is there; returns the checkpoints
-    it left.
+    """Start training and kill -9 it once the checkpoint of `step` exists; returns the steps of all
+    checkpoints.
     """
     process = gear_train(name)
     deadline = time.time() + 120
@@ -65,25 +65,24 @@ def kill_after_checkpoint(name, runs, step):
 )
 def test_kill_9_then_the_same_command_gives_the_same_bytes(name, tiny, tiny_runs):
     (tiny / name).rename(tiny / "whole")
-    left = kill_after_checkpoint(name, tiny, step=6)  # before the discriminator's first step
-    assert left and left[-1] < 24, "the kill came too late to test anything"
+    checkpoints = kill_after_checkpoint(name, tiny, step=6)  # before the discriminator's first step
+    assert checkpoints and checkpoints[-1] < 24, "the kill came too late to test anything"
     assert gear_train(name).wait() == 0
     assert_same_run(tiny / name, tiny_runs / name)
 
 
 @pytest.mark.slow
 def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypatch):
-    """kill -9 at twenty random moments of the first save to the last step, half of them while files
-    are being written.
+    """Kill training with kill -9 at twenty random moments, half of them while files are written.
 
-    Each time the same command goes on, at most the steps since the last save are lost, and the end
-    is the uninterrupted run's.
+    Each time the same command continues, at most the steps since the last checkpoint are lost, and
+    the final files equal those of an uninterrupted run.
     """
     name, random, kills, saving = "tiny-joint", np.random.default_rng(0), 0, 0
     shutil.rmtree(tiny / name)
     while kills < 20:
         before = Run.open(name).step if (tiny / name / "config.json").exists() else 0
-        if before == 24:  # the run is over before the kills are: begin it again
+        if before == 24:  # the run has finished before the twentieth kill: train it again
             assert_same_run(tiny / name, tiny_runs / name)
             shutil.rmtree(tiny / name)
             continue
@@ -98,15 +97,15 @@ def test_twenty_kills_spread_over_training_and_saving(tiny, tiny_runs, monkeypat
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kills, saving = kills + 1, saving + in_a_save
-        assert Run.open(name).step >= before  # what was saved stands
-    assert saving >= 5, "too few kills fell into a save to test it"
+        assert Run.open(name).step >= before  # no checkpoint is lost
+    assert saving >= 5, "too few kills happened during a save to test it"
     assert gear_train(name).wait() == 0
     assert_same_run(tiny / name, tiny_runs / name)
 
 
 def wait_for(kills, checkpoints, before):
-    """Tell whether it is time to kill: every other time in the middle of a save, else once a step
-    was saved or soon will be.
+    """Tell whether to kill now: for every even kill during a save, for every odd kill once a
+    checkpoint exists.
     """
     if kills % 2 == 0:
         return any(checkpoints.glob(".*.tmp"))
@@ -125,7 +124,7 @@ def test_a_finished_run_is_left_alone(tiny):
 
 
 def resolved(name):
-    """Return the Config a run was trained with."""
+    """Return the Config with which a run was trained."""
     values = Run.open(name).config
     del values["version"]
     return from_dict(Config, values)
@@ -141,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(monkeypat
     monkeypatch.setattr("gear.training.objectives.reconstruction_loss", sick)
     with pytest.raises(
         TrainingStopped,
-        match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 stands",
+        match=r"'recon_loss' of the tokenizer is inf at step 8. The state of step 6 is saved",
     ):
         train(recipe("tiny-tokenizer"), "sick", QUIET)
     run = Run.open("sick")
@@ -150,8 +149,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(monkeypat
     )
 
 
-def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
-    """No network moves in it; more in a row than allowed stop the run."""
+def test_steps_that_are_not_finite_are_skipped_up_to_the_allowed_number(monkeypatch, capsys):
+    """No network changes in a skipped step; more skipped steps in a row than allowed stop the run."""
     calls = []
 
     def sick(reconstruction, images):
@@ -160,8 +159,11 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
 
     monkeypatch.setattr("gear.training.objectives.reconstruction_loss", sick)
     train(recipe("tiny-tokenizer"), "sick", replace(QUIET, skip=2))
-    told = capsys.readouterr().err
-    assert "skipped: 'recon_loss' of the tokenizer is inf at step 8" in told and "at step 9" in told
+    messages = capsys.readouterr().err
+    assert (
+        "skipped: 'recon_loss' of the tokenizer is inf at step 8" in messages
+        and "at step 9" in messages
+    )
     run = Run.open("sick")
     assert run.is_finished and all(
         torch.isfinite(t).all() for t in run.load_checkpoint("networks").values()
@@ -172,9 +174,9 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(monkeypatch, capsys):
         train(recipe("tiny-tokenizer"), "sicker", replace(QUIET, skip=1))
 
 
-def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
-    """The step has its line in the log, as resuming asks; the count of bad steps in a row is that
-    of before.
+def test_a_run_saved_at_a_skipped_step_goes_on(monkeypatch):
+    """A skipped step has a line in metrics.jsonl, which resuming requires, and the count of
+    consecutive skipped steps is restored.
     """
     sick = lambda reconstruction, images: (reconstruction - images).abs().mean() / 0.0
     config = replace(recipe("tiny-tokenizer"), steps=8, save_every=6)
@@ -182,7 +184,7 @@ def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
         calls, healthy = [], objectives.reconstruction_loss
         loss = lambda *images: (calls.append(1), sick if len(calls) > 5 else healthy)[1](*images)
         patch.setattr(objectives, "reconstruction_loss", loss)
-        with pytest.raises(TrainingStopped, match="is inf at step 7. The state of step 6 stands"):
+        with pytest.raises(TrainingStopped, match="is inf at step 7. The state of step 6 is saved"):
             train(config, "kept", replace(QUIET, skip=2))
     run = Run.open("kept")
     assert run.metrics().set_index("step").skipped[6] == 1 and run.load_state()["skipped"] == 1
@@ -194,16 +196,18 @@ def test_a_run_saved_at_a_step_that_was_left_out_goes_on(monkeypatch):
     assert Run.open("kept").is_finished
 
 
-def test_a_collapsing_codebook_is_told(monkeypatch, capsys):
+def test_a_collapsing_codebook_gives_a_warning(monkeypatch, capsys):
     config = replace(recipe("tiny-tokenizer"), steps=8, eval_every=4)
     train(config, "well", QUIET)
     assert "collapsing" not in capsys.readouterr().err
 
-    def fallen(self, made=validate.Validation.__call__):
-        found = made(self)
-        return found | {"val/usage_size": found["val/usage_size"] * (0.4 if self.state.step else 1)}
+    def collapsed(self, original=validate.Validation.__call__):
+        metrics = original(self)
+        return metrics | {
+            "val/usage_size": metrics["val/usage_size"] * (0.4 if self.state.step else 1)
+        }
 
-    monkeypatch.setattr("gear.training.loop.Validation.__call__", fallen)
+    monkeypatch.setattr("gear.training.loop.Validation.__call__", collapsed)
     train(config, "ill", QUIET)
     assert (
         "run 'ill': the codebook is collapsing. At step 4 validation images use"
@@ -234,13 +238,13 @@ def test_out_of_memory_says_what_would_fit(error, monkeypatch):
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(monkeypatch):
-    """The one with the lowest next-token loss on validation images, or without a generator the
-    highest PSNR.
+    """The best checkpoint has the lowest next-token loss on validation images or, without a
+    generator, the highest PSNR.
     """
     config = replace(recipe("tiny-tokenizer"), steps=24, eval_every=4, save_every=4)
 
-    def rated(self, made=validate.Validation.__call__):
-        return made(self) | {"val/psnr": 9.0 if self.state.step == 8 else 1.0}
+    def rated(self, original=validate.Validation.__call__):
+        return original(self) | {"val/psnr": 9.0 if self.state.step == 8 else 1.0}
 
     monkeypatch.setattr("gear.training.loop.Validation.__call__", rated)
     train(config, "kept", replace(QUIET, keep=3))
@@ -252,31 +256,33 @@ def test_tensorboard_gets_the_lines_of_metrics(tmp_path):
     board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(
         replace(recipe("tiny-tokenizer"), steps=4, eval_every=4),
-        "told",
+        "board",
         replace(QUIET, tensorboard=True),
     )
-    run = Run.open("told")
+    run = Run.open("board")
     events = board.EventAccumulator(str(run.path / "tensorboard")).Reload()
-    told = {e.step: e.value for e in events.Scalars("recon_loss")}
+    scalars = {e.step: e.value for e in events.Scalars("recon_loss")}
     logged = run.metrics().dropna(subset="recon_loss")
     assert (
-        told == pytest.approx(dict(zip(logged.step, logged.recon_loss)), rel=1e-6)
-        and len(told) == 4
+        scalars == pytest.approx(dict(zip(logged.step, logged.recon_loss)), rel=1e-6)
+        and len(scalars) == 4
     )
 
 
 def test_last_logged_validation_is_that_of_the_saved_weights(tiny):
-    """The logged PSNR is the one the checkpoint's averaged tokenizer has."""
+    """The last logged PSNR is that of the averaged tokenizer in the checkpoint."""
     run = Run.open("tiny-tokenizer")
     images, _ = load(recipe("tiny-tokenizer").data, "val", 96)
-    again, _ = tokenizer_metrics(load_tokenizer("tiny-tokenizer"), images, tau=0.02)
-    assert again["val/psnr"] == pytest.approx(run.metrics().iloc[-1]["val/psnr"], abs=1e-9)
+    metrics, _ = tokenizer_metrics(load_tokenizer("tiny-tokenizer"), images, tau=0.02)
+    assert metrics["val/psnr"] == pytest.approx(run.metrics().iloc[-1]["val/psnr"], abs=1e-9)
 
 
-@pytest.mark.parametrize("name, of_images", (("tiny-joint", [1, 2]), ("tiny", [1, 1])))
-def test_validation_encodes_an_image_once_for_each_tokenizer(name, of_images, tiny, monkeypatch):
-    """The generator is measured on the indices of the tokenizer's own metrics, a frozen tokenizer
-    once for all.
+@pytest.mark.parametrize("name, passes_per_validation", (("tiny-joint", [1, 2]), ("tiny", [1, 1])))
+def test_validation_encodes_an_image_once_for_each_tokenizer(
+    name, passes_per_validation, tiny, monkeypatch
+):
+    """The generator is measured on the indices that the tokenizer's metrics computed, and a frozen
+    tokenizer is measured only once.
     """
     state = State(resolved(name), torch.device("cpu"))
     validation, counts = validate.Validation(state), []
@@ -289,14 +295,16 @@ def test_validation_encodes_an_image_once_for_each_tokenizer(name, of_images, ti
         "latents",
         lambda images, *check: counts.append(len(images)) or latents(images, *check),
     )
-    for passes in of_images:
+    for passes in passes_per_validation:
         metrics = validation()
         assert sum(counts) == passes * len(validation.images)
     monkeypatch.undo()
     indices = tokenizer.encode(validation.images).flatten(1)
-    seen = indices, validation.labels, validation.target
-    again = validate.generator_metrics(state.averages["generator"].module, state.projector, *seen)
-    assert again.items() <= metrics.items() and "val/psnr" in metrics
+    inputs = indices, validation.labels, validation.target
+    generator_metrics = validate.generator_metrics(
+        state.averages["generator"].module, state.projector, *inputs
+    )
+    assert generator_metrics.items() <= metrics.items() and "val/psnr" in metrics
 
 
 def test_a_run_whose_weights_are_gone_is_trained_again(tiny, tiny_runs):
@@ -313,7 +321,7 @@ def test_a_parent_must_be_finished(tiny):
 
 
 def test_resuming_does_not_change_the_perceptual_term(tiny, monkeypatch):
-    """LPIPS's weights appeared since the run began: going on would optimise something else."""
+    """If LPIPS's weights were added since the run began, resuming would change the objective."""
     config = replace(
         resolved("tiny-tokenizer"),
         objective=replace(resolved("tiny-tokenizer").objective, lpips_weight=0.1),
@@ -332,7 +340,7 @@ def test_resuming_does_not_change_the_perceptual_term(tiny, monkeypatch):
 
 
 def test_joint_starts_from_its_parent(tiny):
-    """Step 0 of the joint stage measures the warm-up's averaged tokenizer."""
+    """At step 0 of the joint stage, validation measures the warm-up's averaged tokenizer."""
     joint, parent = (
         Run.open("tiny-joint").metrics().iloc[0],
         Run.open("tiny-tokenizer").metrics().iloc[-1],
@@ -344,23 +352,23 @@ def test_joint_starts_from_its_parent(tiny):
 
 
 def test_generator_stage_keeps_the_tokenizer(tiny):
-    ours = Run.open("tiny").load_checkpoint("networks")
+    child = Run.open("tiny").load_checkpoint("networks")
     parent = Run.open("tiny-joint").load_checkpoint("networks")
     names = [n for n in parent if n.startswith("tokenizer_ema.")]
     assert names and all(
-        torch.equal(parent[n], ours[n.replace("tokenizer_ema.", "tokenizer.")]) for n in names
+        torch.equal(parent[n], child[n.replace("tokenizer_ema.", "tokenizer.")]) for n in names
     )
 
 
 @pytest.mark.parametrize("at", (0, 16))
 def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypatch):
-    """Nothing of that step is logged, and the same command goes on from the checkpoint once the
-    cause is gone.
+    """Nothing of that step is logged, and once the cause is removed, the same command continues
+    from the checkpoint.
     """
-    measure = validate.Validation.__call__
+    original = validate.Validation.__call__
 
     def sick(self):
-        return measure(self) | ({"val/psnr": float("nan")} if self.state.step == at else {})
+        return original(self) | ({"val/psnr": float("nan")} if self.state.step == at else {})
 
     config = recipe("tiny-tokenizer")
     assert config.save_every < 16 and 16 % config.eval_every == 0
@@ -368,7 +376,7 @@ def test_a_validation_metric_that_is_no_number_stops_the_run(at, home, monkeypat
         patch.setattr(validate.Validation, "__call__", sick)
         with pytest.raises(
             TrainingStopped,
-            match=f"'val/psnr' is nan at step {at}.*{'stands' if at else 'Nothing was saved'}",
+            match=f"'val/psnr' is nan at step {at}.*{'is saved' if at else 'Nothing was saved'}",
         ):
             train(config, "sick", QUIET)
     run = Run(home / "runs" / "sick")

@@ -1,5 +1,5 @@
-"""Algorithm 1: which network a loss moves, along which gradient, how often anything runs; losses,
-schedule, averages.
+"""Algorithm 1: the gradient of each update, the networks that it changes, and how often each part
+runs; also the losses, the learning-rate schedule and the averages.
 """
 
 import json
@@ -36,37 +36,37 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def recorded(state, update, *modules):
-    """Run one update, and no step; returns the loss that it went down, and its gradients to all
+    """Run one update without an optimizer step; returns its weighted loss, and its gradients to all
     parameters of `modules`.
     """
-    taken, backward = [], torch.Tensor.backward
+    losses, backward = [], torch.Tensor.backward
     with mock.patch.object(
-        torch.Tensor, "backward", lambda loss: (taken.append(loss.detach()), backward(loss))
+        torch.Tensor, "backward", lambda loss: (losses.append(loss.detach()), backward(loss))
     ):
         update(state, state.observe(IMAGES, LABELS))
-    (loss,), parameters = taken, [p for module in modules for p in module.parameters()]
+    (loss,), parameters = losses, [p for module in modules for p in module.parameters()]
     return SimpleNamespace(loss=loss, parameters=parameters, gradients=[p.grad for p in parameters])
 
 
-def stepped(state, update, batch):
-    """Run one update and the step after it; returns what the update told."""
-    told = update(state, batch)
-    if told:
+def update_and_step(state, update, batch):
+    """Run one update and an optimizer step; returns the update's losses."""
+    losses = update(state, batch)
+    if losses:
         state.descend()
-    return told
+    return losses
 
 
-def assert_same_gradients(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want):
+def assert_same_gradients(gradients, expected):
+    assert len(gradients) == len(expected)
+    for a, b in zip(gradients, expected):
         assert (a is None) == (b is None)
         if a is not None:
             assert (a - b).norm() <= 1e-3 * b.norm() + 1e-7
 
 
 def by_hand(state):
-    """L_VQ and L_align^s of Eqs. 2 and 11 from the networks' parts alone: {term: scalar},
-    unweighted.
+    """Compute the terms of L_VQ and L_align^s (Eqs. 2 and 11) directly from the networks' parts:
+    {term: scalar}, unweighted.
     """
     tokenizer, generator, config = state.tokenizer, state.generator.eval(), state.config
     latents = tokenizer.latents(IMAGES)  # (B, D, h, w)
@@ -103,11 +103,11 @@ LAMBDAS = dict(align_weight=0.15, tau=0.05, gan_weight=0.08, entropy_weight=0.02
 
 @pytest.mark.parametrize("bridge", ("soft", "none"))
 def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
-    """Term by term against autograd of the formulas; with no bridge, of L_VQ alone. Every term has
-    its share.
+    """The gradient equals autograd's of the formulas, without a bridge that of L_VQ alone, and every
+    term contributes to it.
     """
     state = tiny_state(bridge=bridge, generator=dict(tap_layer=2), **LAMBDAS)
-    got = recorded(state, tokenizer_update, state.tokenizer)
+    update = recorded(state, tokenizer_update, state.tokenizer)
     share = {
         "recon_loss": 1.0,
         "codebook_loss": 1.0,
@@ -118,21 +118,21 @@ def test_tokenizer_gradient_is_that_of_l_vq_plus_lambda_l_align(bridge):
     share |= {"soft_align_loss": 0.15} if bridge == "soft" else {}
     terms, parameters = by_hand(state), list(state.tokenizer.parameters())
     options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
-    alone = [
+    term_gradients = [
         torch.autograd.grad(weight * terms[term], parameters, **options)
         for term, weight in share.items()
     ]
-    want = [sum(gradients) for gradients in zip(*alone)]
-    assert_same_gradients(got.gradients, want)
+    expected = [sum(gradients) for gradients in zip(*term_gradients)]
+    assert_same_gradients(update.gradients, expected)
     total = sum(weight * terms[term].item() for term, weight in share.items())
-    assert got.loss.item() == pytest.approx(total, rel=1e-4)
+    assert update.loss.item() == pytest.approx(total, rel=1e-4)
     norm = lambda gradients: torch.stack([g.norm() for g in gradients]).norm()  # noqa: E731
-    assert all(norm(gradients) > 0.01 * norm(want) for gradients in alone)
+    assert all(norm(gradients) > 0.01 * norm(expected) for gradients in term_gradients)
 
 
 def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
-    """With half of everything dropped in training, two soft passes agree; afterwards the generator
-    trains again.
+    """Two soft passes agree although training uses dropout; afterwards the generator is in training
+    mode again.
     """
     state = tiny_state()
     state.generator.train()
@@ -144,12 +144,14 @@ def test_the_soft_bridge_draws_no_dropout_and_drops_no_label():
 
 
 def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
-    """There is no path: not a small gradient, none. The discriminator's loss has none either."""
+    """There is no gradient at all, and neither is there one of the discriminator's loss."""
     state = tiny_state(bridge="soft")
     parts = [state.tokenizer, state.generator, state.projector]
-    got = recorded(state, generator_update, *parts).gradients
+    gradients = recorded(state, generator_update, *parts).gradients
     count = len(list(state.tokenizer.parameters()))
-    assert all(g is None for g in got[:count]) and all(g is not None for g in got[count:])
+    assert all(g is None for g in gradients[:count]) and all(
+        g is not None for g in gradients[count:]
+    )
     state = tiny_state(bridge="soft")
     assert all(
         g is None
@@ -159,10 +161,10 @@ def test_next_token_prediction_gives_the_tokenizer_exactly_nothing():
 
 def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
     state = tiny_state(align_weight=0.7)
-    for module in state.generator.modules():  # no draws, to repeat them by hand
+    for module in state.generator.modules():  # no dropout, so that the loss can be repeated by hand
         module.p = 0.0
     object.__setattr__(state.config.generator, "class_dropout", 0.0)
-    got = recorded(state, generator_update, state.generator, state.projector)
+    update = recorded(state, generator_update, state.generator, state.projector)
     generator, tap = state.generator, state.config.generator.tap_layer
     indices = state.tokenizer.encode(IMAGES).flatten(1)
     logp = generator(indices, LABELS).log_softmax(-1)
@@ -171,23 +173,24 @@ def test_generator_gradient_is_that_of_l_ntp_plus_lambda_l_align():
         state.projector(generator.hidden(indices, LABELS, [tap])[tap]),
         state.teacher_features(IMAGES),
     )
-    want = ntp - 0.7 * ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
+    expected = ntp - 0.7 * ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
     assert_same_gradients(
-        got.gradients, torch.autograd.grad(want, got.parameters, allow_unused=True)
+        update.gradients, torch.autograd.grad(expected, update.parameters, allow_unused=True)
     )
 
 
 def test_naive_bridge_reaches_the_tokenizer_through_inputs_and_through_targets():
-    """The gradient of the naive term is the sum of both paths, and each is there; the soft bridge
-    carries neither.
+    """The gradient of the naive term is the sum of both paths, and both contribute.
+
+    The gradient of the tokenizer's update is that of L_VQ plus that of the naive term.
     """
     state = tiny_state(bridge="naive", tau=0.1)
     batch, generator = state.observe(IMAGES, LABELS), state.generator.eval()
     parameters = list(state.tokenizer.parameters())
     encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
 
-    def gradient(loss, wanted=encoder):
-        return torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    def gradient(loss, inputs=encoder):
+        return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
 
     assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     fixed = assignment.detach()
@@ -218,12 +221,14 @@ def test_naive_inputs_bridge_carries_the_path_through_the_inputs_alone():
     encoder = [state.tokenizer.quant_conv.weight, state.tokenizer.quantizer.codebook]
     assignment = batch.tokenized.quantized.affinity.straight_through_assignment(0.1)
     logits = generator(assignment @ generator.embedding, LABELS).log_softmax(-1)
-    want = torch.autograd.grad(
+    expected = torch.autograd.grad(
         -(assignment.detach() * logits).sum(-1).mean(), encoder, retain_graph=True
     )
     loss = BRIDGES["naive_inputs"](state, batch)["naive_ntp_loss"]
-    for one, other in zip(want, torch.autograd.grad(loss, encoder, retain_graph=True)):
-        assert (one - other).norm() < 1e-4 * one.norm()
+    for expected_gradient, gradient in zip(
+        expected, torch.autograd.grad(loss, encoder, retain_graph=True)
+    ):
+        assert (expected_gradient - gradient).norm() < 1e-4 * expected_gradient.norm()
 
 
 def test_straight_through_bridge_has_the_hard_value_and_another_gradient_than_the_soft_one():
@@ -272,7 +277,7 @@ def test_without_a_bridge_the_tokenizer_trains_as_in_its_own_stage():
     (generator_update, {"generator", "projector"}),
 ))  # fmt: skip
 def test_an_update_moves_its_own_networks_and_leaves_no_gradient(update, moves, bridge):
-    """Nothing moves before the step; what the update was not for has no gradient even then."""
+    """No weight changes before the step, and only the update's own networks have a gradient."""
     state = tiny_state(bridge=bridge)
     before = {name: weights(module) for name, module in state.networks.items()}
     update(state, state.observe(IMAGES, LABELS))
@@ -413,8 +418,10 @@ def test_descend_weighs_terms_and_reports_them_unweighted():
         "generator", {"a": weight.sum(), "b": weight.square().sum()}, {"b": 3.0, "absent": 9.0}
     )
     torch.testing.assert_close(weight.grad, 1 + 6 * weight)
-    told = state.descend()
-    assert told["b"] == before and not told["b"].requires_grad and set(told) == {"a", "b"}
+    reported = state.descend()
+    assert (
+        reported["b"] == before and not reported["b"].requires_grad and set(reported) == {"a", "b"}
+    )
 
 
 # -- losses ----------------------------------------------------------------------------------------
@@ -436,7 +443,7 @@ def test_hinge_losses_at_known_logits():
     )
     assert losses.discriminator_hinge_loss(real[:2], fake).item() == pytest.approx(
         0.5 * 3 / 4
-    )  # sure reals cost nothing
+    )  # real images beyond the margin cost nothing
     assert losses.discriminator_hinge_loss(real, fake[:2]).item() == pytest.approx(0.5 * 3 / 4)
     assert losses.discriminator_hinge_loss(torch.zeros(4), torch.zeros(4)).item() == 1
     assert losses.generator_hinge_loss(fake).item() == pytest.approx(
@@ -446,15 +453,17 @@ def test_hinge_losses_at_known_logits():
 
 def test_next_token_loss_is_the_mean_negative_log_likelihood():
     logits, indices = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
-    want = -sum(logits[b, i].log_softmax(0)[indices[b, i]] for b in range(2) for i in range(3)) / 6
-    torch.testing.assert_close(losses.next_token_loss(logits, indices), want)
+    expected = (
+        -sum(logits[b, i].log_softmax(0)[indices[b, i]] for b in range(2) for i in range(3)) / 6
+    )
+    torch.testing.assert_close(losses.next_token_loss(logits, indices), expected)
 
 
 def test_expected_next_token_loss_is_next_token_loss_on_one_hot_rows():
     logits, indices = torch.randn(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
-    want = losses.next_token_loss(logits, indices)
+    expected = losses.next_token_loss(logits, indices)
     torch.testing.assert_close(
-        losses.expected_next_token_loss(logits, F.one_hot(indices, 5).float()), want
+        losses.expected_next_token_loss(logits, F.one_hot(indices, 5).float()), expected
     )
     uniform = losses.expected_next_token_loss(torch.zeros(2, 3, 5), torch.rand(2, 3, 5).softmax(-1))
     assert uniform.item() == pytest.approx(math.log(5))
@@ -462,12 +471,12 @@ def test_expected_next_token_loss_is_next_token_loss_on_one_hot_rows():
 
 def test_alignment_loss_is_minus_the_mean_cosine():
     a, b = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    for other, want in ((a, -1), (5 * a, -1), (-a, 1)):
-        assert losses.alignment_loss(a, other).item() == pytest.approx(want, abs=1e-6)
-    want = -torch.stack(
+    for target, expected in ((a, -1), (5 * a, -1), (-a, 1)):
+        assert losses.alignment_loss(a, target).item() == pytest.approx(expected, abs=1e-6)
+    expected = -torch.stack(
         [(x @ y) / (x.norm() * y.norm()) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]
     ).mean()
-    torch.testing.assert_close(losses.alignment_loss(a, b), want)
+    torch.testing.assert_close(losses.alignment_loss(a, b), expected)
     assert losses.alignment_loss(a.bfloat16(), a.bfloat16()).dtype == torch.float32
 
 
@@ -495,7 +504,7 @@ def test_the_schedule_reaches_the_optimizer():
     state = tiny_state()
     state.config = replace(state.config, optimizer=replace(state.config.optimizer, warmup_steps=10))
     state.step = 3
-    stepped(state, tokenizer_update, state.observe(IMAGES, LABELS))
+    update_and_step(state, tokenizer_update, state.observe(IMAGES, LABELS))
     (group,) = state.optimizers["tokenizer"].adam.param_groups
     assert group["lr"] == pytest.approx(0.4 * state.config.optimizer.tokenizer_lr)
 
@@ -519,22 +528,22 @@ def test_a_restored_optimizer_takes_the_same_next_step_bit_for_bit():
     network, optimizer = network_and_optimizer()
     descend(network, optimizer, range(3))
     saved = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
-    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    saved_weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     descend(network, optimizer, range(3, 5))
-    other, fresh = network_and_optimizer()
-    other.load_state_dict(kept)
-    fresh.load_tensors(saved)
-    descend(other, fresh, range(3, 5))
-    assert same(weights(network), weights(other))
-    forgetful, amnesiac = network_and_optimizer()
-    forgetful.load_state_dict(kept)
-    descend(forgetful, amnesiac, range(3, 5))
-    assert not same(weights(network), weights(forgetful))
+    restored_network, restored_optimizer = network_and_optimizer()
+    restored_network.load_state_dict(saved_weights)
+    restored_optimizer.load_tensors(saved)
+    descend(restored_network, restored_optimizer, range(3, 5))
+    assert same(weights(network), weights(restored_network))
+    reset_network, reset_optimizer = network_and_optimizer()
+    reset_network.load_state_dict(saved_weights)
+    descend(reset_network, reset_optimizer, range(3, 5))
+    assert not same(weights(network), weights(reset_network))
 
 
 def test_the_gradient_is_clipped_over_all_modules_together():
-    """The first moment after one step is a tenth of the clipped gradient; `clip_gradients` tells
-    the norm before.
+    """The first moment after one step is a tenth of the clipped gradient; `clip_gradients` returns
+    the norm before clipping.
     """
     network, optimizer = network_and_optimizer(clip=0.5)
     norm = descend(network, optimizer, [0])
@@ -549,15 +558,15 @@ def test_the_gradient_is_clipped_over_all_modules_together():
 def test_average_by_hand():
     module = torch.nn.BatchNorm1d(1)  # one weight, one bias, buffers
     average = EMA(module, 0.9)
-    want = module.weight.item()
+    expected = module.weight.item()
     for value in (3.0, -1.0, 0.5):
         module.weight.data.fill_(value)
         module.running_mean.fill_(10 * value)
         average.update(module)
-        want = 0.9 * want + 0.1 * value
-        assert average.module.weight.item() == pytest.approx(want, abs=1e-6)
+        expected = 0.9 * expected + 0.1 * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
     assert (
-        want == pytest.approx(0.729 + 0.081 * 3 - 0.09 + 0.05)
+        expected == pytest.approx(0.729 + 0.081 * 3 - 0.09 + 0.05)
         and average.module.running_mean.item() == 5
     )
     assert (
@@ -588,20 +597,22 @@ def test_finish_step_averages_tokenizer_and_generator_with_their_own_decay():
 
 
 def test_l1_and_psnr_golden():
-    """Against scikit-image and the public formulas; the PSNR of a pooled MSE is another number."""
-    want = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
+    """Compares with scikit-image and the public formulas; the PSNR of a pooled MSE differs."""
+    expected = json.loads((GOLDEN / "expected.json").read_text())["recon"]["expected"]
     arrays = np.load(GOLDEN / "recon.npz")
     reconstruction, images = (
         torch.from_numpy(arrays[name]) * 2 - 1 for name in ("rec", "ref")
     )  # [0, 1] -> [-1, 1]
     assert psnr(reconstruction, images).tolist() == pytest.approx(
-        want["skimage_psnr_per_image"], abs=1e-4
+        expected["skimage_psnr_per_image"], abs=1e-4
     )
     assert psnr(reconstruction, images).mean().item() == pytest.approx(
-        want["gear_psnr_mean_over_images"], abs=1e-4
+        expected["gear_psnr_mean_over_images"], abs=1e-4
     )
-    assert abs(psnr(reconstruction, images).mean().item() - want["psnr_of_pooled_mse_WRONG"]) > 1
-    assert l1(reconstruction, images).mean().item() == pytest.approx(want["gear_l1"], abs=2e-5)
+    assert (
+        abs(psnr(reconstruction, images).mean().item() - expected["psnr_of_pooled_mse_WRONG"]) > 1
+    )
+    assert l1(reconstruction, images).mean().item() == pytest.approx(expected["gear_l1"], abs=2e-5)
 
 
 def test_l1_and_psnr_limits():
@@ -619,7 +630,7 @@ def test_l1_and_psnr_limits():
 
 
 def test_several_teachers_are_averaged_each_with_its_projector():
-    """Features stand side by side; the loss is the mean of what each teacher alone would give."""
+    """Features are concatenated, and the loss is the mean of the losses of each teacher alone."""
     state = tiny_state("joint")
     several = tiny_state("joint", teacher="scenes,scenes")
     dim = state.widths[0]
@@ -635,5 +646,5 @@ def test_several_teachers_are_averaged_each_with_its_projector():
         alone[0]
     ) != float(alone[1])
     for update in STAGES["joint"].updates:
-        found = update(several, batch)
-    assert torch.isfinite(found["align_loss"])
+        update_losses = update(several, batch)
+    assert torch.isfinite(update_losses["align_loss"])

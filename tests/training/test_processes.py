@@ -1,5 +1,5 @@
-"""A batch in parts, and in processes, is the same step as the batch whole; what is switched on
-beside it changes nothing.
+"""Micro-batches and several processes give the same step as one full batch, and so do checkpointing,
+compiling and sharding.
 """
 
 import json
@@ -29,7 +29,7 @@ IMAGES, LABELS = scenes(8)
 
 
 def small(name, **changes):
-    """A recipe of three steps, every one logged; the adversarial term sets in at the last."""
+    """Return a recipe with three logged steps; the adversarial term starts at the last one."""
     return replace(
         recipe(name),
         **dict(steps=STEPS, log_every=1, eval_every=STEPS, save_every=STEPS) | changes,
@@ -37,7 +37,7 @@ def small(name, **changes):
 
 
 def logged(run):
-    """Return {step: {term: value}} of what a run logged of its losses."""
+    """Return the logged training losses of a run: {step: {term: value}}."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         r["step"]: {k: v for k, v in r.items() if k.endswith("_loss") and not k.startswith("val/")}
@@ -45,25 +45,27 @@ def logged(run):
     }
 
 
-def assert_same_losses(one, other, terms):
-    assert one.keys() == other.keys() and set(one[STEPS]) == terms
+def assert_same_losses(losses, other_losses, terms):
+    assert losses.keys() == other_losses.keys() and set(losses[STEPS]) == terms
     for step in range(1, STEPS + 1):
-        assert one[step].keys() == other[step].keys()
-        for term in one[step]:
-            assert one[step][term] == pytest.approx(other[step][term], rel=1e-5, abs=1e-6), (
+        assert losses[step].keys() == other_losses[step].keys()
+        for term in losses[step]:
+            assert losses[step][term] == pytest.approx(
+                other_losses[step][term], rel=1e-5, abs=1e-6
+            ), (
                 step,
                 term,
             )
 
 
-def assert_same_weights(one, other):
-    moved = Run.open("tiny-tokenizer").load_checkpoint("networks")
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        scale = (value - moved[key]).abs().max() if key in moved else value.abs().max()
-        assert (other[key] - value).abs().max() <= 2e-2 * scale + 1e-6, (
+def assert_same_weights(weights, other_weights):
+    initial = Run.open("tiny-tokenizer").load_checkpoint("networks")
+    assert weights.keys() == other_weights.keys()
+    for key, value in weights.items():
+        scale = (value - initial[key]).abs().max() if key in initial else value.abs().max()
+        assert (other_weights[key] - value).abs().max() <= 2e-2 * scale + 1e-6, (
             key
-        )  # Adam's first steps are signs of the gradient
+        )  # Adam's first steps are the signs of the gradient
 
 
 TERMS = {
@@ -84,23 +86,24 @@ TERMS = {
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_batch_in_parts_is_the_same_step(name, tiny):
-    """Losses, among them the entropy of the whole batch's mean, and then weights.
+    """The losses agree, including the entropy of the full batch's mean, and so do the weights.
 
-    With seed 0 one gradient is so near zero that rounding decides its sign, and so Adam's step.
+    The seed is 2, because with seed 0 one gradient is so close to zero that rounding decides its
+    sign, and with it Adam's step.
     """
     for parts in (1, 4):
         train(small(name, seed=2), f"parts-{parts}", replace(QUIET, accumulate=parts))
     assert_same_losses(*(logged(tiny / f"parts-{parts}") for parts in (1, 4)), TERMS[name])
-    one, other = (Run.open(f"parts-{parts}").load_checkpoint("networks") for parts in (1, 4))
-    assert_same_weights(one, other)
+    full, split = (Run.open(f"parts-{parts}").load_checkpoint("networks") for parts in (1, 4))
+    assert_same_weights(full, split)
 
 
 @pytest.mark.parametrize("quantizer", ("vq", "ibq", "lfq"))
 def test_gradients_of_parts_add_up(quantizer):
-    """What the optimizers are given is the same in float64; the entropy term, at a temperature of
-    .01, magnifies rounding.
+    """The gradients are compared in float64, because the entropy term, with its temperature of
+    0.01, magnifies rounding errors.
     """
-    got = {}
+    gradients = {}
     for parts in (1, 2, 8):
         state = tiny_state(
             tokenizer=dict(quantizer=quantizer, code_dim=6, codebook_size=64),
@@ -115,40 +118,46 @@ def test_gradients_of_parts_add_up(quantizer):
         for batch in state.batches(IMAGES.double(), LABELS):
             for update in STAGES["joint"].updates:
                 update(state, batch)
-        got[parts] = {
+        gradients[parts] = {
             n: torch.cat([g.flatten() for g in o.gradients]) for n, o in state.optimizers.items()
         }
     for parts in (2, 8):
-        for name, gradient in got[1].items():
-            assert (got[parts][name] - gradient).norm() < 1e-6 * gradient.norm(), (parts, name)
+        for name, gradient in gradients[1].items():
+            assert (gradients[parts][name] - gradient).norm() < 1e-6 * gradient.norm(), (
+                parts,
+                name,
+            )
 
 
 def test_the_entropy_is_that_of_the_whole_batch():
-    """Without what a Batch tells of the others, the parts' own entropies are averaged, which is
-    another number.
+    """Without `Batch.global_mean`, the entropies of the micro-batches would be averaged, which
+    gives another value.
     """
     state = tiny_state(batch_size=8, parts=4)
-    entire = entropy_loss(*state.tokenizer(IMAGES).quantized.entropies)
+    full_batch = entropy_loss(*state.tokenizer(IMAGES).quantized.entropies)
     batches = list(state.batches(IMAGES, LABELS))
-    parts, alone = (
+    with_mean, without_mean = (
         torch.stack(
-            [entropy_loss(*b.tokenized.quantized.entropies, mean_use(b)) for b in batches]
+            [entropy_loss(*b.tokenized.quantized.entropies, global_mean(b)) for b in batches]
         ).mean()
-        for mean_use in (lambda b: b.mean_use, lambda b: None)
+        for global_mean in (lambda b: b.global_mean, lambda b: None)
     )
-    assert parts.item() == pytest.approx(entire.item(), abs=1e-5)
-    assert abs(alone.item() - entire.item()) > 1e-3
+    assert with_mean.item() == pytest.approx(full_batch.item(), abs=1e-5)
+    assert abs(without_mean.item() - full_batch.item()) > 1e-3
 
 
 def test_parts_draw_dropout_of_their_own_and_labels_of_the_batch():
     state = tiny_state(batch_size=8, parts=2)
     torch.manual_seed(seed := step_seed(state.config.seed, state.step))
-    want, seen, after = torch.rand(8), [], []
+    expected, dropped, next_draws = torch.rand(8), [], []
     for batch in state.batches(IMAGES, LABELS):
-        seen.append(batch.dropped)
-        after.append(torch.rand(3))
-    assert torch.equal(torch.cat(seen), want < state.config.generator.class_dropout) and seed > 0
-    assert not torch.equal(*after)
+        dropped.append(batch.dropped)
+        next_draws.append(torch.rand(3))
+    assert (
+        torch.equal(torch.cat(dropped), expected < state.config.generator.class_dropout)
+        and seed > 0
+    )
+    assert not torch.equal(*next_draws)
 
 
 def test_recomputing_activations_changes_no_byte(tiny):
@@ -160,19 +169,19 @@ def test_recomputing_activations_changes_no_byte(tiny):
 
 
 def test_recomputing_activations_keeps_less():
-    """What autograd saves in a joint step, in elements."""
+    """Autograd saves fewer than half of the elements in the networks' forward passes."""
 
     def saved(checkpointing):
-        state, kept = tiny_state(batch_size=8, checkpointing=checkpointing), []
+        state, sizes = tiny_state(batch_size=8, checkpointing=checkpointing), []
         state.generator.train()
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (kept.append(t.numel()), t)[1], lambda t: t
+            lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
         ):
             state.generator.logits(
                 state.generator.hidden(state.tokenizer.encode(IMAGES), LABELS, [3])[3]
             )
             state.tokenizer(IMAGES)
-        return sum(kept)
+        return sum(sizes)
 
     assert saved(True) < 0.5 * saved(False)
 
@@ -185,13 +194,15 @@ def test_compiled_networks_compute_the_same(tiny):
 
 
 def test_bf16_trains_and_quantises_in_float32(tiny):
-    """Losses stay near those in float32; the codes are what the same latents have in float32."""
+    """Losses stay close to those in float32, and the same latents get the same codes as in
+    float32.
+    """
     train(small("tiny-joint"), "float32", QUIET)
     train(small("tiny-joint", precision="bf16"), "bf16", QUIET)
-    one, other = logged(tiny / "float32"), logged(tiny / "bf16")
-    assert one != other
+    float32_losses, bf16_losses = logged(tiny / "float32"), logged(tiny / "bf16")
+    assert float32_losses != bf16_losses
     for term in TERMS["tiny-joint"]:
-        assert other[STEPS][term] == pytest.approx(one[STEPS][term], abs=0.1), term
+        assert bf16_losses[STEPS][term] == pytest.approx(float32_losses[STEPS][term], abs=0.1), term
     state = State(small("tiny-joint", precision="bf16"), torch.device("cpu"))
     with state.autocast():
         trained = state.tokenizer(IMAGES).quantized.indices
@@ -199,12 +210,12 @@ def test_bf16_trains_and_quantises_in_float32(tiny):
     assert torch.equal(z, z.bfloat16().float()) and not torch.equal(
         z, State(small("tiny-joint"), state.device).tokenizer.latents(IMAGES)
     )
-    assert torch.equal(trained, state.tokenizer.encode(IMAGES).flatten(1))  # whoever asks
+    assert torch.equal(trained, state.tokenizer.encode(IMAGES).flatten(1))  # also outside training
     assert torch.equal(trained, state.tokenizer.quantizer.indices(z))
 
 
 def torchrun(processes, *arguments):
-    """Run `gear train` with these arguments, or a script."""
+    """Run `gear train` with these arguments, or a script, in several processes."""
     command = [
         sys.executable,
         "-m",
@@ -223,9 +234,7 @@ def torchrun(processes, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_two_processes_are_one_with_twice_the_batch(name, tiny):
-    """Over gloo, under torchrun: the same command, each process half of the rows; then it resumes,
-    too.
-    """
+    """Under torchrun, over gloo, each process takes half of the rows of the batch."""
     pytest.importorskip("lightning_fabric")
     config = small(name)
     changes = ["--steps", "3", "--log-every", "1", "--eval-every", "3", "--save-every", "3"]
@@ -233,20 +242,22 @@ def test_two_processes_are_one_with_twice_the_batch(name, tiny):
     done = torchrun(2, name, "--name", "two", *changes)
     assert done.returncode == 0, done.stderr
     assert_same_losses(logged(tiny / "alone"), logged(tiny / "two"), TERMS[name])
-    one, two = (json.loads((tiny / n / "config.json").read_text()) for n in ("alone", "two"))
-    assert one == two
+    config_alone, config_two = (
+        json.loads((tiny / n / "config.json").read_text()) for n in ("alone", "two")
+    )
+    assert config_alone == config_two
     assert len(logged(tiny / "two")) == len(
         (tiny / "two" / "metrics.jsonl").read_text().splitlines()
-    )  # one writes
+    )  # only one process writes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, beside", [("tiny-joint", ["--accumulate", "2", "--checkpointing"]), ("tiny", [])]
+    "name, more_options", [("tiny-joint", ["--accumulate", "2", "--checkpointing"]), ("tiny", [])]
 )
-def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
-    """FSDP2 over gloo: losses, a checkpoint's names and shapes, weights; it goes on whole, and a
-    whole one goes on spread.
+def test_a_generator_spread_over_processes_is_the_same_run(name, more_options, tiny):
+    """With FSDP2 over gloo, losses, weights, and the checkpoint's names and shapes are the same. A
+    sharded run can be resumed in one process, and the other way round.
     """
     pytest.importorskip("lightning_fabric")
     config, runtime = small(name, save_every=1, seed=2), replace(QUIET, keep=STEPS)
@@ -266,44 +277,44 @@ def test_a_generator_spread_over_processes_is_the_same_run(name, beside, tiny):
         "--keep",
         "3",
         "--fsdp",
-        *beside,
+        *more_options,
     ]
 
-    def go_on(run):
-        """Forget all but the first step."""
+    def forget_later_steps(run):
+        """Remove all checkpoints except that of the first step."""
         for step in (2, 3):
             shutil.rmtree(tiny / run / "checkpoints" / f"{step:07d}")
 
     train(config, "alone", runtime)
     done = torchrun(2, name, "--name", "spread", *changes)
     assert done.returncode == 0, done.stderr
-    want = logged(tiny / "alone")
-    assert_same_losses(want, logged(tiny / "spread"), TERMS[name])
-    one, other = (Run.open(run).metrics().iloc[-1] for run in ("alone", "spread"))
-    assert other["val/ntp_loss"] == pytest.approx(one["val/ntp_loss"], rel=1e-5)
+    expected = logged(tiny / "alone")
+    assert_same_losses(expected, logged(tiny / "spread"), TERMS[name])
+    alone, sharded = (Run.open(run).metrics().iloc[-1] for run in ("alone", "spread"))
+    assert sharded["val/ntp_loss"] == pytest.approx(alone["val/ntp_loss"], rel=1e-5)
     for file in ("networks", "optimizers"):
-        one, other = (Run.open(run).load_checkpoint(file) for run in ("alone", "spread"))
-        assert {k: (v.shape, v.dtype) for k, v in one.items()} == {
-            k: (v.shape, v.dtype) for k, v in other.items()
+        alone, sharded = (Run.open(run).load_checkpoint(file) for run in ("alone", "spread"))
+        assert {k: (v.shape, v.dtype) for k, v in alone.items()} == {
+            k: (v.shape, v.dtype) for k, v in sharded.items()
         }
         if file == "networks":
-            assert_same_weights(one, other)
+            assert_same_weights(alone, sharded)
             for key, value in load_generator("spread").state_dict().items():
-                assert torch.equal(value, other[f"generator_ema.{key}"]), key
+                assert torch.equal(value, sharded[f"generator_ema.{key}"]), key
 
-    go_on("spread")
+    forget_later_steps("spread")
     train(config, "spread", runtime)
-    assert_same_losses(want, logged(tiny / "spread"), TERMS[name])
-    go_on("alone")
+    assert_same_losses(expected, logged(tiny / "spread"), TERMS[name])
+    forget_later_steps("alone")
     done = torchrun(2, name, "--name", "alone", *changes)
     assert done.returncode == 0, done.stderr
-    assert_same_losses(want, logged(tiny / "alone"), TERMS[name])
+    assert_same_losses(expected, logged(tiny / "alone"), TERMS[name])
 
 
 @pytest.mark.slow
 def test_each_process_holds_its_share_of_the_blocks(tiny):
-    """Of weights, averages, gradients and moments; the norm of the gradient is that of the
-    whole.
+    """Weights, averages, gradients and moments are sharded; the gradient norm is that of the full
+    gradient.
     """
     pytest.importorskip("lightning_fabric")
     (tiny / "shares.py").write_text(SHARES)
@@ -340,7 +351,7 @@ for p in state.averages["generator"].module.blocks.parameters():
 """
 
 
-def test_one_process_has_nobody_to_share_a_generator_with(tiny):
+def test_fsdp_needs_several_processes(tiny):
     with pytest.raises(
         UserError, match="--fsdp spreads a generator .* torchrun --nproc-per-node 2"
     ):
@@ -348,9 +359,10 @@ def test_one_process_has_nobody_to_share_a_generator_with(tiny):
     assert not (tiny / "lonely").exists()
 
 
-def test_a_batch_that_cannot_be_shared_out(tiny):
+def test_a_batch_that_cannot_be_divided_evenly(tiny):
     with pytest.raises(
-        UserError, match="16 images cannot be shared out evenly to 1 processes of 3 parts each"
+        UserError,
+        match="16 images cannot be divided evenly among 1 process with 3 micro-batches each",
     ):
         train(small("tiny"), "uneven", replace(QUIET, accumulate=3))
     assert not (tiny / "uneven").exists()

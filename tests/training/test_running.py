@@ -1,4 +1,4 @@
-"""A step that is compiled or graphed, and what happens where it cannot be."""
+"""Execution modes of a step (plain, compiled, graphed), and the fallback to plain mode."""
 
 import contextlib
 import itertools
@@ -29,18 +29,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def samples():
-    """Sixteen scenes as a stream gives them."""
+    """A batch of sixteen scenes from a stream."""
     return next(data.stream(DataConfig(image_size=16, train_images=64), seed=0, batch_size=16))
 
 
 def placed(device="cuda", size=32, batch=32, is_alone=True):
-    """The arguments of `way_of` but its Runtime."""
+    """Return the arguments of `way_of` except its Runtime."""
     config = replace(TINY, batch_size=batch, data=replace(TINY.data, image_size=size))
     return config, torch.device(device), is_alone
 
 
 @pytest.mark.parametrize(
-    "arguments, options, way",
+    "arguments, options, mode",
     [
         (placed("cpu"), {}, "plain"),
         (placed("cpu"), {"compile": True}, "compiled"),
@@ -54,13 +54,13 @@ def placed(device="cuda", size=32, batch=32, is_alone=True):
         (placed(size=256), {"eager": True}, "plain"),
     ],
 )
-def test_a_gpu_compiles_large_steps_and_graphs_small_ones(arguments, options, way):
+def test_a_gpu_compiles_large_steps_and_graphs_small_ones(arguments, options, mode):
     config, device, is_alone = arguments
-    assert way_of(config, device, Runtime(**options), is_alone) == way
+    assert way_of(config, device, Runtime(**options), is_alone) == mode
 
 
 @pytest.mark.parametrize(
-    "name, way",
+    "name, mode",
     [
         ("scenes-joint", "graphed"),
         ("cifar10-joint", "graphed"),
@@ -69,8 +69,8 @@ def test_a_gpu_compiles_large_steps_and_graphs_small_ones(arguments, options, wa
         ("imagenet256-l-gear", "compiled"),
     ],
 )
-def test_presets_are_small_or_large(name, way):
-    assert way_of(recipe(name), torch.device("cuda"), Runtime(), is_alone=True) == way
+def test_presets_are_small_or_large(name, mode):
+    assert way_of(recipe(name), torch.device("cuda"), Runtime(), is_alone=True) == mode
 
 
 def test_uploaded_images_are_floats(samples):
@@ -80,11 +80,11 @@ def test_uploaded_images_are_floats(samples):
     codes = torch.empty(16, 0), samples[1], torch.zeros(16, 4)
     assert all(
         a is b for a, b in zip(upload(codes, CPU), codes)
-    )  # what is looked up stays as it is
+    )  # samples from the cache are not converted
 
 
 def descended(state, samples, compute):
-    """Take a step with `compute` for its gradients: its losses, and the weights after it."""
+    """Take a step whose gradients `compute` computes; returns the losses and the new weights."""
     torch.manual_seed(step_seed(state.config.seed, state.step))
     compute(upload(samples, CPU))
     losses = state.descend()
@@ -94,10 +94,10 @@ def descended(state, samples, compute):
     return {name: value.item() for name, value in losses.items()}, weights
 
 
-@pytest.mark.parametrize("way", ("compiled", "graphed"))
-def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, monkeypatch, capsys):
-    """Half of the gradients are there when it fails, and random numbers are drawn: neither may be
-    seen.
+@pytest.mark.parametrize("mode", ("compiled", "graphed"))
+def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(mode, samples, monkeypatch, capsys):
+    """The failing attempt leaves gradients and draws random numbers; neither may affect the plain
+    step.
     """
     plain = tiny_state()
     expected = descended(plain, samples, lambda uploaded: gradients(plain, uploaded))
@@ -110,27 +110,27 @@ def test_what_cannot_be_compiled_or_graphed_is_computed_plainly(way, samples, mo
 
     state, calls = tiny_state(), []
     monkeypatch.setattr(running, "compile_networks", lambda _: calls.append("compile") or [])
-    compute = Running(state, way)
+    compute = Running(state, mode)
     with monkeypatch.context() as patch:
-        if way == "compiled":
+        if mode == "compiled":
             patch.setattr(
                 running,
                 "gradients",
-                lambda *a: failing(*a) if compute.way == way else gradients(*a),
+                lambda *a: failing(*a) if compute.mode == mode else gradients(*a),
             )
         else:
             patch.setattr(running, "Graph", failing)
         losses, weights = descended(state, samples, compute)
     assert losses == expected[0] and all(map(torch.equal, weights, expected[1]))
-    said = capsys.readouterr().err
-    assert said == f"steps cannot be {way} here, and are computed plainly: no compiler\n"
+    message = capsys.readouterr().err
+    assert message == f"steps cannot be {mode} here and run in plain mode instead: no compiler\n"
     state.finish_step()
     descended(state, samples, compute)
-    assert not capsys.readouterr().err and calls == ["compile"] * (way == "compiled")
+    assert not capsys.readouterr().err and calls == ["compile"] * (mode == "compiled")
 
 
 @pytest.mark.parametrize("error", (UserError("an image"), torch.OutOfMemoryError("full")))
-def test_what_another_way_would_not_mend_is_raised(error, samples, monkeypatch):
+def test_errors_that_plain_mode_would_not_avoid_are_raised(error, samples, monkeypatch):
     def failing(*_):
         raise error
 
@@ -141,9 +141,7 @@ def test_what_another_way_would_not_mend_is_raised(error, samples, monkeypatch):
 
 
 class Recorded:
-    """What a Graph is to `Running`: it says for which state of the adversarial term it was
-    captured.
-    """
+    """A stand-in for Graph that records whether the adversarial term was on at its capture."""
 
     made = []
 
@@ -168,7 +166,7 @@ def test_the_adversarial_term_has_a_graph_of_its_own(samples, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ("joint", "tokenizer"))
 def test_a_compiled_step_is_the_plain_one(stage, samples):
-    """But for dropout, which compiled code draws in its own way."""
+    """Dropout is switched off, because compiled code draws it differently."""
     plain, compiled = tiny_state(stage), tiny_state(stage)
     for module in (
         m for state in (plain, compiled) for n in state.networks.values() for m in n.modules()
@@ -181,8 +179,8 @@ def test_a_compiled_step_is_the_plain_one(stage, samples):
     assert compiled.is_compiled
 
 
-def test_a_fall_back_is_of_one_run(samples):
-    """The next run of the process is compiled again."""
+def test_a_fallback_affects_one_run_only(samples):
+    """The next run in the same process is compiled again."""
     state = tiny_state()
     compute = Running(state, "compiled")
     parts = compute.compiled
@@ -190,11 +188,11 @@ def test_a_fall_back_is_of_one_run(samples):
     assert all(part._compiled_call_impl is not None for part in parts)
     compute._fall_back(RuntimeError("no compiler"))
     assert all(part._compiled_call_impl is None for part in parts) and not state.is_compiled
-    assert Running(state, "compiled").way == "compiled" and state.is_compiled
+    assert Running(state, "compiled").mode == "compiled" and state.is_compiled
 
 
 def test_a_frozen_tokenizer_is_not_compiled(tiny):
-    """It encodes as it does at inference."""
+    """It has to encode as at inference."""
     state = State(recipe("tiny"), CPU)
     parts = compile_networks(state)
     tokenizer = state.networks["tokenizer"]
@@ -202,7 +200,7 @@ def test_a_frozen_tokenizer_is_not_compiled(tiny):
     assert all(module._compiled_call_impl is None for module in tokenizer.modules())
 
 
-def test_what_comes_next_is_fetched_early_and_fails_late():
+def test_the_next_item_is_fetched_early_and_its_error_is_raised_when_taken():
     def items():
         yield 1
         yield 2
@@ -212,7 +210,7 @@ def test_what_comes_next_is_fetched_early_and_fails_late():
     assert ahead.take() == 1
     ahead.fetch()
     assert ahead.take() == 2
-    ahead.fetch()  # of the step after this one
+    ahead.fetch()  # the error belongs to the next step
     with pytest.raises(UserError, match="an image that cannot be read"):
         ahead.take()
     assert Ahead(iter(())).take() is None
@@ -238,7 +236,7 @@ def broken_after(count):
 
 
 class Capture:
-    """What torch.cuda is to `capturing`, on a machine without: streams and generators by name."""
+    """A stand-in for torch.cuda as used by `capturing`; streams and generator states are names."""
 
     def __init__(self, monkeypatch, error=None):
         self.stream, self.states, self.error = "own", [], error
@@ -264,7 +262,7 @@ class Capture:
         self.stream = stream
         yield
         if self.error:
-            raise self.error  # as where the driver has thrown a capture away: nothing is put back
+            raise self.error  # as if the driver had invalidated the capture: the stream is not restored
         self.stream = "own"
 
 
@@ -286,9 +284,7 @@ def test_a_capture_that_succeeds_leaves_the_generator_alone(monkeypatch):
 
 
 def test_parts_are_counted_for_the_empty_gpu(monkeypatch):
-    """Every process gives the same answer, whoever else is on the card; on a CPU there is one
-    part.
-    """
+    """Every process gets the same number, whatever else uses the GPU; on a CPU it is one."""
     config, cuda = recipe("imagenet256-b-joint"), torch.device("cuda")
     card = SimpleNamespace(total_memory=70e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)

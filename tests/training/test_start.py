@@ -1,5 +1,5 @@
-"""A run starts from a public tokenizer, with its discriminator where the file has one, as the paper's
-runs do; and from another run as before.
+"""A run starts from a public tokenizer's file, with the file's discriminator if it has one, as in
+the paper, or from another run.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ LAYOUTS = ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", mark
 
 
 def written(name, folder, **more):
-    """Write a public tokenizer as stage 0 of the public GEAR does, with a discriminator."""
+    """Write a tokenizer with a discriminator, as stage 0 of the public GEAR code does."""
     path = folder / f"{name}.pt"
     parts = {"vq": state_dict(name), "discriminator": state_dict("discriminator")}
     torch.save(parts | {"steps": 7} | more, path)
@@ -37,7 +37,7 @@ def written(name, folder, **more):
 
 @pytest.fixture
 def photographs(home):
-    """Four colours, two class folders."""
+    """A folder of images in four colours, with two class folders."""
     for i, colour in enumerate(("red", "green", "blue", "white")):
         folder = home / "photographs" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,9 @@ def test_what_a_run_from_a_public_file_would_cost(name, home, capsys):
     path = written(name, home)
     main(["train", "imagenet256-l-joint-s0", "--tokenizer-run", str(path), "--dry-run"])
     out = capsys.readouterr().out
-    assert f"from {path}" in out and "imagenet256-l-tokenizer" not in out, "nothing to train before"
+    assert f"from {path}" in out and "imagenet256-l-tokenizer" not in out, (
+        "there is no parent to train"
+    )
     config = change(recipe("imagenet256-l-joint-s0"), dict(tokenizer_run=str(path)))
     ((_, planned),) = plan(config, "mine", dry=True)
     assert planned.tokenizer == TOKENIZERS[SIZES[name]] and planned.objective.disc_norm == "batch"
@@ -60,7 +62,7 @@ def test_what_a_run_from_a_public_file_would_cost(name, home, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_two_steps_of_warm_up_and_of_joint_training_from_a_public_file(name, home, photographs):
-    """Both stages begin where the file ended: tokenizer, its average and the discriminator."""
+    """Both stages start with the file's tokenizer, its average and its discriminator."""
     path = written(name, home)
     few = dict(
         steps=2, batch_size=2, precision="float32", log_every=1, eval_images=2, eval_every=2,
@@ -89,7 +91,7 @@ def test_two_steps_of_warm_up_and_of_joint_training_from_a_public_file(name, hom
 
 @pytest.mark.slow
 def test_a_warm_up_from_a_public_file_and_a_joint_run_from_that(home, photographs):
-    """The paper's start in two commands: the joint run takes the warm-up's discriminator, too."""
+    """The paper's start in two commands: the joint run also takes the warm-up's discriminator."""
     path = written("vq16", home)
     few = dict(
         steps=1, batch_size=2, log_every=1, eval_images=2, eval_every=1, teacher="scenes",
@@ -106,17 +108,17 @@ def test_a_warm_up_from_a_public_file_and_a_joint_run_from_that(home, photograph
 
 
 def test_a_frozen_start_asks_for_the_average_alone(home):
-    """A discriminator that does not fit keeps no generator from a file's tokenizer."""
+    """A generator can use a file's tokenizer even if the file's discriminator does not fit."""
     path = written("vq16", home, discriminator={"main.0.weight": torch.zeros(2, 3, 4, 4)})
     with pytest.raises(UserError):
         tokenizer_start(path)
     assert tokenizer_start(path, frozen=True)[0].keys() == {"tokenizer_ema"}
 
 
-def test_batch_norm_of_parts_is_told(tiny, capsys):
+def test_batch_norm_of_micro_batches_gives_a_warning(tiny, capsys):
     config = change(recipe("tiny-joint-no-init"), dict(objective=dict(disc_norm="batch"), steps=1))
     train(config, "parts", Runtime(device="cpu", accumulate=2))
-    assert "BatchNorm sees each part of a batch alone" in capsys.readouterr().err
+    assert "BatchNorm sees each micro-batch alone" in capsys.readouterr().err
     train(
         replace(config, objective=recipe("tiny").objective),
         "group",
@@ -138,16 +140,18 @@ def test_a_generator_on_a_file_is_that_on_the_run_it_came_from(tiny, home, expor
     assert planned.tokenizer == config.tokenizer and planned.tokenizer_run == str(exported)
     train(planned, "by-file", QUIET)
     train(config, "by-run", QUIET)
-    one, other = (Run.open(name) for name in ("by-file", "by-run"))
-    assert one.metrics().equals(other.metrics())
+    by_file, by_run = (Run.open(name) for name in ("by-file", "by-run"))
+    assert by_file.metrics().equals(by_run.metrics())
     exported.unlink()
-    train(replace(planned, steps=2), "by-file", QUIET)  # finished: the file is not asked for
+    train(replace(planned, steps=2), "by-file", QUIET)  # finished, so the file is not read
 
 
 def test_a_file_without_a_discriminator_begins_with_a_fresh_one(tiny, home):
     tokenizer = load_tokenizer("tiny-joint")
     torch.save({f"{n}": t for n, t in tokenizer.state_dict().items()}, home / "x.pt")
-    with pytest.raises(UserError, match="x.pt"):  # of no layout: a linear skip is ours alone
+    with pytest.raises(
+        UserError, match="x.pt"
+    ):  # no known layout, because only gear has a linear skip
         plan(replace(recipe("tiny-joint"), tokenizer_run=str(home / "x.pt")), "mine")
     public = {"vq": state_dict("vq16")}
     torch.save(public, home / "vq.pt")
@@ -156,18 +160,20 @@ def test_a_file_without_a_discriminator_begins_with_a_fresh_one(tiny, home):
     assert all(torch.equal(started["tokenizer"][k], v) for k, v in started["tokenizer_ema"].items())
     config = change(recipe("imagenet256-l-joint"), dict(tokenizer_run=str(home / "vq.pt")))
     ((_, planned),) = plan(config, "mine", dry=True)
-    assert planned.objective == config.objective, "its discriminator is the recipe's, fresh"
+    assert planned.objective == config.objective, (
+        "the discriminator is the recipe's, newly initialised"
+    )
 
 
 @pytest.mark.parametrize(
-    "parent, said",
+    "parent, message",
     (
         ("nowhere.pt", "--tokenizer-run: no checkpoint .*nowhere.pt: there is no such file"),
         ("folder/of.pt", "there is no such file"),
     ),
 )
-def test_a_file_that_is_not_there(parent, said, home):
-    with pytest.raises(UserError, match=said):
+def test_a_file_that_is_not_there(parent, message, home):
+    with pytest.raises(UserError, match=message):
         plan(replace(recipe("tiny-joint"), tokenizer_run=parent), "mine")
     assert not (home / "runs").exists()
 
@@ -181,28 +187,30 @@ def test_a_file_that_is_cut_short(home, exported, capsys):
 
 
 def test_a_frozen_discriminator_sees_the_batchs_own_statistics():
-    """With BatchNorm in evaluation mode the tokenizer's adversarial gradient is another: its cosine
-    with the right one was .56.
+    """With BatchNorm in evaluation mode, the tokenizer's adversarial gradient is wrong: its cosine
+    with the right one was 0.56.
     """
     torch.manual_seed(0)
     discriminator = Discriminator(8, 2, "batch").train()
     for buffer in (b for n, b in discriminator.named_buffers() if n.endswith("running_var")):
-        buffer.fill_(9.0)  # of other images
+        buffer.fill_(9.0)  # statistics that differ from the batch's
     images = torch.randn(4, 3, 32, 32)
 
     def gradient(compute):
         x = images.clone().requires_grad_()
         return torch.autograd.grad(compute(x), x)[0]
 
-    want = gradient(lambda x: discriminator(x).mean())
+    expected = gradient(lambda x: discriminator(x).mean())
     with frozen(discriminator):
         assert discriminator.training and not any(
             p.requires_grad for p in discriminator.parameters()
         )
-        assert torch.equal(gradient(lambda x: discriminator(x).mean()), want)
+        assert torch.equal(gradient(lambda x: discriminator(x).mean()), expected)
     assert discriminator.training and all(p.requires_grad for p in discriminator.parameters())
-    other = gradient(lambda x: discriminator.eval()(x).mean())
-    assert torch.cosine_similarity(other.flatten(), want.flatten(), 0) < 0.95, "what is mended"
+    in_evaluation_mode = gradient(lambda x: discriminator.eval()(x).mean())
+    assert torch.cosine_similarity(in_evaluation_mode.flatten(), expected.flatten(), 0) < 0.95, (
+        "evaluation mode gives another gradient"
+    )
 
 
 def test_batch_norm_is_a_field(tiny):

@@ -157,13 +157,13 @@ def parameters(work, arguments):
         return sum(p.numel() for p in work(1, *arguments)[0].parameters())
 
 
-def limit(whole):
+def limit(is_matrix):
     """Return the size limit with which an Affinity is always formed as one matrix, or always by
     blocks.
 
     The small counted batch then takes the same code path as the batch in training.
     """
-    return 2**62 if whole else 0
+    return 2**62 if is_matrix else 0
 
 
 # The parts that are counted. Each function takes a batch size and the arguments that fix the part's
@@ -180,7 +180,7 @@ def encoder(batch, config, size):
     return tokenizer, call, images
 
 
-def quantizer(batch, config, side, whole):
+def quantizer(batch, config, side, is_matrix):
     """Latents to the affinity A, indices and loss terms; without gradients, to indices alone."""
     quantizer = Tokenizer(config).quantizer
     losses = QUANTIZER_LOSSES[config.quantizer]
@@ -188,7 +188,7 @@ def quantizer(batch, config, side, whole):
     def call(latents):
         if not torch.is_grad_enabled():
             return quantizer.indices(latents, check=False)
-        quantized = quantizer(latents, limit(whole))
+        quantized = quantizer(latents, limit(is_matrix))
         return [quantized.latents, *losses(quantized).values(), *quantized.entropies]
 
     return (
@@ -225,7 +225,7 @@ def discriminator(batch, channels, layers, size):
     return module, module, _images(batch, size)
 
 
-def readout(batch, soft, tau, config, side, width, whole):
+def readout(batch, soft, tau, config, side, width, is_matrix):
     """Affinity to embeddings, by the soft (Eq. 8) or the straight-through read-out.
 
     The gradient reaches the latents and, unless the quantizer is LFQ with its fixed codes, the
@@ -237,7 +237,7 @@ def readout(batch, soft, tau, config, side, width, whole):
     embedding = torch.empty(len(codes), width)
 
     def call(rows):
-        affinity = Affinity(rows, codes, limit=limit(whole))
+        affinity = Affinity(rows, codes, limit=limit(is_matrix))
         return (affinity.soft_readout if soft else affinity.straight_through_readout)(
             embedding, tau
         )

@@ -187,10 +187,10 @@ def works(config):
     check_divides((size, size), config.tokenizer.downsampling)
     side = size // config.tokenizer.downsampling
     codes = config.tokenizer.codebook_size
-    whole = config.batch_size * side**2 * codes <= WHOLE
+    is_matrix = config.batch_size * side**2 * codes <= WHOLE
     parts = {
         "encoder": [(counts.encoder, (config.tokenizer, size))],
-        "quantizer": [(counts.quantizer, (config.tokenizer, side, whole))],
+        "quantizer": [(counts.quantizer, (config.tokenizer, side, is_matrix))],
         "decoder": [(counts.decoder, (config.tokenizer, side))],
     }
     if config.trains("discriminator"):
@@ -213,7 +213,7 @@ def works(config):
                     config.tokenizer,
                     side,
                     generator.width,
-                    whole,
+                    is_matrix,
                 ),
             )
         ]

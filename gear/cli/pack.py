@@ -33,8 +33,7 @@ USAGE = Usage(
 def command(names, arguments):
     if not names:
         raise UserError(
-            "name the folder to write, and the runs by name or pattern: gear pack FOLDER ['RUN' "
-            "...]."
+            "name a folder to write, and runs by name or pattern: gear pack FOLDER ['RUN' ...]."
         )
     panels = parse(PackOptions(), arguments, "pack").panels
     folder = Path(names[0])

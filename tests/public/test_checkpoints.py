@@ -525,7 +525,7 @@ def test_inputs_out_of_range(file):
     vq, ar = tokenizer(), generator()
     with pytest.raises(UserError, match=r"indices run from 0 to 32: they have to lie in \[0, 32\)"):
         vq.decode(torch.tensor([[[0, 32], [1, 2]]]))
-    with pytest.raises(UserError, match="a grid .B, h, w. can be decoded"):
+    with pytest.raises(UserError, match="a grid .B, h, w. is expected"):
         vq.decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(UserError, match="indices are torch.float32: integers are expected"):
         vq.decode(torch.zeros(1, 2, 2))
@@ -1123,7 +1123,7 @@ def test_one_token_has_no_spread(file):
         lambda: lfq(IMAGES[:, :, :4, :4]),
         lambda: lfq.decode(torch.zeros(1, 1, 1, dtype=torch.long)),
     ):
-        with pytest.raises(UserError, match="one token has no spread"):
+        with pytest.raises(UserError, match="at least two tokens"):
             call()
 
 

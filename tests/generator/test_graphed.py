@@ -107,7 +107,7 @@ def test_where_no_graph_can_be_captured_that_is_said_once_and_the_result_is_the_
             assert all(torch.equal(a, b) for a, b in zip(values[0], outputs))
     assert len(tried) == 2  # once a network
     why = "operation not permitted when stream is capturing"
-    said = f"No CUDA graph could be captured ({why}): sampling goes on without, more slowly.\n"
+    said = f"No CUDA graph could be captured ({why}): sampling goes on without one, more slowly.\n"
     assert capsys.readouterr().err == said
 
 

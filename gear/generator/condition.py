@@ -1,4 +1,4 @@
-"""The condition of a generator, its input before the first token: a class, or a caption's features."""
+"""The condition of a generator, which precedes the tokens: a class, or a caption's features."""
 
 import torch
 from torch import nn

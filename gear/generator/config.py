@@ -1,4 +1,4 @@
-"""Configuration of a generator: its sizes, tap layer and condition, and the public sizes by name."""
+"""Configuration of a generator: its sizes, tap layer and condition; the public sizes by name."""
 
 from dataclasses import dataclass
 from typing import Literal

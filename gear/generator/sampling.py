@@ -106,14 +106,8 @@ def generate(
     h, w = grid or generator.grid
     if h != w or h < 1:
         raise UserError(f"a grid of {h} x {w} tokens is not square.")
-    _check_settings(
-        cfg_interval,
-        cfg_scale=cfg_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _check_settings(cfg_interval, cfg_scale=cfg_scale, seed=seed, **sampling)
     generator.eval()
     device = generator.embedding.device
     batch, length = len(condition), h * w
@@ -123,14 +117,12 @@ def generate(
         condition.to(device), None if mask is None else mask.to(device)
     )
     if is_guided:
-        no_condition, no_mask = generator.condition.none(condition, mask)
+        unconditional = generator.condition.none(condition, mask)
         # with scale 0 for all tokens the unconditional half alone is computed
         is_guided = cfg_scale > 0 or first > 0 or last < length
-        if is_guided:
-            condition = torch.cat([condition, no_condition])
-            mask = None if mask is None else torch.cat([mask, no_mask])
-        else:
-            condition, mask = no_condition, no_mask
+        condition, mask = (
+            _concatenate((condition, mask), unconditional) if is_guided else unconditional
+        )
     guidance = (cfg_scale, first, last) if is_guided else None
     settings = batch, length, guidance, (temperature, top_k, top_p), text_attention
     run = repeated if graph and device.type == "cuda" else launched
@@ -143,6 +135,11 @@ def generate(
             "type."
         )
     return indices.view(-1, h, w)
+
+
+def _concatenate(first, second):
+    """Concatenate two pairs (condition, mask) along the batch; a mask of None stays None."""
+    return [None if a is None else torch.cat([a, b]) for a, b in zip(first, second)]
 
 
 def _decode(settings, generator, condition, mask, rng):

@@ -183,6 +183,6 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
         read_tensors(tmp_path / "w.pth")
     torch.save({"a": tensors, "b": tensors_of(1)}, tmp_path / "w.pth")
     with pytest.raises(
-        UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"
+        UserError, match="w.pth holds 2 sets of tensors: save the one you mean alone"
     ):
         read_tensors(tmp_path / "w.pth")

@@ -224,7 +224,7 @@ def test_dinov2_resizes_to_any_grid():
             250,
             16,
             (
-                "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px a "
+                "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px per "
                 "token"
             ),
         ),
@@ -480,14 +480,14 @@ def test_a_name_carries_layer_and_path():
         (
             "scenes=/w.pth",
             (
-                "the teacher scenes comes with its weights and has one layer: say scenes, not "
+                "the teacher scenes comes with its weights and has one layer: write scenes, not "
                 "scenes=/w.pth"
             ),
         ),
         ("efficientnet-lite0@3", "say efficientnet-lite0, not efficientnet-lite0@3"),
         (
             "dinov2-b=/no/such/file.pth",
-            "the network dinov2-b is given a file that is not there: /no/such/file.pth",
+            "the network dinov2-b does not exist: /no/such/file.pth",
         ),
     ),
 )
@@ -541,7 +541,7 @@ def test_a_download_that_fails_says_why(no_network, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(
         UserError,
-        match=r"could not be fetched: OSError, the host is down\. Give the file by its path",
+        match=r"could not be downloaded: OSError, the host is down\. Give the file by its path",
     ):
         load_teacher("dinov2-b", PIXELS, 16)
 

@@ -118,12 +118,12 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
             name,
         ),
     }
-    for path, (content, said) in both.items():
+    for path, (content, message) in both.items():
         path = file(content, path)
         for ema, module in ((True, averaged), (False, live)):
             loaded = gear.load_tokenizer(path, ema)
             assert same_outputs(loaded, module), path
-            assert loaded.source == f"tokenizer{'_ema' if ema else ''} of {path.name} ({said})"
+            assert loaded.source == f"tokenizer{'_ema' if ema else ''} of {path.name} ({message})"
             assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     alone = {
         "bare.pt": a,
@@ -227,9 +227,15 @@ def test_a_file_comes_back_in_its_own_wrapping(container, file):
             f"{k}/{n}": t for k, v in c.items() if isinstance(v, dict) for n, t in v.items()
         }
     )
-    back, wanted = flat(torch.load(path.with_name("back.pt"), weights_only=True)), flat(content)
-    assert back.keys() == wanted.keys()
-    assert all(torch.equal(torch.as_tensor(back[k]), torch.as_tensor(v)) for k, v in wanted.items())
+    back, expected_tensors = (
+        flat(torch.load(path.with_name("back.pt"), weights_only=True)),
+        flat(content),
+    )
+    assert back.keys() == expected_tensors.keys()
+    assert all(
+        torch.equal(torch.as_tensor(back[k]), torch.as_tensor(v))
+        for k, v in expected_tensors.items()
+    )
 
 
 def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
@@ -260,12 +266,12 @@ def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
 # -- bad input -------------------------------------------------------------------------------------
 
 
-def refused(path, *said):
+def refused(path, *message):
     """Every way in says the same thing, in one message without a traceback."""
     for load in (gear.load_tokenizer, open_checkpoint):
         with pytest.raises(UserError) as error:
             load(path)
-        assert all(words in str(error.value) for words in said), str(error.value)
+        assert all(words in str(error.value) for words in message), str(error.value)
 
 
 class Trap:
@@ -371,11 +377,11 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
         ):
             with pytest.raises(UserError) as error:
                 of.fit(changed, "'x.pt'")
-            said = str(error.value).splitlines()
-            assert said[0] == f"'x.pt' has the layout {of.name}, but does not fit it:"
-            if not (len(said) == 2 and said[1].strip().startswith(fault)):
+            message = str(error.value).splitlines()
+            assert message[0] == f"'x.pt' has the layout {of.name}, but does not fit it:"
+            if not (len(message) == 2 and message[1].strip().startswith(fault)):
                 wrong += 1
-                assert fault in str(error.value) or len(said) <= 14, (tensor, said)
+                assert fault in str(error.value) or len(message) <= 14, (tensor, message)
     assert wrong <= 2, (
         name
         # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of
@@ -441,10 +447,10 @@ def test_a_card_that_does_not_fit(file, home):
     """Cards and tensors of our own files are held against each other when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
-    with gear.public.tensorfiles.safe_open(path, "pt") as whole:
+    with gear.public.tensorfiles.safe_open(path, "pt") as tensor_file:
         tensors, card = (
-            {n: whole.get_tensor(n) for n in whole.keys()},
-            json.loads(whole.metadata()["gear"]),
+            {n: tensor_file.get_tensor(n) for n in tensor_file.keys()},
+            json.loads(tensor_file.metadata()["gear"]),
         )
     name = next(iter(tensors))
 
@@ -529,11 +535,11 @@ def test_inputs_out_of_range(file):
         vq.decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(UserError, match="indices are torch.float32: integers are expected"):
         vq.decode(torch.zeros(1, 2, 2))
-    for tokens, labels, said in (
+    for tokens, labels, message in (
         ([[-1] * 4], [0], "indices run from -1 to -1"),
         ([[0] * 4], [6], "labels run from 6 to 6"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             ar(torch.tensor(tokens), torch.tensor(labels))
     with pytest.raises(UserError, match="labels run from 7 to 7"):
         gear.sample(ar, vq, [7], (2, 2))
@@ -542,8 +548,8 @@ def test_inputs_out_of_range(file):
         "have shape .1, 4, 9.": torch.zeros(1, 4, 9),
         "have shape .1, 0.": torch.zeros(1, 0).long(),
     }
-    for said, tokens in shapes.items():
-        with pytest.raises(UserError, match=said):
+    for message, tokens in shapes.items():
+        with pytest.raises(UserError, match=message):
             ar(tokens, torch.tensor([0]))
     with pytest.raises(UserError, match="there are 1 token grids and 2 conditions"):
         ar(torch.zeros(1, 4).long(), torch.tensor([0, 1]))
@@ -561,9 +567,9 @@ def test_inputs_out_of_range(file):
             vq.encode(images)
     with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
         grid = torch.arange(4).view(1, 2, 2)
-        want = ar(grid, torch.tensor([0]))
-        torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), want)
-        assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), want)
+        expected = ar(grid, torch.tensor([0]))
+        torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), expected)
+        assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), expected)
     with pytest.raises(UserError, match="conditioned on a class"):
         ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
 
@@ -681,15 +687,15 @@ FLAT = [
     ("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT]
 )
 def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsys):
-    (content, place, averaged), path = ALONE[name], home / f"file{suffix}"
+    (content, location, averaged), path = ALONE[name], home / f"file{suffix}"
     (torch.save if suffix == ".pt" else save_file)(content, path)
     loaded, kind = gear.load_tokenizer(path), "tokenizer_ema" if averaged else "tokenizer"
     assert same_outputs(loaded, tokenizer(seed=int(averaged)))
-    assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{place}')"
+    assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{location}')"
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
-    assert f"{path.name}: wrapped by another trainer" in said and re.search(
-        rf"  {kind} .*, from '{re.escape(place)}'\n", said
+    message = capsys.readouterr().out
+    assert f"{path.name}: wrapped by another trainer" in message and re.search(
+        rf"  {kind} .*, from '{re.escape(location)}'\n", message
     )
     assert export(open_checkpoint(path), home / "back.pt") == []
     back = torch.load(home / "back.pt", weights_only=True)
@@ -706,16 +712,16 @@ def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsy
 def test_averages_beside_live_weights_are_listed_and_taken(name, file, capsys):
     content, live, averaged = BOTH[name]
     path = file(content)
-    for ema, place in ((True, averaged), (False, live)):
+    for ema, location in ((True, averaged), (False, live)):
         loaded = gear.load_tokenizer(path, ema)
         assert same_outputs(loaded, tokenizer(seed=int(ema))) and loaded.source.endswith(
-            f", from '{place}')"
+            f", from '{location}')"
         )
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert re.search(
         rf"  tokenizer  .*from '{re.escape(live)}'\n  tokenizer_ema .*from '{re.escape(averaged)}'\n",
-        said,
+        message,
     )
 
 
@@ -733,8 +739,8 @@ def test_several_networks_under_prefixes_are_each_found(file, capsys):
         tokens, labels = torch.arange(16).view(1, 4, 4), torch.tensor([2])
         assert torch.equal(gear.load_generator(path)(tokens, labels), generator()(tokens, labels))
         main(["inspect", str(path)])
-        said = capsys.readouterr().out
-        assert "from 'vae.'" in said and ("not read: 'clip'" in said) == ("clip.w" in content)
+        message = capsys.readouterr().out
+        assert "from 'vae.'" in message and ("not read: 'clip'" in message) == ("clip.w" in content)
 
 
 def test_two_of_one_kind_are_not_chosen_between(file):
@@ -815,7 +821,7 @@ def test_other_precisions_are_loaded_as_float32(dtype, file):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     (
         (lambda t: t.to(torch.int8), "is torch.int8"),
         (lambda t: t.to(torch.complex64), "is torch.complex64"),
@@ -825,39 +831,42 @@ def test_other_precisions_are_loaded_as_float32(dtype, file):
     ),
 )
 @pytest.mark.filterwarnings("ignore:.*(quantiz|TypedStorage)")
-def test_weights_of_other_kinds_are_named(change, said, file):
+def test_weights_of_other_kinds_are_named(change, message, file):
     path = file(A | {"encoder.conv_in.weight": change(A["encoder.conv_in.weight"])})
     refused(
-        path, "holds weights that are no floating-point numbers", f"encoder.conv_in.weight {said}"
+        path,
+        "holds weights that are no floating-point numbers",
+        f"encoder.conv_in.weight {message}",
     )
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")),
 )
-def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, capsys):
+def test_weights_that_are_no_numbers_are_named(value, message, file, tiny, home, capsys):
     """Of a file and of a run alike; `inspect` says it, too."""
     wrong = A | {
         "encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)
     }
     with pytest.raises(
         UserError,
-        match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {said} in 27 of 216 values",
+        match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {message} in 27 of 216 values",
     ):
         gear.load_tokenizer(file(wrong))
     main(["inspect", str(home / "file.pt")])
     assert "cannot be loaded: there are weights that are not finite" in capsys.readouterr().out
     discriminator = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
     discriminator["main.3.running_var"][0] = value
-    with pytest.raises(UserError, match=rf"running_var holds {said} in 1 of 32 values"):
+    with pytest.raises(UserError, match=rf"running_var holds {message} in 1 of 32 values"):
         load_discriminator(file({"discriminator": discriminator}))
     path = sorted((tiny / "tiny").glob("checkpoints/*/networks.safetensors"))[-1]
     tensors = load_file(path)
     next(t for name, t in tensors.items() if name.startswith("generator_ema.")).view(-1)[0] = value
     save_file(tensors, path)
     with pytest.raises(
-        UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"
+        UserError,
+        match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {message} in 1 of",
     ):
         gear.load_generator("tiny")
 
@@ -917,12 +926,12 @@ INSTEAD = {  # what lies where weights should: its bytes, and what is said
 @pytest.mark.parametrize("name", INSTEAD)
 @pytest.mark.parametrize("suffix", (".pt", ".safetensors", ".ckpt"))
 def test_what_lies_there_instead_of_weights_is_named(name, suffix, home, capsys):
-    content, said = INSTEAD[name]
+    content, message = INSTEAD[name]
     (home / f"file{suffix}").write_bytes(content)
-    refused(home / f"file{suffix}", f"'file{suffix}' is not a checkpoint. ", said)
+    refused(home / f"file{suffix}", f"'file{suffix}' is not a checkpoint. ", message)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(home / f"file{suffix}")])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_torchscript_archive_is_named(home):
@@ -1017,16 +1026,17 @@ def test_inspect_says_what_is_there(file, capsys):
         {"vq": vq, "ema": public(generator(), "LlamaGen"), "discriminator": foreign, "steps": 1234}
     )
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
-    assert "file.pt: a GEAR checkpoint, training step 1234" in said
+    message = capsys.readouterr().out
+    assert "file.pt: a GEAR checkpoint, training step 1234" in message
     count = sum(p.numel() for p in tokenizer().parameters())
     assert (
-        f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
+        f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4"
+        in message
     )
-    assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in said
+    assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in message
     assert (
-        "kept beside them: quantize.codebook_used" in said
-        and "not read: 'discriminator', 'steps'" in said
+        "kept beside them: quantize.codebook_used" in message
+        and "not read: 'discriminator', 'steps'" in message
     )
 
 
@@ -1061,7 +1071,7 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
         and 10 < again["psnr"] < 40
     )
     assert "tokenizer of tiny" in capsys.readouterr().out
-    for arguments, said in (
+    for arguments, message in (
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
         ([str(path), "--images", "nowhere"], "--images: there are no images at 'nowhere'"),
@@ -1076,9 +1086,9 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
     ):
         with pytest.raises(SystemExit) as stop:
             main(["reconstruct", *arguments, "--out", str(home / "no.png")])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (home / "no.png").exists()
-    for out, said in (
+    for out, message in (
         ("sheet.json", "does not end in .png"),
         (home, "is a folder"),
         (picture / "x.png", "is a file, not a folder"),
@@ -1096,7 +1106,7 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
                     str(out),
                 ]
             )
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_run_is_reconstructed_as_it_was_trained(tiny, home):

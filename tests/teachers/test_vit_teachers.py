@@ -164,12 +164,15 @@ def test_the_input_is_made_as_by_hand(name, size):
     integers = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1))
     network = torch.nn.Module()
     network.blocks = ()
-    teacher, want = ViTTeacher(name, network, "", size, 16), ORACLES[name](integers.double() / 255)
+    teacher, expected = (
+        ViTTeacher(name, network, "", size, 16),
+        ORACLES[name](integers.double() / 255),
+    )
     made = teacher.preprocess(integers / 127.5 - 1)
-    assert made.dtype == torch.float32 and made.shape == want.shape
-    torch.testing.assert_close(made.double(), want, rtol=0, atol=5e-4)
+    assert made.dtype == torch.float32 and made.shape == expected.shape
+    torch.testing.assert_close(made.double(), expected, rtol=0, atol=5e-4)
     torch.testing.assert_close(
-        teacher.double().preprocess(integers.double() / 127.5 - 1), want, rtol=0, atol=1e-6
+        teacher.double().preprocess(integers.double() / 127.5 - 1), expected, rtol=0, atol=1e-6
     )
 
 
@@ -255,22 +258,22 @@ def library_tokens(name, network, pixels):
     """The library's own forward: {-1: the tokens it returns, n: what a hook on block n, counted
     from 1, sees}.
     """
-    kept = {}
+    outputs = {}
 
     def keep(n):
-        return lambda module, inputs, output: kept.update(
+        return lambda module, inputs, output: outputs.update(
             {n: output[0] if isinstance(output, tuple) else output}
         )
 
     handles = [block.register_forward_hook(keep(n)) for n, block in enumerate(blocks(network), 1)]
     if NEEDS.get(name) == "transformers":
         frames = 1 if name == "vjepa2.1-b" else 2
-        kept[-1] = network(pixels[:, None].repeat(1, frames, 1, 1, 1)).last_hidden_state
+        outputs[-1] = network(pixels[:, None].repeat(1, frames, 1, 1, 1)).last_hidden_state
     else:
-        kept[-1] = network.forward_features(pixels)
+        outputs[-1] = network.forward_features(pixels)
     for handle in handles:
         handle.remove()
-    return kept
+    return outputs
 
 
 def z_scored(z):
@@ -305,16 +308,16 @@ def check_features(name, stored):
         for n, t in library_tokens(name, network, teacher.preprocess(images)).items()
     }
     depth = len(blocks(network))
-    want = tokens[depth if name == "clip-l" else -1]  # CLIP's norm is its class token's
+    expected = tokens[depth if name == "clip-l" else -1]  # CLIP's norm is its class token's
     assert (
-        want.shape == (1, 256, teacher.dim)
-        and want.std() > 0.1
-        and (want[:, 0] - want[:, -1]).abs().mean() > 0.01
+        expected.shape == (1, 256, teacher.dim)
+        and expected.std() > 0.1
+        and (expected[:, 0] - expected[:, -1]).abs().mean() > 0.01
     )
-    assert torch.equal(teacher.raw(images), want)
+    assert torch.equal(teacher.raw(images), expected)
     spatial = name in ("siglip2-b", "vjepa2-l", "vjepa2.1-b", "clip-l")
     torch.testing.assert_close(
-        teacher.features(images), z_scored(want) if spatial else want, rtol=1e-4, atol=1e-4
+        teacher.features(images), z_scored(expected) if spatial else expected, rtol=1e-4, atol=1e-4
     )
     for layer in (1, depth // 2):
         at = ViTTeacher(name, teacher.network, teacher.sha256, 256, 16, layer)
@@ -369,16 +372,18 @@ def facebook_names(name, tensors):
     """Undo what the libraries did to the names of facebookresearch's files."""
     if name == "dinov2-b":
         return {**tensors, "mask_token": torch.zeros(1, 768)}
-    found = {"mask_token": torch.zeros(1, 768), "rope_embed.periods": torch.ones(16)}
+    original = {"mask_token": torch.zeros(1, 768), "rope_embed.periods": torch.ones(16)}
     for key, tensor in tensors.items():
         if key.endswith("q_bias"):
             value = tensors[key.replace("q_bias", "v_bias")]
-            found[key.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros(768), value])
-            found[key.replace("q_bias", "qkv.bias_mask")] = torch.ones(3 * 768)
+            original[key.replace("q_bias", "qkv.bias")] = torch.cat(
+                [tensor, torch.zeros(768), value]
+            )
+            original[key.replace("q_bias", "qkv.bias_mask")] = torch.ones(3 * 768)
         elif not key.endswith("v_bias"):
             key = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)
-            found[key.replace("reg_token", "storage_tokens")] = tensor
-    return found
+            original[key.replace("reg_token", "storage_tokens")] = tensor
+    return original
 
 
 @pytest.mark.parametrize("name", ("dinov2-b", "dinov3-b"))
@@ -484,7 +489,7 @@ def test_a_name_carries_layer_and_path():
                 "scenes=/w.pth"
             ),
         ),
-        ("efficientnet-lite0@3", "say efficientnet-lite0, not efficientnet-lite0@3"),
+        ("efficientnet-lite0@3", "write efficientnet-lite0, not efficientnet-lite0@3"),
         (
             "dinov2-b=/no/such/file.pth",
             "the network dinov2-b does not exist: /no/such/file.pth",
@@ -519,8 +524,8 @@ def test_missing_weights_say_what_and_where_and_nothing_is_fetched(name, no_netw
     needs(name)
     vit = VITS[name]
     repo = vit.repo.format(side=256)
-    place = repo[8:] if repo.startswith("https://") else f"huggingface.co/{repo}"
-    where = re.escape(f"{vit.file} of {place}, about {vit.megabytes} MB, from ")
+    location = repo[8:] if repo.startswith("https://") else f"huggingface.co/{repo}"
+    where = re.escape(f"{vit.file} of {location}, about {vit.megabytes} MB, from ")
     message = (
         rf"of {name} are not on this machine: {where}.*offline\. .*"
         rf"--teacher {name}=/path/to/{vit.file}"
@@ -549,19 +554,19 @@ def test_a_download_that_fails_says_why(no_network, monkeypatch):
 def test_a_path_goes_before_the_cache_and_the_cache_before_a_download(
     no_network, monkeypatch, tmp_path
 ):
-    asked = []
+    requests = []
     monkeypatch.setattr(
         hub,
         "hf_hub_download",
-        lambda repo, file: asked.append((repo, file)) or str(tmp_path / "fetched"),
+        lambda repo, file: requests.append((repo, file)) or str(tmp_path / "fetched"),
     )
     find = functools.partial(find_weights, "dinov2-b", "timm/some-repo", "a file")
-    assert find() == tmp_path / "fetched" and asked == [("timm/some-repo", FILE)]
+    assert find() == tmp_path / "fetched" and requests == [("timm/some-repo", FILE)]
     cached = in_cache(tmp_path, b"weights")
     assert find() == cached and find(offline=True) == cached
     (tmp_path / "own.pth").touch()
     assert find(path=str(tmp_path / "own.pth")) == tmp_path / "own.pth"
-    assert len(asked) == 1 and not no_network
+    assert len(requests) == 1 and not no_network
 
 
 def test_a_cached_file_whose_hash_is_not_its_name_is_damaged(no_network, tmp_path):
@@ -581,8 +586,8 @@ def in_cache(folder, content):
         repo / "blobs" / hashlib.sha256(content).hexdigest(),
         repo / "snapshots" / "abc",
     )
-    for place in (blob.parent, snapshot, repo / "refs"):
-        place.mkdir(parents=True)
+    for location in (blob.parent, snapshot, repo / "refs"):
+        location.mkdir(parents=True)
     blob.write_bytes(content)
     (repo / "refs" / "main").write_text("abc")
     (snapshot / FILE).symlink_to(blob)

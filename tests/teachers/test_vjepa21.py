@@ -48,13 +48,13 @@ def shapes(width, depth):
 def random_tensors(seed):
     """Weights that keep the size of what goes through them, norms about 1, biases of 0.3."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    weights = {}
     for name, shape in shapes(WIDTH, DEPTH).items():
         values = torch.randn(shape, generator=generator)
         matrix = name.endswith("weight") and len(shape) > 1
         scale = math.prod(shape[1:]) ** -0.5 if matrix else 0.3
-        found[name] = values * scale + (len(shape) == 1 and name.endswith("weight"))
-    return found
+        weights[name] = values * scale + (len(shape) == 1 and name.endswith("weight"))
+    return weights
 
 
 def checkpoint(tensors):
@@ -153,11 +153,11 @@ def test_features_are_those_of_the_published_forward(size, small):
     """
     tensors, images = random_tensors(0), pictures(2, size)
     spec, data = small(tensors), DataConfig(image_size=size)
-    teacher, want = load_teacher(spec, data, 16), published(tensors, images)
-    assert want.shape == (2, (size // 16) ** 2, WIDTH) and "z-score 0.6" in teacher.identity
+    teacher, expected = load_teacher(spec, data, 16), published(tensors, images)
+    assert expected.shape == (2, (size // 16) ** 2, WIDTH) and "z-score 0.6" in teacher.identity
     close = dict(rtol=0, atol=1e-4)
-    torch.testing.assert_close(teacher.raw(images).double(), want, **close)
-    torch.testing.assert_close(teacher.features(images).double(), z_scored(want), **close)
+    torch.testing.assert_close(teacher.raw(images).double(), expected, **close)
+    torch.testing.assert_close(teacher.features(images).double(), z_scored(expected), **close)
     second = load_teacher(spec.replace("=", "@2="), data, 16)
     torch.testing.assert_close(
         second.raw(images).double(), published(tensors, images, layer=2), **close
@@ -169,9 +169,9 @@ def test_such_weights_would_show_what_is_missing():
     away.
     """
     tensors, images = random_tensors(0), pictures(1, 384)
-    want = published(tensors, images)
+    expected = published(tensors, images)
     for change in (dict(span=24), dict(modality="video_mod_embed")):
-        assert (published(tensors, images, **change) - want).abs().max() > 0.1
+        assert (published(tensors, images, **change) - expected).abs().max() > 0.1
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -215,11 +215,11 @@ def test_the_file_is_looked_for_in_two_caches_and_downloaded_into_gears(
     home, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    own, torchs = home / "cache" / FILE, tmp_path / "torch" / "checkpoints" / FILE
-    asked = []
+    gear_file, torch_file = home / "cache" / FILE, tmp_path / "torch" / "checkpoints" / FILE
+    requests = []
 
-    def fail(url, place, progress):
-        asked.append((url, place))
+    def fail(url, target, progress):
+        requests.append((url, target))
         raise OSError("the host is down")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
@@ -228,11 +228,11 @@ def test_the_file_is_looked_for_in_two_caches_and_downloaded_into_gears(
         find_weights(NAME, FOLDER, "1 file", file=FILE)
     with pytest.raises(UserError, match=rf"{message}: offline\."):
         find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *at, **_: asked.append(at))
-    assert find_weights(NAME, FOLDER, "1 file", file=FILE) == own
-    assert asked == 2 * [(f"https://dl.fbaipublicfiles.com/vjepa2/{FILE}", str(own))]
-    for place in (torchs, own):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
-        assert find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE) == place
-    assert len(asked) == 2
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *at, **_: requests.append(at))
+    assert find_weights(NAME, FOLDER, "1 file", file=FILE) == gear_file
+    assert requests == 2 * [(f"https://dl.fbaipublicfiles.com/vjepa2/{FILE}", str(gear_file))]
+    for target in (torch_file, gear_file):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+        assert find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE) == target
+    assert len(requests) == 2

@@ -1,5 +1,5 @@
-"""Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said
-of that.
+"""Reading and writing files: their wrappings, missing and additional tensors, damaged files, and
+the messages about them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from gear.public.layouts import LAYOUTS
 from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
-CONFIGS = {  # a small network of each family that a public layout can name
+CONFIGS = {  # a small network of each family that has a public layout
     "vq": TOKENIZER,
     "lfq": TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1),
     "ibq": TokenizerConfig("ibq", "vqgan", 32, 6, 8, (1, 2, 2), latent_channels=6, res_blocks=2),
@@ -46,7 +46,7 @@ def layout(name):
 
 
 def public(module, name):
-    """A network's tensors under their public names."""
+    """Return a network's tensors under their public names."""
     names = layout(name).public(module)
     return {names[n]: t.detach().clone() for n, t in module.state_dict().items()}
 
@@ -78,7 +78,7 @@ def file(home):
     return write
 
 
-# -- what files are wrapped in ---------------------------------------------------------------------
+# -- wrappings -------------------------------------------------------------------------------------
 
 
 def dotless(tensors):
@@ -87,8 +87,8 @@ def dotless(tensors):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
-    """Live weights and their average differ; the average is taken unless told otherwise, and what
-    was taken is said.
+    """Live weights and their average differ. The average is loaded by default, and `source` says
+    which was.
     """
     live, averaged = tokenizer(family), tokenizer(family, seed=1)
     a, b, name = public(live, LAYOUT[family]), public(averaged, LAYOUT[family]), LAYOUT[family]
@@ -145,9 +145,7 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
 
 
 def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monkeypatch):
-    """Names without dots cannot be told apart by themselves: they are looked up in the released
-    sizes.
-    """
+    """The averages' names have no dots; they are looked up among the names of the released sizes."""
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
     monkeypatch.setattr(
@@ -189,8 +187,8 @@ def test_a_joint_file_gives_each_of_its_parts(file):
 
 
 def test_what_may_be_absent_and_what_may_be_there_beside(file):
-    """BatchNorm's counters may be missing; LlamaGen's count of used codes may be there. Both come
-    back as they came.
+    """BatchNorm's counters may be missing, and LlamaGen's count of used codes may be present.
+    Export writes both back as they were.
     """
     tensors = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.arange(7.0)}
     counters = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
@@ -246,28 +244,30 @@ def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
     assert gear.load_generator(home / "tiny.safetensors").grid == (8, 8)
     with pytest.raises(
         UserError, match="no public layout fits a network of 'tiny'"
-    ):  # a linear skip, turned conditions
+    ):  # a linear skip, and rotated conditions
         export(open_checkpoint("tiny"), home / "tiny.pt")
     assert not (home / "tiny.pt").exists()
 
 
 def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
-    """The public networks silence a condition's key: read back by them, ours would be another
-    network.
+    """The public networks set a condition's keys to zero: a generator that does not would be
+    another network when read back from their layout.
     """
     assert gear.public.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
     turned = GeneratorConfig(**GENERATOR.__dict__ | {"condition_rotation": "identity"})
     assert gear.public.layouts.public_layout("generator", (turned, 32)) is None
     assert (
         gear.public.layouts.public_layout("generator", (tiny_generator().config, 11)) is None
-    )  # heads that no table tells
+    )  # the number of heads is in no table
 
 
 # -- bad input -------------------------------------------------------------------------------------
 
 
 def refused(path, *message):
-    """Every way in says the same thing, in one message without a traceback."""
+    """Every function and command that reads the file gives the same single message without a
+    traceback.
+    """
     for load in (gear.load_tokenizer, open_checkpoint):
         with pytest.raises(UserError) as error:
             load(path)
@@ -289,7 +289,7 @@ def test_code_in_a_file_is_not_run(name, file, home):
         name,
         f"holds Python objects ({io.open.__module__}.open), which gear does not load",
     )
-    for protocol in range(6):  # a bare pickle, as files were before torch 1.6
+    for protocol in range(6):  # a bare pickle, the format before torch 1.6
         (home / "old.pt").write_bytes(
             pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol)
         )
@@ -348,7 +348,7 @@ def test_a_file_of_ours_without_its_card(home):
     refused(home / "other.safetensors", "no card of gear")
 
 
-SMALL = {  # every network of every layout, small: none of a released size
+SMALL = {  # small networks of every layout, none of a released size
     **{LAYOUT[family]: lambda family=family: tokenizer(family) for family in CONFIGS},
     "LlamaGen": generator,
     "LlamaGen, hybrid": lambda: Generator(
@@ -361,8 +361,8 @@ SMALL = {  # every network of every layout, small: none of a released size
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
-    """Whichever tensor it is, also one that a size is read from, and without a wall of its
-    neighbours.
+    """Any single tensor is named, also one from which a size is read, and without a long list of
+    other tensors.
     """
     of, shapes = layout(name.split(",")[0]), {}
     names = of.public(SMALL[name]())
@@ -392,8 +392,8 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
 
 
 def test_a_tensor_of_a_released_file_is_named_whichever_it_is():
-    """LlamaGen-S, B and the projectors of GEAR-L: what alone tells a size is known there from the
-    released sizes.
+    """For LlamaGen-S and -B and the projectors of GEAR-L, a tensor that alone gives a size is known
+    from the released sizes.
     """
     for name, tensor in (
         ("llamagen_s", "cls_embedding.embedding_table.weight"),
@@ -444,7 +444,7 @@ def test_weights_that_are_no_numbers(file):
 
 
 def test_a_card_that_does_not_fit(file, home):
-    """Cards and tensors of our own files are held against each other when they are read."""
+    """The cards and the tensors of gear's own files are compared when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
     with gear.public.tensorfiles.safe_open(path, "pt") as tensor_file:
@@ -488,8 +488,8 @@ def test_a_card_that_does_not_fit(file, home):
 
 
 def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
-    """A training job rewrites its checkpoint: what was loaded from it before must not be mapped
-    into it.
+    """A training job overwrites its checkpoint: the tensors that were loaded before must not be
+    mapped from it.
     """
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     loaded = gear.load_tokenizer(path)
@@ -498,7 +498,9 @@ def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
 
 
 def test_heads_are_told_by_a_table_or_a_width_of_64():
-    """LlamaGen's 3B has 32 heads of 100; a width that neither tells is refused, not guessed."""
+    """LlamaGen's 3B has 32 heads of 100 channels, from a table; other sizes have heads of 64. A
+    width that fits neither is refused.
+    """
     of = layout("LlamaGen")
 
     def shapes(layers, width):
@@ -565,7 +567,7 @@ def test_inputs_out_of_range(file):
     ):
         with pytest.raises(UserError, match="images are .B, 3, H, W. floats in .-1, 1., not"):
             vq.encode(images)
-    with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
+    with torch.no_grad():  # embeddings in a grid, and indices as bytes, give the same as indices
         grid = torch.arange(4).view(1, 2, 2)
         expected = ar(grid, torch.tensor([0]))
         torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), expected)
@@ -585,7 +587,7 @@ A, B = (
     public(tokenizer(), "LlamaGen VQ"),
     public(tokenizer(seed=1), "LlamaGen VQ"),
 )  # live and averaged weights
-# files that hold live weights, or averages, alone: content, where they lie, whether they are
+# files with live weights alone, or averages alone: content, location, and whether they are
 # averages
 ALONE = {
     **{
@@ -629,7 +631,7 @@ ALONE = {
         False,
     ),
 }
-BOTH = {  # files that hold both: content, and where each lies
+BOTH = {  # files with both: content, and the location of each
     "params": ({"params": A, "params_ema": B}, "params", "params_ema"),
     "timm": ({"state_dict": A, "state_dict_ema": B}, "state_dict", "state_dict_ema"),
     "model_ema": ({"model_ema": B, "model": A}, "model", "model_ema"),
@@ -726,8 +728,8 @@ def test_averages_beside_live_weights_are_listed_and_taken(name, file, capsys):
 
 
 def test_several_networks_under_prefixes_are_each_found(file, capsys):
-    """A generator with its tokenizer inside, and both beside each other; what is neither is named
-    as not read.
+    """The file has a generator with its tokenizer inside, and both beside each other; other entries
+    are listed as not read.
     """
     ar = public(generator(), "LlamaGen")
     for content in (
@@ -756,11 +758,11 @@ def test_two_of_one_kind_are_not_chosen_between(file):
     assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
     assert same_outputs(
         gear.load_tokenizer(file({"model": A, "state_dict": {**A}})), tokenizer()
-    )  # twice the same
+    )  # the same network twice
     broken = {n: t for n, t in B.items() if n != "encoder.conv_in.bias"}
     assert same_outputs(
         gear.load_tokenizer(file({"last": A, "best": broken})), tokenizer()
-    )  # one alone fits
+    )  # only one fits its layout
 
 
 def test_names_stay_strict_behind_a_prefix(file):
@@ -845,7 +847,7 @@ def test_weights_of_other_kinds_are_named(change, message, file):
     ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")),
 )
 def test_weights_that_are_no_numbers_are_named(value, message, file, tiny, home, capsys):
-    """Of a file and of a run alike; `inspect` says it, too."""
+    """The tensor is named for a file and for a run; `inspect` reports it, too."""
     wrong = A | {
         "encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)
     }
@@ -882,7 +884,7 @@ def packed(name, content):
     return gzip.compress(content) if name == "gzip" else archive.getvalue()
 
 
-INSTEAD = {  # what lies where weights should: its bytes, and what is said
+INSTEAD = {  # other files in the place of weights: bytes, and part of the message
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n",
         "a Git LFS pointer, not the weights: git lfs pull",
@@ -978,7 +980,9 @@ def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
 
 
 def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
-    """The length of its header, 379 bytes, begins with the byte of "{": it is no JSON."""
+    """The length of its header, 379 bytes, begins with the byte of "{"; the file is not taken for
+    JSON.
+    """
     padding = "x" * (379 - len(json.dumps({"__metadata__": {"p": ""}})))
     header = json.dumps({"__metadata__": {"p": padding}}).encode()
     assert len(header).to_bytes(8, "little")[:1] == b"{"
@@ -1110,7 +1114,7 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
 
 
 def test_a_run_is_reconstructed_as_it_was_trained(tiny, home):
-    """Its own images, size and interpolation, unless told otherwise."""
+    """By default the images, their size and the interpolation are those of the run."""
     path = tiny / "tiny" / "config.json"
     path.write_text(path.read_text().replace('"bicubic"', '"box"'))
     main(["reconstruct", "tiny", "--count", "2", "--out", str(home / "a.png")])

@@ -1,6 +1,4 @@
-"""Our networks compute what the public ones do: files written in the public layouts, loaded,
-against
-recorded outputs.
+"""Networks loaded from files in the public layouts give the recorded outputs of the public ones.
 
 tests/parity holds names and shapes of the public layouts (keys), inputs and outputs of the public
 code (cases), and the rule that fills weights from their names (weights.py).
@@ -51,7 +49,7 @@ def case(name):
 
 
 def assert_close(actual, recorded):
-    """Relative error under 1e-4."""
+    """The relative error is below 1e-4."""
     actual, recorded = actual.detach().double(), recorded.double()
     assert actual.shape == recorded.shape
     assert float((actual - recorded).norm() / recorded.norm()) < 1e-4
@@ -59,7 +57,7 @@ def assert_close(actual, recorded):
 
 # -- outputs ---------------------------------------------------------------------------------------
 
-WRAPPED = {  # one wrapping each, of those that the files come in
+WRAPPED = {  # one of the usual wrappings for each
     "vq16": lambda sd: {"vq": sd, "steps": 400_000, "args": {"lr": 1e-4}},
     "lfq16": lambda sd: {
         "state_dict": {f"model_ema.{n.replace('.', '')}": t for n, t in sd.items()},
@@ -73,8 +71,8 @@ WRAPPED = {  # one wrapping each, of those that the files come in
     "name", ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", marks=SLOW)]
 )
 def test_tokenizer(name, home):
-    """Indices equal; reconstruction, A, soft read-out with its gradient to the image, and every
-    loss term within 1e-4.
+    """Indices are equal; the reconstruction, A, the soft read-out with its gradient to the image,
+    and every loss term agree within 1e-4.
     """
     torch.save(WRAPPED[name](state_dict(name)), home / f"{name}.pt")
     tokenizer, recorded = gear.load_tokenizer(home / f"{name}.pt"), case(name)
@@ -180,8 +178,8 @@ BY_NAME_ONLY = {"llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_XL_256"}  #
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_and_shape_is_ours(name):
-    """In both directions: each public name of the layout is one of our tensors, and the reverse,
-    but for extra buffers.
+    """Each public name of the layout is one of our tensors and the reverse, except for extra
+    buffers.
     """
     public = shapes(name)
     layout = gear.public.layouts.recognise(public, name)
@@ -197,12 +195,14 @@ def test_every_public_name_and_shape_is_ours(name):
              for n in NAMES if n not in BY_NAME_ONLY]
 )  # fmt: skip
 def test_round_trip_is_bit_identical(name, home):
-    """Public -> ours -> public, in the wrapping that LlamaGen's files have; optional buffers come
-    back where they were.
+    """Public -> ours -> public, in the wrapping of LlamaGen's files; optional buffers come back as
+    they were.
     """
     public_tensors = state_dict(name)
     if name == "discriminator":
-        public_tensors["main.3.num_batches_tracked"] = torch.tensor(7)  # one is there, two are not
+        public_tensors["main.3.num_batches_tracked"] = torch.tensor(
+            7
+        )  # one counter is present, two are missing
     wrap = {"discriminator": "discriminator", "projector": "projectors"}.get(
         name.split("_")[0], "model"
     )

@@ -1,5 +1,5 @@
-"""The packaged teacher is frozen and standardised; a grid or a name that does not fit says what
-would.
+"""The packaged teacher is frozen and standardised; a message about a grid or a name that does not
+fit says what would.
 """
 
 import json
@@ -26,17 +26,15 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def rows(teacher):
-    """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L,
-    144).
+    """Channel features before standardisation, (N L, 144), of 512 scenes on which it was not
+    standardised.
     """
     with torch.no_grad():
         return teacher.channels(scenes(512, first=1 << 40)[0]).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def test_it_is_what_the_recipe_makes():
-    """The card's configuration, completed by what has become a field since, is that of the
-    recipe.
-    """
+    """The card's configuration, completed by fields added since, is that of the recipe."""
     card = json.loads(PACKAGED.with_suffix(".json").read_text())
     del card["config"]["version"]
     assert from_dict(Config, card["config"]) == plan(recipe("teacher-scenes"))[0][1]
@@ -58,8 +56,8 @@ def test_features_lie_on_the_grid_in_raster_order(teacher):
 
 
 def test_channels_are_standardised_over_the_scenes(teacher, rows):
-    """Mean about 0 and spread about 1 on other scenes than those that set them; raw channels have
-    neither.
+    """On scenes other than those that set them, the mean is about 0 and the standard deviation
+    about 1; raw channels have neither.
     """
     standard = (rows - teacher.mean) / teacher.std
     assert standard.mean(0).abs().max() < 0.1 and (standard.std(0) - 1).abs().max() < 0.15
@@ -67,7 +65,9 @@ def test_channels_are_standardised_over_the_scenes(teacher, rows):
 
 
 def test_features_are_principal_components(teacher, rows):
-    """Orthonormal directions, uncorrelated features, largest spread first, most of the variance."""
+    """The directions are orthonormal and the features uncorrelated; the largest variance comes
+    first, and together they explain most of it.
+    """
     torch.testing.assert_close(
         teacher.components @ teacher.components.T, torch.eye(64), rtol=0, atol=1e-5
     )
@@ -80,15 +80,13 @@ def test_features_are_principal_components(teacher, rows):
 
 
 def test_any_two_patches_are_not_alike(teacher):
-    """What the standardisation is for: patches of different scenes have a mean cosine of about
-    0.
-    """
+    """Because of the standardisation, patches of different scenes have a mean cosine of about 0."""
     features = torch.nn.functional.normalize(teacher(scenes(64)[0]), dim=-1)
     assert abs((features[:-1] * features[1:]).sum(-1).mean()) < 0.15
 
 
 def test_it_sees_the_factors(teacher):
-    """Cross entropies far below those of a guess, on scenes it was not trained on."""
+    """The cross entropies are far below those of a guess, on scenes on which it was not trained."""
     factors = torch.from_numpy(Scenes(1 << 40, 128, 32).factors(range(128), 4))
     with torch.no_grad():
         losses = teacher.factor_losses(scenes(128, first=1 << 40)[0], factors)
@@ -178,7 +176,7 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     with pytest.raises(UserError, match="do not fit this teacher x:\n  missing stem.weight"):
         check_fit(network, named_for(network, partly), "w", "teacher x")
     itself = {"epoch": 3}
-    itself["model"] = itself  # a file may hold a dictionary within itself
+    itself["model"] = itself  # a dictionary in a file may contain itself
     torch.save(itself, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth holds no tensors by name"):
         read_tensors(tmp_path / "w.pth")

@@ -1,8 +1,6 @@
-"""Public vision transformers as teachers: their library's own features, of an input made by hand,
-on the token grid.
-
-Weights are random, seeded and of the true architecture, in files of the true layout: none is on
-this machine.
+"""Public vision transformers as teachers: they give the library's own features of an input that is
+written out here, on the token grid. Weights are random, seeded and of the true architecture, in
+files of the true layout, because no published file is on this machine.
 """
 
 import functools
@@ -42,7 +40,7 @@ def needs(name):
 
 
 def stirred(network, seed=0):
-    """Give every tensor of a network seeded random values: every token, scale and bias then
+    """Give every tensor of a network seeded random values, so that every token, scale and bias
     matters.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -57,8 +55,8 @@ def stirred(network, seed=0):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A function name -> (library's network, its weight file, the teacher of 256 px loaded from
-    there), each made once.
+    """A function from a name to (the library's network, its weight file, the teacher of 256 px
+    loaded from the file), each made once.
     """
     folder = tmp_path_factory.mktemp("weights")
 
@@ -72,13 +70,15 @@ def stored(tmp_path_factory):
         return network, path, load_teacher(f"{name}={path}", PIXELS, 16)
 
     yield make
-    for path in folder.iterdir():  # gigabytes, which pytest would keep
+    for path in folder.iterdir():  # pytest would store gigabytes otherwise
         path.unlink()
 
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """Empty caches of the hub and of torch, and sockets that raise; returns the list of what was tried."""
+    """Empty the caches of the hub and of torch, and make sockets raise; returns the list of
+    attempted connections.
+    """
     tried = []
 
     def refuse(*arguments, **keywords):
@@ -96,7 +96,7 @@ def no_network(monkeypatch, tmp_path):
 
 @functools.cache
 def meta_teacher(name, size, stride=16):
-    """A teacher of the true architecture without values: shapes alone."""
+    """A teacher of the true architecture without values, for shapes alone."""
     needs(name)
     with torch.device("meta"):
         return ViTTeacher(
@@ -119,8 +119,8 @@ def normalised(pixels, mean, std):
 
 
 def bicubic(side):
-    """The plain bicubic resize, a = -0.75, edges repeated, no antialias, as matrices: (B, C, n, n)
-    -> (B, C, side, side).
+    """Plain bicubic resizing by matrices, (B, C, n, n) -> (B, C, side, side): a = -0.75, repeated
+    edges, no antialias.
     """
 
     def resize(pixels):
@@ -143,7 +143,7 @@ def dinov2_input(pixels):
     return bicubic(pixels.shape[-1] // 16 * 14)(normalised(pixels, *IMAGENET))
 
 
-ORACLES = {  # gear.md, section 4: pixels in [0, 1] -> the network's input
+ORACLES = {  # name -> function from pixels in [0, 1] to the network's input
     "dinov2-b": dinov2_input,
     "dinov2-l": dinov2_input,
     "dinov3-b": lambda pixels: normalised(pixels, *IMAGENET),
@@ -159,7 +159,7 @@ SIZES = [
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_the_input_is_made_as_by_hand(name, size):
-    """uint8 / 255, then what the table says, in its order; in float32 up to its rounding."""
+    """The input is uint8 / 255 after the steps of the table in their order, up to float32 rounding."""
     needs(name)
     integers = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1))
     network = torch.nn.Module()
@@ -178,7 +178,7 @@ def test_the_input_is_made_as_by_hand(name, size):
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_one_feature_a_token(name, size):
-    """At 256, 384 and 512 px the true network, without values, hands out a feature of its width a
+    """At 256, 384 and 512 px the true network, without values, gives one feature of its width per
     token of stride 16.
     """
     teacher = meta_teacher(name, size)
@@ -236,7 +236,7 @@ def test_dinov2_resizes_to_any_grid():
 def test_a_grid_that_cannot_match_says_what_the_teacher_takes(
     name, size, stride, takes, no_network
 ):
-    """Before any weight is looked for."""
+    """The error comes before any weights are looked for."""
     for action in (load_teacher, check_installed):
         with pytest.raises(
             UserError, match=rf"the teacher {name} cannot match the grid of .*{re.escape(takes)}"
@@ -246,7 +246,7 @@ def test_a_grid_that_cannot_match_says_what_the_teacher_takes(
 
 
 def test_another_image_size_than_the_teacher_was_loaded_for_is_an_error():
-    """V-JEPA's positions and SigLIP's table are of one size."""
+    """V-JEPA's positions and SigLIP's table fit one size."""
     with pytest.raises(UserError, match="a teacher of 256 px images got 384 x 384 px"):
         meta_teacher("dinov3-b", 256)(torch.empty(1, 3, 384, 384))
 
@@ -255,8 +255,8 @@ def test_another_image_size_than_the_teacher_was_loaded_for_is_an_error():
 
 
 def library_tokens(name, network, pixels):
-    """The library's own forward: {-1: the tokens it returns, n: what a hook on block n, counted
-    from 1, sees}.
+    """Return the outputs of the library's own forward: {-1: the tokens it returns, n: those of a
+    hook on block n, counted from 1}.
     """
     outputs = {}
 
@@ -277,7 +277,7 @@ def library_tokens(name, network, pixels):
 
 
 def z_scored(z):
-    """(z - 0.6 mean) / (std + 1e-6) by image and channel, the variance over L - 1."""
+    """Return (z - 0.6 mean) / (std + 1e-6) per image and channel, with the variance over L - 1."""
     mean = z.sum(1, keepdim=True) / z.shape[1]
     variance = ((z - mean) ** 2).sum(1, keepdim=True) / (z.shape[1] - 1)
     return (z - 0.6 * mean) / (variance.sqrt() + 1e-6)
@@ -291,11 +291,11 @@ SPECIAL = {
     "vjepa2-l": 0,
     "vjepa2.1-b": 0,
     "clip-l": 1,
-}  # tokens that are no patch
+}  # class and register tokens
 
 
 def check_features(name, stored):
-    """Compare a teacher's features, of its last layer and of two others, with the library's on the
+    """Compare a teacher's features, of the last layer and of two others, with the library's for the
     same input.
     """
     network, path, teacher = stored(name)
@@ -308,7 +308,9 @@ def check_features(name, stored):
         for n, t in library_tokens(name, network, teacher.preprocess(images)).items()
     }
     depth = len(blocks(network))
-    expected = tokens[depth if name == "clip-l" else -1]  # CLIP's norm is its class token's
+    expected = tokens[
+        depth if name == "clip-l" else -1
+    ]  # CLIP's norm applies to its class token only
     assert (
         expected.shape == (1, 256, teacher.dim)
         and expected.std() > 0.1
@@ -341,8 +343,8 @@ def test_features_are_the_librarys_for_slow_networks(name, stored):
 
 @pytest.mark.slow
 def test_siglip_is_the_one_of_transformers(stored, tmp_path):
-    """Google's own file, text tower and all, gives what SiglipVisionModel gives: the GELU by tanh,
-    the norm at the end.
+    """Google's own file, text tower included, gives the features of SiglipVisionModel, with the
+    tanh GELU and the final norm.
     """
     transformers = pytest.importorskip("transformers")
     with torch.no_grad():
@@ -360,7 +362,7 @@ def test_siglip_is_the_one_of_transformers(stored, tmp_path):
         "logit_scale": torch.ones(1),
     }
     save_file(tensors, tmp_path / FILE)
-    teacher = load_teacher(f"siglip2-b={tmp_path}", PIXELS, 16)  # the folder will do
+    teacher = load_teacher(f"siglip2-b={tmp_path}", PIXELS, 16)  # the folder is enough
     (tmp_path / FILE).unlink()
     images = pictures()
     torch.testing.assert_close(
@@ -369,7 +371,7 @@ def test_siglip_is_the_one_of_transformers(stored, tmp_path):
 
 
 def facebook_names(name, tensors):
-    """Undo what the libraries did to the names of facebookresearch's files."""
+    """Restore the names of facebookresearch's files, which the libraries changed."""
     if name == "dinov2-b":
         return {**tensors, "mask_token": torch.zeros(1, 768)}
     original = {"mask_token": torch.zeros(1, 768), "rope_embed.periods": torch.ones(16)}
@@ -388,7 +390,9 @@ def facebook_names(name, tensors):
 
 @pytest.mark.parametrize("name", ("dinov2-b", "dinov3-b"))
 def test_the_original_files_names_are_read(name, stored, tmp_path):
-    """A .pth in the project's own names, half precision, head and all, gives the same network."""
+    """A .pth file with the project's own names, in half precision and with its head, gives the same
+    network.
+    """
     network, _, _ = stored(name)
     tensors = network.state_dict()
     path = tmp_path / "original.pth"
@@ -411,7 +415,7 @@ def test_spatial_normalisation_is_its_formula():
         torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
         + 2
     )
-    z[0, :, 0] = 5.0  # no spread at all
+    z[0, :, 0] = 5.0  # a standard deviation of 0
     torch.testing.assert_close(spatially_normalised(z), z_scored(z))
     normal = spatially_normalised(z)[1:]
     torch.testing.assert_close(normal.std(1), torch.ones(2, 7).double(), rtol=1e-5, atol=0)
@@ -421,16 +425,16 @@ def test_spatial_normalisation_is_its_formula():
 
 
 def test_features_are_kept_by_content_weights_layer_and_size(stored):
-    """On a CPU: the second look computes nothing, and no two teachers of different features share a
-    key.
+    """On a CPU the second call computes nothing, and no two teachers with different features share
+    a key.
     """
     teacher = stored("dinov2-b")[2]
     small, images = ViTTeacher("dinov2-b", teacher.network, teacher.sha256, 32, 4), scenes(3)[0]
     first = small(images)
     torch.testing.assert_close(
         first, small.features(images), rtol=1e-2, atol=1e-2
-    )  # kept in half precision
-    small.cached.compute = None  # would raise
+    )  # stored in half precision
+    small.cached.compute = None  # a call would raise
     assert torch.equal(small(images), first) and first.dtype == torch.float32
     others = [
         ViTTeacher("dinov2-b", teacher.network, sha256, size, 16, layer)
@@ -445,8 +449,8 @@ def test_features_are_kept_by_content_weights_layer_and_size(stored):
 
 @pytest.mark.parametrize(("others", "widths"), (("", [768]), ("scenes,", [64, 768])))
 def test_training_looks_at_such_a_teacher(others, widths, stored):
-    """A state of the preset `tiny`, a grid of 8 x 8 at 32 px, alone and beside another: the losses
-    are finite cosines.
+    """A state of the preset `tiny`, with a grid of 8 x 8 at 32 px, has losses that are finite
+    cosines, with this teacher alone and beside another.
     """
     teacher = f"{others}dinov2-b@2={stored('dinov2-b')[1]}"
     state = State(
@@ -518,8 +522,8 @@ def test_several_teachers_are_a_list():
 
 @pytest.mark.parametrize("name", VITS)
 def test_missing_weights_say_what_and_where_and_nothing_is_fetched(name, no_network, monkeypatch):
-    """Offline by $HF_HUB_OFFLINE or by argument: one message with file, size, project and the way
-    to give a path.
+    """Offline by $HF_HUB_OFFLINE or by argument, one message names the file, its size, the project
+    and the option that takes a path.
     """
     needs(name)
     vit = VITS[name]
@@ -595,8 +599,8 @@ def in_cache(folder, content):
 
 
 def hollow(name, path, **changes):
-    """Write a file of the right names and shapes and of zeros, with `changes`: {name: shape, or
-    None to leave it out}.
+    """Write a file with the right names and shapes, of zeros, with `changes`: {name: shape, or None
+    to leave it out}.
     """
     shapes = {n: t.shape for n, t in meta_teacher(name, 256).network.state_dict().items()} | changes
     torch.save(
@@ -620,7 +624,9 @@ def test_a_file_that_does_not_fit_lists_what_does_not(tmp_path):
 
 
 def test_another_models_file_does_not_fit(tmp_path):
-    """Nothing is resampled to make it: a patch of 16 px is none of 14, 512 px are not 256."""
+    """Nothing is resampled to make it fit, neither patches of 16 px to 14, nor positions of 512 px
+    to 256.
+    """
     file = {name: hollow(name, tmp_path / f"{name}.pth") for name in BASE}
     with pytest.raises(UserError, match=r"do not fit this teacher dinov2-b:\n  missing pos_embed"):
         check_installed(f"dinov2-b={file['dinov3-b']}")
@@ -637,7 +643,7 @@ def test_another_models_file_does_not_fit(tmp_path):
         check_installed(f"siglip2-b={file['siglip2-b']}", DataConfig(image_size=512), 16)
     for name in BASE:
         check_installed(f"{name}={file[name]}", PIXELS, 16)
-        check_installed(f"{name}={file[name]}")  # what the images' size does not tell is not asked
+        check_installed(f"{name}={file[name]}")  # weights of an unknown size are not looked for
 
 
 @pytest.mark.parametrize(
@@ -679,8 +685,8 @@ def test_a_missing_library_says_what_to_install(name, monkeypatch):
 
 
 def test_loading_leaves_the_random_numbers_alone(stored):
-    """What is initialised after a teacher does not depend on which one it was."""
-    path = stored("dinov2-b")[1]  # made by the first that asks, with random numbers
+    """The initialisation of a network after a teacher does not depend on which teacher was loaded."""
+    path = stored("dinov2-b")[1]  # built on first use, with random numbers
     torch.manual_seed(0)
     load_teacher(f"dinov2-b={path}", PIXELS, 16)
     after = torch.rand(3)
@@ -690,8 +696,8 @@ def test_loading_leaves_the_random_numbers_alone(stored):
 
 @pytest.mark.parametrize("name", VITS)
 def test_the_table_tells_the_size_of_the_files(name):
-    """In float32, with the heads that the file has and we leave out: within a tenth; V-JEPA 2.1's
-    has all of its training.
+    """The size is that of the network in float32 within a tenth, with the heads that the file has
+    and we leave out; V-JEPA 2.1's file has all of its training.
     """
     teacher = meta_teacher(name, 256)
     megabytes = sum(t.numel() for t in teacher.network.state_dict().values()) * 4 / 1e6

@@ -1,8 +1,8 @@
-"""V-JEPA 2.1 as a teacher: files in the layout of facebookresearch/vjepa2, features against its
-forward written here once more.
+"""V-JEPA 2.1 as a teacher: it reads files in the layout of facebookresearch/vjepa2, and its features
+are those of a second implementation of the forward pass, written here.
 
-The network has the published shape but for width and depth; its weights are random and large enough
-for positions to matter.
+The network has the published architecture except for width and depth. Its weights are random, and
+large enough for positions to matter.
 """
 
 import math
@@ -26,7 +26,7 @@ FILE, FOLDER = VITS[NAME].file, VITS[NAME].repo
 
 
 def shapes(width, depth):
-    """The encoder's tensors in the published file, {name: shape}."""
+    """Return the encoder's tensors in the published file, {name: shape}."""
     linear = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -46,7 +46,9 @@ def shapes(width, depth):
 
 
 def random_tensors(seed):
-    """Weights that keep the size of what goes through them, norms about 1, biases of 0.3."""
+    """Return random weights that preserve the scale of their input, with norms about 1 and biases
+    of 0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes(WIDTH, DEPTH).items():
@@ -58,8 +60,8 @@ def random_tensors(seed):
 
 
 def checkpoint(tensors):
-    """The published file around an encoder: the student, the predictor and the optimizer beside the
-    average.
+    """Return the content of the published file for an encoder: the live encoder, the predictor and
+    the optimizer beside the average.
     """
     named = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
     return {
@@ -74,7 +76,7 @@ def checkpoint(tensors):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The teacher's entry at another width and depth, and a function that writes a file of such
+    """Reduce the teacher's entry in width and depth; returns a function that writes a file of such
     weights with changes: {name: tensor, or None to leave it out}.
     """
     options = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
@@ -103,8 +105,8 @@ def linear(x, t, name):
 
 
 def turns(side, span):
-    """exp(i angle) of every token and pair of channels: 10 pairs by frame (which is 0), 10 by row,
-    10 by column, 2 not at all.
+    """Return exp(i angle) for every token and pair of channels: 10 pairs by the frame (which is 0),
+    10 by the row, 10 by the column, and 2 unrotated.
     """
     angles = torch.zeros(side * side, 32, dtype=torch.float64)
     for row in range(side):
@@ -129,8 +131,8 @@ def attention(x, t, name, turn):
 
 
 def published(t, images, layer=DEPTH, span=16, modality="img_mod_embed"):
-    """Images (B, 3, H, H) in [-1, 1] -> the tokens of the image branch, (B, L, WIDTH) float64:
-    after the last norm, or of an earlier block.
+    """Images (B, 3, H, H) in [-1, 1] -> the tokens of the image branch, (B, L, WIDTH) float64,
+    after the last norm or of an earlier block.
     """
     t = {name: tensor.double() for name, tensor in t.items()}
     x = normalised((images.double() + 1) / 2, *IMAGENET)
@@ -148,8 +150,8 @@ def published(t, images, layer=DEPTH, span=16, modality="img_mod_embed"):
 
 @pytest.mark.parametrize("size", (96, 256, 384))
 def test_features_are_those_of_the_published_forward(size, small):
-    """Of the averaged encoder, at its grid of 16 and at two that are stretched to it; spatially
-    normalised.
+    """The features of the averaged encoder agree at its grid of 16 and at two to which it is
+    stretched; they are spatially normalised.
     """
     tensors, images = random_tensors(0), pictures(2, size)
     spec, data = small(tensors), DataConfig(image_size=size)
@@ -165,8 +167,8 @@ def test_features_are_those_of_the_published_forward(size, small):
 
 
 def test_such_weights_would_show_what_is_missing():
-    """Positions as they are counted, and the vector of videos, give features a thousand tolerances
-    away.
+    """Unscaled positions, or the vector of videos, would change the features by a thousand
+    tolerances.
     """
     tensors, images = random_tensors(0), pictures(1, 384)
     expected = published(tensors, images)
@@ -178,14 +180,14 @@ def test_such_weights_would_show_what_is_missing():
 
 
 def test_the_published_file_fits(tmp_path):
-    """158 tensors of 86,833,152 values, of which the teacher takes those of its branch and checks
-    each.
+    """The file has 158 tensors of 86,833,152 values; the teacher loads those of its branch and
+    checks each.
     """
     tensors = {n: torch.zeros(()).expand(shape) for n, shape in shapes(768, 12).items()}
     assert len(tensors) == 158 and sum(t.numel() for t in tensors.values()) == 86_833_152
     torch.save({"ema_encoder": tensors}, tmp_path / FILE)
     check_installed(f"{NAME}={tmp_path / FILE}")
-    check_installed(f"{NAME}={tmp_path}", DataConfig(image_size=384), 16)  # the folder will do
+    check_installed(f"{NAME}={tmp_path}", DataConfig(image_size=384), 16)  # the folder is enough
     with pytest.raises(UserError, match="do not fit this teacher vjepa2-l"):
         check_installed(f"vjepa2-l={tmp_path / FILE}")
 

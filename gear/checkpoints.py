@@ -1,5 +1,6 @@
-"""Weights into networks, by a run's name or a file's path. Loading is strict: an error lists every
-name that does not fit.
+"""Loading networks by a run's name or a file's path.
+
+Loading is strict: one error lists every tensor that does not fit.
 """
 
 import functools
@@ -21,59 +22,63 @@ from gear.weights import listed, load_module, load_networks, not_finite
 
 
 def load_tokenizer(source, ema=True, step=None):
-    """Load a tokenizer from a run's name or a file of any known layout: evaluation mode, frozen,
-    float32.
+    """Load a tokenizer, frozen, in evaluation mode and float32.
 
-    Averaged weights are taken where there are any, unless `ema` is false; of a run the newest
-    checkpoint, or that of `step`. `tokenizer.source` says what was taken. Raises UserError for what
-    is no checkpoint, of an unknown layout, incomplete, or holds no tokenizer.
+    `source` is a run's name or a file of any known layout. Averaged weights are loaded where there
+    are any, unless `ema` is false. From a run the newest checkpoint is loaded, or that of `step`.
+    `tokenizer.source` describes the weights. Raises UserError for a file that is no checkpoint, has
+    an unknown layout or is incomplete, and where there is no tokenizer.
     """
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("tokenizer", ema)
-    return _built(Tokenizer, (part.size, checkpoint.precision), checkpoint, name)
+    return _build(Tokenizer, (part.size, checkpoint.precision), checkpoint, name)
 
 
 def load_generator(source, ema=True, step=None):
-    """Load a generator, as `load_tokenizer` does; `generator.grid` is the token grid of a run's
-    images, 16 x 16 for a file.
+    """Load a generator, frozen, in evaluation mode and float32; see `load_tokenizer`.
+
+    `generator.grid` is the token grid of the run's images, if known, and 16 x 16 otherwise.
     """
     checkpoint = open_checkpoint(source, step)
     name, part = checkpoint.part("generator", ema)
     build = functools.partial(Generator, grid=checkpoint.grid) if checkpoint.grid else Generator
-    return _built(build, part.size, checkpoint, name)
+    return _build(build, part.size, checkpoint, name)
 
 
 def load_discriminator(source):
-    """Load the PatchGAN of a public file, whose BatchNorm uses the batch's own statistics: training
-    mode, frozen.
+    """Load the PatchGAN of a public file, frozen and in training mode.
+
+    In training mode its BatchNorm uses the statistics of the batch. Raises UserError where there is
+    none, and for a run.
     """
     checkpoint = open_checkpoint(source)
     name, part = checkpoint.part("discriminator")
     if part.layout is None:
         raise UserError(
-            f"the discriminator of '{source}' is a run's own: it comes back with the run, gear "
-            f"train {source}."
+            f"the discriminator of '{source}' belongs to a run: it is loaded when the run is "
+            f"trained further, gear train {source}."
         )
-    return _built(part.layout.build, (part.size,), checkpoint, name).train()
+    return _build(part.layout.build, (part.size,), checkpoint, name).train()
 
 
 def is_file(source):
-    """Say whether `source` names a file of weights, there or not, and no run."""
+    """Return whether `source` names a file of weights, which need not exist, and not a run."""
     path = Path(source).expanduser()
     if path.is_file():
         return True
-    looks_like_one = path.suffix in WEIGHTS or len(path.parts) > 1
-    return looks_like_one and str(source) not in run_names(str(source))
+    looks_like_file = path.suffix in WEIGHTS or len(path.parts) > 1
+    return looks_like_file and str(source) not in run_names(str(source))
 
 
 def tokenizer_start(source, frozen=False):
-    """Return the weights from which training goes on, {"tokenizer", "tokenizer_ema",
-    "discriminator": {name: tensor}}, float32, and in which precision the tokenizer encodes.
+    """Return the tokenizer weights from which training continues, and the precision in which the
+    tokenizer encodes.
 
-    `source` is a run, or a file of any known layout. Where a file has live weights alone, or
-    averaged ones alone, both entries are those; a file without a discriminator leaves that out.
-    `frozen`: only "tokenizer_ema", which a generator is trained on. Raises UserError as
-    `load_tokenizer` does.
+    The weights are {"tokenizer", "tokenizer_ema", "discriminator": {name: tensor}} in float32.
+    `source` is a run, or a file of any known layout. A file with live weights alone, or with
+    averaged ones alone, gives the same weights for both entries. A file without a discriminator
+    gives no such entry. With `frozen` the only entry is "tokenizer_ema", on which a generator is
+    trained. Raises UserError as `load_tokenizer` does.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.container == "run" and "tokenizer_ema" not in checkpoint.parts:
@@ -85,15 +90,15 @@ def tokenizer_start(source, frozen=False):
         parts["tokenizer"] = checkpoint.part("tokenizer", ema=not is_live)[1]
         if checkpoint.container == "run" or "discriminator" in checkpoint.parts:
             parts["discriminator"] = checkpoint.part("discriminator")[1]
-    return {name: _copied(part) for name, part in parts.items()}, checkpoint.precision
+    return {name: _copy_tensors(part) for name, part in parts.items()}, checkpoint.precision
 
 
-def _copied(part):
-    """Return a Part's tensors, float32, and the counters of BatchNorm that a file may lack, on
-    which no output depends.
+def _copy_tensors(part):
+    """Return copies of a Part's tensors, {our name: tensor}, with floats as float32.
 
-    They are copies, for the file may be mapped into memory, and be written again while a network is
-    in use.
+    They are copies because the file may be mapped into memory, and overwritten while a network is
+    in use. BatchNorm's counters, which a file may lack, are added with the value 0: no output
+    depends on them.
     """
     counters = {}
     for name in part.tensors:
@@ -105,11 +110,14 @@ def _copied(part):
     }
 
 
-def _built(build, arguments, checkpoint, name):
+def _build(build, arguments, checkpoint, name):
+    """Return the network of the part `name`, built by `build(*arguments)`, frozen, with its weights
+    and a description of them in `source`.
+    """
     part = checkpoint.parts[name]
     with torch.device("meta"):
         module = build(*arguments)
-    load_module(module, _copied(part), checkpoint.source, assign=True)
+    load_module(module, _copy_tensors(part), checkpoint.source, assign=True)
     step = "" if checkpoint.step is None else f", step {checkpoint.step}"
     place = f", from '{part.place}'" if part.place else ""
     module.source = (
@@ -120,34 +128,35 @@ def _built(build, arguments, checkpoint, name):
 
 
 def open_checkpoint(source, step=None):
-    """Read a file, or a run by its name (the newest checkpoint, or that of `step`): a Checkpoint.
+    """Read a file, or a run by its name, as a Checkpoint.
 
-    Raises UserError where there is neither.
+    From a run the newest checkpoint is read, or that of `step`. Raises UserError where there is
+    neither a file nor a run.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return read_checkpoint(path)
     if is_file(source):
         files = sorted(file.name for file in path.glob("*") if file.suffix in WEIGHTS)
-        inside = f"; give a file in it, {', '.join(files[:3])}" if files else ""
-        what = (
-            f"that is a folder; a run is opened by its name{inside}"
+        hint = f"; give a file in it, {', '.join(files[:3])}" if files else ""
+        reason = (
+            f"that is a folder; a run is opened by its name{hint}"
             if path.is_dir()
             else "there is no such file"
         )
-        raise UserError(f"no checkpoint {path}: {what}.")
-    return _of_run(Run.open(str(source)), step)
+        raise UserError(f"no checkpoint {path}: {reason}.")
+    return _checkpoint_of_run(Run.open(str(source)), step)
 
 
 def describe(checkpoint):
-    """Say what a Checkpoint holds, in lines: layout, sizes, parameters of each part, training
-    step.
+    """Describe a Checkpoint as text: its training step, and layout, sizes and number of parameters
+    of each part.
     """
     step = "not recorded" if checkpoint.step is None else checkpoint.step
     lines = [f"{checkpoint.source}: {CONTAINERS[checkpoint.container]}, training step {step}"]
     for name, part in checkpoint.parts.items():
         if part.fault:
-            lines.append(f"  {name:16} cannot be taken: {part.fault}")
+            lines.append(f"  {name:16} cannot be loaded: {part.fault}")
             continue
         layout = part.layout.name if part.layout else "gear's own"
         dtypes = ", ".join(
@@ -156,21 +165,22 @@ def describe(checkpoint):
         place = f", from '{part.place}'" if part.place else ""
         lines.append(
             f"  {name:16} {part.parameters:>13,} parameters, {dtypes}, layout: "
-            f"{layout}{_described(part.size)}{place}"
+            f"{layout}{_describe_size(part.size)}{place}"
         )
         if faults := not_finite(part.tensors):
             lines.append(
-                f"  {'':16} cannot be taken: "
-                f"{listed('there are weights that are no numbers', faults)}"
+                f"  {'':16} cannot be loaded: "
+                f"{listed('there are weights that are not finite', faults)}"
             )
         if part.extras:
             lines.append(f"  {'':16} kept beside them: {', '.join(part.extras)}")
     lines += [f"  not read: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
-    # a name may be no Unicode text
+    # a name may contain bytes that are not valid text, which printing would refuse
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
-def _described(size):
+def _describe_size(size):
+    """Describe the size of a tokenizer or a generator; returns "" for other networks."""
     if isinstance(size, TokenizerConfig):
         return f"; {size.codebook_size} codes of {size.code_dim}, downsampling {size.downsampling}"
     config, codes = size if size and isinstance(size[0], GeneratorConfig) else (None, None)
@@ -190,7 +200,8 @@ def _described(size):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def _of_run(run, step=None):
+def _checkpoint_of_run(run, step=None):
+    """Return the Checkpoint of a run; raises UserError for a configuration without a network."""
     groups, config = load_networks(run, step=step), run.config
     try:
         tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
@@ -215,7 +226,7 @@ def _of_run(run, step=None):
         TypeError,
         UserError,
         ValueError,
-    ) as error:  # sizes that no network has
+    ) as error:  # a configuration that describes no network
         raise UserError(
             f"{run.path / 'config.json'} is damaged ({first_line(error)}): restore it, or remove "
             "the run and train it again."

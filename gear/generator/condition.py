@@ -1,4 +1,4 @@
-"""What a generator is told of an image before its first token: a class, or a caption's features."""
+"""The condition of a generator, which precedes the tokens: a class, or a caption's features."""
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ def build_condition(config):
 
 
 class ClassCondition(nn.Embedding):
-    """A class per image, labels (B,) int64, embedded in one position; the last row stands for "no
-    class".
+    """Embedding of one class per image: labels (B,) int64 take one position each.
+
+    The last row of the table stands for "no class".
     """
 
     is_caption = False
@@ -23,35 +24,37 @@ class ClassCondition(nn.Embedding):
         self.no_class = config.num_classes
 
     def check(self, labels, mask=None, check=True):
-        """Return (labels, None); raises UserError for what are no labels, or, with `check`, for
-        labels out of range.
+        """Return (labels, None), the labels as int64.
+
+        Raises UserError unless `labels` has the shape (B,) and `mask` is None, and, with `check`,
+        for labels out of range.
         """
         if mask is not None or labels.ndim != 1 or labels.numel() == 0:
             raise UserError(
-                "this generator is conditioned on a class: give it labels (B,), and no mask."
+                "this generator is conditioned on a class: give it labels (B,) and no mask."
             )
         if check:
             check_range(labels, self.no_class + 1, "labels")
         return labels.long(), None
 
     def embed(self, labels):
-        """Embed labels (B,): (B, 1, D)."""
+        """Embed labels: (B,) -> (B, 1, D)."""
         return self(labels)[:, None]
 
     def none(self, labels, mask=None):
-        """Return (labels, None) that stand for no class, as many as are given."""
+        """Return (labels, None) in which every label stands for "no class"."""
         return torch.full_like(labels, self.no_class), None
 
     def drop(self, labels, mask, dropped):
-        """Return (labels, None), those replaced by none where `dropped` (B,) bool is true."""
+        """Return (labels, None), with "no class" where `dropped` (B,) bool is true."""
         return torch.where(dropped, self.none(labels)[0], labels), None
 
 
 class CaptionCondition(nn.Sequential):
-    """A caption per image, features (B, T, F) of a text encoder, projected to T positions.
+    """Projection of one caption per image: features (B, T, F) of a text encoder to T positions.
 
-    `mask` (B, T) bool is true where a slot is filled (default: all); captions are padded on either
-    side.
+    A mask (B, T) bool is true for the slots that are filled (default: all). Captions may be padded
+    on either side.
     """
 
     is_caption = True
@@ -63,12 +66,15 @@ class CaptionCondition(nn.Sequential):
             nn.GELU("tanh"),
             nn.Linear(width, width, bias=False),
         )
-        self.slots, self.dim = config.text_slots, config.text_dim
-        self.no_caption = None  # (features (T, F), mask (T,)) of the empty text: its user sets it
+        self.slots = config.text_slots
+        self.dim = config.text_dim
+        self.no_caption = None  # (features (T, F), mask (T,)) of the empty text, set by the user
 
     def check(self, features, mask=None, check=True):
-        """Return (features, mask), the mask filled in; raises UserError for what this generator
-        cannot take.
+        """Return (features, mask), with a mask of all slots if none is given.
+
+        Raises UserError for features or a mask of a wrong type or shape, and for captions that are
+        longer than `text_slots`.
         """
         if (
             not features.is_floating_point()
@@ -76,11 +82,10 @@ class CaptionCondition(nn.Sequential):
             or features.shape[2] != self.dim
             or features.numel() == 0
         ):
-            found = (
-                f"features (B, T, {self.dim}) are expected, not {tuple(features.shape)} "
-                f"{features.dtype}"
+            raise UserError(
+                "this generator is conditioned on captions: floating-point features "
+                f"(B, T, {self.dim}) are expected, not {tuple(features.shape)} {features.dtype}."
             )
-            raise UserError(f"this generator is conditioned on captions: {found}.")
         if features.shape[1] > self.slots:
             raise UserError(
                 f"a caption of {features.shape[1]} tokens is longer than the {self.slots} slots: "
@@ -89,41 +94,39 @@ class CaptionCondition(nn.Sequential):
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if mask.shape != features.shape[:2] or mask.is_floating_point():
-            found = f"{tuple(mask.shape)} {mask.dtype}"
             raise UserError(
-                f"the mask is {found}, the captions have {tuple(features.shape[:2])} slots: true "
-                "is filled."
+                f"the mask is {tuple(mask.shape)} {mask.dtype}, the captions have "
+                f"{tuple(features.shape[:2])} slots: give one bool per slot, true where it is "
+                "filled."
             )
         return features, mask.bool()
 
     def embed(self, features):
-        """Project captions (B, T, F): (B, T, D)."""
+        """Project captions: (B, T, F) -> (B, T, D)."""
         return self(features.to(self[0].weight.dtype))
 
     def none(self, features, mask):
-        """Return (features, mask) that stand for no caption, in the shape of those given.
+        """Return (features, mask) in which every caption is `no_caption`, in the shapes given.
 
-        Raises UserError where `no_caption` is not set: the public networks take the text encoder's
-        features of "", and zeros would be no substitute (a network without biases is blind to its
-        weights there).
+        Raises UserError where `no_caption` is not set or has another shape. Zeros are no substitute
+        for the text encoder's features of "", which the public networks use: the projection has no
+        biases and maps zeros to zeros, whatever its weights are.
         """
         if self.no_caption is None:
-            what = (
-                "Set generator.condition.no_caption = (features, mask), the text encoder's of ''."
-            )
-            raise UserError(f"what is no caption? {what}")
-        none, filled = (part.to(features.device) for part in self.no_caption)
-        if none.shape != features.shape[1:] or filled.shape != mask.shape[1:]:
-            found = f"{tuple(none.shape)}, {tuple(filled.shape)}"
             raise UserError(
-                f"no_caption has the shapes {found}, a caption has {tuple(features.shape[1:])}: as "
-                "many slots."
+                "guidance and dropped conditions need the features of the empty caption. Set "
+                "generator.condition.no_caption = (features, mask) of the text encoder for ''."
             )
-        return none.to(features.dtype).expand_as(features), filled.bool().expand_as(mask)
+        no_features, no_mask = (tensor.to(features.device) for tensor in self.no_caption)
+        if no_features.shape != features.shape[1:] or no_mask.shape != mask.shape[1:]:
+            raise UserError(
+                f"no_caption has the shapes {tuple(no_features.shape)}, {tuple(no_mask.shape)}, a "
+                f"caption has {tuple(features.shape[1:])}: both need as many slots."
+            )
+        return no_features.to(features.dtype).expand_as(features), no_mask.bool().expand_as(mask)
 
     def drop(self, features, mask, dropped):
-        """Return (features, mask), those replaced by none where `dropped` (B,) bool is true."""
-        none, empty = self.none(features, mask)
-        return torch.where(dropped[:, None, None], none, features), torch.where(
-            dropped[:, None], empty, mask
-        )
+        """Return (features, mask), with `no_caption` where `dropped` (B,) bool is true."""
+        no_features, no_mask = self.none(features, mask)
+        features = torch.where(dropped[:, None, None], no_features, features)
+        return features, torch.where(dropped[:, None], no_mask, mask)

@@ -1,4 +1,4 @@
-"""What a generator is: its sizes, its tap, its condition; the public sizes by name."""
+"""Configuration of a generator: its sizes, tap layer and condition; the public sizes by name."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,34 +8,38 @@ from gear.config import BelowOne, Checked, Count, NonNegative, Share, Whole, req
 
 @dataclass(frozen=True)
 class GeneratorConfig(Checked):
-    """The defaults are LlamaGen-L; see `GENERATORS` for the other public sizes."""
+    """Configuration of a Generator.
 
-    width: Count = 1024  # D
-    layers: Count = 24
-    heads: Count = 16
-    num_classes: Count = 1000  # in a run those of its images
-    # the residual stream after this block is aligned, 0: what enters the first; a third of the
-    # depth
+    The defaults are LlamaGen-L; `GENERATORS` has the other public sizes.
+    """
+
+    width: Count = 1024  # width of the residual stream, D
+    layers: Count = 24  # number of transformer blocks
+    heads: Count = 16  # number of attention heads per block
+    num_classes: Count = 1000  # number of classes; a run takes it from its images
+    # number of blocks before the aligned residual stream: 0 aligns the input of the first block;
+    # by default a third of the depth
     tap_layer: Whole = 8
     projector_dim: Count = 2048  # hidden width of the projector
-    class_dropout: Share = 0.1  # share of conditions replaced by "none", for guidance
-    dropout: BelowOne = 0.1  # of embeddings, attention output and feed-forward output
-    # initial spread of the token embedding; the soft read-out averages it
+    class_dropout: Share = 0.1  # share of conditions that are dropped in training, for guidance
+    dropout: BelowOne = 0.1  # dropout of embeddings, attention outputs and feed-forward outputs
+    # standard deviation at which the token embedding starts; the soft read-out averages its rows
     embed_std: NonNegative = 0.02
-    # "zero" for the public checkpoints
+    # rotation of the condition's queries and keys: identity leaves them unchanged; zero, as in the
+    # public checkpoints, sets them to zero
     condition_rotation: Literal["identity", "zero"] = "identity"
-    text_slots: Whole = 0  # largest number of a caption's tokens; 0: conditioned on a class
+    text_slots: Whole = 0  # largest number of tokens in a caption; 0 conditions on a class instead
     text_dim: Count = 2048  # width of a caption's features
-    # the first layers, in which text and image have projections of their own (Appendix B)
+    # number of first layers in which text and image have separate projections (Appendix B)
     dual_layers: Whole = 0
 
     def __post_init__(self):
         super().__post_init__()
-        head = (
+        require(
+            self.width % (4 * self.heads) == 0,
             f"width {self.width} over {self.heads} heads: 2-D RoPE needs a head width divisible by "
-            "4."
+            "4.",
         )
-        require(self.width % (4 * self.heads) == 0, head)
         for name in ("tap_layer", "dual_layers"):
             layer = getattr(self, name)
             require(
@@ -44,7 +48,7 @@ class GeneratorConfig(Checked):
             )
         require(
             self.text_slots or not self.dual_layers,
-            f"dual_layers is {self.dual_layers}: without text_slots none is.",
+            f"dual_layers is {self.dual_layers}: without text_slots it has to be 0.",
         )
 
 

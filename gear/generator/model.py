@@ -1,5 +1,5 @@
-"""The autoregressive generator p(q_i | q_<i, c) over indices (Eq. 3), and the projector of its
-alignment tap (Eq. 5).
+"""The autoregressive generator p(q_i | q_<i, c) over indices (Eq. 3), and the projector that maps
+its tap layer to the teacher (Eq. 5).
 """
 
 import math
@@ -19,27 +19,27 @@ class Generator(nn.Module):
     """A Llama-style transformer over index grids, conditioned on a class or, with `text_slots`, on
     a caption.
 
-    The sequence is [condition, u_1, ..., u_{L-1}], the condition a class's embedding or T caption
-    slots: its last position predicts token 0, and the position that predicts token i has not seen
-    it, so the last token is never an input. Tokens are indices, (B, L) or (B, h, w) int64, or
-    embeddings (B, L, D); L is a square. A condition is what `generator.condition` takes: see
-    condition.py. `sample` draws a `grid` of tokens unless told otherwise. With `checkpointing`
-    blocks are computed again in backward, which saves memory.
+    The input sequence is [condition, u_1, ..., u_{L-1}], where the condition is the embedding of a
+    class or T caption slots. The last position of the condition predicts the first token, and every
+    other position predicts the token after its own. The last token is therefore never an input.
+
+    Tokens are indices, (B, L) or (B, h, w) int64, or embeddings, (B, L, D) or (B, h, w, D); L is a
+    square. A condition is the input of `generator.condition`, see condition.py. `grid` (h, w) is
+    the default token grid of `sample`. With `checkpointing` the blocks are computed a second time
+    in the backward pass, which saves memory.
     """
 
     def __init__(self, config, codebook_size, checkpointing=False, grid=(16, 16)):
         super().__init__()
-        self.config, self.codebook_size, self.checkpointing, self.grid = (
-            config,
-            codebook_size,
-            checkpointing,
-            grid,
-        )
-        self._tables = {}  # rotations, by grid, condition and device
+        self.config = config
+        self.codebook_size = codebook_size
+        self.checkpointing = checkpointing
+        self.grid = grid
+        self._tables = {}  # (grid side, length of the condition, device) -> rotation table
         width = config.width
-        # its name in checkpoints
-        self._condition = "text_embedding" if config.text_slots else "class_embedding"
-        self.add_module(self._condition, build_condition(config))
+        # the module's name, which stands in checkpoints, says what the condition is
+        self._condition_name = "text_embedding" if config.text_slots else "class_embedding"
+        self.add_module(self._condition_name, build_condition(config))
         self.token_embedding = nn.Embedding(codebook_size, width)  # E of Eqs. 7 and 8
         self.embed_dropout = nn.Dropout(config.dropout)
         self.blocks = Blocks(
@@ -52,7 +52,7 @@ class Generator(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, 0, 0.02)
         nn.init.normal_(self.token_embedding.weight, 0, config.embed_std)
-        nn.init.zeros_(self.head.weight)  # the first loss is ln K
+        nn.init.zeros_(self.head.weight)  # training starts from the uniform distribution, loss ln K
 
     @property
     def embedding(self):
@@ -61,17 +61,17 @@ class Generator(nn.Module):
 
     @property
     def condition(self):
-        """What embeds the condition: a ClassCondition or a CaptionCondition."""
-        return getattr(self, self._condition)
+        """The module that embeds the condition: a ClassCondition or a CaptionCondition."""
+        return getattr(self, self._condition_name)
 
     def forward(self, tokens, condition, mask=None, text_attention="causal", **options):
-        """Return logits (B, L, K) float32 of tokens given their condition; position i predicts
-        token i. See `hidden`.
+        """Return logits (B, L, K) float32 for the tokens, given their condition.
+
+        Row i is the prediction of token i. The arguments are those of `hidden`.
         """
-        top = self.config.layers
-        return self.logits(
-            self.hidden(tokens, condition, [top], mask, text_attention, **options)[top]
-        )
+        last = self.config.layers
+        streams = self.hidden(tokens, condition, [last], mask, text_attention, **options)
+        return self.logits(streams[last])
 
     def logits(self, hidden):
         """Map the last residual stream (B, L, D) to logits (B, L, K) float32."""
@@ -87,15 +87,17 @@ class Generator(nn.Module):
         check=True,
         dropped=None,
     ):
-        """Return the residual stream after the blocks named in `layers`, {layer: (B, L, D)}, 0
-        being the embeddings.
+        """Return the residual stream after each block in `layers`, {layer: (B, L, D)}; layer 0 is
+        the input of the first block.
 
-        Position i is the one that predicts token i. Blocks above the highest layer asked for are
-        not run: this is the truncated pass of Algorithm 1, line 4. `text_attention` "prefix" lets a
-        caption's slots see each other both ways. Where `dropped` (B,) bool is true the condition is
-        replaced by none. Raises UserError for a layer that is not there, a grid that is no square,
-        and, in evaluation mode unless `check` is false, tokens or labels out of range: looking for
-        those waits for the device.
+        Row i of a stream is the position that predicts token i. Blocks above the highest of
+        `layers` are not run: this is the truncated pass of Algorithm 1, line 4. With
+        `text_attention` "prefix" the slots of a caption attend to each other in both directions.
+        Where `dropped` (B,) bool is true the condition is replaced by none.
+
+        Raises UserError for a layer that does not exist, a grid that is not square, and tokens or
+        labels out of range. The last check waits for the device, and is therefore skipped in
+        training mode and where `check` is false.
         """
         if not layers or not set(layers) <= set(range(self.config.layers + 1)):
             raise UserError(
@@ -106,61 +108,65 @@ class Generator(nn.Module):
         condition, mask = self.condition.check(condition, mask, check)
         if len(condition) != len(tokens):
             raise UserError(
-                f"there are {len(tokens)} token grids and {len(condition)} conditions: one each is "
-                "expected."
+                f"there are {len(tokens)} token grids and {len(condition)} conditions: one "
+                "condition per grid is expected."
             )
         if dropped is not None:
             condition, mask = self.condition.drop(condition, mask, dropped)
-        given = self.condition.embed(condition)  # (B, C, D)
+        prefix = self.condition.embed(condition)  # (B, C, D)
         u = tokens[:, :-1] if tokens.is_floating_point() else self.hard_readout(tokens[:, :-1])
-        x, c = self.embed_dropout(torch.cat([given, u], 1)), given.shape[1]
+        x = self.embed_dropout(torch.cat([prefix, u], 1))
+        c = prefix.shape[1]
         table = self.rotation(tokens.shape[1], x.device, c)[: x.shape[1]]
-        sees = None if mask is None else visible(mask, u.shape[1], text_attention)
-        text, saving = (
-            c if self.condition.is_caption else 0,
-            self.checkpointing and torch.is_grad_enabled(),
-        )
-        streams = self.blocks(x, table, layers, mask=sees, text=text, recompute=saving)
+        attention_mask = None if mask is None else visible(mask, u.shape[1], text_attention)
+        text = c if self.condition.is_caption else 0
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        streams = self.blocks(x, table, layers, mask=attention_mask, text=text, recompute=recompute)
         return {i: x[:, c - 1 :] if c > 1 else x for i, x in streams.items()}
 
     def hard_readout(self, indices):
-        """u^h_i = E_{q_i} (Eq. 7): indices (...) -> (..., D); no gradient reaches what chose
-        them.
+        """Return the hard read-out u^h_i = E_{q_i} (Eq. 7): indices (...) -> (..., D).
+
+        No gradient reaches the network that chose the indices.
         """
         return self.token_embedding(indices)
 
     def check_tokens(self, tokens, check=True):
-        """Return tokens as sequences, indices (B, L) int64 or embeddings (B, L, D); raises
-        UserError for what is neither.
+        """Return tokens as sequences: indices (B, L) int64, or embeddings (B, L, D).
+
+        Raises UserError for tokens of another shape, and, with `check`, for indices out of range.
         """
-        soft = tokens.is_floating_point()
-        if tokens.ndim == 3 + soft and tokens.shape[1] != tokens.shape[2]:
+        is_soft = tokens.is_floating_point()
+        if tokens.ndim == 3 + is_soft and tokens.shape[1] != tokens.shape[2]:
             raise UserError(
                 f"a grid of {tokens.shape[1]} x {tokens.shape[2]} tokens is not square."
             )
         if (
-            tokens.ndim not in (2 + soft, 3 + soft)
+            tokens.ndim not in (2 + is_soft, 3 + is_soft)
             or tokens.numel() == 0
-            or (soft and tokens.shape[-1] != self.config.width)
+            or (is_soft and tokens.shape[-1] != self.config.width)
         ):
-            what = (
-                f"indices (B, L) or (B, h, w), or embeddings with {self.config.width} channels more"
+            width = self.config.width
+            raise UserError(
+                f"tokens have shape {tuple(tokens.shape)}: indices (B, L) or (B, h, w), or "
+                f"embeddings (B, L, {width}) or (B, h, w, {width}) are expected."
             )
-            raise UserError(f"tokens have shape {tuple(tokens.shape)}: {what} are expected.")
-        tokens = tokens.flatten(1, tokens.ndim - 1 - soft)
-        if not soft and check:
+        tokens = tokens.flatten(1, tokens.ndim - 1 - is_soft)
+        if not is_soft and check:
             check_range(tokens, self.codebook_size, "indices")
-        return tokens if soft else tokens.long()
+        return tokens if is_soft else tokens.long()
 
     def rotation(self, length, device, condition=1):
-        """Return the rotation table for [`condition` positions, `length` tokens]; raises UserError
-        if that is no square.
+        """Return the rotation table of a sequence of `condition` positions and `length` tokens.
+
+        Raises UserError if `length` is not a square.
         """
         side = math.isqrt(length)
         if side * side != length:
             raise UserError(f"a sequence of {length} tokens is not a square grid.")
-        head_dim, key = self.config.width // self.config.heads, (side, condition, device)
-        if key not in self._tables:  # thirty small kernels a step otherwise
+        head_dim = self.config.width // self.config.heads
+        key = (side, condition, device)
+        if key not in self._tables:  # computing a table takes thirty small kernels
             self._tables[key] = rotation_table(
                 side, head_dim, condition, self.config.condition_rotation, device=device
             )
@@ -168,7 +174,9 @@ class Generator(nn.Module):
 
 
 class Projector(nn.Module):
-    """g_phi of Eq. 5: a tap's hidden states (B, L, D) -> the teacher's space (B, L, target_dim)."""
+    """g_phi of Eq. 5: residual stream at the tap layer (B, L, D) -> teacher space (B, L,
+    target_dim).
+    """
 
     def __init__(self, config, target_dim):
         super().__init__()
@@ -182,9 +190,7 @@ class Projector(nn.Module):
 
 
 class Projectors(nn.ModuleList):
-    """A Projector for each of several teachers: hidden states (B, L, D) -> their spaces side by
-    side (B, L, sum of dims).
-    """
+    """One Projector per teacher, their outputs concatenated: (B, L, D) -> (B, L, sum of dims)."""
 
     def forward(self, hidden):
         return torch.cat([projector(hidden) for projector in self], -1)

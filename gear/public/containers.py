@@ -1,7 +1,7 @@
-"""What a checkpoint holds: its parts, our own file of them with its JSON card, and the way back to
-a public one, bit for bit.
+"""The contents of a checkpoint: its parts, gear's own file format with a JSON card, and the export
+to a public file, bit for bit.
 
-What a public file holds beside the weights we have a place for travels with them.
+Tensors of a public file for which our networks have no parameter are stored with the part.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 from gear.weights import grouped, listed, mismatches
 
-GEAR_PARTS = {  # the public GEAR's entries, stages 0 to 2, and what each is here
+GEAR_PARTS = {  # entry of a public GEAR checkpoint, stages 0 to 2 -> name of our part
     "vq": "tokenizer",
     "vq_ema": "tokenizer_ema",
     "ar": "generator",
@@ -31,7 +31,7 @@ GEAR_PARTS = {  # the public GEAR's entries, stages 0 to 2, and what each is her
     "projectors": "projector",
     "discriminator": "discriminator",
 }
-CONTAINERS = {
+CONTAINERS = {  # how a checkpoint is wrapped -> its description
     "run": "a run",
     "gear": "a GEAR checkpoint",
     "model": "wrapped as 'model'",
@@ -41,47 +41,44 @@ CONTAINERS = {
     "bare": "a bare state dict",
     "other": "wrapped by another trainer",
 }
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's buffers
 
 
 @dataclass
 class Part:
-    """One network's weights: {our name: tensor}, the layout and size they speak of, and what the
-    layout has beside them.
-    """
+    """The weights of one network, with its layout and size."""
 
-    tensors: dict
-    size: object = None  # TokenizerConfig, (GeneratorConfig, K), ...: what the layout builds from
-    layout: Layout | None = None  # None: ours alone, as a network with a linear skip
-    extras: dict = field(default_factory=dict)  # {public name: tensor}
-    fault: str = ""  # why it cannot be taken
-    # where it lay in the file of another trainer: keys and a prefix of names, as
-    # 'state_dict/model.'
+    tensors: dict  # {our name: tensor}
+    size: object = None  # argument of Layout.build: TokenizerConfig, (GeneratorConfig, K), ...
+    layout: Layout | None = None  # None for a network without a public layout (linear skip)
+    extras: dict = field(default_factory=dict)  # {public name: tensor} without a parameter of ours
+    fault: str = ""  # why the part cannot be loaded; empty if it can
+    # location in another trainer's file, keys and a prefix of names: 'state_dict/model.'
     place: str = ""
 
     @property
     def parameters(self):
-        """The number of its parameters; BatchNorm's statistics are none."""
+        """The number of parameters; BatchNorm's statistics are not counted."""
         return sum(t.numel() for n, t in self.tensors.items() if not n.endswith(STATISTICS))
 
 
 @dataclass
 class Checkpoint:
-    """What a file or a run holds: parts "tokenizer", "tokenizer_ema", "generator", ...; `container`
-    is how it was wrapped.
-    """
+    """The contents of a file or a run."""
 
-    source: str
-    container: str  # of CONTAINERS: how it is wrapped
-    parts: dict
-    step: int | None = None
-    ignored: tuple = ()  # entries that are no network we know
-    grid: tuple | None = None  # of the run's images
-    precision: str = "float32"  # in which its tokenizer encodes
+    source: str  # name of the file or run
+    container: str  # how it is wrapped, a key of CONTAINERS
+    parts: dict  # {"tokenizer", "tokenizer_ema", "generator", ...: Part}
+    step: int | None = None  # training step, if recorded
+    ignored: tuple = ()  # entries in which no known network was recognised
+    grid: tuple | None = None  # token grid (h, w) of the run's images
+    precision: str = "float32"  # precision in which its tokenizer encodes
 
     def part(self, kind, ema=True):
-        """Return (name, Part) of the network `kind`, averaged weights where there are any unless
-        `ema` is false.
+        """Return (name, Part) of the network `kind`.
+
+        Averaged weights are preferred, unless `ema` is false. Raises UserError where there is no
+        such part or it cannot be loaded.
         """
         order = [f"{kind}_ema", kind] if ema else [kind]
         for name in order:
@@ -96,23 +93,25 @@ class Checkpoint:
 
 
 def read_card(tensors, card, source):
-    """Make a Checkpoint of what `export` wrote, tensors with a JSON card; raises UserError where
-    they do not fit each other.
+    """Return the Checkpoint of a file that `export` wrote, from its tensors and its JSON card.
+
+    Raises UserError where they do not fit each other.
     """
     groups = grouped(tensors)
     try:
         card = json.loads(card)
-        grid, extras = card["grid"] and tuple(card["grid"]), grouped(groups.pop("extras", {}))
+        grid = card["grid"] and tuple(card["grid"])
+        extras = grouped(groups.pop("extras", {}))
         parts = {
-            n: _part_of_card(n, made_of, groups.pop(n, {}), extras.get(n, {}))
-            for n, made_of in card["parts"].items()
+            name: _part_of_card(name, entry, groups.pop(name, {}), extras.get(name, {}))
+            for name, entry in card["parts"].items()
         }
         precision = card.get("precision", "float32")
         checkpoint = Checkpoint(
             source, card["container"], parts, card["step"], grid=grid, precision=precision
         )
         if groups or card["container"] not in CONTAINERS:
-            raise UserError(f"it does not speak of {', '.join(groups) or card['container']}")
+            raise UserError(f"it does not describe {', '.join(groups) or card['container']}")
         return checkpoint
     except (
         ArithmeticError,
@@ -128,11 +127,14 @@ def read_card(tensors, card, source):
         ) from None
 
 
-def _part_of_card(name, made_of, tensors, extras):
-    kind, layout = name.removesuffix("_ema"), made_of["layout"]
+def _part_of_card(name, entry, tensors, extras):
+    """Return the Part called `name` from its `entry` in a card; raises UserError if its tensors
+    do not fit.
+    """
+    kind, layout = name.removesuffix("_ema"), entry["layout"]
     if layout is not None:
         layout = {layout.name: layout for layout in LAYOUTS}[layout]
-    size = _size_from_json(kind, made_of["size"])
+    size = _size_from_json(kind, entry["size"])
     check_depth(size, tensors)
     build = (
         layout.build
@@ -153,47 +155,46 @@ def _part_of_card(name, made_of, tensors, extras):
 
 
 def check_depth(size, tensors):
-    """Raise UserError for a size of more layers than there are tensors: to build them would take
-    forever.
+    """Raise UserError for a size with more layers than there are tensors, which would take forever
+    to build.
     """
     configs = size if isinstance(size, tuple) else (size,)
     for config in configs:
         depth = max(getattr(config, name, 0) for name in ("layers", "res_blocks"))
         if depth > len(tensors):
-            raise UserError(f"{depth} layers are spoken of, and there are {len(tensors)} tensors")
+            raise UserError(f"it describes {depth} layers, and there are {len(tensors)} tensors")
 
 
 def export(checkpoint, path):
-    """Write a Checkpoint: to .safetensors with a JSON card, or else back to the public layout it
-    has, in its own wrapping.
+    """Write a Checkpoint to a file.
 
-    Returns the names of parts left out, those for which the public layouts have no name. Raises
-    UserError if all are.
+    A path that ends in .safetensors gives gear's own format, with all parts and a JSON card. Any
+    other path gives public names in the wrapping that the checkpoint had. Parts without a public
+    layout are then left out, and their names are returned. Raises UserError if no part is left.
     """
     path = Path(path)
     if faults := [part.fault for part in checkpoint.parts.values() if part.fault]:
         raise UserError(faults[0])
-    kept = {name: part for name, part in checkpoint.parts.items() if part.layout is not None}
+    parts = {name: part for name, part in checkpoint.parts.items() if part.layout is not None}
     if path.suffix == ".safetensors":
-        kept, write = checkpoint.parts, lambda temporary: _write_safetensors(checkpoint, temporary)
-    elif kept:
-        write = lambda temporary: torch.save(_wrapped(checkpoint, kept), temporary)  # noqa: E731
+        parts = checkpoint.parts
+        write = lambda temporary: _write_safetensors(checkpoint, temporary)  # noqa: E731
+    elif parts:
+        write = lambda temporary: torch.save(_wrap(checkpoint, parts), temporary)  # noqa: E731
     else:
         raise UserError(
-            f"no public layout has a name for what '{checkpoint.source}' holds: export it as "
-            ".safetensors."
+            f"no public layout fits a network of '{checkpoint.source}': export it as .safetensors."
         )
     try:
         write_atomically(path, write)
-    except (
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have types of their own for a full disk
+    # torch and safetensors raise errors of these types for a full disk
+    except (RuntimeError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
-    return sorted(checkpoint.parts.keys() - kept.keys())
+    return sorted(checkpoint.parts.keys() - parts.keys())
 
 
 def _write_safetensors(checkpoint, path):
+    """Write all parts of a Checkpoint as a .safetensors file whose metadata is the JSON card."""
     tensors = {
         f"{name}.{n}": t for name, part in checkpoint.parts.items() for n, t in part.tensors.items()
     }
@@ -218,9 +219,10 @@ def _write_safetensors(checkpoint, path):
     )
 
 
-def _wrapped(checkpoint, parts):
-    """Put parts under their public names into the container they came in; those of a run or of
-    another trainer into GEAR's.
+def _wrap(checkpoint, parts):
+    """Return the content of a public file: the parts under public names, in their container.
+
+    The parts of a run or of another trainer's file are wrapped as a GEAR checkpoint.
     """
     entries = {}
     for name, part in parts.items():

@@ -1,8 +1,9 @@
-"""The layouts of the public checkpoints: how each names our tensors, and which configuration its
-shapes speak of.
+"""The layouts of the public checkpoints: their names for our tensors, and the configuration that
+follows from their shapes.
 
-Three tokenizers, one generator, class- or text-conditioned, the projectors and the discriminator. A
-layout is recognised by its names; loading is strict in shape and name.
+There are layouts of three tokenizers, of the class- or text-conditioned generator, of the
+projectors and of the discriminator. A layout is recognised by its tensor names. Loading is strict
+in names and shapes.
 """
 
 import re
@@ -14,10 +15,11 @@ from gear.public.tokenizers import TOKENIZER_LAYOUTS
 LAYOUTS = (*TOKENIZER_LAYOUTS, *GENERATOR_LAYOUTS)
 UNSUPPORTED = {
     r"(^|\.)cls_embedding\.uncond_embedding$": (
-        "LlamaGen's own text-to-image model, another network than GEAR's hybrid"
+        "LlamaGen's own text-to-image model, which is another network than GEAR's hybrid"
     ),
 }
-# the fields that a public file tells by its shapes or its layout; the others concern training
+# the configuration fields that follow from a public file's shapes or layout; the others concern
+# training
 ARCHITECTURE = {
     "tokenizer": (
         "quantizer",
@@ -42,39 +44,40 @@ ARCHITECTURE = {
 
 
 def public_layout(kind, size):
-    """Return the Layout from which a network of our own would be read back as it is, or None: no
-    linear skip, say.
+    """Return the Layout in which a network of ours can be stored and read back unchanged, or None.
+
+    A tokenizer with a linear skip, for example, has no such layout.
     """
     family = lambda size: (getattr(size, "quantizer", None), getattr(size, "backbone", None))
     for layout in (layout for layout in LAYOUTS if layout.kind == kind and kind in ARCHITECTURE):
         if family(layout.sizes[0]) == family(size):
             try:
-                read = layout.read(layout.names(size)[1])
-            except UserError:  # heads that no table tells
+                size_read = layout.read(layout.names(size)[1])
+            except UserError:  # the number of heads does not follow from the shapes
                 continue
-            ours, read = (s[0] if isinstance(s, tuple) else s for s in (size, read))
-            if all(getattr(ours, f) == getattr(read, f) for f in ARCHITECTURE[kind]):
+            config, config_read = (s[0] if isinstance(s, tuple) else s for s in (size, size_read))
+            if all(getattr(config, f) == getattr(config_read, f) for f in ARCHITECTURE[kind]):
                 return layout
     return None
 
 
 def prefixes(names, source):
-    """Return {prefix: Layout} of the public networks among tensor names: what stands before the
-    names that a layout has.
+    """Return {prefix: Layout} of the public networks among tensor names.
 
-    Raises UserError for a network that is known and has no counterpart here.
+    A prefix is the text before the layout's own names: "model." in "model.encoder.conv_in.weight".
+    Raises UserError for a known network that gear does not have.
     """
-    for pattern, what in UNSUPPORTED.items():
+    for pattern, network in UNSUPPORTED.items():
         if any(re.search(pattern, name) for name in names):
-            raise UserError(f"'{source}' holds {what}: gear has no network for it.")
-    places = {}
+            raise UserError(f"'{source}' holds {network}: gear has no network for it.")
+    layouts = {}
     for layout in LAYOUTS:
         pattern = re.compile(rf"((?:[^.]+\.)*?)(?:{layout.marker})")
-        for place in dict.fromkeys(match[1] for match in map(pattern.match, names) if match):
-            places.setdefault(place, layout)
-    return places
+        for prefix in dict.fromkeys(match[1] for match in map(pattern.match, names) if match):
+            layouts.setdefault(prefix, layout)
+    return layouts
 
 
 def recognise(names, source):
-    """Return the Layout of public tensor names, or None; see `prefixes`."""
+    """Return the Layout of public tensor names without a prefix, or None; see `prefixes`."""
     return prefixes(names, source).get("")

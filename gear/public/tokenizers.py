@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from gear.public.layout import Layout, told
+from gear.public.layout import Layout, agreed_size
 from gear.tokenizer.autoencoder import SpatialAttention
 from gear.tokenizer.config import TOKENIZERS, TokenizerConfig
 from gear.tokenizer.model import Tokenizer
@@ -11,17 +11,15 @@ from gear.tokenizer.model import Tokenizer
 
 @dataclass(frozen=True)
 class TokenizerNames:
-    """How a public autoencoder calls what ours has; level numbers count from the finest where
-    `finest_first`.
-    """
+    """The names in a public autoencoder of the layers that ours has."""
 
-    encoder: str
-    decoder: str
-    res: str
-    middle: tuple
-    down: str
-    up: str
-    finest_first: bool
+    encoder: str  # list of the encoder's levels
+    decoder: str  # list of the decoder's levels
+    res: str  # list of a level's residual blocks
+    middle: tuple  # layers of the middle, in order
+    down: str  # convolution that halves the resolution
+    up: str  # convolution that doubles the resolution
+    finest_first: bool  # whether the decoder's levels are numbered from the finest one
 
 
 VQ_NAMES = TokenizerNames(
@@ -52,8 +50,8 @@ LFQ_NAMES = TokenizerNames(
     True,
 )
 
-
-# where a file tells its channels, its latent's and its code's width
+# the tensors, and their axes, from which a file's sizes are read: `channels`, the width between
+# autoencoder and quantizer, and `code_dim`
 CHANNELS = (
     ("encoder.conv_in.weight", 0),
     ("decoder.norm_out.weight", 0),
@@ -75,24 +73,27 @@ CODE = (
 )
 
 
-def _tokenizer_public(names):
+def _public_names(names):
+    """Return a function from a Tokenizer to {our name: public name}, for a TokenizerNames."""
+    layer_names = {"shortcut": "nin_shortcut", "out": "proj_out"}
+    outer_names = {"quantizer.codebook": "quantize.embedding.weight"}
+
     def public(tokenizer):
-        prefixes = dict(_tokenizer_prefixes(tokenizer, names))
-        leaves = {"shortcut": "nin_shortcut", "out": "proj_out"}
-        found = {}
+        prefixes = dict(_layer_prefixes(tokenizer, names))
+        public_names = {}
         for name in tokenizer.state_dict():
             prefix = next((p for p in prefixes if name.startswith(p + ".")), None)
-            if prefix is None:  # quant_conv and post_quant_conv are called so everywhere
-                found[name] = {"quantizer.codebook": "quantize.embedding.weight"}.get(name, name)
+            if prefix is None:  # quant_conv and post_quant_conv have the same name everywhere
+                public_names[name] = outer_names.get(name, name)
                 continue
-            parts = name[len(prefix) + 1 :].split(".")
-            found[name] = ".".join([prefixes[prefix], *(leaves.get(part, part) for part in parts)])
-        return found
+            parts = [layer_names.get(part, part) for part in name[len(prefix) + 1 :].split(".")]
+            public_names[name] = ".".join([prefixes[prefix], *parts])
+        return public_names
 
     return public
 
 
-def _tokenizer_prefixes(tokenizer, names):
+def _layer_prefixes(tokenizer, names):
     """Yield (our prefix, public prefix) of every layer."""
     for side, levels in (("encoder", names.encoder), ("decoder", names.decoder)):
         network = getattr(tokenizer, side)
@@ -105,50 +106,60 @@ def _tokenizer_prefixes(tokenizer, names):
             blocks = attentions = 0
             for j, layer in enumerate(level):
                 if isinstance(layer, SpatialAttention):
-                    last, attentions = f"attn.{attentions}", attentions + 1
+                    layer_name = f"attn.{attentions}"
+                    attentions += 1
                 elif hasattr(layer, "norm1"):
-                    last, blocks = f"{names.res}.{blocks}", blocks + 1
+                    layer_name = f"{names.res}.{blocks}"
+                    blocks += 1
                 else:  # the convolution of a Downsample or an Upsample
-                    last = names.down if side == "encoder" else names.up
-                    yield f"{side}.levels.{i}.{j}.conv", f"{side}.{levels}.{number}.{last}"
+                    layer_name = names.down if side == "encoder" else names.up
+                    yield f"{side}.levels.{i}.{j}.conv", f"{side}.{levels}.{number}.{layer_name}"
                     continue
-                yield f"{side}.levels.{i}.{j}", f"{side}.{levels}.{number}.{last}"
+                yield f"{side}.levels.{i}.{j}", f"{side}.{levels}.{number}.{layer_name}"
     for i in range(len(tokenizer.decoder.adaptive)):
         number = len(tokenizer.decoder.adaptive) - 1 - i
         yield f"decoder.adaptive.{i}.scale", f"decoder.adaptive.{number}.gamma"
         yield f"decoder.adaptive.{i}.bias", f"decoder.adaptive.{number}.beta"
 
 
-def _tokenizer_size(names, quantizer, backbone):
+def _size_reader(names, quantizer, backbone):
+    """Return a function from {public name: shape} to a TokenizerConfig, for a TokenizerNames."""
+
     def read(shapes):
-        level = rf"encoder\.{names.encoder}\.(\d+)\.{names.res}\.(\d+)\.(norm2|conv2)\.weight"
-        found = {
-            name: (int(m[1]), int(m[2])) for name in shapes if (m := re.fullmatch(level, name))
+        pattern = rf"encoder\.{names.encoder}\.(\d+)\.{names.res}\.(\d+)\.(norm2|conv2)\.weight"
+        numbers = {  # {name: (level, residual block)}
+            name: (int(m[1]), int(m[2])) for name in shapes if (m := re.fullmatch(pattern, name))
         }
-        first = f"encoder.{names.encoder}.{{}}.{names.res}.0"
-        if not found:
-            raise LookupError(f"{first.format(0)}.conv2.weight")
-        depth, blocks = (1 + max(numbers) for numbers in zip(*found.values()))
-        of_level = [[(name, 0) for name, (at, _) in found.items() if at == i] for i in range(depth)]
-        widths = [
-            told(shapes, *places, (f"{first.format(i)}.conv2.weight", 0))
-            for i, places in enumerate(of_level)
+        first_block = f"encoder.{names.encoder}.{{}}.{names.res}.0"
+        if not numbers:
+            raise LookupError(f"{first_block.format(0)}.conv2.weight")
+        num_levels, num_blocks = (1 + max(column) for column in zip(*numbers.values()))
+        axes = [
+            [(name, 0) for name, (level, _) in numbers.items() if level == i]
+            for i in range(num_levels)
         ]
-        channels = told(shapes, *CHANNELS, (f"{first.format(0)}.norm1.weight", 0))
-        latent = told(shapes, *LATENT)
-        if quantizer == "lfq":
-            codes = 2**latent, latent
+        widths = [
+            agreed_size(shapes, *level_axes, (f"{first_block.format(i)}.conv2.weight", 0))
+            for i, level_axes in enumerate(axes)
+        ]
+        channels = agreed_size(shapes, *CHANNELS, (f"{first_block.format(0)}.norm1.weight", 0))
+        latent_channels = agreed_size(shapes, *LATENT)
+        if quantizer == "lfq":  # the encoder ends in the code
+            code_dim = latent_channels
+            codebook_size = 2**code_dim
+            latent_channels = 256  # the default; LFQ does not use it
         else:
-            codes = told(shapes, ("quantize.embedding.weight", 0)), told(shapes, *CODE)
-        mult = tuple(width // channels for width in widths)
+            codebook_size = agreed_size(shapes, ("quantize.embedding.weight", 0))
+            code_dim = agreed_size(shapes, *CODE)
         return TokenizerConfig(
             quantizer,
             backbone,
-            *codes,
+            codebook_size,
+            code_dim,
             channels,
-            mult,
-            256 if quantizer == "lfq" else latent,
-            blocks,
+            tuple(width // channels for width in widths),
+            latent_channels,
+            num_blocks,
         )
 
     return read
@@ -159,10 +170,10 @@ def _tokenizer_layout(name, marker, names, quantizer, backbone, sizes, optional=
         name,
         "tokenizer",
         marker,
-        _tokenizer_size(names, quantizer, backbone),
+        _size_reader(names, quantizer, backbone),
         tuple(TOKENIZERS[s] for s in sizes),
         Tokenizer,
-        _tokenizer_public(names),
+        _public_names(names),
         optional,
     )
 

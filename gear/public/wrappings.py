@@ -1,8 +1,8 @@
-"""Files of networks that others wrote: in nested dictionaries, under names with a prefix, averages
-beside or instead of live.
+"""Networks in the files of other trainers: in nested dictionaries, under names with a prefix, with
+averaged weights beside or instead of the live ones.
 
-A network is told by its names alone, wherever it lies; what is around it is only read for whether
-it is an average.
+A network is recognised by its tensor names alone, wherever it is in the file. The keys and prefixes
+around it only decide whether it is an average.
 """
 
 import re
@@ -25,7 +25,7 @@ from gear.public.tensorfiles import (
 )
 from gear.weights import listed, odd_tensors
 
-AVERAGED = {
+AVERAGED = {  # words in a key or prefix that mark averaged weights
     "average",
     "averaged",
     "averages",
@@ -36,42 +36,40 @@ AVERAGED = {
     "polyak",
     "shadow",
     "swa",
-}  # words
-LIVE = {"current", "live", "online", "raw"}
-# entries in which moments bear the names of weights
-LITEMA = "model_ema"  # as taming-transformers, latent diffusion and Open-MAGVIT2 call theirs
+}
+LIVE = {"current", "live", "online", "raw"}  # words that mark live weights
+# prefix of the averages of LitEma, which taming-transformers, latent diffusion and Open-MAGVIT2 use
+LITEMA = "model_ema"
 LITEMA_NAME = re.compile(rf"{LITEMA}\.[^.]+$")
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network in a file: the keys of the dictionaries around it, the prefix of its names, and
-    its tensors without that.
-    """
+    """One network in a file."""
 
-    keys: tuple
-    prefix: str
-    averaged: bool
+    keys: tuple  # keys that lead to its dictionary
+    prefix: str  # text before the public names of its tensors
+    averaged: bool  # whether these are averaged weights
     layout: Layout
     tensors: dict  # {public name: tensor}
 
     @property
     def name(self):
-        """What it is called as a part of a Checkpoint."""
+        """Its name as a part of a Checkpoint: "tokenizer", "tokenizer_ema", ..."""
         return self.layout.kind + ("_ema" if self.averaged else "")
 
     @property
     def place(self):
-        """Where it lies: 'ema', 'state_dict/model.', ''."""
+        """Its location in the file: 'ema', 'state_dict/model.', ''."""
         return "/".join(filter(None, [*self.keys, self.prefix]))
 
 
 def read_checkpoint(path):
-    """Read a file of networks: what `export` wrote, or tensors under public names; no code in it is
-    run.
+    """Read a file that `export` wrote, or one with tensors under public names, as a Checkpoint.
 
-    Raises UserError for what is none. A part that does not fit its layout is reported only when it
-    is taken; the others load.
+    No code in the file is run. Raises UserError for a file without a known network, or if none fits
+    its layout. If only some do not fit, those are reported when they are requested, and the others
+    still load.
     """
     try:
         if is_safetensors(path):
@@ -84,16 +82,17 @@ def read_checkpoint(path):
             raise NotWeights(f"is not a checkpoint: it holds one {type(content).__name__}")
     except NotWeights as error:
         raise UserError(f"'{path.name}' {error}.") from None
-    found, ignored = networks(content, path.name)
-    if not found:
+    file_networks, ignored = networks(content, path.name)
+    if not file_networks:
         raise UserError(_unknown(content, path))
-    container, several = _container(found), {}
-    for network in found:
-        several.setdefault(network.name, []).append(network)
-    order = [*GEAR_PARTS.values(), *sorted(several)]
+    container = _container(file_networks)
+    candidates = {}
+    for network in file_networks:
+        candidates.setdefault(network.name, []).append(network)
+    order = [*GEAR_PARTS.values(), *sorted(candidates)]
     parts = {
-        name: _chosen(several[name], path.name, container)
-        for name in sorted(several, key=order.index)
+        name: _choose_part(candidates[name], path.name, container)
+        for name in sorted(candidates, key=order.index)
     }
     if all(part.fault for part in parts.values()):
         raise UserError(next(iter(parts.values())).fault)
@@ -104,59 +103,65 @@ def read_checkpoint(path):
     return Checkpoint(path.name, container, parts, step, tuple(ignored))
 
 
-# -- where networks lie ----------------------------------------------------------------------------
+# -- finding networks ------------------------------------------------------------------------------
 
 
 def networks(content, source):
-    """Return the Networks in nested dictionaries of tensors, and the entries in which there is
-    none.
+    """Return the Networks in nested dictionaries of tensors, and the names of the other entries.
 
-    Raises UserError for a network that is known and has no counterpart here.
+    Raises UserError for a known network that gear does not have.
     """
-    found, ignored = [], []
+    file_networks, ignored = [], []
     for keys, tensors in state_dicts(content):
-        live, averages = _parted(tensors, source)
-        for group, litema in ((live, False), (averages, True)):
-            places = prefixes(group, source)
-            for place in places:
-                deeper = tuple(
-                    other for other in places if other != place and other.startswith(place)
-                )
-                names = [
-                    name for name in group if name.startswith(place) and not name.startswith(deeper)
-                ]
-                own = {name.removeprefix(place): group[name] for name in names}
-                swa = own.pop("n_averaged", None) is not None  # torch.optim.swa_utils.AveragedModel
-                # its WeightAveraging
-                lightning = keys == ("state_dict",) and "current_model_state" in content
-                prefix = f"{LITEMA}." if litema else f"{place}module." if swa else place
-                averaged = litema or swa or lightning or _is_averaged([*keys, *place.split(".")])
-                found.append(Network(keys, prefix, averaged, places[place], own))
-            if places:
+        live, averages = _split_averages(tensors, source)
+        for group, is_litema in ((live, False), (averages, True)):
+            layouts = prefixes(group, source)
+            file_networks += [
+                _network(content, keys, prefix, group, layouts, is_litema) for prefix in layouts
+            ]
+            if layouts:
                 ignored += [
                     "/".join([*keys, n.partition(".")[0]])
                     for n in group
-                    if not n.startswith(tuple(places))
+                    if not n.startswith(tuple(layouts))
                 ]
-    read = {network.keys[0] for network in found if network.keys}
+    keys_read = {network.keys[0] for network in file_networks if network.keys}
     ignored += [
         key
         for key, value in content.items()
-        if key not in read and not isinstance(value, torch.Tensor)
+        if key not in keys_read and not isinstance(value, torch.Tensor)
     ]
-    unnamed = nameless(content)
-    about = {
+    nameless_places = nameless(content)
+    remarks = {
         key: " (averages without names)"
         for key in ignored
-        if any(f"{place}/".startswith(f"{key}/") for place in unnamed)
+        if any(f"{place}/".startswith(f"{key}/") for place in nameless_places)
     }
-    return found, [f"'{key}'{about.get(key, '')}" for key in dict.fromkeys(ignored)]
+    return file_networks, [f"'{key}'{remarks.get(key, '')}" for key in dict.fromkeys(ignored)]
 
 
-def _parted(tensors, source):
-    """Part a state dict into its weights and LitEma's averages, under the names of the live ones.
+def _network(content, keys, prefix, group, layouts, is_litema):
+    """Return the Network at one of the prefixes of {prefix: Layout} in {name: tensor} `group`."""
+    inner_prefixes = tuple(p for p in layouts if p != prefix and p.startswith(prefix))
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in group.items()
+        if name.startswith(prefix) and not name.startswith(inner_prefixes)
+    }
+    # torch.optim.swa_utils.AveragedModel has this counter beside the weights
+    is_swa = tensors.pop("n_averaged", None) is not None
+    # Lightning's WeightAveraging stores the live weights elsewhere
+    is_lightning = keys == ("state_dict",) and "current_model_state" in content
+    is_average = is_litema or is_swa or is_lightning or _is_averaged([*keys, *prefix.split(".")])
+    file_prefix = f"{LITEMA}." if is_litema else f"{prefix}module." if is_swa else prefix
+    return Network(keys, file_prefix, is_average, layouts[prefix], tensors)
 
-    The averages' own names have no dots. What a loss holds is left out.
+
+def _split_averages(tensors, source):
+    """Split a state dict into its live weights and LitEma's averages, both under the live names.
+
+    LitEma removes the dots from the names, which are restored here. Tensors of a loss are left out.
+    Raises UserError for averages of weights that the state dict does not have.
     """
     averaged = {
         n.removeprefix(f"{LITEMA}.").replace("_orig_mod", ""): t
@@ -172,42 +177,49 @@ def _parted(tensors, source):
     )
     if not averaged:
         return live, {}
-    known = [list(live)]
-    if not live:  # the names of the released tokenizer that has most of these
-        known = [
+    name_lists = [list(live)]
+    if not live:  # without live names, use those of the released tokenizer that fits best
+        name_lists = [
             list(layout.names(size)[1])
             for layout in LAYOUTS
             if layout.kind == "tokenizer"
             for size in layout.sizes
         ]
-    # LitEma may be of what lies in the module that is saved
-    inner = lambda name: name.partition(".")[2]
-    dotless = [{f(n).replace(".", ""): n for f in (inner, str) for n in names} for names in known]
+    # LitEma may average a submodule of the saved module: its names then lack their first part
+    without_first = lambda name: name.partition(".")[2]
+    dotless = [  # {name without dots: name}, one for each list of names
+        {f(n).replace(".", ""): n for f in (without_first, str) for n in names}
+        for names in name_lists
+    ]
     dotless = max(dotless, key=lambda names: len(names.keys() & averaged.keys()))
-    elsewhere = [
+    unmatched = [
         n
         for n in averaged
         if n not in dotless and not n.startswith(("loss", "decay", "num_updates"))
     ]
-    if live and elsewhere:
+    if live and unmatched:
         raise UserError(
-            listed(f"'{source}' holds averages of weights that it does not hold", elsewhere)
+            listed(f"'{source}' holds averages of weights that it does not hold", unmatched)
         )
     return live, {dotless[n]: t for n, t in averaged.items() if n in dotless}
 
 
-def _is_averaged(places):
-    """Say whether keys and prefixes, from the outermost to the innermost, speak of an average."""
-    for place in reversed(places):
-        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", place)}
+def _is_averaged(labels):
+    """Return whether keys and prefixes, from outermost to innermost, name an average.
+
+    The innermost label with a word of AVERAGED or LIVE decides.
+    """
+    for label in reversed(labels):
+        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", label)}
         if words & (AVERAGED | LIVE):
             return not words & LIVE
     return False
 
 
 def nameless(content, depth=4):
-    """List the places at which tensors lie in a list, without names, as diffusers' and torch_ema's
-    averages do.
+    """List the places of tensors that are in a list, without names.
+
+    diffusers and torch_ema store averages in this form. A place is keys joined by "/".
     """
     places = []
     for key, value in content.items() if depth else ():
@@ -222,30 +234,33 @@ def nameless(content, depth=4):
     return places
 
 
-# -- what they are ---------------------------------------------------------------------------------
+# -- from networks to parts ------------------------------------------------------------------------
 
 
-def _container(found):
-    """Say how the Networks of a file are wrapped: one of CONTAINERS."""
-    places = {network.place: network.name for network in found}
-    if len(places) < len(found):
+def _container(file_networks):
+    """Return the key of CONTAINERS that says how the Networks of a file are wrapped."""
+    places = {network.place: network.name for network in file_networks}
+    if len(places) < len(file_networks):
         return "other"
     if all(GEAR_PARTS.get(place) == name for place, name in places.items()):
         return "gear"
-    kind = found[0].layout.kind
-    live, averaged = {"state_dict": kind}, {f"state_dict/{LITEMA}.": f"{kind}_ema"}
-    shapes = {
+    kind = file_networks[0].layout.kind
+    live = {"state_dict": kind}
+    averaged = {f"state_dict/{LITEMA}.": f"{kind}_ema"}
+    patterns = {  # container -> the values of `places` that it may have
         "bare": ({"": kind},),
         "state_dict": (live,),
         "lightning": (live | averaged, averaged),
     }
-    shapes |= {key: ({key: kind}, {key: kind, "ema": f"{kind}_ema"}) for key in ("model", "module")}
-    return next((container for container, alike in shapes.items() if places in alike), "other")
+    for key in ("model", "module"):
+        patterns[key] = ({key: kind}, {key: kind, "ema": f"{kind}_ema"})
+    return next((container for container, any_of in patterns.items() if places in any_of), "other")
 
 
-def _chosen(candidates, source, container):
-    """Return the Part of those Networks of a file that have one name: of the one that fits its
-    layout.
+def _choose_part(candidates, source, container):
+    """Return one Part for the Networks of a file that have the same name: one that fits its layout.
+
+    The Part has a `fault` if none fits, or if several fit and differ.
     """
     parts = []
     for network in candidates:
@@ -257,7 +272,7 @@ def _chosen(candidates, source, container):
         parts.append(_part(network, f"'{source}'{entry}"))
         parts[-1].place = network.place if container == "other" else ""
     fitting = [part for part in parts if not part.fault] or parts[:1]
-    if not all(_same(fitting[0], other) for other in fitting[1:]):
+    if not all(_are_equal(fitting[0], part) for part in fitting[1:]):
         places = ", ".join(f"'{part.place}'" for part in fitting)
         fault = (
             f"'{source}' holds several networks of the kind {candidates[0].name}, {places}: save "
@@ -267,30 +282,33 @@ def _chosen(candidates, source, container):
     return fitting[0]
 
 
-def _same(part, other):
-    names = part.tensors.keys()
-    return names == other.tensors.keys() and all(
-        torch.equal(part.tensors[n], other.tensors[n]) for n in names
+def _are_equal(first, second):
+    """Return whether two Parts have the same tensors."""
+    names = first.tensors.keys()
+    return names == second.tensors.keys() and all(
+        torch.equal(first.tensors[n], second.tensors[n]) for n in names
     )
 
 
 def _part(network, source):
+    """Return the Part of a Network; `source` begins the message of its `fault`, if it has one."""
     layout, tensors = network.layout, network.tensors
     try:
         size, names = layout.fit({n: tuple(t.shape) for n, t in tensors.items()}, source)
     except UserError as error:
         return Part({}, layout=layout, fault=str(error))
-    public = set(names.values())
-    ours = {n: tensors[public] for n, public in names.items() if public in tensors}
-    # may be whole numbers
-    whole = tuple(n for n in tensors if n not in public or n.endswith(STATISTICS))
-    odd = odd_tensors(tensors, whole)
+    public_names = set(names.values())
+    our_tensors = {n: tensors[public] for n, public in names.items() if public in tensors}
+    # tensors that may hold integers
+    integers = tuple(n for n in tensors if n not in public_names or n.endswith(STATISTICS))
+    odd = odd_tensors(tensors, integers)
     fault = listed(f"{source} holds weights that are no floating-point numbers", odd) if odd else ""
-    return Part(ours, size, layout, {n: t for n, t in tensors.items() if n not in public}, fault)
+    extras = {n: t for n, t in tensors.items() if n not in public_names}
+    return Part(our_tensors, size, layout, extras, fault)
 
 
 def _unknown(content, path):
-    """Say what a file holds in which no network is recognised."""
+    """Return the error message for a file in which no network is recognised."""
     if (path.parent / "state.json").exists():
         return (
             f"'{path}' holds the weights of a run, which is opened by its name: "
@@ -298,9 +316,8 @@ def _unknown(content, path):
         )
     if places := nameless(content):
         return (
-            f"'{path.name}' holds averages without names ({', '.join(places[:3])}), which tell no "
-            "network. Load them into the "
-            f"one that they are of, and save its state_dict()."
+            f"'{path.name}' holds averages without names ({', '.join(places[:3])}), from which the "
+            "network cannot be recognised. Load them into their network, and save its state_dict()."
         )
     known = ", ".join(layout.name for layout in LAYOUTS)
     names = next((list(tensors) for _, tensors in state_dicts(content)), list(content))[:3]

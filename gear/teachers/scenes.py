@@ -1,8 +1,9 @@
-"""The packaged teacher of the procedural scenes: a small CNN that was told what each patch shows.
+"""The packaged teacher of the procedural scenes: a small CNN trained to classify what each patch
+shows.
 
-It stands in for DINOv2 where nothing can be downloaded, and it is supervised, not self-supervised:
-its features know the factors that `gear.data.scenes` paints with. Recipe `teacher-scenes` trains
-it; `make teacher` writes the packaged file.
+It replaces DINOv2 where nothing can be downloaded. Unlike DINOv2 it is supervised: its labels are
+the factors from which `gear.data.scenes` draws an image. The recipe `teacher-scenes` trains it, and
+`make teacher` writes the packaged file.
 """
 
 import json
@@ -21,16 +22,17 @@ from gear.teachers.normalise import channel_statistics
 from gear.tokenizer.autoencoder import ResBlock, group_norm
 
 PACKAGED = Path(__file__).with_name("scenes.safetensors")
-NEAR, FAR, DIM = 48, 96, 64  # channels at stride 4 and at stride 8, and what the teacher hands out
+NEAR = 48  # channels at stride 4
+FAR = 96  # channels at stride 8
+DIM = 64  # channels of the teacher's features
 
 
 class ScenesTeacher(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), a patch 4 pixels wide, L in
-    raster order.
+    """Images (B, 3, H, W) in [-1, 1] -> patch features (B, L, 64), with patches of 4 pixels.
 
-    Features of two strides, standardised per channel over the scenes and projected on their 64
-    principal components: a cosine between raw features, whose channels have means of their own,
-    would be high for nothing.
+    L is in raster order. The features of two strides are standardised per channel over the scenes
+    and projected onto their 64 principal components. Without this, the non-zero means of the
+    channels would make the cosine between any two features high.
     """
 
     stride, dim = 4, DIM
@@ -69,8 +71,9 @@ class ScenesTeacher(nn.Module):
         return ((rows - self.mean) / self.std) @ self.components.T
 
     def factor_losses(self, images, factors):
-        """Return the cross entropy, in nats a patch, of each factor: images, (B, h, w, 4) int64 ->
-        {name: scalar}.
+        """Return the cross entropy of each factor, {f"{name}_loss": scalar}, in nats per patch.
+
+        `images` are (B, 3, H, W), `factors` (B, h, w, 4) int64 in the order of FACTORS.
         """
         channels = self.channels(images)
         return {
@@ -80,8 +83,9 @@ class ScenesTeacher(nn.Module):
 
     @torch.no_grad()
     def standardise(self, images):
-        """Set mean, spread and principal components from images (N, 3, H, W); returns the variance
-        share they keep.
+        """Set mean, standard deviation and principal components from images (N, 3, H, W).
+
+        Returns the share of the variance that the 64 components explain.
         """
         rows = self.channels(images).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N L, 144)
         mean, std = channel_statistics(rows)
@@ -93,8 +97,9 @@ class ScenesTeacher(nn.Module):
 
 
 def load_scenes_teacher():
-    """Load the packaged teacher: eval mode, frozen. Raises UserError when its file is missing or
-    broken.
+    """Load the packaged teacher, frozen and in evaluation mode.
+
+    Raises UserError where its file is missing or damaged.
     """
     if not PACKAGED.exists():
         raise UserError(
@@ -104,7 +109,7 @@ def load_scenes_teacher():
     teacher = ScenesTeacher()
     try:
         teacher.load_state_dict(load_file(PACKAGED))
-    except Exception as error:  # safetensors raises its own type
+    except Exception as error:  # safetensors raises its own Rust exception type
         raise UserError(
             f"the packaged scenes teacher {PACKAGED} cannot be read ({error}). Reinstall gear, or "
             "make it: make teacher"
@@ -113,13 +118,13 @@ def load_scenes_teacher():
 
 
 def package(teacher, card):
-    """Write the teacher and its card (recipe, configuration hash, how it was made) as the packaged
-    file.
+    """Write the packaged file and, beside it, the card as JSON.
+
+    The card, a dict, says how the teacher was made: recipe, configuration hash and so on. It is
+    also in the file's metadata.
     """
     tensors = {name: t.contiguous() for name, t in teacher.state_dict().items()}
-    metadata, text = (
-        {"card": json.dumps(card, sort_keys=True)},
-        json.dumps(card, indent=1, sort_keys=True) + "\n",
-    )
+    metadata = {"card": json.dumps(card, sort_keys=True)}
+    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
     write_atomically(PACKAGED, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(PACKAGED.with_suffix(".json"), lambda path: path.write_text(text))

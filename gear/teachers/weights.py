@@ -1,5 +1,6 @@
-"""Weights that others published: a file by its path, else from a cache, else downloaded; no code in
-it is run.
+"""Published weights: a file given by its path, found in a cache, or downloaded.
+
+No code in a file is run.
 """
 
 import hashlib
@@ -21,102 +22,108 @@ from gear.public.tensorfiles import (
     tensors_of,
 )
 
-FILE = "model.safetensors"  # as the hub's repositories call it
-DEPTH = 4  # of wrappers within each other
-# entries that go before others under which a file may keep its tensors
+FILE = "model.safetensors"  # usual name of a weight file in the hub's repositories
+DEPTH = 4  # largest number of nested wrappers
+# entries in which a file may have its tensors, in order of preference
 WRAPPERS = ("state_dict", "model", "teacher", "ema_encoder")
 
 
-def is_offline(asked=False):
-    """Tell whether no network call may be made: asked for, or $HF_HUB_OFFLINE is set."""
-    return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+def is_offline(requested=False):
+    """Return whether downloads are forbidden: as requested, or by $HF_HUB_OFFLINE."""
+    return requested or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def find_weights(teacher, repo, about, path="", offline=False, flag="", file=FILE):
-    """Return a file of a network: `path` (or `file` in that folder), else of `repo` in a cache,
-    else downloaded.
+    """Return the path of a network's weight file.
 
-    `repo` is the hub's, or the address of a folder elsewhere: https://... `about` says what the
-    file is, `flag` what takes a path, if not --teacher. Raises UserError naming both where there is
-    no file; with `offline` or $HF_HUB_OFFLINE no network call is made.
+    The file is `path`, or `file` in the folder `path`. If `path` is empty, the file is that of
+    `repo`, from a cache or downloaded. `repo` is a repository of the hub, or the address of a
+    folder elsewhere: https://... With `offline` or $HF_HUB_OFFLINE no network call is made.
+
+    Raises UserError where there is no such file. The message describes it by `about`, and names the
+    option that takes a path: `flag`, by default --teacher.
     """
     if path:
-        found = Path(path).expanduser()
-        found = found / file if found.is_dir() else found
-        if not found.is_file():
-            raise UserError(f"the network {teacher} is given a file that is not there: {found}.")
-        return found
-    elsewhere = repo.startswith("https://")
-    where, found, fetch = _at_address(repo, file) if elsewhere else _on_hub(teacher, repo, file)
-    if found:
-        return Path(found)
-    why = "None was fetched: offline."
+        given_path = Path(path).expanduser()
+        weight_file = given_path / file if given_path.is_dir() else given_path
+        if not weight_file.is_file():
+            raise UserError(
+                f"the weight file given for the network {teacher} does not exist: {weight_file}."
+            )
+        return weight_file
+    is_address = repo.startswith("https://")
+    location, cached, download = (
+        _at_address(repo, file) if is_address else _on_hub(teacher, repo, file)
+    )
+    if cached:
+        return Path(cached)
+    reason = "They were not downloaded: offline."
     if not is_offline(offline):
         try:
-            return Path(fetch())
-        except (
-            Exception
-        ) as error:  # no network, no such file, terms not agreed to, a full disk: many types
-            why = f"They could not be fetched: {type(error).__name__}, {first_line(error)}."
+            return Path(download())
+        # many types: no network, no such file, terms that were not accepted, a full disk
+        except Exception as error:
+            reason = f"They could not be downloaded: {type(error).__name__}, {first_line(error)}."
     raise UserError(
-        f"the weights of {teacher} are not on this machine: {file} of {where}, {about}. {why} "
-        f"Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
+        f"the weights of {teacher} are not on this machine: {file} of {location}, {about}. "
+        f"{reason} Give the file by its path: {flag or f'--teacher {teacher}='}/path/to/{file}"
     )
 
 
 def _on_hub(teacher, repo, file):
-    """Return (name of the place, path in the hub's cache or None, function that downloads it)."""
+    """Return (location in words, path in the hub's cache or None, function that downloads)."""
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"the network {teacher} is looked up by huggingface_hub: pip install huggingface_hub"
+            f"finding the weights of {teacher} needs huggingface_hub: pip install huggingface_hub"
         ) from None
-    found = huggingface_hub.try_to_load_from_cache(repo, file)
+    cached = huggingface_hub.try_to_load_from_cache(repo, file)
     return (
         f"huggingface.co/{repo}",
-        found if isinstance(found, str) else None,  # what is known to be missing is an object
+        cached if isinstance(cached, str) else None,  # an object marks files known to be missing
         lambda: huggingface_hub.hf_hub_download(repo, file),
     )
 
 
 def _at_address(address, file):
-    """Return (name of the place, path in gear's or torch's cache or None, function that downloads
-    it).
-    """
-    own, torchs = cache_dir() / file, Path(torch.hub.get_dir()) / "checkpoints" / file
+    """Return (location in words, path in gear's or torch's cache or None, download function)."""
+    gear_file = cache_dir() / file
+    torch_file = Path(torch.hub.get_dir()) / "checkpoints" / file
 
-    def fetch():
-        own.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(f"{address}/{file}", str(own), progress=False)
-        return own
+    def download():
+        gear_file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"{address}/{file}", str(gear_file), progress=False)
+        return gear_file
 
-    found = next((path for path in (own, torchs) if path.is_file()), None)
-    return address.removeprefix("https://"), found, fetch
+    cached = next((path for path in (gear_file, torch_file) if path.is_file()), None)
+    return address.removeprefix("https://"), cached, download
 
 
 def file_hash(path):
-    """Return the SHA-256 of a file in hex; raises UserError where the hub's cache says another
-    one.
+    """Return the SHA-256 of a file in hex.
+
+    Raises UserError for a file of the hub's cache whose name is another hash.
     """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    blob = path.resolve()  # the hub's cache calls a large file by its hash
+    blob = path.resolve()  # the hub's cache names a large file by its hash
     if (
         blob.parent.name == "blobs"
         and re.fullmatch("[0-9a-f]{64}", blob.name)
         and blob.name != digest
     ):
         raise UserError(
-            f"the cached file {blob} is damaged: its hash is not its name. Delete it, and it is "
-            "fetched again."
+            f"the cached file {blob} is damaged: its hash is not its name. Delete it; it is then "
+            "downloaded again."
         )
     return digest
 
 
 def read_tensors(path):
-    """Return {name: tensor} of a .safetensors or a PyTorch file; raises UserError for what holds
-    more or cannot be read.
+    """Return {name: tensor} of a safetensors or PyTorch file with one set of tensors.
+
+    Raises UserError for a file that cannot be read, and for several sets or none.
     """
     try:
         content = read_content(path)
@@ -127,32 +134,34 @@ def read_tensors(path):
             content = next(
                 (content[wrapper] for wrapper in WRAPPERS if wrapper in content), content
             )
-    several = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
-    tensors = tensors_of(content) or (several[0] if len(several) == 1 else {})
+    sets = [tensors for _, tensors in state_dicts(content if isinstance(content, dict) else {})]
+    tensors = tensors_of(content) or (sets[0] if len(sets) == 1 else {})
     if not tensors:
-        what = (
-            f"{len(several)} sets of tensors: save alone the one that is meant"
-            if several
+        description = (
+            f"{len(sets)} sets of tensors: save the one you mean alone"
+            if sets
             else "no tensors by name"
         )
-        raise UserError(f"the weight file {path} holds {what}.")
+        raise UserError(f"the weight file {path} holds {description}.")
     return stripped(tensors)
 
 
 def named_for(network, tensors, rename=dict):
-    """Return `rename(tensors)`, of the names behind a prefix ("model.") if only then they are those
-    of `network`.
+    """Return `rename(tensors)`, without a prefix of their names ("model.") where there is one.
+
+    A prefix is removed only if the names are those of `network` afterwards, and not before.
     """
-    expected, plain = network.state_dict().keys(), rename(tensors)
+    expected = network.state_dict().keys()
+    unprefixed = rename(tensors)
+    if unprefixed.keys() == expected:
+        return unprefixed
     prefixes = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name))
-    for prefix in (
-        p
-        for p, count in prefixes.items()
-        if plain.keys() != expected and count > len(expected) // 2
-    ):
-        named = rename(
+    for prefix, count in prefixes.items():
+        if count <= len(expected) // 2:  # too few names for the network
+            continue
+        inner = rename(
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         )
-        if named.keys() == expected:
-            return named
-    return plain
+        if inner.keys() == expected:
+            return inner
+    return unprefixed

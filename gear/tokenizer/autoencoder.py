@@ -13,11 +13,11 @@ from gear.tokenizer.config import BACKBONES
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in its input's own precision; its statistics are float32 anyway, on a CPU and on a
-    GPU.
+    """GroupNorm that computes in the precision of its input.
 
-    CUDA's autocast would take it to float32, which keeps twice the bytes for the gradient, and in
-    another memory format.
+    Its statistics are accumulated in float32 on every device. CUDA's autocast would convert the
+    input to float32, which stores twice the bytes for the backward pass and changes the memory
+    format.
     """
 
     def forward(self, x):
@@ -29,8 +29,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels, affine=True):
-    """GroupNorm with the public networks' 32 groups; narrow and odd ones have fewer, of at least
-    four channels each.
+    """Build a GroupNorm with the 32 groups of the public networks.
+
+    A narrow layer, or one whose width is not a multiple of 32, has fewer groups of at least four
+    channels each, where the width allows it.
     """
     return GroupNorm(
         math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6, affine=affine
@@ -38,14 +40,17 @@ def group_norm(channels, affine=True):
 
 
 class ResBlock(nn.Module):
-    """Residual block: (norm, swish, 3x3 conv) twice, 1x1 conv on the shortcut where the width
-    changes.
+    """Residual block: (norm, swish, 3x3 convolution) twice, added to the input.
+
+    The shortcut is a 1x1 convolution where the width changes.
     """
 
     def __init__(self, c_in, c_out, bias=True):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
         self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -55,7 +60,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of a feature map, scale C^-1/2."""
+    """Single-head self-attention over the positions of a feature map, with scale C^-1/2."""
 
     def __init__(self, channels):
         super().__init__()
@@ -70,21 +75,25 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a 3x3 convolution; VQGAN pads right and bottom only, MAGVIT-2 all
-    round.
+    """Halve the resolution with a 3x3 convolution of stride 2.
+
+    VQGAN pads the right and bottom edges only, MAGVIT-2 pads all four.
     """
 
     def __init__(self, channels, padding):
         super().__init__()
-        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2), padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.padding = padding
 
     def forward(self, x):
         return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
-    """Double the resolution: VQGAN repeats pixels and convolves, MAGVIT-2 convolves to 4 C and
-    deals the channels out.
+    """Double the resolution.
+
+    VQGAN repeats every pixel and then convolves. MAGVIT-2 convolves to 4 C channels and
+    rearranges them into 2x2 blocks of pixels (`deals_out`).
     """
 
     def __init__(self, channels, deals_out):
@@ -96,35 +105,40 @@ class Upsample(nn.Module):
         if not self.deals_out:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         b, c, h, w = x.shape
-        # the place in a 2x2 block is the slow index, unlike pixel_shuffle's
+        # F.pixel_shuffle does not fit: here the position in the 2x2 block is the slow index of the
+        # 4 C channels, there it is the fast one
         blocks = self.conv(x).view(b, 2, 2, c, h, w)
         return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 class AdaptiveNorm(nn.Module):
-    """GroupNorm whose scale and bias are linear in the spread and the mean of the quantised
-    latent's channels (MAGVIT-2).
+    """GroupNorm whose scale and bias depend on the quantised latent (MAGVIT-2).
+
+    The scale is linear in the standard deviation of each latent channel over the image, the bias
+    in its mean. Raises UserError for a latent of one token, whose deviation is undefined.
     """
 
     def __init__(self, channels, code_dim):
         super().__init__()
         self.norm = group_norm(channels, affine=False)
-        self.scale, self.bias = nn.Linear(code_dim, channels), nn.Linear(code_dim, channels)
+        self.scale = nn.Linear(code_dim, channels)
+        self.bias = nn.Linear(code_dim, channels)
 
     def forward(self, x, latents):
         rows = latents.flatten(2)  # (B, D, L)
         if rows.shape[-1] < 2:
             raise UserError(
-                "one token has no spread, which this decoder follows: use a larger image, of two "
-                "tokens at least."
+                "this decoder needs the standard deviation over an image's tokens, and one token "
+                "has none: use a larger image, with at least two tokens."
             )
-        scale, bias = self.scale((rows.var(-1) + 1e-6).sqrt()), self.bias(rows.mean(-1))
+        scale = self.scale((rows.var(-1) + 1e-6).sqrt())
+        bias = self.bias(rows.mean(-1))
         return scale[..., None, None] * self.norm(x) + bias[..., None, None]
 
 
 def _level(backbone, c_in, c_out, blocks, attention):
-    """`blocks` residual blocks, each followed by attention where that is asked for: on the coarsest
-    level.
+    """Return the layers of one level: `blocks` residual blocks, each followed by a SpatialAttention
+    if `attention` is true.
     """
     layers = []
     for i in range(blocks):
@@ -135,6 +149,7 @@ def _level(backbone, c_in, c_out, blocks, attention):
 
 
 def _middle(config, channels):
+    """Build the layers between the encoder's or the decoder's levels and its latents."""
     backbone = BACKBONES[config.backbone]
     if backbone.attention:
         return nn.Sequential(
@@ -144,23 +159,23 @@ def _middle(config, channels):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> latents (B, autoencoder_channels, H/f, W/f)."""
+    """Images (B, 3, H, W) -> latents (B, autoencoder_channels, H/f, W/f); f is `downsampling`."""
 
     def __init__(self, config):
         super().__init__()
-        widths, backbone = (
-            [config.channels * m for m in config.channel_mult],
-            BACKBONES[config.backbone],
-        )
+        widths = [config.channels * m for m in config.channel_mult]
+        backbone = BACKBONES[config.backbone]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=backbone.bias)
         self.levels = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.channels, *widths], widths)):
-            last = i == len(widths) - 1
-            layers = _level(backbone, c_in, c_out, config.res_blocks, last and backbone.attention)
-            self.levels.append(
-                nn.Sequential(*layers, *([] if last else [Downsample(c_out, backbone.padding)]))
-            )
-        self.middle, self.norm_out = _middle(config, widths[-1]), group_norm(widths[-1])
+            is_coarsest = i == len(widths) - 1
+            attention = is_coarsest and backbone.attention
+            layers = _level(backbone, c_in, c_out, config.res_blocks, attention)
+            if not is_coarsest:
+                layers.append(Downsample(c_out, backbone.padding))
+            self.levels.append(nn.Sequential(*layers))
+        self.middle = _middle(config, widths[-1])
+        self.norm_out = group_norm(widths[-1])
         kernel = backbone.encoder_kernel
         self.conv_out = nn.Conv2d(
             widths[-1], config.autoencoder_channels, kernel, padding=kernel // 2
@@ -182,19 +197,19 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in reversed(config.channel_mult)]  # coarsest first
         blocks = config.res_blocks + backbone.decoder_blocks
         self.conv_in = nn.Conv2d(config.autoencoder_channels, widths[0], 3, padding=1)
-        self.middle, self.levels = _middle(config, widths[0]), nn.ModuleList()
-        self.adaptive = nn.ModuleList()  # a norm before each level, MAGVIT-2's only
+        self.middle = _middle(config, widths[0])
+        self.levels = nn.ModuleList()
+        self.adaptive = nn.ModuleList()  # one norm before each level; empty except for MAGVIT-2
         for i, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths)):
             layers = _level(backbone, c_in, c_out, blocks, i == 0 and backbone.attention)
-            last = i == len(widths) - 1
-            self.levels.append(
-                nn.Sequential(*layers, *([] if last else [Upsample(c_out, backbone.deals_out)]))
-            )
-            self.adaptive.extend([AdaptiveNorm(c_in, config.code_dim)] if backbone.adapts else [])
-        self.norm_out, self.conv_out = (
-            group_norm(widths[-1]),
-            nn.Conv2d(widths[-1], 3, 3, padding=1),
-        )
+            is_finest = i == len(widths) - 1
+            if not is_finest:
+                layers.append(Upsample(c_out, backbone.deals_out))
+            self.levels.append(nn.Sequential(*layers))
+            if backbone.adapts:
+                self.adaptive.append(AdaptiveNorm(c_in, config.code_dim))
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents):
         x = self.middle(self.conv_in(latents))

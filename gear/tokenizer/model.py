@@ -1,4 +1,4 @@
-"""Tokenizer = encoder + quantizer + decoder: images <-> a grid of indices."""
+"""The tokenizer: an encoder, a quantizer and a decoder between images and grids of indices."""
 
 import contextlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from gear.tokenizer.quantize import QUANTIZERS, Quantized
 
 @dataclass
 class Tokenized:
-    """One tokenizer forward: `reconstruction` (B, 3, H, W) and what the quantizer gave."""
+    """Output of one tokenizer forward: `reconstruction` (B, 3, H, W) and a Quantized."""
 
     reconstruction: torch.Tensor
     quantized: Quantized
@@ -26,63 +26,69 @@ class Tokenized:
 class Tokenizer(nn.Module):
     """VQ, LFQ or IBQ: images (B, 3, H, W) in [-1, 1] <-> indices (B, h, w) int64 in [0, K).
 
-    h is H / downsampling.
+    h is H / downsampling, and w is W / downsampling. Images of any float type are converted to the
+    network's type.
 
-    Images of any float type are taken as the network's own. In evaluation mode an image out of
-    range and a value that is not finite raise UserError; training, and a frozen tokenizer in it
-    (`check` false), must not wait for the device to say so. One that was trained in the `precision`
-    "bf16" encodes in it, whoever asks: on one kind of device the indices that a generator is
-    trained on are those at inference. (Compiled code, which trains a tokenizer on a GPU, rounds
-    less.) With `checkpointing` encoder and decoder are computed again in backward, which saves
-    memory.
+    In evaluation mode, images out of range and values that are not finite raise UserError. These
+    checks are skipped in training mode, and where `check` is false (a frozen tokenizer in a
+    training step), because they would wait for the device.
+
+    A tokenizer trained in the `precision` "bf16" always encodes in bfloat16, so that on one kind of
+    device a generator is trained on the same indices that inference gives. (Compiled code, which
+    trains a tokenizer on a GPU, rounds less.) With `checkpointing` the encoder and the decoder are
+    computed a second time in the backward pass, which saves memory.
     """
 
     def __init__(self, config, precision="float32", checkpointing=False):
         super().__init__()
-        self.config, self.precision, self.checkpointing = config, precision, checkpointing
-        self.encoder, self.decoder, self.quantizer = (
-            Encoder(config),
-            Decoder(config),
-            QUANTIZERS[config.quantizer](config),
-        )
+        self.config = config
+        self.precision = precision
+        self.checkpointing = checkpointing
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantizer = QUANTIZERS[config.quantizer](config)
         c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
-        has_convs = BACKBONES[config.backbone].own_width
-        self.quant_conv = nn.Conv2d(c, d, 1) if has_convs else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(d, c, 1) if has_convs else nn.Identity()
+        has_quant_conv = BACKBONES[config.backbone].has_quant_conv
+        self.quant_conv = nn.Conv2d(c, d, 1) if has_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(d, c, 1) if has_quant_conv else nn.Identity()
         self.skip_in = nn.Conv2d(3, d, f, f) if config.linear_skip else None
         self.skip_out = nn.ConvTranspose2d(d, 3, f, f) if config.linear_skip else None
 
     @property
     def identity(self):
-        """What the indices depend on besides the weights; "" where it is the default."""
+        """The setting besides the weights that the indices depend on; "" for the default."""
         return "" if self.precision == "float32" else self.precision
 
     def latents(self, images, check=True):
-        """Encode images to continuous latents Z: (B, code_dim, h, w). Raises UserError for images
-        that it cannot take.
+        """Encode images to continuous latents Z: (B, 3, H, W) -> (B, code_dim, h, w).
+
+        Raises UserError for images of a wrong type or shape, of a size that `downsampling` does not
+        divide, and, unless `check` is false or in training mode, out of range.
         """
         check_images(images, check and not self.training)
         check_divides(images.shape[-2:], self.config.downsampling)
         images = images.to(self.encoder.conv_in.weight.dtype)
-        bf16 = (
+        autocast = (
             torch.autocast(images.device.type, torch.bfloat16)
             if self.precision == "bf16"
             else contextlib.nullcontext()
         )
-        with bf16:
+        with autocast:
             z = self.quant_conv(self._run(self.encoder, images))
             z = z if self.skip_in is None else z + self.skip_in(images)
         return z.to(images.dtype)
 
     def affinity(self, images):
-        """Return the Affinity A (Eq. 6) of every position to every code, (B, h*w, K), whose
-        `.dense` is the float32 matrix.
+        """Return the Affinity A (Eq. 6) of every position to every code, (B, h*w, K).
+
+        `affinity(images).dense` is the float32 matrix.
         """
         return self.quantizer.affinity(self.latents(images))
 
     def mean_use(self, images):
-        """Return the mean row of softmax(A / 0.01) over images, (K,): what the entropy term is
-        about (Eq. 2).
+        """Return the mean code usage, (K,): the mean row of softmax(A / 0.01) over all positions.
+
+        The entropy term of Eq. 2 raises the entropy of this distribution.
         """
         return self.affinity(images).entropies()[1]
 
@@ -92,19 +98,22 @@ class Tokenizer(nn.Module):
         return self.quantizer.indices(z, check).unflatten(1, z.shape[-2:])
 
     def decode(self, indices):
-        """Render an index grid: (B, h, w) -> (B, 3, H, W), about in [-1, 1]. Raises UserError for
-        an index out of range.
+        """Decode an index grid to images: (B, h, w) -> (B, 3, H, W), approximately in [-1, 1].
+
+        Raises UserError for indices that are no grid or out of range, and for images that are not
+        finite.
         """
         if indices.ndim != 3:
             raise UserError(
-                f"indices have shape {tuple(indices.shape)}: a grid (B, h, w) can be decoded."
+                f"indices have shape {tuple(indices.shape)}: a grid (B, h, w) is expected."
             )
         check_range(indices, self.config.codebook_size, "indices")
         return self.decode_latents(self.quantizer.lookup(indices))
 
     def decode_latents(self, latents):
-        """Render latents (B, code_dim, h, w): (B, 3, H, W). Raises UserError for images that are
-        not finite.
+        """Decode latents to images: (B, code_dim, h, w) -> (B, 3, H, W).
+
+        Raises UserError, in evaluation mode, for images that are not finite.
         """
         images = self._run(self.decoder, self.post_quant_conv(latents))
         images = images if self.skip_out is None else images + self.skip_out(latents)
@@ -122,19 +131,23 @@ class Tokenizer(nn.Module):
         return network(x)
 
     def forward(self, images):
-        """Encode, quantise and decode once; returns a Tokenized."""
+        """Encode, quantise and decode images (B, 3, H, W); returns a Tokenized."""
         quantized = self.quantizer(self.latents(images))
         return Tokenized(self.decode_latents(quantized.latents), quantized)
 
 
 @torch.no_grad()
 def initialise_from_data(tokenizer, images, seed=0):
-    """Start a tokenizer with `linear_skip` at the best linear one: PCA encoder, codebook of the
-    patches, least-squares decoder.
+    """Initialise a tokenizer with `linear_skip` as the best linear tokenizer of `images`.
 
-    A latent is a patch's first principal components p and, where codes are compared by distance, a
-    constant 1: on VQ's unit sphere the angle then grows with |p|, so brightness and contrast
-    survive the normalisation. Both networks start at zero.
+    The skip into the latents is a PCA encoder, the codebook is a k-means clustering of the encoded
+    patches, and the skip back to the pixels is the least-squares decoder. The last layers of the
+    encoder and the decoder are set to zero, so that at first only the skips act.
+
+    A latent consists of a patch's first principal components p and, for VQ and IBQ, of a constant
+    1. On VQ's unit sphere the angle from the constant's axis then grows with |p|, so that
+    brightness and contrast survive the normalisation. `images` are (N, 3, H, W) in [-1, 1], `seed`
+    is that of k-means. Raises UserError for fewer patches than codes.
     """
     config, quantizer = tokenizer.config, tokenizer.quantizer
     f, d = config.downsampling, config.code_dim
@@ -145,11 +158,12 @@ def initialise_from_data(tokenizer, images, seed=0):
             f"{len(patches)} patches cannot start {config.codebook_size} codes: use more images or "
             "a smaller codebook."
         )
-    mean, constants = patches.mean(0), quantizer.constants
-    # float64: the start must not depend on how memory was aligned
-    spread = torch.cov((patches - mean).T.double())
-    # (D - 1 or D, 3 f f)
-    basis = torch.linalg.eigh(spread).eigenvectors.flip(1).T[: d - constants].float()
+    mean = patches.mean(0)
+    constants = quantizer.constants
+    # float64, because float32 sums differ in their last bits with the alignment of memory
+    covariance = torch.cov((patches - mean).T.double())
+    # (D - constants, 3 f f)
+    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1).T[: d - constants].float()
     basis = basis / ((patches - mean) @ basis.T).square().sum(-1).mean().sqrt()  # E |p|^2 = 1
     weight = quantizer.scale * torch.cat([basis, torch.zeros(constants, basis.shape[1])])
     bias = quantizer.scale * torch.cat([-basis @ mean, torch.ones(constants)])
@@ -163,21 +177,22 @@ def initialise_from_data(tokenizer, images, seed=0):
     )  # (D, 3 f f)
     tokenizer.skip_out.weight.copy_(solution.view(d, 3, f, f))
     tokenizer.skip_out.bias.copy_(colour)
-    has_convs = isinstance(tokenizer.quant_conv, nn.Conv2d)
-    last_of_encoder = tokenizer.quant_conv if has_convs else tokenizer.encoder.conv_out
-    for last in (last_of_encoder, tokenizer.decoder.conv_out):
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+    has_quant_conv = isinstance(tokenizer.quant_conv, nn.Conv2d)
+    encoder_output = tokenizer.quant_conv if has_quant_conv else tokenizer.encoder.conv_out
+    for layer in (encoder_output, tokenizer.decoder.conv_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()
 def reconstruct(tokenizer, images):
-    """Encode and decode images (N, 3, H, W), a few at a time: reconstructions (N, 3, H, W) and
-    indices (N, h, w).
+    """Encode and decode images (N, 3, H, W) in chunks of `images_at_once`.
 
-    The tokenizer's device computes; what is returned lies where the images do.
+    Returns reconstructions (N, 3, H, W) and indices (N, h, w). The tokenizer's device computes; the
+    results are on the device of `images`.
     """
-    device, pixels = next(tokenizer.parameters()).device, images.shape[-2] * images.shape[-1]
+    device = next(tokenizer.parameters()).device
+    pixels = images.shape[-2] * images.shape[-1]
     decoded, indices = [], []
     for x in images.split(images_at_once(device, pixels)):
         indices.append(tokenizer.encode(x.to(device)))
@@ -186,7 +201,8 @@ def reconstruct(tokenizer, images):
 
 
 def images_at_once(device, pixels):
-    """Return how many images of so many pixels a tokenizer encodes or decodes at once: 8 on a CPU,
-    32 of 256 px on a GPU.
+    """Return how many images of `pixels` pixels each a tokenizer encodes or decodes at once.
+
+    The number is 8 on a CPU; on a GPU it is 32 for images of 256 x 256 and falls with the size.
     """
     return max(1, 2**21 // pixels) if device.type == "cuda" else 8

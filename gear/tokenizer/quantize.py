@@ -1,9 +1,9 @@
-"""Quantizers behind one interface: an affinity A to every code, the hard index, a quantised latent
-with its gradient rule.
+"""Quantizers behind one interface: an affinity A to every code, the hard index, and a quantised
+latent with its gradient rule.
 
-Latents are (B, D, h, w); in rows, (B, L, D) with L = h w in raster order. Whatever the autocast
-dtype, a quantizer computes in float32, so that the same latents have the same indices in training
-and at inference.
+Latents are maps (B, D, h, w) or rows (B, L, D), with L = h w in raster order. A quantizer computes
+in float32 under any autocast, so that the same latents get the same indices in training and at
+inference.
 """
 
 import functools
@@ -18,45 +18,49 @@ from gear.tokenizer.readout import ENTROPY_TEMPERATURE, Affinity, full, full_pre
 
 
 def as_rows(latents):
-    """(B, D, h, w) -> (B, L, D)."""
+    """Return latents (B, D, h, w) as rows (B, L, D)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 @dataclass
 class Quantized:
-    """What quantising gives, and what the losses need of it. Rows are (B, L, D)."""
+    """Output of a quantizer: the decoder's input, and the quantities that the losses need."""
 
-    indices: torch.Tensor  # (B, L), the arg-max of A
-    latents: torch.Tensor  # (B, D, h, w), what the decoder receives: the codes in value
-    z: torch.Tensor  # rows, the latents before quantisation
-    code: torch.Tensor  # rows, the chosen codes
-    rows: torch.Tensor  # `latents` in rows
+    indices: torch.Tensor  # (B, L) int64, the arg-max of A
+    latents: torch.Tensor  # (B, D, h, w), input of the decoder, equal to the codes in value
+    z: torch.Tensor  # (B, L, D), the latents before quantisation
+    code: torch.Tensor  # (B, L, D), the chosen codes
+    rows: torch.Tensor  # (B, L, D), `latents` as rows
     affinity: Affinity  # A (Eq. 6)
-    entropies: tuple | None = None  # of A, see `Affinity.entropies`; None without gradients
+    entropies: tuple | None = None  # `Affinity.entropies` of A; None where gradients are disabled
 
 
 class Quantizer(nn.Module):
-    """What every quantizer answers: `affinity`, `indices`, `codes`, `lookup`, `forward`, and
-    `start` for its codebook.
+    """Base class of the quantizers.
 
-    A quantizer with weights keeps them in `codebook`, (K, D).
+    Each has the methods `affinity`, `indices`, `codes`, `lookup`, `forward`, and `start`, which
+    initialises its codebook. A quantizer with weights has them in `codebook`, (K, D).
     """
 
-    # a latent starts as `scale` times (components, constants): see initialise_from_data
-    constants, scale = (1, 1.0)
-    affine = 1.0, 0.0  # the scale and the shift of A
+    # initialise_from_data starts a latent as `scale` times (principal components, `constants` ones)
+    constants = 1
+    scale = 1.0
+    affine = (1.0, 0.0)  # the scale and the shift of A, see Affinity
     _rows = staticmethod(as_rows)
 
     @full_precision
     def affinity(self, latents, limit=None):
-        """Return A (Eq. 6) as its factors, an Affinity: (B, D, h, w) -> (B, L, K) float32; `limit`
-        is Affinity's.
+        """Return A (Eq. 6) of latents to all codes, an Affinity: (B, D, h, w) -> (B, L, K) float32.
+
+        `limit` is that of Affinity.
         """
         return Affinity(self._rows(latents), self.codes(), *self.affine, limit)
 
     def indices(self, latents, check=True):
-        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64. UserError for
-        latents not finite.
+        """Return the index of each position (Eq. 1): (B, D, h, w) -> (B, L) int64.
+
+        Raises UserError for latents that are not finite, unless `check` is false or in training
+        mode.
         """
         check_finite(
             latents,
@@ -70,7 +74,7 @@ class Quantizer(nn.Module):
         return self.affinity(latents).argmax()
 
     def codes(self):
-        """Return the codebook C that latents are compared with: (K, D) float32."""
+        """Return the codes C with which latents are compared: (K, D) float32."""
         return full(self.codebook)
 
     def lookup(self, indices):
@@ -82,11 +86,11 @@ class VectorQuantizer(Quantizer):
     """VQ with L2-normalised latents and codes (LlamaGen's VQ-16).
 
     A_ik = -||z_i - c_k||^2 = 2 z_i c_k - 2 on unit vectors (Eq. 6), in [-4, 0]. The decoder
-    receives the unit code; its gradient passes straight through to the normalised latent and never
-    to the codebook.
+    receives the unit code. The gradient of the decoder's input passes straight through to the
+    normalised latent and does not reach the codebook.
     """
 
-    affine = 2.0, -2.0
+    affine = (2.0, -2.0)
 
     def __init__(self, config):
         super().__init__()
@@ -101,10 +105,11 @@ class VectorQuantizer(Quantizer):
 
     @full_precision
     def forward(self, latents, limit=None):
-        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is Affinity's."""
+        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is that of Affinity."""
         affinity = self.affinity(latents, limit)  # (B, L, K)
-        indices, entropies = _assigned(affinity)
-        z, code = self._rows(latents), self.codes()[indices]  # (B, L, D)
+        indices, entropies = _assign(affinity)
+        z = self._rows(latents)  # (B, L, D)
+        code = self.codes()[indices]  # (B, L, D)
         rows = z + (code - z).detach()
         return Quantized(indices, as_maps(rows, latents), z, code, rows, affinity, entropies)
 
@@ -113,8 +118,9 @@ class VectorQuantizer(Quantizer):
         return F.normalize(as_rows(latents), dim=-1)
 
     def start(self, rows, seed):
-        """Start the codebook from latents (N, D) by k-means on the unit sphere. Returns the code of
-        each, (N, D).
+        """Initialise the codebook by k-means of latents (N, D) on the unit sphere.
+
+        Returns the code of each latent, (N, D).
         """
         z = F.normalize(rows, dim=-1)
         self.codebook.copy_(F.normalize(_kmeans(z, len(self.codebook), seed), dim=-1))
@@ -123,14 +129,13 @@ class VectorQuantizer(Quantizer):
 
 
 class IndexBackpropagationQuantizer(Quantizer):
-    """IBQ: A_ik = z_i e_k, a plain dot product. The decoder's gradient reaches every code and the
-    latent through softmax(A).
+    """IBQ: A_ik = z_i c_k, a plain dot product.
 
-    The decoder receives (onehot + p - sg(p)) C with p = softmax(A): the code in value.
+    The decoder receives (onehot + p - sg(p)) C with p = softmax(A), which equals the code in value.
+    Its gradient reaches every code, and the latent, through p.
     """
 
-    # softmax(A) has no temperature: where all codes are short it is sure of none, and its gradient
-    # says little
+    # softmax(A) has no temperature: with short codes p is nearly uniform and its gradient is small
     scale = 3.0
 
     def __init__(self, config):
@@ -139,37 +144,38 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     @full_precision
     def forward(self, latents, limit=None):
-        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is Affinity's."""
+        """Quantise latents (B, D, h, w); returns a Quantized. `limit` is that of Affinity."""
         affinity = self.affinity(latents, limit)  # (B, L, K)
         codes = self.codes()
-        # p C: the codes' own gradient comes from the one-hot part
-        mean = affinity.soft_readout(codes.detach(), 1.0)
-        indices, entropies = _assigned(affinity)
-        z, code = as_rows(latents), codes[indices]  # (B, L, D)
-        rows = code + (mean - mean.detach())
+        # p C, in which C is detached: as a factor it gets its gradient from the one-hot term alone
+        mean_code = affinity.soft_readout(codes.detach(), 1.0)
+        indices, entropies = _assign(affinity)
+        z = as_rows(latents)  # (B, L, D)
+        code = codes[indices]  # (B, L, D)
+        rows = code + (mean_code - mean_code.detach())
         return Quantized(indices, as_maps(rows, latents), z, code, rows, affinity, entropies)
 
     def start(self, rows, seed):
-        """Start the codebook from latents s (p, 1): s c for the k-means c of p.
+        """Initialise the codebook from latents s (p, 1), with s = `scale`, by k-means of the p.
 
-        In the last place stands s + s (E|c|^2 - |c|^2) / 2.
-
-        The largest dot product is then with the nearest c, and latents and codes are near each
-        other. Returns codes (N, D).
+        The code of a cluster centre c is s (c, 1 + (E|c|^2 - |c|^2) / 2). The last channel makes
+        the largest dot product that with the nearest centre, and keeps codes close to latents.
+        Returns the code of each latent, (N, D).
         """
         c = _kmeans(rows[:, :-1] / self.scale, len(self.codebook), seed)
-        length = c.square().sum(-1, keepdim=True)
-        self.codebook.copy_(self.scale * torch.cat([c, 1 + (length.mean() - length) / 2], -1))
+        squared_norm = c.square().sum(-1, keepdim=True)
+        last_channel = 1 + (squared_norm.mean() - squared_norm) / 2
+        self.codebook.copy_(self.scale * torch.cat([c, last_channel], -1))
         codes = self.codes().cpu()
         return codes[(rows @ codes.T).argmax(-1)]
 
 
 class LookupFreeQuantizer(Quantizer):
-    """LFQ: the code is the signs of z, A_ik = 2 z_i c_k over all c_k in {-1, 1}^D (Open-MAGVIT2).
-    It has no weights.
+    """LFQ: the code consists of the signs of z (Open-MAGVIT2). It has no weights.
 
-    Bit j of an index is set where z_j > 0, bit 0 being channel 0; of softmax(A / T) they are
-    independent: see SignAffinity.
+    A_ik = 2 z_i c_k, over all patterns of signs c_k in {-1, 1}^D. Bit j of an index is set where
+    z_j > 0, and bit 0 belongs to channel 0. Under softmax(A / T) the bits are independent, which
+    SignAffinity uses.
     """
 
     constants = 0
@@ -180,36 +186,40 @@ class LookupFreeQuantizer(Quantizer):
 
     @full_precision
     def affinity(self, latents, limit=None):
-        """Return twice the dot product with every pattern of signs, an Affinity: (B, D, h, w) ->
-        (B, L, K) float32.
+        """Return twice the dot product of latents with every pattern of signs.
+
+        The result is a SignAffinity: (B, D, h, w) -> (B, L, K) float32. `limit` is that of
+        Affinity.
         """
         return SignAffinity(as_rows(latents), limit)
 
     def _nearest(self, latents):
-        return _pack(as_rows(latents) > 0)
+        return _bits_to_indices(as_rows(latents) > 0)
 
     def codes(self):
         """Return every pattern of signs, on the CPU: (K, D) float32."""
-        return _signs(torch.arange(2**self.code_dim), self.code_dim)
+        return _indices_to_signs(torch.arange(2**self.code_dim), self.code_dim)
 
     def lookup(self, indices):
         """Return the signs of each index: (B, h, w) -> (B, D, h, w)."""
-        return _signs(indices, self.code_dim).permute(0, 3, 1, 2)
+        return _indices_to_signs(indices, self.code_dim).permute(0, 3, 1, 2)
 
     @full_precision
     def forward(self, latents, limit=None):
-        """Quantise latents (B, D, h, w), no code formed; returns a Quantized. `limit` is
-        Affinity's.
+        """Quantise latents (B, D, h, w) without forming the codes; returns a Quantized.
+
+        `limit` is that of Affinity.
         """
         z = as_rows(latents)  # (B, L, D)
         code = torch.where(z > 0, 1.0, -1.0)
         affinity = self.affinity(latents, limit)
         entropies = affinity.entropies() if torch.is_grad_enabled() else None
         rows = z + (code - z).detach()
-        return Quantized(_pack(z > 0), as_maps(rows, latents), z, code, rows, affinity, entropies)
+        indices = _bits_to_indices(z > 0)
+        return Quantized(indices, as_maps(rows, latents), z, code, rows, affinity, entropies)
 
     def start(self, rows, seed):
-        """Return the code of each of the latents (N, D); there is no codebook to start."""
+        """Return the code of each latent, (N, D) -> (N, D); there is no codebook to initialise."""
         return torch.where(rows > 0, 1.0, -1.0)
 
 
@@ -221,69 +231,79 @@ QUANTIZERS = {
 
 
 class SignAffinity(Affinity):
-    """LFQ's A to latents (..., D), codes formed when asked for: softmax(A / T) is bits alone, p(+1)
-    = sigmoid(4 z_j / T).
+    """LFQ's A of latents (..., D) to all patterns of signs.
+
+    Softmax(A / T) factorises over the D bits, with p(+1) = sigmoid(4 z_j / T) for bit j. The codes
+    are formed only when `codes` is first read.
     """
 
     def __init__(self, rows, limit=None):
-        self.rows, self.scale, self.shift, self.limit = rows, 2.0, 0.0, limit
+        self.rows = rows
+        self.scale = 2.0
+        self.shift = 0.0
+        self.limit = limit
         self.codebook_size = 2 ** rows.shape[-1]
 
     @functools.cached_property
     def codes(self):
-        numbers = torch.arange(self.codebook_size, device=self.rows.device)
-        return _signs(numbers, self.rows.shape[-1]).to(self.rows.dtype)
+        indices = torch.arange(self.codebook_size, device=self.rows.device)
+        return _indices_to_signs(indices, self.rows.shape[-1]).to(self.rows.dtype)
 
     def soften(self, rows, tau):
-        """Return softmax(A / tau) of some rows: (n, D) -> (n, K)."""
-        low, high = _joint((4 * rows / tau).sigmoid())
+        """Return softmax(A / tau) of a block of rows: (n, D) -> (n, K)."""
+        low, high = _pattern_probabilities((4 * rows / tau).sigmoid())
         return (high[:, :, None] * low[:, None]).flatten(1)
 
     @full_precision
     def entropies(self, tau=ENTROPY_TEMPERATURE):
-        """Return what `Affinity.entropies` does, exactly, from the D independent bits."""
-        logits = 4 * self.rows.flatten(0, -2) / tau  # (N, D), of +1 against -1
+        """Return the same as `Affinity.entropies`, computed exactly from the D independent bits."""
+        logits = 4 * self.rows.flatten(0, -2) / tau  # (N, D), log-odds of +1 against -1
         p = logits.sigmoid()
-        # the bits' entropies add up
-        rows = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)
-        low, high = _joint(p)
-        return rows, (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
+        # the entropy of independent bits is the sum of their entropies
+        row_entropies = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1)
+        low, high = _pattern_probabilities(p)
+        mean_row = (high.T @ low).flatten() / len(p)  # index = high bits * 2^(D/2) + low bits
+        return row_entropies, mean_row
 
 
-def _assigned(affinity):
-    """Return the indices of an Affinity and, where there are gradients, its entropies."""
+def _assign(affinity):
+    """Return the indices of an Affinity, and its entropies or, without gradients, None."""
     return affinity.assign() if torch.is_grad_enabled() else (affinity.argmax(), None)
 
 
-def _joint(p):
-    """Probabilities (N, D) of +1 in independent bits -> of the patterns of the low half and of the
-    high: (N, 2^(D/2)) each.
+def _pattern_probabilities(p):
+    """Yield the joint probabilities of the low half of the bits, then those of the high half.
+
+    `p` (N, D) is the probability of +1 in each of D independent bits. Each half gives one
+    probability per pattern of its D/2 bits, (N, 2^(D/2)).
     """
     for half in p.split([p.shape[-1] // 2, p.shape[-1] - p.shape[-1] // 2], -1):
         joint = p.new_ones(len(p), 1)
-        for bit in half.T[:, :, None]:  # (N, 1); the first turns fastest
+        for bit in half.T[:, :, None]:  # (N, 1); the first bit is the least significant one
             joint = torch.cat([joint * (1 - bit), joint * bit], -1)
         yield joint
 
 
-def _pack(bits):
+def _bits_to_indices(bits):
+    """Return the indices (...) whose binary digits are `bits` (..., D), least significant first."""
     return (bits * 2 ** torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
 
 
-def _signs(indices, code_dim):
-    """Unpack indices (...) into their signs (..., D), float32."""
+def _indices_to_signs(indices, code_dim):
+    """Return the signs (..., D) of indices (...), float32."""
     return (indices[..., None] >> torch.arange(code_dim, device=indices.device) & 1).float() * 2 - 1
 
 
-def _kmeans(rows, count, seed):
-    import sklearn.cluster  # 1.7 s, for the start of a codebook alone
+def _kmeans(rows, num_clusters, seed):
+    """Return the cluster centres of rows (N, D) on the CPU: (num_clusters, D) float32."""
+    import sklearn.cluster  # importing it takes 1.7 s, and only this function needs it
 
-    fitted = sklearn.cluster.MiniBatchKMeans(
-        count, batch_size=8192, n_init=1, max_iter=20, random_state=seed
+    kmeans = sklearn.cluster.MiniBatchKMeans(
+        num_clusters, batch_size=8192, n_init=1, max_iter=20, random_state=seed
     ).fit(rows.numpy())
-    return torch.from_numpy(fitted.cluster_centers_).float()
+    return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
 def as_maps(rows, like):
-    """Rows (B, L, D) -> (B, D, h, w), the grid of the latents `like`."""
+    """Return rows (B, L, D) as maps (B, D, h, w) in the shape of the latents `like`."""
     return rows.transpose(1, 2).reshape(like.shape)

@@ -205,7 +205,8 @@ def test_targets_have_the_grid_of_each_tokenizer_or_the_teacher_is_refused(image
     assert list(targets) == [4] and torch.equal(targets[4], load_scenes_teacher()(images[0]))
     assert probe.teacher_targets("", CONFIG, images[0], [8, 4], K) == {4: None, 8: None}
     with pytest.raises(
-        UserError, match="the teacher sees 32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens"
+        UserError,
+        match="the teacher divides 32 px into 8 x 8 patches, the tokenizer into 4 x 4 tokens",
     ):
         probe.teacher_targets("scenes", CONFIG, images[0], [4, 8], K)
     with pytest.raises(

@@ -110,7 +110,7 @@ def test_missing_weights_are_named_and_nothing_is_fetched(tmp_path, monkeypatch)
         match=r"clip-b32.*pytorch_model.bin of huggingface.co/openai/clip-vit-base-patch32, 605 MB",
     ):
         CLIP(offline=True)
-    with pytest.raises(UserError, match="clip-b32 is given a file that is not there"):
+    with pytest.raises(UserError, match="clip-b32 does not exist"):
         CLIP(str(tmp_path))
 
 

@@ -1,5 +1,5 @@
-"""The text-to-image hybrid: who sees what, silent and speaking keys, empty slots, cached sampling;
-and what sampling offers.
+"""The text-to-image hybrid: attention masks, condition rotation, empty slots, sampling with a
+cache, and the options of sampling.
 """
 
 from dataclasses import replace
@@ -35,22 +35,22 @@ def hybrid(**changes):
     return generator
 
 
-# -- who sees what ---------------------------------------------------------------------------------
+# -- attention masks ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text_attention", ("causal", "prefix"))
 @pytest.mark.parametrize("side", MASKS)
 def test_visible_is_its_rules(side, text_attention):
-    """Written out position by position."""
+    """The rules are written out position by position."""
     mask, slots, tokens = MASKS[side], 6, 4
-    got = visible(mask, tokens, text_attention)
-    assert got.shape == (3, 1, 10, 10)
+    actual = visible(mask, tokens, text_attention)
+    assert actual.shape == (3, 1, 10, 10)
     for b in range(3):
         for i in range(10):
             for j in range(10):
                 filled = j >= slots or bool(mask[b, j])
                 before = j <= i or (text_attention == "prefix" and max(i, j) < slots)
-                assert bool(got[b, 0, i, j]) == (i == j or (filled and before)), (b, i, j)
+                assert bool(actual[b, 0, i, j]) == (i == j or (filled and before)), (b, i, j)
 
 
 @pytest.mark.parametrize("text_attention", ("causal", "prefix"))
@@ -72,7 +72,9 @@ def test_position_i_has_not_seen_token_i_and_text_sees_no_image(text_attention):
 @pytest.mark.parametrize("side", MASKS)
 @torch.no_grad()
 def test_what_stands_in_an_empty_slot_matters_to_nobody_else(side):
-    """Only the last slot, which predicts token 0 whether filled or not, hears of itself."""
+    """The content of an empty slot changes no other position. The last slot depends on itself,
+    because it predicts token 0 whether it is filled or not.
+    """
     generator, mask = hybrid(), MASKS[side]
     other = torch.where(mask[..., None], TEXT, TEXT + 3)
     other[:, -1] = TEXT[:, -1]
@@ -88,7 +90,7 @@ def test_prefix_attention_lets_a_caption_look_ahead():
     generator, mask = hybrid(), MASKS["right"]
     causal, prefix = (generator(TOKENS, TEXT, mask, a) for a in ("causal", "prefix"))
     assert (causal - prefix)[2].abs().max() > 1e-3
-    torch.testing.assert_close(causal[1], prefix[1])  # one filled slot: there is nothing ahead
+    torch.testing.assert_close(causal[1], prefix[1])  # one filled slot has none ahead
 
 
 # -- condition_rotation ----------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_prefix_attention_lets_a_caption_look_ahead():
 
 @pytest.mark.parametrize("rotation, speaks", (("identity", True), ("zero", False)))
 def test_text_keys_receive_gradient_unless_silenced(rotation, speaks):
-    """With the public networks' zero rotation, the query and key rows of a text stream never
+    """With the zero rotation of the public networks, the query and key rows of a text stream never
     learn.
     """
     generator = hybrid(condition_rotation=rotation)
@@ -148,13 +150,13 @@ def test_a_dropped_caption_is_none():
     generator = hybrid()
     dropped = torch.tensor([True, False, True])
     with torch.no_grad():
-        none, told = (
+        none, with_captions = (
             generator(TOKENS, *generator.condition.none(TEXT, RIGHT)),
             generator(TOKENS, TEXT, RIGHT),
         )
-        assert (told - none).abs().max() > 1e-3
-        got = generator.train()(TOKENS, TEXT, RIGHT, dropped=dropped)
-        torch.testing.assert_close(got, torch.where(dropped[:, None, None], none, told))
+        assert (with_captions - none).abs().max() > 1e-3
+        actual = generator.train()(TOKENS, TEXT, RIGHT, dropped=dropped)
+        torch.testing.assert_close(actual, torch.where(dropped[:, None, None], none, with_captions))
 
 
 def test_a_dropped_caption_takes_its_mask_with_it():
@@ -194,7 +196,7 @@ def test_cached_generation_is_the_uncached_arg_max_loop(
     side, text_attention, cfg_scale, interval, rotation
 ):
     generator, mask = hybrid(condition_rotation=rotation), MASKS[side]
-    want = uncached(
+    expected = uncached(
         generator,
         TEXT,
         mask,
@@ -203,7 +205,7 @@ def test_cached_generation_is_the_uncached_arg_max_loop(
         interval,
         generator.condition.none(TEXT, mask),
     )
-    got = generate(
+    actual = generate(
         generator,
         TEXT,
         (4, 4),
@@ -213,16 +215,16 @@ def test_cached_generation_is_the_uncached_arg_max_loop(
         temperature=0,
         text_attention=text_attention,
     )
-    assert torch.equal(got, want) and len(got.unique()) > 2
+    assert torch.equal(actual, expected) and len(actual.unique()) > 2
 
 
 def test_what_no_caption_is_has_to_be_told():
-    """Guidance and dropping need the features of an empty text; zeros would do for no network
-    without biases.
+    """Guidance and dropping need the features of an empty text; a network without biases would map
+    zeros to zeros.
     """
     generator = hybrid()
     generator.condition.no_caption = None
-    generate(generator, TEXT, (4, 4), RIGHT)  # nothing unconditional in it
+    generate(generator, TEXT, (4, 4), RIGHT)  # the unconditional half is not computed
     for call in (
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=2.0),
         lambda: generate(generator, TEXT, (4, 4), RIGHT, cfg_scale=0.5),
@@ -237,8 +239,8 @@ def test_what_no_caption_is_has_to_be_told():
 
 
 def test_dropped_captions_leave_deep_gradients_finite():
-    """Thirty-six layers, as the 1B has: a stream of exact zeros would be multiplied by 316 in
-    each.
+    """The network has 36 layers, as the 1B has: each would multiply the gradient of a stream of
+    exact zeros by 316.
     """
     torch.manual_seed(0)
     generator = Generator(replace(CONFIG, layers=36, dual_layers=12), K).train()
@@ -261,23 +263,23 @@ def test_guidance_interval_for_classes(interval):
             none = generator(indices, torch.full_like(labels, generator.condition.no_class))[:, i]
             logits = none + 3 * (logits - none)
         indices[:, i] = logits.argmax(-1)
-    got = generate(generator, labels, (4, 4), cfg_scale=3.0, cfg_interval=interval, temperature=0)
-    assert torch.equal(got.flatten(1), indices)
+    actual = generate(
+        generator, labels, (4, 4), cfg_scale=3.0, cfg_interval=interval, temperature=0
+    )
+    assert torch.equal(actual.flatten(1), indices)
 
 
 def test_bfloat16_weights_and_cache_leave_the_generator_as_it_was():
     generator, labels = tiny_generator(), torch.tensor([0, 3])
-    drawn = generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16)
-    assert generator.embedding.dtype == torch.float32 and drawn.shape == (2, 4, 4)
-    assert torch.equal(drawn, generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16))
+    samples = generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16)
+    assert generator.embedding.dtype == torch.float32 and samples.shape == (2, 4, 4)
+    assert torch.equal(samples, generate(generator, labels, (4, 4), seed=1, dtype=torch.bfloat16))
     many = torch.arange(5).repeat(40)
     exact, rounded = (
         generate(generator, many, (4, 4), temperature=0, dtype=d) for d in (None, torch.bfloat16)
     )
-    assert not torch.equal(exact, rounded)  # it is another arithmetic
-    with (
-        torch.no_grad()
-    ):  # close to float32's distribution: the first token's logits differ in the third digit
+    assert not torch.equal(exact, rounded)  # bfloat16 gives other logits
+    with torch.no_grad():  # the distribution is close to float32's: logits of the first token differ in the third digit
         exact = generator(torch.zeros(2, 16, dtype=torch.long), labels)
         rounded = generator.to(torch.bfloat16)(torch.zeros(2, 16, dtype=torch.long), labels)
     assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
@@ -311,9 +313,9 @@ def test_sample_takes_captions_and_the_grid_a_generator_brings():
         (TEXT[:, :0], None, "conditioned on captions"),
     ],
 )
-def test_captions_that_do_not_fit(text, mask, said):
+def test_captions_that_do_not_fit(text, mask, message):
     for call in (lambda g: g(TOKENS, text, mask), lambda g: generate(g, text, (4, 4), mask)):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             call(hybrid())
 
 

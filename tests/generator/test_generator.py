@@ -1,4 +1,4 @@
-"""Causality, the tap, 2-D RoPE, and sampling against a loop without a cache."""
+"""Causality, the tap layer, 2-D RoPE, and sampling compared with a loop without a cache."""
 
 import math
 from dataclasses import replace
@@ -32,8 +32,8 @@ def generator():
 @pytest.mark.parametrize("j", (0, 1, 7, 14, 15))
 @torch.no_grad()
 def test_position_i_has_not_seen_token_i(generator, j):
-    """Changing token j leaves the logits at positions up to j, and changes every later one; the
-    last is never an input.
+    """Changing token j leaves the logits at positions up to j unchanged, and changes every later
+    one; the last token is never an input.
     """
     other = TOKENS.clone()
     other[:, j] = (other[:, j] + 1) % K
@@ -56,12 +56,12 @@ def test_the_first_loss_is_ln_k():
 
 @torch.no_grad()
 def test_indices_grids_embeddings_and_one_hot_rows_are_the_same_tokens(generator):
-    want = generator(TOKENS, LABELS)
-    assert want.dtype == torch.float32 and want.shape == (3, L, K)
-    torch.testing.assert_close(generator(TOKENS.view(3, 4, 4), LABELS), want)
-    torch.testing.assert_close(generator(generator.embedding[TOKENS], LABELS), want)
+    expected = generator(TOKENS, LABELS)
+    assert expected.dtype == torch.float32 and expected.shape == (3, L, K)
+    torch.testing.assert_close(generator(TOKENS.view(3, 4, 4), LABELS), expected)
+    torch.testing.assert_close(generator(generator.embedding[TOKENS], LABELS), expected)
     torch.testing.assert_close(
-        generator(F.one_hot(TOKENS, K).float() @ generator.embedding, LABELS), want
+        generator(F.one_hot(TOKENS, K).float() @ generator.embedding, LABELS), expected
     )
 
 
@@ -116,7 +116,9 @@ def test_a_head_width_that_2d_rope_cannot_halve_twice_is_an_error():
 
 @torch.no_grad()
 def test_a_dropped_label_is_none():
-    """Whatever the label, "no class" is seen where it is dropped, in training and in evaluation."""
+    """Where a label is dropped the generator sees "no class", whatever the label, in training and
+    in evaluation.
+    """
     generator = tiny_generator()
     labelled, none = (
         generator(TOKENS, labels)
@@ -125,8 +127,8 @@ def test_a_dropped_label_is_none():
     assert (labelled - none).abs().max() > 1e-3 and generator.condition.no_class == 5
     dropped = torch.tensor([True, False, True])
     for training in (True, False):
-        got = generator.train(training)(TOKENS, LABELS, dropped=dropped)
-        torch.testing.assert_close(got, torch.where(dropped[:, None, None], none, labelled))
+        actual = generator.train(training)(TOKENS, LABELS, dropped=dropped)
+        torch.testing.assert_close(actual, torch.where(dropped[:, None, None], none, labelled))
         torch.testing.assert_close(generator(TOKENS, LABELS), labelled)
 
 
@@ -149,13 +151,13 @@ def test_the_share_of_dropped_labels_is_class_dropout():
     (GeneratorConfig(), 342_910_976),
 ))  # fmt: skip
 def test_public_sizes(config, count):
-    """LlamaGen-B, -S and -L over 16,384 codes (gear.md section 2)."""
+    """LlamaGen-B, -S and -L, with 16,384 codes, have the public numbers of parameters."""
     with torch.device("meta"):
         assert sum(p.numel() for p in Generator(config, 16_384).parameters()) == count
 
 
 def test_projector_size():
-    """GEAR-L onto DINOv2-B: 7,869,184."""
+    """The projector from GEAR-L to DINOv2-B has 7,869,184 parameters."""
     with torch.device("meta"):
         assert sum(p.numel() for p in Projector(GeneratorConfig(), 768).parameters()) == 7_869_184
 
@@ -164,8 +166,8 @@ def test_projector_size():
 
 
 def test_rotation_table_is_row_angles_then_column_angles():
-    """Against a plain loop: pair m < d/4 turns by r * 10000^(-4m/d), pair d/4 + m by c * the
-    same.
+    """A plain loop gives the same table: pair m < d/4 is rotated by r * 10000^(-4m/d), and pair d/4
+    + m by c times the same.
     """
     side, d = 3, 8
     table = rotation_table(side, d)
@@ -174,9 +176,11 @@ def test_rotation_table_is_row_angles_then_column_angles():
         for c in range(side):
             for m in range(d // 4):
                 frequency = 10_000 ** (-4 * m / d)
-                for pair, place in ((m, r), (d // 4 + m, c)):
-                    want = [math.cos(place * frequency), math.sin(place * frequency)]
-                    assert table[1 + r * side + c, pair].tolist() == pytest.approx(want, abs=1e-6)
+                for pair, position in ((m, r), (d // 4 + m, c)):
+                    expected = [math.cos(position * frequency), math.sin(position * frequency)]
+                    assert table[1 + r * side + c, pair].tolist() == pytest.approx(
+                        expected, abs=1e-6
+                    )
 
 
 def test_rotation_keeps_norms_and_products_depend_on_the_grid_offset_alone():
@@ -187,19 +191,21 @@ def test_rotation_keeps_norms_and_products_depend_on_the_grid_offset_alone():
     for x in (q, k):
         torch.testing.assert_close(x.norm(dim=-1), x[0].norm().expand(side * side))
     by_offset = {}
-    place = [divmod(i, side) for i in range(side * side)]
+    position = [divmod(i, side) for i in range(side * side)]
     for i, row in enumerate((q @ k.T).tolist()):
         for j, product in enumerate(row):
-            by_offset.setdefault((place[i][0] - place[j][0], place[i][1] - place[j][1]), []).append(
-                product
-            )
+            by_offset.setdefault(
+                (position[i][0] - position[j][0], position[i][1] - position[j][1]), []
+            ).append(product)
     assert len(by_offset) == 81 and all(max(v) - min(v) < 1e-4 for v in by_offset.values())
     means = sorted(sum(v) / len(v) for v in by_offset.values())
-    assert min(b - a for a, b in zip(means, means[1:])) > 1e-5  # every offset is told apart
+    assert min(b - a for a, b in zip(means, means[1:])) > 1e-5  # offsets differ
 
 
 def test_rotation_turns_interleaved_pairs():
-    quarter = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # pair 0 by 90 degrees, pair 1 not at all
+    quarter = torch.tensor(
+        [[[0.0, 1.0], [1.0, 0.0]]]
+    )  # pair 0 is rotated by 90 degrees, pair 1 is not
     assert rotate(
         torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), quarter
     ).flatten().tolist() == [-2, 1, 3, 4]
@@ -214,8 +220,8 @@ def test_the_condition_is_left_unturned_or_silenced():
 @pytest.mark.parametrize("rotation, matters", (("zero", False), ("identity", True)))
 @torch.no_grad()
 def test_the_key_of_a_silenced_condition_does_not_matter(rotation, matters):
-    """Channel 0 belongs to the condition alone; what the key projection makes of it counts under
-    "identity" only.
+    """Channel 0 belongs to the condition alone: the row of the key projection that reads it matters
+    under "identity" only.
     """
     attention, x = (
         Attention(16, 2, 0.0),
@@ -224,7 +230,7 @@ def test_the_key_of_a_silenced_condition_does_not_matter(rotation, matters):
     x[:, 1:, 0] = 0
     table = rotation_table(2, 8, condition_rotation=rotation)
     before = attention(x, table)
-    attention.qkv.weight[16:32, 0] += 5  # rows 16 to 32 make the keys
+    attention.qkv.weight[16:32, 0] += 5  # rows 16 to 32 project to the keys
     assert ((attention(x, table) - before).abs().max() > 1e-3) == matters
 
 
@@ -241,8 +247,8 @@ def test_attention_with_a_cache_is_attention_without():
 
 @pytest.mark.parametrize("width", (16, 192, 1024))
 def test_rms_norm_is_its_formula_with_its_gradients(width, device):
-    """In float32 on a CPU to the bit, so that a run goes on to the numbers it began with; on a GPU
-    within rounding.
+    """The results are equal bit for bit in float32 on a CPU, so that a run resumes with the numbers
+    of its start, and within rounding on a GPU.
     """
     norm, x = RMSNorm(width).to(device), torch.randn(3, 7, width, device=device)
     torch.nn.init.normal_(norm.weight)
@@ -263,7 +269,7 @@ def test_rms_norm_is_its_formula_with_its_gradients(width, device):
 
 @torch.no_grad()
 def greedy(generator, labels, side, cfg_scale=1.0):
-    """The arg-max of a full forward for every token, without a cache."""
+    """Return the arg-max of a full forward for every token, without a cache."""
     indices = torch.zeros(len(labels), side * side, dtype=torch.long, device=labels.device)
     for i in range(side * side):
         logits = generator(indices, labels)[:, i]
@@ -279,10 +285,10 @@ def greedy(generator, labels, side, cfg_scale=1.0):
 def test_cached_generation_is_the_uncached_arg_max_loop(cfg_scale, rotation, device):
     generator, labels = tiny_generator(condition_rotation=rotation).to(device), LABELS.to(device)
     settings = dict(cfg_scale=cfg_scale, temperature=0, dtype=torch.float32)
-    for _ in range(2):  # on a GPU the second is a graph's
-        got = generate(generator, LABELS, (4, 4), **settings)
-        assert torch.equal(got, greedy(generator, labels, 4, cfg_scale))
-    assert len(got.unique()) > 3  # not one code for ever
+    for _ in range(2):  # on a GPU the second call uses a graph
+        actual = generate(generator, LABELS, (4, 4), **settings)
+        assert torch.equal(actual, greedy(generator, labels, 4, cfg_scale))
+    assert len(actual.unique()) > 3  # the samples do not repeat one code
 
 
 def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generator):
@@ -298,15 +304,15 @@ def test_guidance_changes_the_sample_and_needs_a_null_class_that_differs(generat
 
 
 def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator):
-    """Whatever the label: that of no class alone; between 0 and 1, and at both, as the formula's
-    probabilities have it.
+    """Scale 0 gives the samples of no class, whatever the label; from 0 to 1, the probabilities are
+    those of the formula.
     """
     unconditional = greedy(generator, torch.full_like(LABELS, generator.condition.no_class), 4)
     assert torch.equal(
         generate(generator, LABELS, (4, 4), cfg_scale=0, temperature=0), unconditional
     )
     assert not torch.equal(generate(generator, LABELS, (4, 4), temperature=0), unconditional)
-    for interval in ((0, 7), (4, 16)):  # elsewhere the condition holds: a pair is needed
+    for interval in ((0, 7), (4, 16)):  # both halves are computed
         indices = torch.zeros(len(LABELS), 16, dtype=torch.long)
         for i in range(16):
             labels = (
@@ -315,22 +321,24 @@ def test_scale_zero_is_unconditional_and_scales_below_one_lie_between(generator)
                 else LABELS
             )
             indices[:, i] = generator(indices, labels)[:, i].argmax(-1)
-        got = generate(generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0)
-        assert torch.equal(got.flatten(1), indices)
+        actual = generate(
+            generator, LABELS, (4, 4), cfg_scale=0, cfg_interval=interval, temperature=0
+        )
+        assert torch.equal(actual.flatten(1), indices)
     labels = torch.full((6000,), 3)
     classes = generator.condition.no_class, 3
     none, cond = (
         generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes
     )
     for scale in (0, 0.5):
-        drawn = (
+        samples = (
             torch.bincount(
                 generate(generator, labels, (1, 1), cfg_scale=scale).flatten(), minlength=K
             )
             / 6000
         )
         torch.testing.assert_close(
-            drawn, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025
+            samples, (none + scale * (cond - none)).softmax(-1), rtol=0, atol=0.025
         )
 
 
@@ -348,8 +356,8 @@ def test_an_interval_is_two_places_of_tokens(interval, generator):
 
 
 def test_the_extremes_of_the_ranges_have_their_meaning(generator):
-    """A temperature so low that logits over it overflow takes the arg-max; the largest scale
-    guides, the largest seed draws.
+    """A temperature so low that logits divided by it overflow takes the arg-max; the largest scale
+    guides, and the largest seed draws.
     """
     cold = generate(generator, LABELS, (4, 4), temperature=1e-40)
     assert torch.equal(cold, generate(generator, LABELS, (4, 4), temperature=0))
@@ -370,7 +378,7 @@ def test_scale_one_ignores_the_null_class(generator):
 def test_the_same_seed_gives_the_same_sample(generator):
     one, two, other = (generate(generator, LABELS, (4, 4), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
-    torch.manual_seed(5)  # the global state does not matter, and is not touched
+    torch.manual_seed(5)  # the global state does not matter, and does not change
     state = torch.get_rng_state()
     assert torch.equal(generate(generator, LABELS, (4, 4), seed=1), one) and torch.equal(
         torch.get_rng_state(), state
@@ -378,8 +386,8 @@ def test_the_same_seed_gives_the_same_sample(generator):
 
 
 def test_a_draw_is_that_of_multinomial():
-    """To the bit, the state of the random numbers after it included, and where probabilities are
-    zero.
+    """The draws are equal bit for bit, as is the state of the random numbers afterwards, also where
+    probabilities are zero.
     """
     logits = 4 * torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
     p = filter_logits(logits, top_k=30).softmax(-1)
@@ -393,13 +401,13 @@ def test_a_draw_is_that_of_multinomial():
 
 
 def test_compiled_blocks_sample_what_others_do_and_compile_nothing():
-    """With a cache each token would have another length, and so code of its own."""
+    """With a cache the blocks would be compiled again for the length of each token."""
     plain, compiled = tiny_generator(), tiny_generator()
     for block in compiled.blocks:
         block.compile()
     torch._dynamo.utils.counters.clear()
-    drawn = generate(compiled, LABELS, (4, 4), cfg_scale=2.0, seed=1)
-    assert torch.equal(drawn, generate(plain, LABELS, (4, 4), cfg_scale=2.0, seed=1))
+    samples = generate(compiled, LABELS, (4, 4), cfg_scale=2.0, seed=1)
+    assert torch.equal(samples, generate(plain, LABELS, (4, 4), cfg_scale=2.0, seed=1))
     assert not torch._dynamo.utils.counters["frames"] and not torch._dynamo.utils.counters["stats"]
 
 
@@ -416,30 +424,34 @@ def test_the_dtype_of_samples_is_the_generators_on_a_cpu_and_bfloat16_on_a_gpu(d
 
 
 def test_top_one_is_temperature_zero(generator):
-    want = generate(generator, LABELS, (4, 4), temperature=0)
-    assert torch.equal(generate(generator, LABELS, (4, 4), temperature=2.0, top_k=1, seed=3), want)
+    expected = generate(generator, LABELS, (4, 4), temperature=0)
     assert torch.equal(
-        generate(generator, LABELS, (4, 4), temperature=2.0, top_p=0.0, seed=3), want
+        generate(generator, LABELS, (4, 4), temperature=2.0, top_k=1, seed=3), expected
+    )
+    assert torch.equal(
+        generate(generator, LABELS, (4, 4), temperature=2.0, top_p=0.0, seed=3), expected
     )
 
 
 def test_samples_follow_the_guided_logits_over_the_temperature(generator):
-    """Frequencies of 6,000 one-token samples against softmax((none + s (cond - none)) / T)."""
+    """The frequencies of 6,000 one-token samples are close to softmax((none + s (cond - none)) /
+    T).
+    """
     labels = torch.full((6000,), 3)
     classes = generator.condition.no_class, 3
     none, cond = (
         generator(torch.zeros(1, 1, dtype=torch.long), torch.tensor([c]))[0, 0] for c in classes
     )
-    want = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
-    drawn = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
-    got = torch.bincount(drawn.flatten(), minlength=K) / 6000
-    torch.testing.assert_close(got, want, rtol=0, atol=0.025)
+    expected = ((none + 2 * (cond - none)) / 0.7).softmax(-1)
+    samples = generate(generator, labels, (1, 1), cfg_scale=2.0, temperature=0.7)
+    actual = torch.bincount(samples.flatten(), minlength=K) / 6000
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.025)
     assert (
-        want - cond.softmax(-1)
-    ).abs().max() > 0.06  # neither guidance nor temperature can be missing
+        expected - cond.softmax(-1)
+    ).abs().max() > 0.06  # so samples without guidance, or without temperature, would not fit
 
 
-def kept(p, **limits):
+def kept_tokens(p, **limits):
     return (
         torch.isfinite(filter_logits(torch.tensor([p]).log(), **limits))[0]
         .nonzero()
@@ -450,7 +462,7 @@ def kept(p, **limits):
 
 def test_top_p_keeps_the_first_token_that_crosses():
     p = [0.2, 0.5, 0.05, 0.25]
-    assert [kept(p, top_p=t) for t in (0.01, 0.45, 0.55, 0.74, 0.76, 0.96)] == [
+    assert [kept_tokens(p, top_p=t) for t in (0.01, 0.45, 0.55, 0.74, 0.76, 0.96)] == [
         [1],
         [1],
         [1, 3],
@@ -462,7 +474,7 @@ def test_top_p_keeps_the_first_token_that_crosses():
 
 def test_top_k_keeps_ties():
     p = [0.2, 0.3, 0.2, 0.2, 0.1]
-    assert [kept(p, top_k=k) for k in (1, 2, 4, 5, 99)] == [
+    assert [kept_tokens(p, top_k=k) for k in (1, 2, 4, 5, 99)] == [
         [1],
         [0, 1, 2, 3],
         [0, 1, 2, 3],
@@ -472,11 +484,11 @@ def test_top_k_keeps_ties():
 
 
 def test_the_nucleus_is_that_of_the_top_k():
-    """Renormalised to .57 and .43, the first token of the top two alone fills a nucleus of one
-    half.
+    """The probabilities of the top two tokens are renormalised to .57 and .43, so the first alone
+    fills a nucleus of one half.
     """
     p = [0.4, 0.3, 0.2, 0.1]
-    assert kept(p, top_p=0.5) == [0, 1] and kept(p, top_k=2, top_p=0.5) == [0]
+    assert kept_tokens(p, top_p=0.5) == [0, 1] and kept_tokens(p, top_k=2, top_p=0.5) == [0]
 
 
 def test_no_limits_exclude_nothing():
@@ -495,7 +507,7 @@ def test_rows_are_filtered_apart():
 @pytest.mark.parametrize("temperature", (0.0, 1.0))
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_logits_that_are_no_numbers_draw_nothing(value, temperature):
-    """An arg-max of NaN is an index too; the class of one row alone is sick."""
+    """The arg-max of NaN would be a valid index; here the class of a single row gives NaN."""
     generator = tiny_generator()
     generator.class_embedding.weight.data[3, 0] = value
     assert generate(generator, torch.tensor([0, 4]), (4, 4), temperature=temperature).shape == (
@@ -519,9 +531,9 @@ def test_a_sample_that_is_no_image_is_no_byte_either():
 def test_sample_renders_what_generate_draws():
     generator, tokenizer = tiny_generator(), tiny_tokenizer(codebook_size=K)
     images = sample(generator, tokenizer, [0, 3], (4, 4), seed=4, temperature=0.8)
-    drawn = generate(generator, torch.tensor([0, 3]), (4, 4), seed=4, temperature=0.8)
+    samples = generate(generator, torch.tensor([0, 3]), (4, 4), seed=4, temperature=0.8)
     with torch.no_grad():
-        assert torch.equal(images, to_uint8(tokenizer.decode(drawn)))
+        assert torch.equal(images, to_uint8(tokenizer.decode(samples)))
     assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8
 
 

@@ -1,5 +1,5 @@
-"""What is captured when, by a stand-in for the graph, and on a GPU that a captured loop of sampling
-is the loop.
+"""When graphs are captured, tested with a stand-in for Graph; and, on a GPU, that a captured
+sampling loop gives the results of the loop itself.
 """
 
 import gc
@@ -18,8 +18,8 @@ LABELS = torch.tensor([0, 3, 4])
 
 
 def scaled(scale, network, x, y, rng):
-    """A function as `graphed` runs them: it has settings, a network, an input that may be left out,
-    and random numbers.
+    """A function as `graphed` runs them: with settings, a network, an input that may be None, and
+    random numbers.
     """
     x = x if y is None else x + y
     return scale * network(x), torch.rand(3, generator=rng, device=x.device)
@@ -27,8 +27,8 @@ def scaled(scale, network, x, y, rng):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Let a stand-in take the place of Graph, which runs its function anew; returns the settings of
-    those that were made.
+    """Replace Graph by a stand-in that calls its function again; returns the settings of the
+    stand-ins made.
     """
     made = []
 
@@ -66,12 +66,14 @@ def test_a_call_of_another_kind_lets_the_graph_go_and_is_captured_when_repeated(
 ):
     network = nn.Linear(2, 2)
     ask(network), ask(network)
-    last, there, launch = weakref.ref(graphed._LAST[network][1]), [], graphed.launched
+    last, graphs_alive, launch = weakref.ref(graphed._LAST[network][1]), [], graphed.launched
     monkeypatch.setattr(
-        graphed, "launched", lambda *arguments: (there.append(last()), launch(*arguments))[1]
+        graphed, "launched", lambda *arguments: (graphs_alive.append(last()), launch(*arguments))[1]
     )
     ask(network, **change)
-    assert there == [None] and len(captured) == 1  # its memory is free before another loop runs
+    assert (
+        graphs_alive == [None] and len(captured) == 1
+    )  # its memory is freed before the next loop runs
     ask(network, **change)
     assert captured == [2.0, change.get("settings", 2.0)]
 
@@ -105,10 +107,12 @@ def test_where_no_graph_can_be_captured_that_is_said_once_and_the_result_is_the_
         values = [ask(network, seed=1) for _ in range(3)]
         for outputs in values[1:]:
             assert all(torch.equal(a, b) for a, b in zip(values[0], outputs))
-    assert len(tried) == 2  # once a network
+    assert len(tried) == 2  # once per network
     why = "operation not permitted when stream is capturing"
-    said = f"No CUDA graph could be captured ({why}): sampling goes on without, more slowly.\n"
-    assert capsys.readouterr().err == said
+    message = (
+        f"No CUDA graph could be captured ({why}): sampling goes on without one, more slowly.\n"
+    )
+    assert capsys.readouterr().err == message
 
 
 def test_a_function_that_fails_is_not_remembered(captured):
@@ -122,14 +126,16 @@ def test_a_function_that_fails_is_not_remembered(captured):
 def test_weights_inputs_and_the_seed_decide_what_is_launched():
     network = nn.Linear(2, 2)
     x, y = torch.ones(1, 2), torch.full((1, 2), 0.5)
-    value, drawn = graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 3)
+    value, samples = graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 3)
     assert torch.equal(value, 2 * network(x + y)) and torch.equal(
-        drawn, torch.rand(3, generator=torch.Generator().manual_seed(3))
+        samples, torch.rand(3, generator=torch.Generator().manual_seed(3))
     )
     exact, _ = graphed.launched(scaled, 2.0, network, torch.float64, (x.double(), None), 3)
-    assert exact.dtype == torch.float64 and network.weight.dtype == torch.float32  # in a copy
+    assert (
+        exact.dtype == torch.float64 and network.weight.dtype == torch.float32
+    )  # a copy is converted
     assert not torch.equal(
-        graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 4)[1], drawn
+        graphed.launched(scaled, 2.0, network, torch.float32, (x, y), 4)[1], samples
     )
 
 
@@ -141,14 +147,14 @@ def test_weights_inputs_and_the_seed_decide_what_is_launched():
     {"temperature": 0}, {}, {"cfg_scale": 2.0, "cfg_interval": (3, 9)}, {"cfg_scale": 0.0}, {"top_k": 3}, {"top_p": 0.8},
 ))  # fmt: skip
 def test_a_captured_loop_draws_what_the_loop_draws(settings):
-    """Also of other labels, another seed and other weights than it was captured with."""
+    """The labels, the seed and the weights may differ from those at the capture."""
     generator = tiny_generator().cuda()
     for seed, labels in ((0, LABELS), (0, LABELS), (1, LABELS.flip(0)), (2, LABELS)):
         if seed == 2:
             generator.head.weight.data.neg_()
-        drawn = generate(generator, labels, (4, 4), seed=seed, **settings)
+        samples = generate(generator, labels, (4, 4), seed=seed, **settings)
         assert torch.equal(
-            drawn, generate(generator, labels, (4, 4), seed=seed, graph=False, **settings)
+            samples, generate(generator, labels, (4, 4), seed=seed, graph=False, **settings)
         )
     assert isinstance(graphed._LAST[generator][1], graphed.Graph)
 

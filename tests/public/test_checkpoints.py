@@ -1,5 +1,5 @@
-"""Files in and out: what wraps them, what they may lack, what is wrong with them, and what is said
-of that.
+"""Reading and writing files: their wrappings, missing and additional tensors, damaged files, and
+the messages about them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from gear.public.layouts import LAYOUTS
 from gear.tokenizer.config import TokenizerConfig
 from gear.tokenizer.model import Tokenizer
 
-CONFIGS = {  # a small network of each family that a public layout can name
+CONFIGS = {  # a small network of each family that has a public layout
     "vq": TOKENIZER,
     "lfq": TokenizerConfig("lfq", "magvit2", 32, 5, 8, (1, 2, 2), res_blocks=1),
     "ibq": TokenizerConfig("ibq", "vqgan", 32, 6, 8, (1, 2, 2), latent_channels=6, res_blocks=2),
@@ -46,7 +46,7 @@ def layout(name):
 
 
 def public(module, name):
-    """A network's tensors under their public names."""
+    """Return a network's tensors under their public names."""
     names = layout(name).public(module)
     return {names[n]: t.detach().clone() for n, t in module.state_dict().items()}
 
@@ -78,7 +78,7 @@ def file(home):
     return write
 
 
-# -- what files are wrapped in ---------------------------------------------------------------------
+# -- wrappings -------------------------------------------------------------------------------------
 
 
 def dotless(tensors):
@@ -87,8 +87,8 @@ def dotless(tensors):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
-    """Live weights and their average differ; the average is taken unless told otherwise, and what
-    was taken is said.
+    """Live weights and their average differ. The average is loaded by default, and `source` says
+    which was.
     """
     live, averaged = tokenizer(family), tokenizer(family, seed=1)
     a, b, name = public(live, LAYOUT[family]), public(averaged, LAYOUT[family]), LAYOUT[family]
@@ -118,12 +118,12 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
             name,
         ),
     }
-    for path, (content, said) in both.items():
+    for path, (content, message) in both.items():
         path = file(content, path)
         for ema, module in ((True, averaged), (False, live)):
             loaded = gear.load_tokenizer(path, ema)
             assert same_outputs(loaded, module), path
-            assert loaded.source == f"tokenizer{'_ema' if ema else ''} of {path.name} ({said})"
+            assert loaded.source == f"tokenizer{'_ema' if ema else ''} of {path.name} ({message})"
             assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     alone = {
         "bare.pt": a,
@@ -145,9 +145,7 @@ def test_every_wrapping_is_recognised_and_ema_preferred(family, file):
 
 
 def test_a_lightning_file_with_averages_alone_has_the_released_names(file, monkeypatch):
-    """Names without dots cannot be told apart by themselves: they are looked up in the released
-    sizes.
-    """
+    """The averages' names have no dots; they are looked up among the names of the released sizes."""
     averaged = tokenizer("ibq")
     ibq = layout("IBQ")
     monkeypatch.setattr(
@@ -189,8 +187,8 @@ def test_a_joint_file_gives_each_of_its_parts(file):
 
 
 def test_what_may_be_absent_and_what_may_be_there_beside(file):
-    """BatchNorm's counters may be missing; LlamaGen's count of used codes may be there. Both come
-    back as they came.
+    """BatchNorm's counters may be missing, and LlamaGen's count of used codes may be present.
+    Export writes both back as they were.
     """
     tensors = public(tokenizer(), "LlamaGen VQ") | {"quantize.codebook_used": torch.arange(7.0)}
     counters = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
@@ -227,9 +225,15 @@ def test_a_file_comes_back_in_its_own_wrapping(container, file):
             f"{k}/{n}": t for k, v in c.items() if isinstance(v, dict) for n, t in v.items()
         }
     )
-    back, wanted = flat(torch.load(path.with_name("back.pt"), weights_only=True)), flat(content)
-    assert back.keys() == wanted.keys()
-    assert all(torch.equal(torch.as_tensor(back[k]), torch.as_tensor(v)) for k, v in wanted.items())
+    back, expected_tensors = (
+        flat(torch.load(path.with_name("back.pt"), weights_only=True)),
+        flat(content),
+    )
+    assert back.keys() == expected_tensors.keys()
+    assert all(
+        torch.equal(torch.as_tensor(back[k]), torch.as_tensor(v))
+        for k, v in expected_tensors.items()
+    )
 
 
 def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
@@ -239,33 +243,35 @@ def test_a_run_and_its_export_are_the_same_network(tiny, home, capsys):
         assert one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
     assert gear.load_generator(home / "tiny.safetensors").grid == (8, 8)
     with pytest.raises(
-        UserError, match="no public layout has a name for what 'tiny' holds"
-    ):  # a linear skip, turned conditions
+        UserError, match="no public layout fits a network of 'tiny'"
+    ):  # a linear skip, and rotated conditions
         export(open_checkpoint("tiny"), home / "tiny.pt")
     assert not (home / "tiny.pt").exists()
 
 
 def test_a_generator_whose_conditions_turn_is_not_passed_off_as_a_public_one():
-    """The public networks silence a condition's key: read back by them, ours would be another
-    network.
+    """The public networks set a condition's keys to zero: a generator that does not would be
+    another network when read back from their layout.
     """
     assert gear.public.layouts.public_layout("generator", (GENERATOR, 32)).name == "LlamaGen"
     turned = GeneratorConfig(**GENERATOR.__dict__ | {"condition_rotation": "identity"})
     assert gear.public.layouts.public_layout("generator", (turned, 32)) is None
     assert (
         gear.public.layouts.public_layout("generator", (tiny_generator().config, 11)) is None
-    )  # heads that no table tells
+    )  # the number of heads is in no table
 
 
 # -- bad input -------------------------------------------------------------------------------------
 
 
-def refused(path, *said):
-    """Every way in says the same thing, in one message without a traceback."""
+def refused(path, *message):
+    """Every function and command that reads the file gives the same single message without a
+    traceback.
+    """
     for load in (gear.load_tokenizer, open_checkpoint):
         with pytest.raises(UserError) as error:
             load(path)
-        assert all(words in str(error.value) for words in said), str(error.value)
+        assert all(words in str(error.value) for words in message), str(error.value)
 
 
 class Trap:
@@ -281,15 +287,15 @@ def test_code_in_a_file_is_not_run(name, file, home):
     refused(
         file({"vq": public(tokenizer(), "LlamaGen VQ"), "hook": Trap(home / "executed")}, name),
         name,
-        f"holds Python objects ({io.open.__module__}.open), and nothing of that is run",
+        f"holds Python objects ({io.open.__module__}.open), which gear does not load",
     )
-    for protocol in range(6):  # a bare pickle, as files were before torch 1.6
+    for protocol in range(6):  # a bare pickle, the format before torch 1.6
         (home / "old.pt").write_bytes(
             pickle.dumps({"a": Trap(home / "executed")}, protocol=protocol)
         )
-        refused(home / "old.pt", "'old.pt' holds ", "nothing of that is run")
+        refused(home / "old.pt", "'old.pt' holds ", "which gear does not load")
     torch.save({"a": Trap(home / "executed")}, home / "four.pt", pickle_protocol=4)
-    refused(home / "four.pt", "'four.pt' holds ", "nothing of that is run")
+    refused(home / "four.pt", "'four.pt' holds ", "which gear does not load")
     assert not (home / "executed").exists()
 
 
@@ -342,7 +348,7 @@ def test_a_file_of_ours_without_its_card(home):
     refused(home / "other.safetensors", "no card of gear")
 
 
-SMALL = {  # every network of every layout, small: none of a released size
+SMALL = {  # small networks of every layout, none of a released size
     **{LAYOUT[family]: lambda family=family: tokenizer(family) for family in CONFIGS},
     "LlamaGen": generator,
     "LlamaGen, hybrid": lambda: Generator(
@@ -355,8 +361,8 @@ SMALL = {  # every network of every layout, small: none of a released size
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
-    """Whichever tensor it is, also one that a size is read from, and without a wall of its
-    neighbours.
+    """Any single tensor is named, also one from which a size is read, and without a long list of
+    other tensors.
     """
     of, shapes = layout(name.split(",")[0]), {}
     names = of.public(SMALL[name]())
@@ -371,11 +377,11 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
         ):
             with pytest.raises(UserError) as error:
                 of.fit(changed, "'x.pt'")
-            said = str(error.value).splitlines()
-            assert said[0] == f"'x.pt' has the layout {of.name}, but does not fit it:"
-            if not (len(said) == 2 and said[1].strip().startswith(fault)):
+            message = str(error.value).splitlines()
+            assert message[0] == f"'x.pt' has the layout {of.name}, but does not fit it:"
+            if not (len(message) == 2 and message[1].strip().startswith(fault)):
                 wrong += 1
-                assert fault in str(error.value) or len(said) <= 14, (tensor, said)
+                assert fault in str(error.value) or len(message) <= 14, (tensor, message)
     assert wrong <= 2, (
         name
         # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of
@@ -386,8 +392,8 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
 
 
 def test_a_tensor_of_a_released_file_is_named_whichever_it_is():
-    """LlamaGen-S, B and the projectors of GEAR-L: what alone tells a size is known there from the
-    released sizes.
+    """For LlamaGen-S and -B and the projectors of GEAR-L, a tensor that alone gives a size is known
+    from the released sizes.
     """
     for name, tensor in (
         ("llamagen_s", "cls_embedding.embedding_table.weight"),
@@ -425,7 +431,7 @@ def test_what_is_wrong_with_one_part_is_said_when_that_part_is_taken(file, capsy
     with pytest.raises(UserError, match="entry 'vq_ema'"):
         export(open_checkpoint(path), path.with_name("out.safetensors"))
     main(["inspect", str(path)])
-    assert capsys.readouterr().out.count("cannot be taken: 'file.pt', entry") == 2
+    assert capsys.readouterr().out.count("cannot be loaded: 'file.pt', entry") == 2
 
 
 def test_weights_that_are_no_numbers(file):
@@ -438,13 +444,13 @@ def test_weights_that_are_no_numbers(file):
 
 
 def test_a_card_that_does_not_fit(file, home):
-    """Cards and tensors of our own files are held against each other when they are read."""
+    """The cards and the tensors of gear's own files are compared when they are read."""
     path = home / "ours.safetensors"
     export(open_checkpoint(file({"vq": public(tokenizer(), "LlamaGen VQ")})), path)
-    with gear.public.tensorfiles.safe_open(path, "pt") as whole:
+    with gear.public.tensorfiles.safe_open(path, "pt") as tensor_file:
         tensors, card = (
-            {n: whole.get_tensor(n) for n in whole.keys()},
-            json.loads(whole.metadata()["gear"]),
+            {n: tensor_file.get_tensor(n) for n in tensor_file.keys()},
+            json.loads(tensor_file.metadata()["gear"]),
         )
     name = next(iter(tensors))
 
@@ -460,9 +466,9 @@ def test_a_card_that_does_not_fit(file, home):
     )
     refused(written(tensors | {"tokenizer.extra": torch.zeros(2)}, card), "unexpected extra")
     refused(
-        written(tensors | {"teacher.extra": torch.zeros(2)}, card), "it does not speak of teacher"
+        written(tensors | {"teacher.extra": torch.zeros(2)}, card), "it does not describe teacher"
     )
-    refused(written(tensors, card | {"container": "barrel"}), "it does not speak of barrel")
+    refused(written(tensors, card | {"container": "barrel"}), "it does not describe barrel")
     for field, value in (
         ("quantizer", "fsq"),
         ("channels", "abc"),
@@ -482,8 +488,8 @@ def test_a_card_that_does_not_fit(file, home):
 
 
 def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
-    """A training job rewrites its checkpoint: what was loaded from it before must not be mapped
-    into it.
+    """A training job overwrites its checkpoint: the tensors that were loaded before must not be
+    mapped from it.
     """
     path = file({"vq": public(tokenizer(), "LlamaGen VQ")})
     loaded = gear.load_tokenizer(path)
@@ -492,7 +498,9 @@ def test_a_file_may_be_written_again_while_its_network_is_in_use(file):
 
 
 def test_heads_are_told_by_a_table_or_a_width_of_64():
-    """LlamaGen's 3B has 32 heads of 100; a width that neither tells is refused, not guessed."""
+    """LlamaGen's 3B has 32 heads of 100 channels, from a table; other sizes have heads of 64. A
+    width that fits neither is refused.
+    """
     of = layout("LlamaGen")
 
     def shapes(layers, width):
@@ -511,7 +519,7 @@ def test_heads_are_told_by_a_table_or_a_width_of_64():
         (3, 128): 2,
     }
     assert {key: of.read(shapes(*key))[0].heads for key in heads} == heads
-    with pytest.raises(UserError, match="2 layers of 96: no table tells how many heads"):
+    with pytest.raises(UserError, match="2 layers of 96: the number of heads is unknown"):
         of.read(shapes(2, 96))
 
 
@@ -525,15 +533,15 @@ def test_inputs_out_of_range(file):
     vq, ar = tokenizer(), generator()
     with pytest.raises(UserError, match=r"indices run from 0 to 32: they have to lie in \[0, 32\)"):
         vq.decode(torch.tensor([[[0, 32], [1, 2]]]))
-    with pytest.raises(UserError, match="a grid .B, h, w. can be decoded"):
+    with pytest.raises(UserError, match="a grid .B, h, w. is expected"):
         vq.decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(UserError, match="indices are torch.float32: integers are expected"):
         vq.decode(torch.zeros(1, 2, 2))
-    for tokens, labels, said in (
+    for tokens, labels, message in (
         ([[-1] * 4], [0], "indices run from -1 to -1"),
         ([[0] * 4], [6], "labels run from 6 to 6"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             ar(torch.tensor(tokens), torch.tensor(labels))
     with pytest.raises(UserError, match="labels run from 7 to 7"):
         gear.sample(ar, vq, [7], (2, 2))
@@ -542,8 +550,8 @@ def test_inputs_out_of_range(file):
         "have shape .1, 4, 9.": torch.zeros(1, 4, 9),
         "have shape .1, 0.": torch.zeros(1, 0).long(),
     }
-    for said, tokens in shapes.items():
-        with pytest.raises(UserError, match=said):
+    for message, tokens in shapes.items():
+        with pytest.raises(UserError, match=message):
             ar(tokens, torch.tensor([0]))
     with pytest.raises(UserError, match="there are 1 token grids and 2 conditions"):
         ar(torch.zeros(1, 4).long(), torch.tensor([0, 1]))
@@ -559,11 +567,11 @@ def test_inputs_out_of_range(file):
     ):
         with pytest.raises(UserError, match="images are .B, 3, H, W. floats in .-1, 1., not"):
             vq.encode(images)
-    with torch.no_grad():  # soft embeddings in a grid, and bytes for indices, are what indices are
+    with torch.no_grad():  # embeddings in a grid, and indices as bytes, give the same as indices
         grid = torch.arange(4).view(1, 2, 2)
-        want = ar(grid, torch.tensor([0]))
-        torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), want)
-        assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), want)
+        expected = ar(grid, torch.tensor([0]))
+        torch.testing.assert_close(ar(ar.embedding[grid], torch.tensor([0])), expected)
+        assert torch.equal(ar(grid.to(torch.uint8), torch.tensor([0])), expected)
     with pytest.raises(UserError, match="conditioned on a class"):
         ar(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, 64))
 
@@ -579,7 +587,7 @@ A, B = (
     public(tokenizer(), "LlamaGen VQ"),
     public(tokenizer(seed=1), "LlamaGen VQ"),
 )  # live and averaged weights
-# files that hold live weights, or averages, alone: content, where they lie, whether they are
+# files with live weights alone, or averages alone: content, location, and whether they are
 # averages
 ALONE = {
     **{
@@ -623,7 +631,7 @@ ALONE = {
         False,
     ),
 }
-BOTH = {  # files that hold both: content, and where each lies
+BOTH = {  # files with both: content, and the location of each
     "params": ({"params": A, "params_ema": B}, "params", "params_ema"),
     "timm": ({"state_dict": A, "state_dict_ema": B}, "state_dict", "state_dict_ema"),
     "model_ema": ({"model_ema": B, "model": A}, "model", "model_ema"),
@@ -681,15 +689,15 @@ FLAT = [
     ("name", "suffix"), [(n, ".pt") for n in ALONE] + [(n, ".safetensors") for n in FLAT]
 )
 def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsys):
-    (content, place, averaged), path = ALONE[name], home / f"file{suffix}"
+    (content, location, averaged), path = ALONE[name], home / f"file{suffix}"
     (torch.save if suffix == ".pt" else save_file)(content, path)
     loaded, kind = gear.load_tokenizer(path), "tokenizer_ema" if averaged else "tokenizer"
     assert same_outputs(loaded, tokenizer(seed=int(averaged)))
-    assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{place}')"
+    assert loaded.source == f"{kind} of {path.name} (LlamaGen VQ, from '{location}')"
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
-    assert f"{path.name}: wrapped by another trainer" in said and re.search(
-        rf"  {kind} .*, from '{re.escape(place)}'\n", said
+    message = capsys.readouterr().out
+    assert f"{path.name}: wrapped by another trainer" in message and re.search(
+        rf"  {kind} .*, from '{re.escape(location)}'\n", message
     )
     assert export(open_checkpoint(path), home / "back.pt") == []
     back = torch.load(home / "back.pt", weights_only=True)
@@ -706,22 +714,22 @@ def test_a_wrapper_or_a_prefix_is_recognised_and_named(name, suffix, home, capsy
 def test_averages_beside_live_weights_are_listed_and_taken(name, file, capsys):
     content, live, averaged = BOTH[name]
     path = file(content)
-    for ema, place in ((True, averaged), (False, live)):
+    for ema, location in ((True, averaged), (False, live)):
         loaded = gear.load_tokenizer(path, ema)
         assert same_outputs(loaded, tokenizer(seed=int(ema))) and loaded.source.endswith(
-            f", from '{place}')"
+            f", from '{location}')"
         )
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert re.search(
         rf"  tokenizer  .*from '{re.escape(live)}'\n  tokenizer_ema .*from '{re.escape(averaged)}'\n",
-        said,
+        message,
     )
 
 
 def test_several_networks_under_prefixes_are_each_found(file, capsys):
-    """A generator with its tokenizer inside, and both beside each other; what is neither is named
-    as not read.
+    """The file has a generator with its tokenizer inside, and both beside each other; other entries
+    are listed as not read.
     """
     ar = public(generator(), "LlamaGen")
     for content in (
@@ -733,8 +741,8 @@ def test_several_networks_under_prefixes_are_each_found(file, capsys):
         tokens, labels = torch.arange(16).view(1, 4, 4), torch.tensor([2])
         assert torch.equal(gear.load_generator(path)(tokens, labels), generator()(tokens, labels))
         main(["inspect", str(path)])
-        said = capsys.readouterr().out
-        assert "from 'vae.'" in said and ("not read: 'clip'" in said) == ("clip.w" in content)
+        message = capsys.readouterr().out
+        assert "from 'vae.'" in message and ("not read: 'clip'" in message) == ("clip.w" in content)
 
 
 def test_two_of_one_kind_are_not_chosen_between(file):
@@ -750,11 +758,11 @@ def test_two_of_one_kind_are_not_chosen_between(file):
     assert same_outputs(gear.load_tokenizer(path, ema=False), tokenizer())
     assert same_outputs(
         gear.load_tokenizer(file({"model": A, "state_dict": {**A}})), tokenizer()
-    )  # twice the same
+    )  # the same network twice
     broken = {n: t for n, t in B.items() if n != "encoder.conv_in.bias"}
     assert same_outputs(
         gear.load_tokenizer(file({"last": A, "best": broken})), tokenizer()
-    )  # one alone fits
+    )  # only one fits its layout
 
 
 def test_names_stay_strict_behind_a_prefix(file):
@@ -782,7 +790,10 @@ def test_names_stay_strict_behind_a_prefix(file):
     counted = public(generator(), "LlamaGen") | {
         "layers.99999999.attention.wo.weight": torch.zeros(1)
     }
-    refused(file(counted), "counts beyond what it holds:\n  layers.99999999.attention.wo.weight")
+    refused(
+        file(counted),
+        "numbers more layers than it has tensors:\n  layers.99999999.attention.wo.weight",
+    )
 
 
 def test_averages_without_names_are_said_to_be_that(file, capsys):
@@ -812,7 +823,7 @@ def test_other_precisions_are_loaded_as_float32(dtype, file):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     (
         (lambda t: t.to(torch.int8), "is torch.int8"),
         (lambda t: t.to(torch.complex64), "is torch.complex64"),
@@ -822,39 +833,42 @@ def test_other_precisions_are_loaded_as_float32(dtype, file):
     ),
 )
 @pytest.mark.filterwarnings("ignore:.*(quantiz|TypedStorage)")
-def test_weights_of_other_kinds_are_named(change, said, file):
+def test_weights_of_other_kinds_are_named(change, message, file):
     path = file(A | {"encoder.conv_in.weight": change(A["encoder.conv_in.weight"])})
     refused(
-        path, "holds weights that are no floating-point numbers", f"encoder.conv_in.weight {said}"
+        path,
+        "holds weights that are no floating-point numbers",
+        f"encoder.conv_in.weight {message}",
     )
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     ((float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")),
 )
-def test_weights_that_are_no_numbers_are_named(value, said, file, tiny, home, capsys):
-    """Of a file and of a run alike; `inspect` says it, too."""
+def test_weights_that_are_no_numbers_are_named(value, message, file, tiny, home, capsys):
+    """The tensor is named for a file and for a run; `inspect` reports it, too."""
     wrong = A | {
         "encoder.conv_in.weight": A["encoder.conv_in.weight"].index_fill(0, torch.tensor(0), value)
     }
     with pytest.raises(
         UserError,
-        match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {said} in 27 of 216 values",
+        match=rf"are not all numbers.*\n  encoder.conv_in.weight holds {message} in 27 of 216 values",
     ):
         gear.load_tokenizer(file(wrong))
     main(["inspect", str(home / "file.pt")])
-    assert "cannot be taken: there are weights that are no numbers" in capsys.readouterr().out
+    assert "cannot be loaded: there are weights that are not finite" in capsys.readouterr().out
     discriminator = public(layout("PatchGAN").build((16, 2)), "PatchGAN")
     discriminator["main.3.running_var"][0] = value
-    with pytest.raises(UserError, match=rf"running_var holds {said} in 1 of 32 values"):
+    with pytest.raises(UserError, match=rf"running_var holds {message} in 1 of 32 values"):
         load_discriminator(file({"discriminator": discriminator}))
     path = sorted((tiny / "tiny").glob("checkpoints/*/networks.safetensors"))[-1]
     tensors = load_file(path)
     next(t for name, t in tensors.items() if name.startswith("generator_ema.")).view(-1)[0] = value
     save_file(tensors, path)
     with pytest.raises(
-        UserError, match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {said} in 1 of"
+        UserError,
+        match=rf"the weights of 'tiny' are not all numbers.*\n  .* holds {message} in 1 of",
     ):
         gear.load_generator("tiny")
 
@@ -870,7 +884,7 @@ def packed(name, content):
     return gzip.compress(content) if name == "gzip" else archive.getvalue()
 
 
-INSTEAD = {  # what lies where weights should: its bytes, and what is said
+INSTEAD = {  # other files in the place of weights: bytes, and part of the message
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 287\n",
         "a Git LFS pointer, not the weights: git lfs pull",
@@ -914,12 +928,12 @@ INSTEAD = {  # what lies where weights should: its bytes, and what is said
 @pytest.mark.parametrize("name", INSTEAD)
 @pytest.mark.parametrize("suffix", (".pt", ".safetensors", ".ckpt"))
 def test_what_lies_there_instead_of_weights_is_named(name, suffix, home, capsys):
-    content, said = INSTEAD[name]
+    content, message = INSTEAD[name]
     (home / f"file{suffix}").write_bytes(content)
-    refused(home / f"file{suffix}", f"'file{suffix}' is not a checkpoint. ", said)
+    refused(home / f"file{suffix}", f"'file{suffix}' is not a checkpoint. ", message)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(home / f"file{suffix}")])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_torchscript_archive_is_named(home):
@@ -966,7 +980,9 @@ def test_a_safetensors_file_cut_short_or_with_a_header_that_lies(home):
 
 
 def test_a_safetensors_file_whose_header_is_as_long_as_a_brace(home):
-    """The length of its header, 379 bytes, begins with the byte of "{": it is no JSON."""
+    """The length of its header, 379 bytes, begins with the byte of "{"; the file is not taken for
+    JSON.
+    """
     padding = "x" * (379 - len(json.dumps({"__metadata__": {"p": ""}})))
     header = json.dumps({"__metadata__": {"p": padding}}).encode()
     assert len(header).to_bytes(8, "little")[:1] == b"{"
@@ -1014,16 +1030,17 @@ def test_inspect_says_what_is_there(file, capsys):
         {"vq": vq, "ema": public(generator(), "LlamaGen"), "discriminator": foreign, "steps": 1234}
     )
     main(["inspect", str(path)])
-    said = capsys.readouterr().out
-    assert "file.pt: a GEAR checkpoint, training step 1234" in said
+    message = capsys.readouterr().out
+    assert "file.pt: a GEAR checkpoint, training step 1234" in message
     count = sum(p.numel() for p in tokenizer().parameters())
     assert (
-        f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4" in said
+        f"{count:,} parameters, float32, layout: LlamaGen VQ; 32 codes of 4, downsampling 4"
+        in message
     )
-    assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in said
+    assert "layout: LlamaGen; 2 layers of 64, 1 heads, 32 codes, 5 classes" in message
     assert (
-        "kept beside them: quantize.codebook_used" in said
-        and "not read: 'discriminator', 'steps'" in said
+        "kept beside them: quantize.codebook_used" in message
+        and "not read: 'discriminator', 'steps'" in message
     )
 
 
@@ -1058,7 +1075,7 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
         and 10 < again["psnr"] < 40
     )
     assert "tokenizer of tiny" in capsys.readouterr().out
-    for arguments, said in (
+    for arguments, message in (
         ([str(path)], "a file has no images of its own"),
         ([str(path), "--images", str(picture), "--image-size", "30"], "30 x 30 is not divisible"),
         ([str(path), "--images", "nowhere"], "--images: there are no images at 'nowhere'"),
@@ -1073,9 +1090,9 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
     ):
         with pytest.raises(SystemExit) as stop:
             main(["reconstruct", *arguments, "--out", str(home / "no.png")])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (home / "no.png").exists()
-    for out, said in (
+    for out, message in (
         ("sheet.json", "does not end in .png"),
         (home, "is a folder"),
         (picture / "x.png", "is a file, not a folder"),
@@ -1093,11 +1110,11 @@ def test_reconstruct_writes_a_sheet_and_its_metrics(file, home, capsys, tiny):
                     str(out),
                 ]
             )
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_run_is_reconstructed_as_it_was_trained(tiny, home):
-    """Its own images, size and interpolation, unless told otherwise."""
+    """By default the images, their size and the interpolation are those of the run."""
     path = tiny / "tiny" / "config.json"
     path.write_text(path.read_text().replace('"bicubic"', '"box"'))
     main(["reconstruct", "tiny", "--count", "2", "--out", str(home / "a.png")])
@@ -1123,7 +1140,7 @@ def test_one_token_has_no_spread(file):
         lambda: lfq(IMAGES[:, :, :4, :4]),
         lambda: lfq.decode(torch.zeros(1, 1, 1, dtype=torch.long)),
     ):
-        with pytest.raises(UserError, match="one token has no spread"):
+        with pytest.raises(UserError, match="at least two tokens"):
             call()
 
 

@@ -1,5 +1,5 @@
-"""Any file may be damaged or be another one: a command reads it or says in one message what is
-wrong, and never breaks.
+"""Any file may be damaged or of another kind: a command reads it, or reports what is wrong in one
+message.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ ODD = [
 ]
 
 
-def said(*arguments):
-    """Run a command; whatever a file holds, it ends well or with one message."""
+def run_command(*arguments):
+    """Run a command, which succeeds or ends with one message, whatever a file holds."""
     return ends_well(lambda: main(list(arguments)))
 
 
 def ends_well(call):
-    """Call a function or a command of ours; it returns, or says what is wrong: 0 or 2, a traceback
-    fails the test.
+    """Call a function or a command of gear's; returns 0 if it succeeds, and 2 if it reports what is
+    wrong. A traceback fails the test.
     """
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -68,7 +68,7 @@ def ends_well(call):
             code = stop.code
         except UserError as error:
             code = 2 if str(error) else 1
-    printed.getvalue().encode()  # a terminal takes it
+    printed.getvalue().encode()  # a terminal can print it
     assert code in (0, 2), errors.getvalue()
     assert "Traceback" not in errors.getvalue()
     return code
@@ -76,7 +76,9 @@ def ends_well(call):
 
 @st.composite
 def damaged(draw, contents):
-    """One of `contents`, bytes, cut, changed, spliced with another, or behind other bytes."""
+    """Draw one of `contents`, bytes, that is cut, changed, spliced with another, or preceded by
+    other bytes.
+    """
     content = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(1, 3))):
         near = st.one_of(
@@ -118,29 +120,31 @@ def damaged(draw, contents):
 
 @st.composite
 def altered(draw, values):
-    """JSON with a value taken away or replaced by another kind of thing, or the bytes of it
+    """Draw JSON in which a value is removed or replaced by one of another kind, or whose bytes are
     damaged.
     """
     values = json.loads(json.dumps(values))
     for _ in range(draw(st.integers(1, 3))):
-        place = values
-        while isinstance(place, (dict, list)) and place:
+        container = values
+        while isinstance(container, (dict, list)) and container:
             key = draw(
-                st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+                st.sampled_from(
+                    sorted(container) if isinstance(container, dict) else range(len(container))
+                )
             )
-            inner = place[key]
+            inner = container[key]
             if not (isinstance(inner, (dict, list)) and inner) or draw(st.integers(0, 3)) == 0:
                 if draw(st.integers(0, 4)) == 0:
-                    del place[key]
+                    del container[key]
                 else:
-                    place[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+                    container[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
                 break
-            place = inner
+            container = inner
     return values
 
 
 def either(values, lines=False):
-    """JSON text, of which some is altered and some damaged."""
+    """Draw JSON text, altered or damaged."""
     text = lambda v: "".join(json.dumps(line) + "\n" for line in v) if lines else json.dumps(v)
     plain = text(values).encode()
     encoded = altered(values).map(lambda v: text(v).encode())
@@ -160,7 +164,7 @@ def either(values, lines=False):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A small tokenizer under its public names, in each kind of file: their bytes."""
+    """Return the bytes of a small tokenizer under its public names, in each kind of file."""
     folder, tokenizer = tmp_path_factory.mktemp("checkpoints"), tiny_tokenizer()
     layout = next(layout for layout in LAYOUTS if layout.name == "LlamaGen VQ")
     names = layout.public(tokenizer)
@@ -184,7 +188,7 @@ def test_checkpoints(checkpoints, home):
     def inspect(content, suffix):
         path = home / f"file{suffix}"
         path.write_bytes(content)
-        ends.append(said("inspect", str(path)))
+        ends.append(run_command("inspect", str(path)))
         with contextlib.suppress(UserError):
             gear.load_tokenizer(path)
 
@@ -193,7 +197,7 @@ def test_checkpoints(checkpoints, home):
 
 
 class Mean:
-    """A feature network of one number an image."""
+    """A feature network with one number per image."""
 
     name, protocol = "mean", {}
 
@@ -211,12 +215,12 @@ def test_samples_and_references(home):
 
     @settings(max_examples=500, **CASES)
     @given(damaged(contents))
-    def read(content):
+    def check_content(content):
         (home / "x.npz").write_bytes(content)
         ends_well(lambda: list(npz_images(home / "x.npz")))
         ends_well(lambda: reference(home / "x.npz", Mean(), 8))
 
-    read()
+    check_content()
 
 
 def test_evaluate_on_damaged_samples(home, tiny):
@@ -236,7 +240,7 @@ def test_evaluate_on_damaged_samples(home, tiny):
             str(home / "x.npz"),
             "--quiet",
         ]
-        said("evaluate", "tiny", "--samples", str(home / "x.npz"), *options)
+        run_command("evaluate", "tiny", "--samples", str(home / "x.npz"), *options)
 
     evaluate()
 
@@ -257,11 +261,11 @@ def test_captions(home, tiny):
             st.binary(),
         )
     )
-    def read(content):
+    def check_content(content):
         path = home / "captions.txt"
         path.write_bytes(content)
         ends_well(lambda: read_captions(path))
-        said(
+        run_command(
             "evaluate",
             "tiny",
             "--count",
@@ -273,12 +277,12 @@ def test_captions(home, tiny):
             "--quiet",
         )
 
-    read()
+    check_content()
 
 
 @pytest.fixture
 def run(tiny):
-    """The run tiny with scores, alone in the folder of runs."""
+    """The run tiny with its scores, alone in the folder of runs."""
     shutil.rmtree(tiny / "tiny-joint")
     shutil.rmtree(tiny / "tiny-tokenizer")
     protocol = {"network": "scenes", "step": 24, "count": 8, "cfg_scale": 1.0}
@@ -304,19 +308,21 @@ def test_the_files_of_a_run(file, run):
     @given(either(values, file == "metrics.jsonl"))
     def look(content):
         path.write_bytes(content)
-        said("runs")
+        run_command("runs")
         ends_well(load_runs)
         ends_well(lambda: report([Run.open("tiny")]))
         ends_well(lambda: Run.open("tiny").load_state())
         if file == "config.json":
-            said("inspect", "tiny")
+            run_command("inspect", "tiny")
 
     look()
 
 
 @pytest.mark.parametrize("file", ("config.json", "metrics.json", "metrics.jsonl"))
 def test_evaluate_on_a_damaged_run(file, run):
-    """The same by the command that computes: fewer cases, for each may compute."""
+    """The command that computes scores gives the same; there are fewer cases, because each may
+    compute.
+    """
     path = run / file
     lines = path.read_text().splitlines()
     values = (
@@ -329,7 +335,7 @@ def test_evaluate_on_a_damaged_run(file, run):
     @given(either(values, file == "metrics.jsonl"))
     def evaluate(content):
         path.write_bytes(content)
-        said(
+        run_command(
             "evaluate",
             "tiny",
             "--count",

@@ -1,6 +1,4 @@
-"""Our networks compute what the public ones do: files written in the public layouts, loaded,
-against
-recorded outputs.
+"""Networks loaded from files in the public layouts give the recorded outputs of the public ones.
 
 tests/parity holds names and shapes of the public layouts (keys), inputs and outputs of the public
 code (cases), and the rule that fills weights from their names (weights.py).
@@ -50,16 +48,16 @@ def case(name):
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def assert_close(got, want):
-    """Relative error under 1e-4."""
-    got, want = got.detach().double(), want.double()
-    assert got.shape == want.shape
-    assert float((got - want).norm() / want.norm()) < 1e-4
+def assert_close(actual, recorded):
+    """The relative error is below 1e-4."""
+    actual, recorded = actual.detach().double(), recorded.double()
+    assert actual.shape == recorded.shape
+    assert float((actual - recorded).norm() / recorded.norm()) < 1e-4
 
 
 # -- outputs ---------------------------------------------------------------------------------------
 
-WRAPPED = {  # one wrapping each, of those that the files come in
+WRAPPED = {  # one of the usual wrappings for each
     "vq16": lambda sd: {"vq": sd, "steps": 400_000, "args": {"lr": 1e-4}},
     "lfq16": lambda sd: {
         "state_dict": {f"model_ema.{n.replace('.', '')}": t for n, t in sd.items()},
@@ -73,66 +71,68 @@ WRAPPED = {  # one wrapping each, of those that the files come in
     "name", ["vq16", pytest.param("lfq16", marks=SLOW), pytest.param("ibq16", marks=SLOW)]
 )
 def test_tokenizer(name, home):
-    """Indices equal; reconstruction, A, soft read-out with its gradient to the image, and every
-    loss term within 1e-4.
+    """Indices are equal; the reconstruction, A, the soft read-out with its gradient to the image,
+    and every loss term agree within 1e-4.
     """
     torch.save(WRAPPED[name](state_dict(name)), home / f"{name}.pt")
-    tokenizer, want = gear.load_tokenizer(home / f"{name}.pt"), case(name)
+    tokenizer, recorded = gear.load_tokenizer(home / f"{name}.pt"), case(name)
     (home / f"{name}.pt").unlink()
-    x = want["x"].requires_grad_()
+    x = recorded["x"].requires_grad_()
     indices = tokenizer.encode(x)
-    assert torch.equal(indices.flatten(1), want["indices"])
-    assert_close(tokenizer.quantizer.lookup(indices), want["zq"])
-    assert_close(tokenizer.decode(indices), want["recon"])
+    assert torch.equal(indices.flatten(1), recorded["indices"])
+    assert_close(tokenizer.quantizer.lookup(indices), recorded["zq"])
+    assert_close(tokenizer.decode(indices), recorded["recon"])
     affinity = tokenizer.affinity(x).dense
-    assert_close(affinity.flatten(0, 1)[:, :256], want["assignment"])
-    read = (
+    assert_close(affinity.flatten(0, 1)[:, :256], recorded["assignment"])
+    soft_readout = (
         Formed(affinity)
         .soft_readout(torch.from_numpy(parity_normal(f"{name}.E", (16384, 16))), 0.1)
         .flatten(0, 1)
     )
-    assert_close(read, want["soft_readout"])
-    assert_close(torch.autograd.grad((read * want["P"]).sum(), x)[0], want["grad_x"])
+    assert_close(soft_readout, recorded["soft_readout"])
+    assert_close(
+        torch.autograd.grad((soft_readout * recorded["P"]).sum(), x)[0], recorded["grad_x"]
+    )
 
-    x = want["x"].detach()
+    x = recorded["x"].detach()
     with torch.no_grad():
         out, z = tokenizer(x), tokenizer.latents(x)
         rows, mean = tokenizer.quantizer.affinity(z).entropies()
-    assert_close(out.reconstruction, want["recon"])
+    assert_close(out.reconstruction, recorded["recon"])
     losses = {"codebook_loss": torch.tensor(0.0), "commit_loss": torch.tensor(0.0)} | loss_terms(
         out.quantized
     )
-    for key, got in {
+    for key, actual in {
         "vq_loss": losses["codebook_loss"],
         "commit_loss_scaled": 0.25 * losses["commit_loss"],
         "entropy_scaled": 0.05 * losses["entropy_loss"],
         "sample_entropy": rows.mean(),
         "mean_entropy": -(mean * (mean + 1e-5).log()).sum(),
     }.items():
-        assert float(got) == pytest.approx(float(want[key]), rel=1e-4), key
+        assert float(actual) == pytest.approx(float(recorded[key]), rel=1e-4), key
     natural = codes.assignment(affinity.detach().flatten(0, 1), 1.0)
-    assert natural.entropy == pytest.approx(float(want["natural_entropy"]), rel=1e-4)
-    assert natural.top_mass[1] == pytest.approx(float(want["natural_top1"]), rel=1e-4)
+    assert natural.entropy == pytest.approx(float(recorded["natural_entropy"]), rel=1e-4)
+    assert natural.top_mass[1] == pytest.approx(float(recorded["natural_top1"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llamagen_s", pytest.param("llamagen_b", marks=SLOW)])
 def test_class_conditional_generator(name, home):
     torch.save({"model": state_dict(name)}, home / "c2i.pt")
-    generator, want = gear.load_generator(home / "c2i.pt"), case(name)
-    tokens, classes, tap = want["tokens"], want["classes"], int(want["tap"])
+    generator, recorded = gear.load_generator(home / "c2i.pt"), case(name)
+    tokens, classes, tap = recorded["tokens"], recorded["classes"], int(recorded["tap"])
     with torch.no_grad():
         hidden = generator.hidden(tokens, classes, layers=[tap, generator.config.layers])
         logits = generator.logits(hidden[generator.config.layers])
-    assert_close(hidden[tap][:, ::16, ::8], want["hidden"])
-    assert_close(logits[:, ::16, ::97], want["logits"])
-    assert_close(logits.logsumexp(-1), want["logsumexp"])
+    assert_close(hidden[tap][:, ::16, ::8], recorded["hidden"])
+    assert_close(logits[:, ::16, ::97], recorded["logits"])
+    assert_close(logits.logsumexp(-1), recorded["logsumexp"])
     assert F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() == pytest.approx(
-        float(want["ntp"]), rel=1e-4
+        float(recorded["ntp"]), rel=1e-4
     )
-    drawn = gear.generator.sampling.generate(
-        generator, classes, cfg_scale=float(want["cfg"]), temperature=0
+    samples = gear.generator.sampling.generate(
+        generator, classes, cfg_scale=float(recorded["cfg"]), temperature=0
     )
-    assert torch.equal(drawn.flatten(1).int(), want["greedy"])
+    assert torch.equal(samples.flatten(1).int(), recorded["greedy"])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -141,22 +141,22 @@ def test_text_to_image_hybrid(side, home):
         {"ar": state_dict("t2i_small", "live"), "ema": state_dict("t2i_small"), "steps": 3},
         home / "t2i.pt",
     )
-    generator, want = gear.load_generator(home / "t2i.pt"), case("t2i_small")
+    generator, recorded = gear.load_generator(home / "t2i.pt"), case("t2i_small")
     assert generator.source == "generator_ema of t2i.pt (LlamaGen, step 3)"
-    tokens, mask, tap = want["tokens"], want[f"{side}_mask"], int(want["tap"])
+    tokens, mask, tap = recorded["tokens"], recorded[f"{side}_mask"], int(recorded["tap"])
     with torch.no_grad():
-        hidden = generator.hidden(tokens, want["text"], [tap], mask=mask)[tap]
-        logits = generator(tokens, want["text"], mask=mask, text_attention="causal")
-    assert_close(hidden[:, ::4, ::8], want[f"{side}_hidden"])
-    assert_close(logits[:, ::4, ::97], want[f"{side}_logits"])
+        hidden = generator.hidden(tokens, recorded["text"], [tap], mask=mask)[tap]
+        logits = generator(tokens, recorded["text"], mask=mask, text_attention="causal")
+    assert_close(hidden[:, ::4, ::8], recorded[f"{side}_hidden"])
+    assert_close(logits[:, ::4, ::97], recorded[f"{side}_logits"])
     loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
-    assert loss == pytest.approx(float(want[f"{side}_ntp"]), rel=1e-4)
+    assert loss == pytest.approx(float(recorded[f"{side}_ntp"]), rel=1e-4)
 
 
 def test_discriminator(home):
     torch.save({"discriminator": state_dict("discriminator"), "vq": {}}, home / "stage0.pt")
-    network, want = load_discriminator(home / "stage0.pt"), case("discriminator")
-    assert_close(network(want["x"]), want["logits"])
+    network, recorded = load_discriminator(home / "stage0.pt"), case("discriminator")
+    assert_close(network(recorded["x"]), recorded["logits"])
 
 
 # -- names and sizes -------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ BY_NAME_ONLY = {"llamagen_xl", "llamagen_t2i_1b", "orig_llamagen_c2i_XL_256"}  #
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_and_shape_is_ours(name):
-    """In both directions: each public name of the layout is one of our tensors, and the reverse,
-    but for extra buffers.
+    """Each public name of the layout is one of our tensors and the reverse, except for extra
+    buffers.
     """
     public = shapes(name)
     layout = gear.public.layouts.recognise(public, name)
@@ -195,23 +195,25 @@ def test_every_public_name_and_shape_is_ours(name):
              for n in NAMES if n not in BY_NAME_ONLY]
 )  # fmt: skip
 def test_round_trip_is_bit_identical(name, home):
-    """Public -> ours -> public, in the wrapping that LlamaGen's files have; optional buffers come
-    back where they were.
+    """Public -> ours -> public, in the wrapping of LlamaGen's files; optional buffers come back as
+    they were.
     """
-    wanted = state_dict(name)
+    public_tensors = state_dict(name)
     if name == "discriminator":
-        wanted["main.3.num_batches_tracked"] = torch.tensor(7)  # one is there, two are not
+        public_tensors["main.3.num_batches_tracked"] = torch.tensor(
+            7
+        )  # one counter is present, two are missing
     wrap = {"discriminator": "discriminator", "projector": "projectors"}.get(
         name.split("_")[0], "model"
     )
-    torch.save({wrap: wanted}, home / "public.pt")
+    torch.save({wrap: public_tensors}, home / "public.pt")
     export(open_checkpoint(home / "public.pt"), home / "ours.safetensors")
     export(open_checkpoint(home / "ours.safetensors"), home / "again.pt")
     again = torch.load(home / "again.pt", weights_only=True)
-    assert again.keys() == {wrap} and again[wrap].keys() == wanted.keys()
+    assert again.keys() == {wrap} and again[wrap].keys() == public_tensors.keys()
     assert all(
         torch.equal(again[wrap][n], t) and again[wrap][n].dtype == t.dtype
-        for n, t in wanted.items()
+        for n, t in public_tensors.items()
     )
     for file in home.glob("*.*"):  # up to 1.4 GB each
         file.unlink()
@@ -248,5 +250,5 @@ def test_parameters():
 
 
 def test_every_layout_has_a_key_list():
-    found = {gear.public.layouts.recognise(shapes(name), name).name for name in NAMES}
-    assert found == {layout.name for layout in LAYOUTS}
+    layout_names = {gear.public.layouts.recognise(shapes(name), name).name for name in NAMES}
+    assert layout_names == {layout.name for layout in LAYOUTS}

@@ -1,5 +1,5 @@
-"""A feature found equals the one computed, bit for bit; a cache that cannot be used is said and
-does without.
+"""A stored feature equals the computed one bit for bit; a cache that cannot be used is reported,
+and features are computed.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def images(count, seed=0):
 
 
 class Counted:
-    """Four patches of an 8 px image by a matrix; `images` counts what was computed, padding
-    included.
+    """Features of four patches of an 8 px image, by a matrix; `images` counts the computed images,
+    with padding.
     """
 
     def __init__(self):
@@ -60,17 +60,17 @@ def test_found_equals_computed_bit_for_bit_and_is_not_computed_again():
 
 
 def test_only_what_is_missing_is_computed_in_chunks_of_one_size():
-    """The size of the batch changes the last bits of a convolution, so it is always the same,
-    padded or not.
+    """The batch size changes the last bits of a convolution, so it is always the same, with padding
+    if need be.
     """
     one = cached()
     one(images(11))
     assert one.compute.batches == [CHUNK, CHUNK]
     mixed = torch.cat([images(11)[3:9], images(2, seed=1), images(1, seed=1)])
-    got = one(mixed)
+    features = one(mixed)
     assert one.compute.batches == [CHUNK, CHUNK, CHUNK]
-    assert torch.equal(got[6], got[8]) and torch.equal(
-        got, torch.cat([cached()(x[None]) for x in mixed])
+    assert torch.equal(features[6], features[8]) and torch.equal(
+        features, torch.cat([cached()(x[None]) for x in mixed])
     )
 
 
@@ -91,7 +91,9 @@ def test_the_key_is_the_content_and_what_computes():
 
 
 def test_threads_are_part_of_the_key():
-    """Another number of threads computes other last bits: a run finds those of its own number."""
+    """The number of threads changes the last bits of a feature, so a run looks up those of its own
+    number.
+    """
     cached()(images(2))
     before = torch.get_num_threads()
     try:
@@ -106,28 +108,32 @@ def test_threads_are_part_of_the_key():
 @pytest.mark.parametrize("fault", ("garbage", "torn", "no folder", "full"))
 def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, capsys):
     x, path = images(300), home / "cache" / "features.sqlite"
-    wanted = cached()(x)
-    gc.collect()  # closes the file: SQLite repairs one whose journal is still there
+    expected = cached()(x)
+    gc.collect()  # close the file, because SQLite repairs one that still has its journal
     assert rows(path) == 300 and [p.name for p in path.parent.iterdir()] == [path.name]
     if fault == "garbage":
         path.write_bytes(b"this is no database " * 100)
-    elif fault == "torn":  # the pages of the table are gone, the header stands
+    elif fault == "torn":  # the pages of the table are lost, the header is intact
         path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 40_000)
     elif fault == "no folder":
         monkeypatch.setenv("GEAR_CACHE", str(path))
     else:
         monkeypatch.setattr(cache, "LIMIT", path.stat().st_size)
-        x = torch.cat([x, images(900)[300:]])  # more than fits
-        wanted = cached()(x)
+        x = torch.cat([x, images(900)[300:]])  # more images than the file has room for
+        expected = cached()(x)
         capsys.readouterr()
     broken = cached()
     for chunk in (x, x[:20], x):
-        assert torch.equal(broken(chunk), wanted[: len(chunk)])
-    said = capsys.readouterr().err
-    assert said.count("cannot be used") == 1 and "Delete it" in said and str(home / "cache") in said
-    if fault == "full":  # what it holds is still found
+        assert torch.equal(broken(chunk), expected[: len(chunk)])
+    message = capsys.readouterr().err
+    assert (
+        message.count("cannot be used") == 1
+        and "Delete it" in message
+        and str(home / "cache") in message
+    )
+    if fault == "full":  # stored features are still looked up
         broken.compute.batches.clear()
-        assert torch.equal(broken(x[:300]), wanted[:300]) and not broken.compute.batches
+        assert torch.equal(broken(x[:300]), expected[:300]) and not broken.compute.batches
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_a_cache_that_cannot_be_used_is_said_once(fault, home, monkeypatch, caps
 )
 def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
     x = images(11)
-    wanted = cached()(x)
+    expected = cached()(x)
     with (
         contextlib.closing(sqlite3.connect(home / "cache" / "features.sqlite")) as database,
         database,
@@ -153,9 +159,9 @@ def test_a_row_that_was_cut_or_changed_is_computed_again(damage, home, capsys):
         ((key, value),) = database.execute("SELECT key, value FROM features LIMIT 1").fetchall()
         database.execute("UPDATE features SET value = ? WHERE key = ?", (damage(value), key))
     again, after = cached(), cached()
-    assert torch.equal(again(x), wanted) and again.compute.batches == [CHUNK]
+    assert torch.equal(again(x), expected) and again.compute.batches == [CHUNK]
     assert (
-        torch.equal(after(x), wanted)
+        torch.equal(after(x), expected)
         and after.compute.batches == []
         and not capsys.readouterr().err
     )
@@ -187,8 +193,8 @@ def fill(rounds):
 
 
 def test_two_processes_share_the_file(home):
-    (one, said), (other, also) = (process.communicate() for process in [fill(8), fill(8)])
-    assert one == other and len(one.splitlines()) == 8 and said == also == ""
+    (one, message), (other, also) = (process.communicate() for process in [fill(8), fill(8)])
+    assert one == other and len(one.splitlines()) == 8 and message == also == ""
     assert rows(home / "cache" / "features.sqlite") == 8 * 40
 
 
@@ -200,7 +206,7 @@ def test_the_file_survives_kill_9(home, capsys):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     left = rows(home / "cache" / "features.sqlite")
-    assert left >= 3 * 40 and left % 40 == 0  # a batch is there or not
+    assert left >= 3 * 40 and left % 40 == 0  # a batch is stored as a whole, or not at all
     again = cached()
     assert (
         torch.equal(again(images(40, seed=2)), cached("fresh")(images(40, seed=2)))

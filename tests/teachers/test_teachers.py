@@ -1,5 +1,5 @@
-"""The packaged teacher is frozen and standardised; a grid or a name that does not fit says what
-would.
+"""The packaged teacher is frozen and standardised; a message about a grid or a name that does not
+fit says what would.
 """
 
 import json
@@ -26,17 +26,15 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def rows(teacher):
-    """Channel features of 512 scenes that it was not standardised on, before standardisation: (N L,
-    144).
+    """Channel features before standardisation, (N L, 144), of 512 scenes on which it was not
+    standardised.
     """
     with torch.no_grad():
         return teacher.channels(scenes(512, first=1 << 40)[0]).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def test_it_is_what_the_recipe_makes():
-    """The card's configuration, completed by what has become a field since, is that of the
-    recipe.
-    """
+    """The card's configuration, completed by fields added since, is that of the recipe."""
     card = json.loads(PACKAGED.with_suffix(".json").read_text())
     del card["config"]["version"]
     assert from_dict(Config, card["config"]) == plan(recipe("teacher-scenes"))[0][1]
@@ -58,8 +56,8 @@ def test_features_lie_on_the_grid_in_raster_order(teacher):
 
 
 def test_channels_are_standardised_over_the_scenes(teacher, rows):
-    """Mean about 0 and spread about 1 on other scenes than those that set them; raw channels have
-    neither.
+    """On scenes other than those that set them, the mean is about 0 and the standard deviation
+    about 1; raw channels have neither.
     """
     standard = (rows - teacher.mean) / teacher.std
     assert standard.mean(0).abs().max() < 0.1 and (standard.std(0) - 1).abs().max() < 0.15
@@ -67,7 +65,9 @@ def test_channels_are_standardised_over_the_scenes(teacher, rows):
 
 
 def test_features_are_principal_components(teacher, rows):
-    """Orthonormal directions, uncorrelated features, largest spread first, most of the variance."""
+    """The directions are orthonormal and the features uncorrelated; the largest variance comes
+    first, and together they explain most of it.
+    """
     torch.testing.assert_close(
         teacher.components @ teacher.components.T, torch.eye(64), rtol=0, atol=1e-5
     )
@@ -80,15 +80,13 @@ def test_features_are_principal_components(teacher, rows):
 
 
 def test_any_two_patches_are_not_alike(teacher):
-    """What the standardisation is for: patches of different scenes have a mean cosine of about
-    0.
-    """
+    """Because of the standardisation, patches of different scenes have a mean cosine of about 0."""
     features = torch.nn.functional.normalize(teacher(scenes(64)[0]), dim=-1)
     assert abs((features[:-1] * features[1:]).sum(-1).mean()) < 0.15
 
 
 def test_it_sees_the_factors(teacher):
-    """Cross entropies far below those of a guess, on scenes it was not trained on."""
+    """The cross entropies are far below those of a guess, on scenes on which it was not trained."""
     factors = torch.from_numpy(Scenes(1 << 40, 128, 32).factors(range(128), 4))
     with torch.no_grad():
         losses = teacher.factor_losses(scenes(128, first=1 << 40)[0], factors)
@@ -100,22 +98,23 @@ def test_it_sees_the_factors(teacher):
 def test_standardise_whitens_the_diagonal_and_returns_the_share_kept():
     torch.manual_seed(0)
     teacher, images = ScenesTeacher().eval(), scenes(64)[0]
-    kept = teacher.standardise(images)
+    variance_share = teacher.standardise(images)
     with torch.no_grad():
         features = teacher(images).flatten(0, 1).double()
     covariance = torch.cov(features.T)
     assert features.mean(0).abs().max() < 1e-3
     torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=1e-3)
-    assert (covariance.diag().diff() < 1e-3).all() and 0.5 < kept < 1
+    assert (covariance.diag().diff() < 1e-3).all() and 0.5 < variance_share < 1
     assert covariance.diag().sum().item() / 144 == pytest.approx(
-        kept, abs=1e-3
+        variance_share, abs=1e-3
     )  # 144 channels of variance 1
 
 
 def test_a_grid_that_does_not_fit_says_what_would(teacher):
     check_grid(teacher, 32, 4)
     with pytest.raises(
-        UserError, match=r"32 px as 8 x 8 patches, the tokenizer as 4 x 4 tokens.*halves 2 times"
+        UserError,
+        match=r"32 px into 8 x 8 patches, the tokenizer into 4 x 4 tokens.*halves the resolution 2 times",
     ):
         check_grid(teacher, 32, 8)
 
@@ -162,7 +161,7 @@ def test_weights_of_other_trainers_are_found(content, tmp_path):
 
 def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     network, tensors = Encoder(), tensors_of(0)
-    for change, said in (
+    for change, message in (
         (tensors["stem.weight"] * float("nan"), "stem.weight holds NaN in 12 of 12 values"),
         (tensors["stem.weight"].double() * 1e300, "stem.weight holds infinity in 12 of 12 values"),
         (tensors["stem.weight"].to(torch.int8), "stem.weight is torch.int8"),
@@ -170,19 +169,19 @@ def test_weights_that_are_no_numbers_or_not_all_there_are_named(tmp_path):
     ):
         with pytest.raises(
             UserError,
-            match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {said}",
+            match=f"the weights of 'w' are not all numbers that this teacher x can have:\n  {message}",
         ):
             check_fit(network, tensors | {"stem.weight": change}, "w", "teacher x")
     partly = {f"model.{name}": t for name, t in tensors.items() if name != "stem.bias"}
     with pytest.raises(UserError, match="do not fit this teacher x:\n  missing stem.weight"):
         check_fit(network, named_for(network, partly), "w", "teacher x")
     itself = {"epoch": 3}
-    itself["model"] = itself  # a file may hold a dictionary within itself
+    itself["model"] = itself  # a dictionary in a file may contain itself
     torch.save(itself, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth holds no tensors by name"):
         read_tensors(tmp_path / "w.pth")
     torch.save({"a": tensors, "b": tensors_of(1)}, tmp_path / "w.pth")
     with pytest.raises(
-        UserError, match="w.pth holds 2 sets of tensors: save alone the one that is meant"
+        UserError, match="w.pth holds 2 sets of tensors: save the one you mean alone"
     ):
         read_tensors(tmp_path / "w.pth")

@@ -1,8 +1,6 @@
-"""Public vision transformers as teachers: their library's own features, of an input made by hand,
-on the token grid.
-
-Weights are random, seeded and of the true architecture, in files of the true layout: none is on
-this machine.
+"""Public vision transformers as teachers: they give the library's own features of an input that is
+written out here, on the token grid. Weights are random, seeded and of the true architecture, in
+files of the true layout, because no published file is on this machine.
 """
 
 import functools
@@ -42,7 +40,7 @@ def needs(name):
 
 
 def stirred(network, seed=0):
-    """Give every tensor of a network seeded random values: every token, scale and bias then
+    """Give every tensor of a network seeded random values, so that every token, scale and bias
     matters.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -57,8 +55,8 @@ def stirred(network, seed=0):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A function name -> (library's network, its weight file, the teacher of 256 px loaded from
-    there), each made once.
+    """A function from a name to (the library's network, its weight file, the teacher of 256 px
+    loaded from the file), each made once.
     """
     folder = tmp_path_factory.mktemp("weights")
 
@@ -72,13 +70,15 @@ def stored(tmp_path_factory):
         return network, path, load_teacher(f"{name}={path}", PIXELS, 16)
 
     yield make
-    for path in folder.iterdir():  # gigabytes, which pytest would keep
+    for path in folder.iterdir():  # pytest would store gigabytes otherwise
         path.unlink()
 
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """Empty caches of the hub and of torch, and sockets that raise; returns the list of what was tried."""
+    """Empty the caches of the hub and of torch, and make sockets raise; returns the list of
+    attempted connections.
+    """
     tried = []
 
     def refuse(*arguments, **keywords):
@@ -96,7 +96,7 @@ def no_network(monkeypatch, tmp_path):
 
 @functools.cache
 def meta_teacher(name, size, stride=16):
-    """A teacher of the true architecture without values: shapes alone."""
+    """A teacher of the true architecture without values, for shapes alone."""
     needs(name)
     with torch.device("meta"):
         return ViTTeacher(
@@ -119,8 +119,8 @@ def normalised(pixels, mean, std):
 
 
 def bicubic(side):
-    """The plain bicubic resize, a = -0.75, edges repeated, no antialias, as matrices: (B, C, n, n)
-    -> (B, C, side, side).
+    """Plain bicubic resizing by matrices, (B, C, n, n) -> (B, C, side, side): a = -0.75, repeated
+    edges, no antialias.
     """
 
     def resize(pixels):
@@ -143,7 +143,7 @@ def dinov2_input(pixels):
     return bicubic(pixels.shape[-1] // 16 * 14)(normalised(pixels, *IMAGENET))
 
 
-ORACLES = {  # gear.md, section 4: pixels in [0, 1] -> the network's input
+ORACLES = {  # name -> function from pixels in [0, 1] to the network's input
     "dinov2-b": dinov2_input,
     "dinov2-l": dinov2_input,
     "dinov3-b": lambda pixels: normalised(pixels, *IMAGENET),
@@ -159,23 +159,26 @@ SIZES = [
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_the_input_is_made_as_by_hand(name, size):
-    """uint8 / 255, then what the table says, in its order; in float32 up to its rounding."""
+    """The input is uint8 / 255 after the steps of the table in their order, up to float32 rounding."""
     needs(name)
     integers = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1))
     network = torch.nn.Module()
     network.blocks = ()
-    teacher, want = ViTTeacher(name, network, "", size, 16), ORACLES[name](integers.double() / 255)
+    teacher, expected = (
+        ViTTeacher(name, network, "", size, 16),
+        ORACLES[name](integers.double() / 255),
+    )
     made = teacher.preprocess(integers / 127.5 - 1)
-    assert made.dtype == torch.float32 and made.shape == want.shape
-    torch.testing.assert_close(made.double(), want, rtol=0, atol=5e-4)
+    assert made.dtype == torch.float32 and made.shape == expected.shape
+    torch.testing.assert_close(made.double(), expected, rtol=0, atol=5e-4)
     torch.testing.assert_close(
-        teacher.double().preprocess(integers.double() / 127.5 - 1), want, rtol=0, atol=1e-6
+        teacher.double().preprocess(integers.double() / 127.5 - 1), expected, rtol=0, atol=1e-6
     )
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_one_feature_a_token(name, size):
-    """At 256, 384 and 512 px the true network, without values, hands out a feature of its width a
+    """At 256, 384 and 512 px the true network, without values, gives one feature of its width per
     token of stride 16.
     """
     teacher = meta_teacher(name, size)
@@ -224,7 +227,7 @@ def test_dinov2_resizes_to_any_grid():
             250,
             16,
             (
-                "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px a "
+                "250 px images at stride 16, 15.625 x 15.625 tokens: it resizes images to 14 px per "
                 "token"
             ),
         ),
@@ -233,7 +236,7 @@ def test_dinov2_resizes_to_any_grid():
 def test_a_grid_that_cannot_match_says_what_the_teacher_takes(
     name, size, stride, takes, no_network
 ):
-    """Before any weight is looked for."""
+    """The error comes before any weights are looked for."""
     for action in (load_teacher, check_installed):
         with pytest.raises(
             UserError, match=rf"the teacher {name} cannot match the grid of .*{re.escape(takes)}"
@@ -243,7 +246,7 @@ def test_a_grid_that_cannot_match_says_what_the_teacher_takes(
 
 
 def test_another_image_size_than_the_teacher_was_loaded_for_is_an_error():
-    """V-JEPA's positions and SigLIP's table are of one size."""
+    """V-JEPA's positions and SigLIP's table fit one size."""
     with pytest.raises(UserError, match="a teacher of 256 px images got 384 x 384 px"):
         meta_teacher("dinov3-b", 256)(torch.empty(1, 3, 384, 384))
 
@@ -252,29 +255,29 @@ def test_another_image_size_than_the_teacher_was_loaded_for_is_an_error():
 
 
 def library_tokens(name, network, pixels):
-    """The library's own forward: {-1: the tokens it returns, n: what a hook on block n, counted
-    from 1, sees}.
+    """Return the outputs of the library's own forward: {-1: the tokens it returns, n: those of a
+    hook on block n, counted from 1}.
     """
-    kept = {}
+    outputs = {}
 
     def keep(n):
-        return lambda module, inputs, output: kept.update(
+        return lambda module, inputs, output: outputs.update(
             {n: output[0] if isinstance(output, tuple) else output}
         )
 
     handles = [block.register_forward_hook(keep(n)) for n, block in enumerate(blocks(network), 1)]
     if NEEDS.get(name) == "transformers":
         frames = 1 if name == "vjepa2.1-b" else 2
-        kept[-1] = network(pixels[:, None].repeat(1, frames, 1, 1, 1)).last_hidden_state
+        outputs[-1] = network(pixels[:, None].repeat(1, frames, 1, 1, 1)).last_hidden_state
     else:
-        kept[-1] = network.forward_features(pixels)
+        outputs[-1] = network.forward_features(pixels)
     for handle in handles:
         handle.remove()
-    return kept
+    return outputs
 
 
 def z_scored(z):
-    """(z - 0.6 mean) / (std + 1e-6) by image and channel, the variance over L - 1."""
+    """Return (z - 0.6 mean) / (std + 1e-6) per image and channel, with the variance over L - 1."""
     mean = z.sum(1, keepdim=True) / z.shape[1]
     variance = ((z - mean) ** 2).sum(1, keepdim=True) / (z.shape[1] - 1)
     return (z - 0.6 * mean) / (variance.sqrt() + 1e-6)
@@ -288,11 +291,11 @@ SPECIAL = {
     "vjepa2-l": 0,
     "vjepa2.1-b": 0,
     "clip-l": 1,
-}  # tokens that are no patch
+}  # class and register tokens
 
 
 def check_features(name, stored):
-    """Compare a teacher's features, of its last layer and of two others, with the library's on the
+    """Compare a teacher's features, of the last layer and of two others, with the library's for the
     same input.
     """
     network, path, teacher = stored(name)
@@ -305,16 +308,18 @@ def check_features(name, stored):
         for n, t in library_tokens(name, network, teacher.preprocess(images)).items()
     }
     depth = len(blocks(network))
-    want = tokens[depth if name == "clip-l" else -1]  # CLIP's norm is its class token's
+    expected = tokens[
+        depth if name == "clip-l" else -1
+    ]  # CLIP's norm applies to its class token only
     assert (
-        want.shape == (1, 256, teacher.dim)
-        and want.std() > 0.1
-        and (want[:, 0] - want[:, -1]).abs().mean() > 0.01
+        expected.shape == (1, 256, teacher.dim)
+        and expected.std() > 0.1
+        and (expected[:, 0] - expected[:, -1]).abs().mean() > 0.01
     )
-    assert torch.equal(teacher.raw(images), want)
+    assert torch.equal(teacher.raw(images), expected)
     spatial = name in ("siglip2-b", "vjepa2-l", "vjepa2.1-b", "clip-l")
     torch.testing.assert_close(
-        teacher.features(images), z_scored(want) if spatial else want, rtol=1e-4, atol=1e-4
+        teacher.features(images), z_scored(expected) if spatial else expected, rtol=1e-4, atol=1e-4
     )
     for layer in (1, depth // 2):
         at = ViTTeacher(name, teacher.network, teacher.sha256, 256, 16, layer)
@@ -338,8 +343,8 @@ def test_features_are_the_librarys_for_slow_networks(name, stored):
 
 @pytest.mark.slow
 def test_siglip_is_the_one_of_transformers(stored, tmp_path):
-    """Google's own file, text tower and all, gives what SiglipVisionModel gives: the GELU by tanh,
-    the norm at the end.
+    """Google's own file, text tower included, gives the features of SiglipVisionModel, with the
+    tanh GELU and the final norm.
     """
     transformers = pytest.importorskip("transformers")
     with torch.no_grad():
@@ -357,7 +362,7 @@ def test_siglip_is_the_one_of_transformers(stored, tmp_path):
         "logit_scale": torch.ones(1),
     }
     save_file(tensors, tmp_path / FILE)
-    teacher = load_teacher(f"siglip2-b={tmp_path}", PIXELS, 16)  # the folder will do
+    teacher = load_teacher(f"siglip2-b={tmp_path}", PIXELS, 16)  # the folder is enough
     (tmp_path / FILE).unlink()
     images = pictures()
     torch.testing.assert_close(
@@ -366,24 +371,28 @@ def test_siglip_is_the_one_of_transformers(stored, tmp_path):
 
 
 def facebook_names(name, tensors):
-    """Undo what the libraries did to the names of facebookresearch's files."""
+    """Restore the names of facebookresearch's files, which the libraries changed."""
     if name == "dinov2-b":
         return {**tensors, "mask_token": torch.zeros(1, 768)}
-    found = {"mask_token": torch.zeros(1, 768), "rope_embed.periods": torch.ones(16)}
+    original = {"mask_token": torch.zeros(1, 768), "rope_embed.periods": torch.ones(16)}
     for key, tensor in tensors.items():
         if key.endswith("q_bias"):
             value = tensors[key.replace("q_bias", "v_bias")]
-            found[key.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros(768), value])
-            found[key.replace("q_bias", "qkv.bias_mask")] = torch.ones(3 * 768)
+            original[key.replace("q_bias", "qkv.bias")] = torch.cat(
+                [tensor, torch.zeros(768), value]
+            )
+            original[key.replace("q_bias", "qkv.bias_mask")] = torch.ones(3 * 768)
         elif not key.endswith("v_bias"):
             key = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)
-            found[key.replace("reg_token", "storage_tokens")] = tensor
-    return found
+            original[key.replace("reg_token", "storage_tokens")] = tensor
+    return original
 
 
 @pytest.mark.parametrize("name", ("dinov2-b", "dinov3-b"))
 def test_the_original_files_names_are_read(name, stored, tmp_path):
-    """A .pth in the project's own names, half precision, head and all, gives the same network."""
+    """A .pth file with the project's own names, in half precision and with its head, gives the same
+    network.
+    """
     network, _, _ = stored(name)
     tensors = network.state_dict()
     path = tmp_path / "original.pth"
@@ -406,7 +415,7 @@ def test_spatial_normalisation_is_its_formula():
         torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
         + 2
     )
-    z[0, :, 0] = 5.0  # no spread at all
+    z[0, :, 0] = 5.0  # a standard deviation of 0
     torch.testing.assert_close(spatially_normalised(z), z_scored(z))
     normal = spatially_normalised(z)[1:]
     torch.testing.assert_close(normal.std(1), torch.ones(2, 7).double(), rtol=1e-5, atol=0)
@@ -416,16 +425,16 @@ def test_spatial_normalisation_is_its_formula():
 
 
 def test_features_are_kept_by_content_weights_layer_and_size(stored):
-    """On a CPU: the second look computes nothing, and no two teachers of different features share a
-    key.
+    """On a CPU the second call computes nothing, and no two teachers with different features share
+    a key.
     """
     teacher = stored("dinov2-b")[2]
     small, images = ViTTeacher("dinov2-b", teacher.network, teacher.sha256, 32, 4), scenes(3)[0]
     first = small(images)
     torch.testing.assert_close(
         first, small.features(images), rtol=1e-2, atol=1e-2
-    )  # kept in half precision
-    small.cached.compute = None  # would raise
+    )  # stored in half precision
+    small.cached.compute = None  # a call would raise
     assert torch.equal(small(images), first) and first.dtype == torch.float32
     others = [
         ViTTeacher("dinov2-b", teacher.network, sha256, size, 16, layer)
@@ -440,8 +449,8 @@ def test_features_are_kept_by_content_weights_layer_and_size(stored):
 
 @pytest.mark.parametrize(("others", "widths"), (("", [768]), ("scenes,", [64, 768])))
 def test_training_looks_at_such_a_teacher(others, widths, stored):
-    """A state of the preset `tiny`, a grid of 8 x 8 at 32 px, alone and beside another: the losses
-    are finite cosines.
+    """A state of the preset `tiny`, with a grid of 8 x 8 at 32 px, has losses that are finite
+    cosines, with this teacher alone and beside another.
     """
     teacher = f"{others}dinov2-b@2={stored('dinov2-b')[1]}"
     state = State(
@@ -480,14 +489,14 @@ def test_a_name_carries_layer_and_path():
         (
             "scenes=/w.pth",
             (
-                "the teacher scenes comes with its weights and has one layer: say scenes, not "
+                "the teacher scenes comes with its weights and has one layer: write scenes, not "
                 "scenes=/w.pth"
             ),
         ),
-        ("efficientnet-lite0@3", "say efficientnet-lite0, not efficientnet-lite0@3"),
+        ("efficientnet-lite0@3", "write efficientnet-lite0, not efficientnet-lite0@3"),
         (
             "dinov2-b=/no/such/file.pth",
-            "the network dinov2-b is given a file that is not there: /no/such/file.pth",
+            "the network dinov2-b does not exist: /no/such/file.pth",
         ),
     ),
 )
@@ -513,14 +522,14 @@ def test_several_teachers_are_a_list():
 
 @pytest.mark.parametrize("name", VITS)
 def test_missing_weights_say_what_and_where_and_nothing_is_fetched(name, no_network, monkeypatch):
-    """Offline by $HF_HUB_OFFLINE or by argument: one message with file, size, project and the way
-    to give a path.
+    """Offline by $HF_HUB_OFFLINE or by argument, one message names the file, its size, the project
+    and the option that takes a path.
     """
     needs(name)
     vit = VITS[name]
     repo = vit.repo.format(side=256)
-    place = repo[8:] if repo.startswith("https://") else f"huggingface.co/{repo}"
-    where = re.escape(f"{vit.file} of {place}, about {vit.megabytes} MB, from ")
+    location = repo[8:] if repo.startswith("https://") else f"huggingface.co/{repo}"
+    where = re.escape(f"{vit.file} of {location}, about {vit.megabytes} MB, from ")
     message = (
         rf"of {name} are not on this machine: {where}.*offline\. .*"
         rf"--teacher {name}=/path/to/{vit.file}"
@@ -541,7 +550,7 @@ def test_a_download_that_fails_says_why(no_network, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(
         UserError,
-        match=r"could not be fetched: OSError, the host is down\. Give the file by its path",
+        match=r"could not be downloaded: OSError, the host is down\. Give the file by its path",
     ):
         load_teacher("dinov2-b", PIXELS, 16)
 
@@ -549,19 +558,19 @@ def test_a_download_that_fails_says_why(no_network, monkeypatch):
 def test_a_path_goes_before_the_cache_and_the_cache_before_a_download(
     no_network, monkeypatch, tmp_path
 ):
-    asked = []
+    requests = []
     monkeypatch.setattr(
         hub,
         "hf_hub_download",
-        lambda repo, file: asked.append((repo, file)) or str(tmp_path / "fetched"),
+        lambda repo, file: requests.append((repo, file)) or str(tmp_path / "fetched"),
     )
     find = functools.partial(find_weights, "dinov2-b", "timm/some-repo", "a file")
-    assert find() == tmp_path / "fetched" and asked == [("timm/some-repo", FILE)]
+    assert find() == tmp_path / "fetched" and requests == [("timm/some-repo", FILE)]
     cached = in_cache(tmp_path, b"weights")
     assert find() == cached and find(offline=True) == cached
     (tmp_path / "own.pth").touch()
     assert find(path=str(tmp_path / "own.pth")) == tmp_path / "own.pth"
-    assert len(asked) == 1 and not no_network
+    assert len(requests) == 1 and not no_network
 
 
 def test_a_cached_file_whose_hash_is_not_its_name_is_damaged(no_network, tmp_path):
@@ -581,8 +590,8 @@ def in_cache(folder, content):
         repo / "blobs" / hashlib.sha256(content).hexdigest(),
         repo / "snapshots" / "abc",
     )
-    for place in (blob.parent, snapshot, repo / "refs"):
-        place.mkdir(parents=True)
+    for location in (blob.parent, snapshot, repo / "refs"):
+        location.mkdir(parents=True)
     blob.write_bytes(content)
     (repo / "refs" / "main").write_text("abc")
     (snapshot / FILE).symlink_to(blob)
@@ -590,8 +599,8 @@ def in_cache(folder, content):
 
 
 def hollow(name, path, **changes):
-    """Write a file of the right names and shapes and of zeros, with `changes`: {name: shape, or
-    None to leave it out}.
+    """Write a file with the right names and shapes, of zeros, with `changes`: {name: shape, or None
+    to leave it out}.
     """
     shapes = {n: t.shape for n, t in meta_teacher(name, 256).network.state_dict().items()} | changes
     torch.save(
@@ -615,7 +624,9 @@ def test_a_file_that_does_not_fit_lists_what_does_not(tmp_path):
 
 
 def test_another_models_file_does_not_fit(tmp_path):
-    """Nothing is resampled to make it: a patch of 16 px is none of 14, 512 px are not 256."""
+    """Nothing is resampled to make it fit, neither patches of 16 px to 14, nor positions of 512 px
+    to 256.
+    """
     file = {name: hollow(name, tmp_path / f"{name}.pth") for name in BASE}
     with pytest.raises(UserError, match=r"do not fit this teacher dinov2-b:\n  missing pos_embed"):
         check_installed(f"dinov2-b={file['dinov3-b']}")
@@ -632,7 +643,7 @@ def test_another_models_file_does_not_fit(tmp_path):
         check_installed(f"siglip2-b={file['siglip2-b']}", DataConfig(image_size=512), 16)
     for name in BASE:
         check_installed(f"{name}={file[name]}", PIXELS, 16)
-        check_installed(f"{name}={file[name]}")  # what the images' size does not tell is not asked
+        check_installed(f"{name}={file[name]}")  # weights of an unknown size are not looked for
 
 
 @pytest.mark.parametrize(
@@ -674,8 +685,8 @@ def test_a_missing_library_says_what_to_install(name, monkeypatch):
 
 
 def test_loading_leaves_the_random_numbers_alone(stored):
-    """What is initialised after a teacher does not depend on which one it was."""
-    path = stored("dinov2-b")[1]  # made by the first that asks, with random numbers
+    """The initialisation of a network after a teacher does not depend on which teacher was loaded."""
+    path = stored("dinov2-b")[1]  # built on first use, with random numbers
     torch.manual_seed(0)
     load_teacher(f"dinov2-b={path}", PIXELS, 16)
     after = torch.rand(3)
@@ -685,8 +696,8 @@ def test_loading_leaves_the_random_numbers_alone(stored):
 
 @pytest.mark.parametrize("name", VITS)
 def test_the_table_tells_the_size_of_the_files(name):
-    """In float32, with the heads that the file has and we leave out: within a tenth; V-JEPA 2.1's
-    has all of its training.
+    """The size is that of the network in float32 within a tenth, with the heads that the file has
+    and we leave out; V-JEPA 2.1's file has all of its training.
     """
     teacher = meta_teacher(name, 256)
     megabytes = sum(t.numel() for t in teacher.network.state_dict().values()) * 4 / 1e6

@@ -1,8 +1,8 @@
-"""V-JEPA 2.1 as a teacher: files in the layout of facebookresearch/vjepa2, features against its
-forward written here once more.
+"""V-JEPA 2.1 as a teacher: it reads files in the layout of facebookresearch/vjepa2, and its features
+are those of a second implementation of the forward pass, written here.
 
-The network has the published shape but for width and depth; its weights are random and large enough
-for positions to matter.
+The network has the published architecture except for width and depth. Its weights are random, and
+large enough for positions to matter.
 """
 
 import math
@@ -26,7 +26,7 @@ FILE, FOLDER = VITS[NAME].file, VITS[NAME].repo
 
 
 def shapes(width, depth):
-    """The encoder's tensors in the published file, {name: shape}."""
+    """Return the encoder's tensors in the published file, {name: shape}."""
     linear = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -46,20 +46,22 @@ def shapes(width, depth):
 
 
 def random_tensors(seed):
-    """Weights that keep the size of what goes through them, norms about 1, biases of 0.3."""
+    """Return random weights that preserve the scale of their input, with norms about 1 and biases
+    of 0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    weights = {}
     for name, shape in shapes(WIDTH, DEPTH).items():
         values = torch.randn(shape, generator=generator)
         matrix = name.endswith("weight") and len(shape) > 1
         scale = math.prod(shape[1:]) ** -0.5 if matrix else 0.3
-        found[name] = values * scale + (len(shape) == 1 and name.endswith("weight"))
-    return found
+        weights[name] = values * scale + (len(shape) == 1 and name.endswith("weight"))
+    return weights
 
 
 def checkpoint(tensors):
-    """The published file around an encoder: the student, the predictor and the optimizer beside the
-    average.
+    """Return the content of the published file for an encoder: the live encoder, the predictor and
+    the optimizer beside the average.
     """
     named = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
     return {
@@ -74,7 +76,7 @@ def checkpoint(tensors):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The teacher's entry at another width and depth, and a function that writes a file of such
+    """Reduce the teacher's entry in width and depth; returns a function that writes a file of such
     weights with changes: {name: tensor, or None to leave it out}.
     """
     options = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
@@ -103,8 +105,8 @@ def linear(x, t, name):
 
 
 def turns(side, span):
-    """exp(i angle) of every token and pair of channels: 10 pairs by frame (which is 0), 10 by row,
-    10 by column, 2 not at all.
+    """Return exp(i angle) for every token and pair of channels: 10 pairs by the frame (which is 0),
+    10 by the row, 10 by the column, and 2 unrotated.
     """
     angles = torch.zeros(side * side, 32, dtype=torch.float64)
     for row in range(side):
@@ -129,8 +131,8 @@ def attention(x, t, name, turn):
 
 
 def published(t, images, layer=DEPTH, span=16, modality="img_mod_embed"):
-    """Images (B, 3, H, H) in [-1, 1] -> the tokens of the image branch, (B, L, WIDTH) float64:
-    after the last norm, or of an earlier block.
+    """Images (B, 3, H, H) in [-1, 1] -> the tokens of the image branch, (B, L, WIDTH) float64,
+    after the last norm or of an earlier block.
     """
     t = {name: tensor.double() for name, tensor in t.items()}
     x = normalised((images.double() + 1) / 2, *IMAGENET)
@@ -148,16 +150,16 @@ def published(t, images, layer=DEPTH, span=16, modality="img_mod_embed"):
 
 @pytest.mark.parametrize("size", (96, 256, 384))
 def test_features_are_those_of_the_published_forward(size, small):
-    """Of the averaged encoder, at its grid of 16 and at two that are stretched to it; spatially
-    normalised.
+    """The features of the averaged encoder agree at its grid of 16 and at two to which it is
+    stretched; they are spatially normalised.
     """
     tensors, images = random_tensors(0), pictures(2, size)
     spec, data = small(tensors), DataConfig(image_size=size)
-    teacher, want = load_teacher(spec, data, 16), published(tensors, images)
-    assert want.shape == (2, (size // 16) ** 2, WIDTH) and "z-score 0.6" in teacher.identity
+    teacher, expected = load_teacher(spec, data, 16), published(tensors, images)
+    assert expected.shape == (2, (size // 16) ** 2, WIDTH) and "z-score 0.6" in teacher.identity
     close = dict(rtol=0, atol=1e-4)
-    torch.testing.assert_close(teacher.raw(images).double(), want, **close)
-    torch.testing.assert_close(teacher.features(images).double(), z_scored(want), **close)
+    torch.testing.assert_close(teacher.raw(images).double(), expected, **close)
+    torch.testing.assert_close(teacher.features(images).double(), z_scored(expected), **close)
     second = load_teacher(spec.replace("=", "@2="), data, 16)
     torch.testing.assert_close(
         second.raw(images).double(), published(tensors, images, layer=2), **close
@@ -165,27 +167,27 @@ def test_features_are_those_of_the_published_forward(size, small):
 
 
 def test_such_weights_would_show_what_is_missing():
-    """Positions as they are counted, and the vector of videos, give features a thousand tolerances
-    away.
+    """Unscaled positions, or the vector of videos, would change the features by a thousand
+    tolerances.
     """
     tensors, images = random_tensors(0), pictures(1, 384)
-    want = published(tensors, images)
+    expected = published(tensors, images)
     for change in (dict(span=24), dict(modality="video_mod_embed")):
-        assert (published(tensors, images, **change) - want).abs().max() > 0.1
+        assert (published(tensors, images, **change) - expected).abs().max() > 0.1
 
 
 # -- the file --------------------------------------------------------------------------------------
 
 
 def test_the_published_file_fits(tmp_path):
-    """158 tensors of 86,833,152 values, of which the teacher takes those of its branch and checks
-    each.
+    """The file has 158 tensors of 86,833,152 values; the teacher loads those of its branch and
+    checks each.
     """
     tensors = {n: torch.zeros(()).expand(shape) for n, shape in shapes(768, 12).items()}
     assert len(tensors) == 158 and sum(t.numel() for t in tensors.values()) == 86_833_152
     torch.save({"ema_encoder": tensors}, tmp_path / FILE)
     check_installed(f"{NAME}={tmp_path / FILE}")
-    check_installed(f"{NAME}={tmp_path}", DataConfig(image_size=384), 16)  # the folder will do
+    check_installed(f"{NAME}={tmp_path}", DataConfig(image_size=384), 16)  # the folder is enough
     with pytest.raises(UserError, match="do not fit this teacher vjepa2-l"):
         check_installed(f"vjepa2-l={tmp_path / FILE}")
 
@@ -215,11 +217,11 @@ def test_the_file_is_looked_for_in_two_caches_and_downloaded_into_gears(
     home, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    own, torchs = home / "cache" / FILE, tmp_path / "torch" / "checkpoints" / FILE
-    asked = []
+    gear_file, torch_file = home / "cache" / FILE, tmp_path / "torch" / "checkpoints" / FILE
+    requests = []
 
-    def fail(url, place, progress):
-        asked.append((url, place))
+    def fail(url, target, progress):
+        requests.append((url, target))
         raise OSError("the host is down")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
@@ -228,11 +230,11 @@ def test_the_file_is_looked_for_in_two_caches_and_downloaded_into_gears(
         find_weights(NAME, FOLDER, "1 file", file=FILE)
     with pytest.raises(UserError, match=rf"{message}: offline\."):
         find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *at, **_: asked.append(at))
-    assert find_weights(NAME, FOLDER, "1 file", file=FILE) == own
-    assert asked == 2 * [(f"https://dl.fbaipublicfiles.com/vjepa2/{FILE}", str(own))]
-    for place in (torchs, own):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
-        assert find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE) == place
-    assert len(asked) == 2
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *at, **_: requests.append(at))
+    assert find_weights(NAME, FOLDER, "1 file", file=FILE) == gear_file
+    assert requests == 2 * [(f"https://dl.fbaipublicfiles.com/vjepa2/{FILE}", str(gear_file))]
+    for target in (torch_file, gear_file):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+        assert find_weights(NAME, FOLDER, "1 file", offline=True, file=FILE) == target
+    assert len(requests) == 2

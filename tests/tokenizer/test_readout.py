@@ -1,5 +1,5 @@
-"""What is read from A by blocks of its rows, against the matrix: values, every gradient, precision,
-and what is held.
+"""Results computed from A by blocks of its rows agree with those of the matrix: values, every
+gradient, precision, and the memory in use.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ TEMPERATURE = {
     "vq": 0.3,
     "lfq": 2.0,
     "ibq": 1.0,
-}  # at which softmax(A / T) is neither hard nor flat
+}  # temperatures at which softmax(A / T) is neither one-hot nor uniform
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):
@@ -44,8 +44,8 @@ def gaussian(*shape, seed=0, dtype=torch.float64):
 
 
 def factors(family, dtype=torch.float64, count=N, dim=DIM, size=K):
-    """Leaves z (2, count / 2, D) and, but for LFQ, C (K, D), and a function of them to an
-    Affinity.
+    """Return the leaves z (2, count / 2, D) and, except for LFQ, C (K, D), and a function from them
+    to an Affinity.
     """
     z = gaussian(2, count // 2, dim, dtype=dtype).requires_grad_()
     if family == "lfq":
@@ -57,28 +57,26 @@ def factors(family, dtype=torch.float64, count=N, dim=DIM, size=K):
     ) if family == "vq" else Affinity
 
 
-def read(family, affinity, embedding):
-    """Every differentiable thing that is read from A: {name: tensor}."""
+def read_outs(family, affinity, embedding):
+    """Return every differentiable result that is computed from A: {name: tensor}."""
     h, mean = affinity.entropies(TEMPERATURE[family])
     return {"u": affinity.soft_readout(embedding, TEMPERATURE[family]), "h": h, "mean": mean}
 
 
 def by_blocks(monkeypatch, block):
-    """Have every A worked through in blocks of `block` elements, or, where that is None, formed
-    whole.
-    """
+    """Make every A be computed in blocks of `block` elements, or as one matrix if `block` is None."""
     monkeypatch.setattr(readout, "WHOLE", 2**40 if block is None else 0)
     monkeypatch.setattr(readout, "BLOCK", {"cpu": block, "cuda": block})
 
 
 def values_and_gradients(family, block, monkeypatch, dtype=torch.float64, **sizes):
-    """Read A by blocks (None: whole): {name: value}, and {name: gradients of a random sum of it to
-    z, C and E}.
+    """Compute the read-outs of A by blocks, or of the matrix if `block` is None: {name: value}, and
+    {name: gradients of a random sum of the value to z, C and E}.
     """
     by_blocks(monkeypatch, block)
     leaves, make = factors(family, dtype, **sizes)
     embedding = gaussian(sizes.get("size", K), 7, seed=2, dtype=dtype).requires_grad_()
-    values = read(family, make(*leaves), embedding)
+    values = read_outs(family, make(*leaves), embedding)
     gradients = {}
     for seed, (name, value) in enumerate(values.items(), start=3):
         loss = (value * gaussian(*value.shape, seed=seed, dtype=dtype)).sum()
@@ -98,10 +96,10 @@ def family(request):
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_blocks_equal_the_matrix_in_value_and_gradient(family, block, monkeypatch):
-    want, want_gradients = values_and_gradients(family, None, monkeypatch)
-    got, got_gradients = values_and_gradients(family, block, monkeypatch)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-10)
+    expected, want_gradients = values_and_gradients(family, None, monkeypatch)
+    actual, got_gradients = values_and_gradients(family, block, monkeypatch)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-10)
         pairs = [
             pair for pair in zip(got_gradients[name], want_gradients[name]) if pair[1] is not None
         ]
@@ -109,14 +107,14 @@ def test_blocks_equal_the_matrix_in_value_and_gradient(family, block, monkeypatc
         for one, other in pairs:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
             assert other.abs().max() > 1e-4
-    assert 1 < want["h"].exp().mean() < 0.9 * K  # neither hard nor flat
+    assert 1 < expected["h"].exp().mean() < 0.9 * K  # neither one-hot nor uniform
 
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_indices_and_top_masses_by_blocks_are_those_of_the_matrix(family, block, monkeypatch):
     leaves, make = factors(family)
     dense = make(*leaves).dense.detach()
-    want = codes.assignment(dense.flatten(0, 1), TEMPERATURE[family])
+    expected = codes.assignment(dense.flatten(0, 1), TEMPERATURE[family])
     by_blocks(monkeypatch, block)
     affinity = make(*leaves)
     blocks = list(affinity.blocks())
@@ -125,10 +123,10 @@ def test_indices_and_top_masses_by_blocks_are_those_of_the_matrix(family, block,
     )
     torch.testing.assert_close(torch.cat(blocks), dense.flatten(0, 1), rtol=0, atol=1e-12)
     assert torch.equal(affinity.argmax(), dense.argmax(-1)) and affinity.argmax().shape == (2, 7)
-    got = codes.assignment(affinity.blocks(), TEMPERATURE[family])
-    assert got.entropy == pytest.approx(want.entropy, abs=1e-10) and got.top_mass == pytest.approx(
-        want.top_mass, abs=1e-10
-    )
+    actual = codes.assignment(affinity.blocks(), TEMPERATURE[family])
+    assert actual.entropy == pytest.approx(
+        expected.entropy, abs=1e-10
+    ) and actual.top_mass == pytest.approx(expected.top_mass, abs=1e-10)
 
 
 def test_assignment_of_no_block_is_refused():
@@ -140,7 +138,7 @@ def test_gradcheck(family, monkeypatch):
     by_blocks(monkeypatch, 3 * 8)
     leaves, make = factors(family, count=4, dim=3, size=8)
     embedding = gaussian(8, 2, seed=2).requires_grad_()
-    function = lambda e, *leaves: tuple(read(family, make(*leaves), e).values())
+    function = lambda e, *leaves: tuple(read_outs(family, make(*leaves), e).values())
     assert torch.autograd.gradcheck(function, (embedding, *leaves), atol=1e-7, rtol=1e-5)
 
 
@@ -149,18 +147,18 @@ def test_a_small_matrix_is_whole_and_keeps_its_gradient_whoever_asks_first(famil
     affinity = make(*leaves)
     (block,) = affinity.blocks()
     assert block.shape == (N, K) and affinity.dense.requires_grad
-    assert block.data_ptr() == affinity.dense.data_ptr()  # formed once
+    assert block.data_ptr() == affinity.dense.data_ptr()  # `dense` is formed once
 
 
 @pytest.mark.parametrize("which", ("u", "h", "mean"))
 def test_float32_is_as_near_float64_by_blocks_as_by_the_matrix(family, which, monkeypatch):
-    """The largest error of the value and of each gradient: at most twice the matrix's own."""
+    """The largest error of the value and of each gradient is at most twice that of the matrix."""
     sizes = dict(count=400, dim=8, size=256)
     exact = values_and_gradients(family, None, monkeypatch, **sizes)
     errors = []
     for block in (None, 50 * 256):
-        got = values_and_gradients(family, block, monkeypatch, torch.float32, **sizes)
-        pairs = [(got[0][which], exact[0][which]), *zip(got[1][which], exact[1][which])]
+        actual = values_and_gradients(family, block, monkeypatch, torch.float32, **sizes)
+        pairs = [(actual[0][which], exact[0][which]), *zip(actual[1][which], exact[1][which])]
         assert all(one is None or one.dtype == torch.float32 for one, _ in pairs)
         errors.append(
             [float((one.double() - other).abs().max()) for one, other in pairs if other is not None]
@@ -174,8 +172,8 @@ def test_float32_is_as_near_float64_by_blocks_as_by_the_matrix(family, which, mo
 
 @pytest.mark.parametrize("block", (None, 300), ids=("whole", "blocks"))
 def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, block, monkeypatch):
-    """In training, at inference and by the dense A, of one and the same latents; the read-out and
-    its gradients too.
+    """The same latents give the same indices in training, at inference and by the dense A; the
+    read-out and its gradients agree, too.
     """
     torch.manual_seed(0)
     quantizer = Tokenizer(CONFIGS[family]).quantizer
@@ -184,16 +182,18 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
         gaussian(K, 9, dtype=torch.float32),
     )
     embedding.requires_grad_()
-    want = quantizer.affinity(z).dense.argmax(-1)
+    expected = quantizer.affinity(z).dense.argmax(-1)
     by_blocks(monkeypatch, block)
     results = []
-    low = z.detach().bfloat16()  # as a convolution under autocast gives them
+    low = z.detach().bfloat16()  # bfloat16, as from a convolution under autocast
     assert torch.equal(quantizer(low).affinity.dense, quantizer(low.float()).affinity.dense)
     for is_on in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
             out = quantizer(z)
-            assert torch.equal(out.indices, want) and torch.equal(quantizer.indices(z), want)
-            assert torch.equal(out.affinity.argmax(), want)
+            assert torch.equal(out.indices, expected) and torch.equal(
+                quantizer.indices(z), expected
+            )
+            assert torch.equal(out.affinity.argmax(), expected)
             assert out.affinity.dense.dtype == torch.float32
             u, loss = out.affinity.soft_readout(embedding, 0.3), sum(loss_terms(out).values())
             assert u.dtype == loss.dtype == torch.float32
@@ -210,8 +210,8 @@ def test_indices_and_read_out_under_bf16_autocast_are_those_of_float32(family, b
 
 
 def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
-    """Indices equal, and every loss, the read-out and each weight's gradient near, through the
-    whole network.
+    """The indices are equal, and every loss, the read-out and the gradient of each weight are
+    close, through the whole network.
     """
     torch.manual_seed(0)
     tokenizer, images = Tokenizer(CONFIGS[family]).double(), scenes(2)[0].double()
@@ -235,8 +235,8 @@ def test_a_tokenizer_by_blocks_trains_as_by_the_matrix(family, monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Records the largest tensor that an operation returns, and which operations were called with
-    what shapes.
+    """Records the largest tensor that an operation returns, and the operations with the shapes of
+    their arguments.
     """
 
     def __init__(self):
@@ -244,25 +244,25 @@ class Watch(TorchDispatchMode):
         self.largest, self.calls = 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         tensors = [
             x
-            for x in (found if isinstance(found, (tuple, list)) else [found])
+            for x in (result if isinstance(result, (tuple, list)) else [result])
             if isinstance(x, torch.Tensor)
         ]
-        # an expanded tensor holds no more than its storage
+        # an expanded tensor takes no more memory than its storage
         self.largest = max(
             [self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in tensors)]
         )
         self.calls.append(
             (str(function), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)])
         )
-        return found
+        return result
 
 
 def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
-    """Through a training forward, the read-out, the backward of both and the statistics; the matrix
-    itself would be seen.
+    """No tensor is as large as the matrix, in a training forward, the read-out, the backward of
+    both and the statistics. The test does detect the matrix itself.
     """
     config = replace(
         CONFIGS[family],
@@ -290,8 +290,8 @@ def test_nothing_of_the_matrix_size_is_ever_held(family, monkeypatch):
 
 
 def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
-    """E^T has a product of its own, (K, n) with (n, D), where E asks for a gradient and none where
-    it is frozen.
+    """The product for the gradient of E, (K, n) times (n, D), is computed where E needs a gradient,
+    and is not where E is frozen.
     """
     by_blocks(monkeypatch, 4 * K)
     for asks in (False, True):
@@ -308,11 +308,11 @@ def test_a_frozen_embedding_costs_no_gradient(family, monkeypatch):
 
 def test_validation_by_blocks_is_that_of_the_matrix(monkeypatch):
     tokenizer, images = tiny_tokenizer(), scenes(3)[0]
-    want, indices = tokenizer_metrics(tokenizer, images, 0.1)
+    expected, indices = tokenizer_metrics(tokenizer, images, 0.1)
     by_blocks(monkeypatch, 300)
     monkeypatch.setattr(Affinity, "dense", property(lambda _: pytest.fail("the matrix was formed")))
     metrics, again = tokenizer_metrics(tokenizer, images, 0.1)
-    assert metrics == pytest.approx(want, rel=1e-6) and torch.equal(again, indices)
+    assert metrics == pytest.approx(expected, rel=1e-6) and torch.equal(again, indices)
 
 
 def test_every_read_out_is_in_float32_under_autocast():

@@ -1,5 +1,5 @@
-"""The affinity, its read-outs, the gradient routing of the VQ tokenizer, and what its parts agree
-on.
+"""The affinity, its read-outs, the gradient routing of the VQ tokenizer, and the agreement of its
+methods.
 """
 
 import math
@@ -31,7 +31,7 @@ def gaussian(*shape, seed=0):
 
 @pytest.fixture
 def quantizer():
-    """Raw codes of any length: only their directions may count."""
+    """A quantizer with raw codes of any length, of which only the directions may matter."""
     vq = VectorQuantizer(TOKENIZER)
     vq.codebook.data = 3 * gaussian(TOKENIZER.codebook_size, TOKENIZER.code_dim, seed=1)
     return vq
@@ -70,7 +70,7 @@ def test_affinity_under_bf16_autocast_is_that_of_float32(quantizer):
         and torch.equal(cast, exact)
         and torch.equal(indices, exact.argmax(-1))
     )
-    assert (rounded.float() - exact).abs().max() > 1e-3  # what autocast would have done
+    assert (rounded.float() - exact).abs().max() > 1e-3  # what autocast would give
 
 
 # -- read-outs (Eqs. 1, 7, 8) ----------------------------------------------------------------------
@@ -125,16 +125,18 @@ def test_the_decoder_receives_the_unit_code_and_its_gradient_goes_to_the_unit_la
 
 
 def test_codebook_and_commitment_are_one_distance_seen_from_both_sides(quantizer):
-    """Mean over elements of (c - z)^2: with |c - z|^2 = -A, both are -mean(A at the index) / D."""
+    """Both losses are the mean over elements of (c - z)^2; with |c - z|^2 = -A this is -mean(A at
+    the index) / D.
+    """
     out = quantizer(gaussian(2, 4, 3, 3))
-    want = -out.affinity.dense.gather(-1, out.indices[..., None]).mean() / 4
-    torch.testing.assert_close(loss_terms(out)["codebook_loss"], want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss_terms(out)["commit_loss"], want, rtol=1e-5, atol=1e-6)
+    expected = -out.affinity.dense.gather(-1, out.indices[..., None]).mean() / 4
+    torch.testing.assert_close(loss_terms(out)["codebook_loss"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_terms(out)["commit_loss"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_loss_is_its_formula():
-    """Against a plain loop: mean_i H(p_i) - H(mean_i p_i), p_i = softmax(A_i / 0.01), with 1e-5
-    inside the second log.
+    """A plain loop gives the same: mean_i H(p_i) - H(mean_i p_i), with p_i = softmax(A_i / 0.01)
+    and 1e-5 inside the second log.
     """
     affinity = -0.05 * gaussian(2, 4, 5).double().square()
     rows = []
@@ -152,17 +154,19 @@ def test_entropy_loss_extremes():
     sure = torch.full((12, 6), -4.0).scatter(1, torch.arange(12)[:, None] % 6, 0.0)
     assert entropy_of(sure).item() == pytest.approx(
         -math.log(6), abs=1e-4
-    )  # sure, and all codes used alike
+    )  # every row is one-hot, and all codes are used equally
     assert entropy_of(sure[:1].expand(12, -1)).item() == pytest.approx(
         0, abs=1e-4
-    )  # sure of one and the same code
-    assert entropy_of(torch.zeros(12, 6)).item() == pytest.approx(0, abs=1e-4)  # sure of nothing
+    )  # every row is one-hot, with the same code
+    assert entropy_of(torch.zeros(12, 6)).item() == pytest.approx(
+        0, abs=1e-4
+    )  # every row is uniform
     assert entropy_of(gaussian(50, 6)).item() > -math.log(6)
 
 
 # -- gradient routing ------------------------------------------------------------------------------
 
-ROUTES = {  # reference/gear.md, section 1f, column VQ
+ROUTES = {  # loss term -> the parts of a VQ tokenizer that it moves
     "recon_loss": {"encoder", "decoder"},
     "gan_loss": {"encoder", "decoder"},
     "codebook_loss": {"codebook"},
@@ -184,8 +188,8 @@ OWNER = {
 @pytest.mark.parametrize("skip", (False, True))
 @pytest.mark.parametrize("term", ROUTES)
 def test_gradient_routing(term, skip):
-    """Which parts of the tokenizer each loss term moves; every weight of a part it moves, but
-    biases before a norm.
+    """Each loss term moves exactly the parts of the tokenizer that ROUTES lists, and in them every
+    weight except biases before a norm.
     """
     tokenizer = tiny_tokenizer(linear_skip=skip)
     out = tokenizer(IMAGES)
@@ -240,8 +244,8 @@ def test_indices_agree_under_bf16_autocast():
 
 
 def test_positions_are_in_raster_order():
-    """At one pixel a token, changing the pixel of row 20, column 7 moves the affinity of position
-    20 * 32 + 7 only.
+    """At one pixel per token, changing the pixel in row 20, column 7 changes the affinity of
+    position 20 * 32 + 7 only.
     """
     tokenizer = tiny_tokenizer(channel_mult=(1,), res_blocks=0, linear_skip=True)
     for module in (tokenizer.quant_conv, tokenizer.encoder):
@@ -265,7 +269,7 @@ def test_an_image_size_that_does_not_divide_says_so(method):
 
 
 def test_vq16_has_the_public_number_of_parameters():
-    """71,883,403 in all; gear.md section 1a splits them."""
+    """The public VQ-16 has 71,883,403 parameters in all."""
     with torch.device("meta"):
         tokenizer = Tokenizer(TokenizerConfig())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -305,8 +309,8 @@ def l1(tokenizer, images):
 
 
 def test_start_from_data_beats_a_random_start_and_a_flat_image(started):
-    """On images it has not seen: well below half of the random start's L1, and below each image's
-    own mean colour.
+    """On unseen images the L1 error is well below half of the random start's, and below that of
+    each image's mean colour.
     """
     unseen = scenes(100, first=1000)[0]
     random = l1(tiny_tokenizer(linear_skip=True, codebook_size=64, code_dim=8), unseen)
@@ -315,7 +319,9 @@ def test_start_from_data_beats_a_random_start_and_a_flat_image(started):
 
 
 def test_start_from_data_is_all_linear(started):
-    """Both ways are affine, f((x + y) / 2) = (f(x) + f(y)) / 2, which a random start is not."""
+    """Encoder and decoder are affine, f((x + y) / 2) = (f(x) + f(y)) / 2, which they are not with a
+    random start.
+    """
     grids = gaussian(2, 2, 8, 8, 8)
     with torch.no_grad():
         for tokenizer, is_linear in (
@@ -341,12 +347,12 @@ def test_start_from_data_has_unit_principal_components_and_a_constant(started):
     off = covariance - covariance.diag().diag()
     assert (
         off.abs().max() < 1e-3 and (covariance.diag().diff() < 1e-6).all()
-    )  # uncorrelated, largest first
-    assert len(started.encode(scenes(200)[0]).unique()) > 50  # of 64 codes
+    )  # components are uncorrelated, with the largest variance first
+    assert len(started.encode(scenes(200)[0]).unique()) > 50  # out of 64 codes
 
 
 def test_start_from_data_learns_in_both_networks(started):
-    """The first gradient reaches the zero layers, so both networks grow from the linear start."""
+    """The first gradient reaches the zero layers, so that both networks grow from the linear start."""
     loss = F.l1_loss(started(IMAGES).reconstruction, IMAGES)
     for gradient in torch.autograd.grad(
         loss, [started.quant_conv.weight, started.decoder.conv_out.weight]
@@ -366,12 +372,12 @@ def test_logits_of_an_image_do_not_depend_on_its_batch():
 
 
 def test_discriminator_sees_patches():
-    """Three halvings give the public 30 x 30 logits at 256 px."""
+    """Three halvings give the public network's 30 x 30 logits at 256 px."""
     with torch.device("meta"):
         assert Discriminator()(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
-# -- values that are none --------------------------------------------------------------------------
+# -- values that are not finite --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
@@ -384,7 +390,9 @@ def test_latents_that_are_no_numbers_have_no_index(family, value):
     for face in (tokenizer.quantizer.indices, tokenizer.decode_latents):
         with pytest.raises(UserError, match="not finite"):
             face(latents)
-    tokenizer.quantizer.train().indices(latents)  # a step does not look: its loss tells
+    tokenizer.quantizer.train().indices(
+        latents
+    )  # a training step does not check; its loss is not finite
 
 
 def test_weights_that_are_no_numbers_give_neither_codes_nor_images():

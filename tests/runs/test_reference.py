@@ -200,7 +200,7 @@ def test_a_damaged_file_of_the_pack_is_one_message(file, runs):
 
 def test_packing_nothing_is_an_error(runs, capsys):
     for words, message in (
-        (["pack"], "name the folder"),
+        (["pack"], "name a folder"),
         (["pack", "x", "tiny-half"], "none of these runs is trained to its end"),
     ):
         with pytest.raises(SystemExit) as stop:

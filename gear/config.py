@@ -134,8 +134,9 @@ WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "tr
 def check_value(name, value, kind):
     """Raise UserError unless `value` has the type `kind`.
 
-    kind: a plain type, Annotated with a Range, a Literal, a tuple type, or a union of a number and
-    a type of text, in that order. An int is accepted as a float; a bool is accepted as neither.
+    name: what the message calls the value. kind: a plain type, Annotated with a Range, a Literal, a
+    tuple type, or a union of a number type and a str or Literal, the number first. An int is
+    accepted as a float; a bool is accepted as neither.
     """
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)

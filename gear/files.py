@@ -160,8 +160,8 @@ def read_text(path):
     mark, encoding = next(marks, (b"", "utf-8"))
     if b"\0" in content and not mark:
         raise UserError(
-            f"{path} is not a text file: it holds zero bytes. UTF-16 has to begin with a byte "
-            "order mark."
+            f"{path} is not a text file: it holds zero bytes. If it is text in UTF-16, save it as "
+            "UTF-8, or with a byte order mark."
         )
     try:
         text = content[len(mark) :].decode(encoding)

@@ -45,7 +45,7 @@ def test_a_line_ends_where_an_editor_ends_it(character, tmp_path):
         (b"\xff\xfea", "not in UTF-16-LE: byte 0x61 in line 1"),
         (
             "a cat".encode("utf-16-le"),
-            "not a text file: it holds zero bytes. UTF-16 has to begin with a byte order mark",
+            "not a text file: it holds zero bytes. If it is text in UTF-16, save it as UTF-8",
         ),
         (b"\x89PNG\r\n\x1a\n\0\0", "not a text file: it holds zero bytes"),
         ("a\0b".encode("utf-16"), "not a text file: it holds zero characters"),

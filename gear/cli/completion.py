@@ -94,7 +94,9 @@ def script(shell):
 
 
 def flags(cls):
-    """Return {option: its choices} of a dataclass of options and of the dataclasses in it.
+    """Return {"--option": its choices} for the fields of the dataclass `cls`.
+
+    Fields of a nested dataclass are listed without the name of that dataclass.
 
     The choices are () for an option with a free value, and None for one that takes no value.
     """

@@ -181,21 +181,21 @@ def encoder(batch, config, size):
 
 
 def quantizer(batch, config, side, is_matrix):
-    """Latents to the affinity A, indices and loss terms; without gradients, to indices alone."""
-    quantizer = Tokenizer(config).quantizer
+    """Latents to the affinity A, indices and loss terms; without gradients, to indices alone.
+
+    is_matrix: A is formed as one matrix, not by blocks of its rows.
+    """
+    module = Tokenizer(config).quantizer
     losses = QUANTIZER_LOSSES[config.quantizer]
 
     def call(latents):
         if not torch.is_grad_enabled():
-            return quantizer.indices(latents, check=False)
-        quantized = quantizer(latents, limit(is_matrix))
+            return module.indices(latents, check=False)
+        quantized = module(latents, limit(is_matrix))
         return [quantized.latents, *losses(quantized).values(), *quantized.entropies]
 
-    return (
-        quantizer,
-        call,
-        torch.empty(batch, config.code_dim, side, side, requires_grad=torch.is_grad_enabled()),
-    )
+    latents = torch.empty(batch, config.code_dim, side, side)
+    return module, call, latents.requires_grad_(torch.is_grad_enabled())
 
 
 def decoder(batch, config, side):

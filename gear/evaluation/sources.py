@@ -63,7 +63,8 @@ def padded_chunks(labels, size):
 
 
 def draw_samples(folder, generator, tokenizer, labels, seed, quiet=False, side=0, **sampling):
-    """Yield samples for labels (N,) in uint8 chunks (64, H, W, 3), on a GPU in chunks of 256.
+    """Yield samples for labels (N,) in uint8 chunks (n, H, W, 3): n is 64, on a GPU 256, or less in
+    the last chunk. `sampling` are keywords of `generate`.
 
     Each chunk is kept in `folder` as soon as it is drawn. With a `side` other than 0, samples are
     resized to `side` pixels before they are rounded, bicubic as in the public code. Chunk i depends
@@ -173,7 +174,8 @@ def read_npz(path):
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{path}' cannot be read as .npz ({reason}): it is cut short, or of another format."
+            f"'{path}' cannot be read as .npz ({reason}): it may be cut short, or of "
+            "another format."
         ) from None
 
 

@@ -170,26 +170,26 @@ def _cost(name, chosen, missing, tasks):
     """Return a text on the remaining work and its cost: images, FLOPs, hours on a GPU, and the time
     on this machine if earlier runs allow an estimate.
     """
-    num_scored = sum(task.name not in missing for task in tasks)
+    num_to_score = sum(task.name not in missing for task in tasks)
     head = (
         f"{name}: {len(chosen)} runs in all, {len(missing)} to train with their parents, "
-        f"{num_scored} sets of scores"
+        f"{num_to_score} sets of scores to compute"
     )
     if not missing:
         return head
     stages = Counter(config.stage for config in missing.values())
-    num_images = Counter()  # shape -> training images
-    prices = {}  # shape -> Price
+    num_images = Counter()  # kind of run (see _shape) -> training images
+    prices = {}  # kind of run -> Price
     for config in missing.values():
-        shape = _shape(to_dict(config))
-        num_images[shape] += config.steps * config.batch_size
-        if shape not in prices:
-            prices[shape] = price(config)
+        kind = _shape(to_dict(config))
+        num_images[kind] += config.steps * config.batch_size
+        if kind not in prices:
+            prices[kind] = price(config)
     flop = sum(
-        num_images[shape] * sum(one_pass.training for one_pass in cost.passes)
-        for shape, cost in prices.items()
+        num_images[kind] * sum(one_pass.training for one_pass in cost.passes)
+        for kind, cost in prices.items()
     )
-    hours = sum(cost.hours(num_images[shape], "h100", 0.4) for shape, cost in prices.items())
+    hours = sum(cost.hours(num_images[kind], "h100", 0.4) for kind, cost in prices.items())
     runs = ", ".join(f"{count} {stage}" for stage, count in stages.items())
     return (
         f"{head}\n"

@@ -26,7 +26,8 @@ ELSEWHERE = "Not in the paper"
 def write_gallery():
     """Write figures_dir()/index.html and return its path.
 
-    Products with a figure come first, in the paper's order, then those without.
+    The products (see `render.products`) whose figure is drawn come first, in the paper's order,
+    then those still to draw.
     """
     entries = [_words(product) | _files(product) for product in products()]
     entries.sort(key=lambda entry: (_order(entry["place"]), entry["product"]))

@@ -33,6 +33,7 @@ PALETTE = {
     "straight-through": "#D98B2B",
     "no GAN": "#6B8E3D",
     "teacher": "#2B2B2B",
+    "other": "#8A8F98",
     "null": "#B9A44C",
 }
 METHODS = {

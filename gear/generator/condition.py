@@ -31,7 +31,8 @@ class ClassCondition(nn.Embedding):
         """
         if mask is not None or labels.ndim != 1 or labels.numel() == 0:
             raise UserError(
-                "this generator is conditioned on a class: give it labels (B,) and no mask."
+                "this generator is conditioned on a class: give it one label per image, of "
+                "shape (B,) with B >= 1, and no mask."
             )
         if check:
             check_range(labels, self.no_class + 1, "labels")

@@ -131,8 +131,8 @@ def generate(
     )
     if not is_finite:
         raise UserError(
-            "the generator's logits are not finite: look at its weights, and at the range of their "
-            "type."
+            "the generator's logits are not finite (NaN or infinite): its weights may be damaged, "
+            "or the logits overflow in float16."
         )
     return indices.view(-1, h, w)
 

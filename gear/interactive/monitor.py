@@ -219,8 +219,10 @@ def draw_run(name):
 
 
 class Compare(Panel):
-    """Compare the curves of runs; controls: `names`, `above`, `below`, `smooth` and `scale`.
+    """Compare the curves of runs.
 
+    The widgets `controls` are `names` (the runs), `above` and `below` (the metrics of the upper and
+    the lower plot), `smooth` (a window in steps, 0: none) and `scale` (of the axes).
     The widgets `filters` limit the list of runs: `pattern` (a shell pattern), `stage` and `recipe`.
     """
 

@@ -125,7 +125,10 @@ def check_statistics(mean, covariance):
         "look at the features that they were computed from",
     )
     if (covariance - covariance.T).abs().max() > ASYMMETRY * covariance.abs().max():
-        raise UserError("a covariance is not symmetric: no features have it. Compute it again.")
+        raise UserError(
+            "a covariance matrix is not symmetric, so it is not the covariance of any features: "
+            "compute it again."
+        )
     return mean, covariance
 
 

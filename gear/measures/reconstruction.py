@@ -31,7 +31,8 @@ def ssim(reconstruction, images):
     """Return the structural similarity per image: (N, 3, H, W) in [-1, 1] -> (N,), at most 1.
 
     The definition is scikit-image's: a 7 x 7 uniform window, sample covariances, no padding, mean
-    over channels, data range 1. (A data range of 2 on images in [0, 1] inflates the value.) Raises
+    over channels, data range 1 after rescaling to [0, 1]. (A data range of 2 on images in [0, 1]
+    inflates the value.) Raises
     UserError for images smaller than the window.
     """
     check_pair(reconstruction, images)

@@ -197,7 +197,10 @@ def write_pack(folder, runs, names, with_panels=()):
     Raises UserError for a folder that holds other files than a pack's.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "runs.csv").exists():
-        raise UserError(f"{folder} holds other files than a pack's: name an empty folder.")
+        raise UserError(
+            f"{folder} holds files that are not a pack of run records: name an empty folder, or "
+            "one with an earlier pack."
+        )
     for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # the index first: it makes a pack
         for path in folder.glob(pattern):
             path.unlink()

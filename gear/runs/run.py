@@ -269,9 +269,13 @@ class Run:
 
     def _checkpoint(self, step):
         steps = self.checkpoint_steps()
-        if not steps or (step is not None and step not in steps):
-            at = "" if step is None else f" of step {step}"
-            sentence = f"run '{self.name}' has no weights{at}. Train it"
+        if step is not None and steps and step not in steps:
+            raise UserError(
+                f"run '{self.name}' has no checkpoint of step {step}: it has those of "
+                f"{', '.join(map(str, steps))}."
+            )
+        if not steps:
+            sentence = f"run '{self.name}' has no weights. Train it"
             raise MissingRuns(
                 sentence, [self.name], f"gear train {self.name}", f"They would lie in {self.path}."
             )

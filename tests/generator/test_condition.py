@@ -321,7 +321,7 @@ def test_captions_that_do_not_fit(text, mask, message):
 
 def test_labels_with_a_mask_or_features_for_a_class():
     for condition, mask in ((torch.tensor([0, 1, 2]), RIGHT), (TEXT, None)):
-        with pytest.raises(UserError, match="conditioned on a class: give it labels"):
+        with pytest.raises(UserError, match="conditioned on a class: give it one label per image"):
             tiny_generator()(TOKENS, condition, mask)
 
 

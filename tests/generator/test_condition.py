@@ -299,7 +299,7 @@ def test_sample_takes_captions_and_the_grid_a_generator_brings():
 
 
 @pytest.mark.parametrize(
-    "text, mask, said",
+    "text, mask, message",
     [
         (
             torch.zeros(3, 7, 5),

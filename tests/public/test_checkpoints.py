@@ -384,8 +384,7 @@ def test_one_tensor_missing_extra_or_of_another_shape_is_named(name):
                 assert fault in str(error.value) or len(message) <= 14, (tensor, message)
     assert wrong <= 2, (
         name
-        # a tensor that alone tells a size: its missing one says so; its misshapen one speaks of
-        # others
+        # the tensors that alone give a size: with a wrong shape, other tensors are listed
     )
     with pytest.raises(UserError, match=r"\n  unexpected \w+\.extra\.weight \(2,\)"):
         of.fit(shapes | {f"{next(iter(shapes)).split('.')[0]}.extra.weight": (2,)}, "'x.pt'")

@@ -225,7 +225,7 @@ def test_the_file_is_looked_for_in_two_caches_and_downloaded_into_gears(
         raise OSError("the host is down")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    message = rf"{FILE} of dl\.fbaipublicfiles\.com/vjepa2, 1 file\. .*fetched"
+    message = rf"{FILE} of dl\.fbaipublicfiles\.com/vjepa2, 1 file\. .*downloaded"
     with pytest.raises(UserError, match=rf"{message}: OSError, the host is down\."):
         find_weights(NAME, FOLDER, "1 file", file=FILE)
     with pytest.raises(UserError, match=rf"{message}: offline\."):

@@ -260,4 +260,4 @@ def test_a_figure_of_a_file_states_its_provenance(home):
     assert json.loads(head.removeprefix("# "))["runs"] == {
         "vq.pt": {"step": None, "config": "0123456789ab"}
     }
-    assert fig.get_supxlabel() == "8 images\nn: 8. interval: none. null: none."
+    assert fig.get_supxlabel() == "8 images\nn: 8."

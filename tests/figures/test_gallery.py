@@ -278,7 +278,7 @@ def test_missing_runs_are_told_when_all_are_drawn_and_a_failure_when_named(
     )
     page = gallery.write_gallery().read_text()
     assert (
-        "all its runs were there. Now no run &#39;x-s1&#39;. Train it: <code>gear train "
+        "all its runs existed. Now no run &#39;x-s1&#39;. Train it: <code>gear train "
         "x-s1</code></p>"
         in page
         and "It is 3." in page

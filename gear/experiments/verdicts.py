@@ -266,8 +266,8 @@ def results_page(table, preset="scenes", label="", scoring=Scoring()):
     options += f" --label {label}" if label else ""
     return f"""# Which of the paper's claims hold in our runs
 
-This page is for you if you want to know which of the paper's claims hold at a small scale. It is
-written by `gear claims {preset}{options} --out docs/results.md` from small-scale runs of `{preset}`.
+This page is for you if you want to know which of the paper's claims hold at a small scale.
+`gear claims {preset}{options} --out docs/results.md` wrote it from small-scale runs of `{preset}`.
 
 A claim is about the difference of a statistic between two kinds of runs, paired by seed. The 95 %
 interval of the mean difference gives the verdict:

@@ -1,5 +1,6 @@
-"""Notebooks in a kernel of this environment, through papermill, wherever they lie and whatever else
-is called python3.
+"""Execute notebooks with papermill, in a kernel of this Python environment.
+
+The kernel does not depend on where a notebook lies, nor on other installed kernels named python3.
 """
 
 import shutil
@@ -17,11 +18,11 @@ SETTINGS = (
 
 
 def this_environment():
-    """Return the manager of a kernel that is this interpreter's ipykernel.
+    """Return a kernel manager that starts this interpreter's ipykernel.
 
-    No kernel spec is looked up, and no module of the working directory imported.
+    It looks up no kernel spec and imports no module from the working directory.
     """
-    import jupyter_client.kernelspec  # who trains needs no Jupyter
+    import jupyter_client.kernelspec  # training does not need Jupyter
 
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *SETTINGS]
     spec = jupyter_client.kernelspec.KernelSpec(
@@ -38,13 +39,13 @@ def this_environment():
 
 
 def run_notebook(source, out, parameters):
-    """Execute the notebook `source` with `parameters` into `out`, as far as it comes; raises what
-    papermill raises.
+    """Execute the notebook `source` with `parameters`, and write it to `out`, also if a cell fails.
 
-    This goes by way of a folder whose name is plain, because papermill fills in braces in a path
-    and writes paths in UTF-8. The folder is IPython's, too: no start-up file of the user's runs.
+    Raises what papermill raises. The notebook is executed in a temporary folder, because papermill
+    replaces braces in a path and writes paths in UTF-8. The folder is also IPython's, so that no
+    start-up file of the user runs.
     """
-    # 1.4 s to import, a third of starting gear, which every run of a sweep would wait for
+    # papermill takes 1.4 s to import, a third of the start of gear, and a sweep starts gear often
     import papermill
 
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +67,7 @@ def run_notebook(source, out, parameters):
 
 
 def parameters_of(source):
-    """Return what papermill says of a notebook's parameters: {name: {"default",
+    """Return papermill's description of a notebook's parameters: {name: {"default",
     "inferred_type_name", "help", ...}}.
     """
     import papermill  # as in `run_notebook`
@@ -75,5 +76,5 @@ def parameters_of(source):
 
 
 def _literal(path):
-    """Spell a path for papermill, which fills in what stands in braces."""
+    """Escape the braces of a path, which papermill would replace."""
     return str(path).replace("{", "{{").replace("}", "}}")

@@ -1,4 +1,4 @@
-"""What the parameters of notebooks may be, by their names, which mean the same in all of them."""
+"""The values that notebook parameters may have: a name means the same in all notebooks."""
 
 from gear.config import Count, NonNegative, Pixels, Samples, Tau, check_value, read_numbers
 from gear.device import find_device
@@ -24,9 +24,7 @@ READ = {  # what raises UserError for a text that says no numbers, or no device
 
 
 def check_parameter(key, value):
-    """Raise UserError unless the value of a notebook's parameter is in the range that its name
-    tells.
-    """
+    """Raise UserError unless the value of a notebook's parameter is in the range of its name."""
     if isinstance(value, str) and key in READ:
         READ[key](value)
     elif not isinstance(value, str) and key in RANGES:

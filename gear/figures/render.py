@@ -57,7 +57,7 @@ def notebooks():
 
 
 def figure_notebooks():
-    """Return the notebooks that records can draw, as far as they are there."""
+    """Return the notebooks that can be drawn from records without weights."""
     return [name for name in notebooks() if name not in NEEDS_WEIGHTS]
 
 
@@ -393,8 +393,8 @@ def _inputs(name, parameters):
         if isinstance(value, str) and value
     ):
         if os.path.exists(path):
-            there = os.stat(path)
+            status = os.stat(path)
             digest.update(
-                os.fsencode(f"{os.path.abspath(path)} {there.st_size} {there.st_mtime_ns}")
+                os.fsencode(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}")
             )
     return {"inputs": digest.hexdigest(), "parameters": parameters}

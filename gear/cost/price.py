@@ -181,7 +181,9 @@ def works(config):
 
     The part "guidance" is the frozen generator.
     """
-    size, objective, generator = config.data.image_size, config.objective, config.generator
+    size = config.data.image_size
+    objective = config.objective
+    generator = config.generator
     if config.trains("teacher"):
         return {"teacher": [(counts.scenes_teacher, (size,))]}
     check_divides((size, size), config.tokenizer.downsampling)

@@ -62,7 +62,11 @@ def _image_lines(source, names):
             num_images.update(properties.items())
         except Exception as error:  # decoders raise errors of any type
             unreadable.append(f"{name} ({error})")
-    of = lambda key: {value: n for (k, value), n in num_images.most_common() if k == key}  # noqa: E731
+
+    def of(key):
+        """Return {value: number of images} of one property, the most common value first."""
+        return {value: n for (name, value), n in num_images.most_common() if name == key}
+
     lines = [f"of {len(names)} images that were opened (with the number of images):"]
     lines += [
         f"  {key}s: " + ", ".join(f"{v} ({n})" for v, n in of(key).items())

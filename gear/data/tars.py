@@ -114,7 +114,10 @@ class _Listing:
             for name, extent in files.items()
         }
         read = _Descriptor(path, os.getpid()).read
-        is_image = lambda name: census.takes(name, lambda: io.BytesIO(read(*files[name])))  # noqa: E731
+
+        def is_image(name):
+            return census.takes(name, lambda: io.BytesIO(read(*files[name])))
+
         images = [
             name
             for name in files

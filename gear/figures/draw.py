@@ -68,40 +68,31 @@ def dots(axis, table, x, y, order=None, dodge=0.4, marker="o", filled=True):
     """
     table = table if "method" in table else table.reset_index()
     methods = [name for name in METHODS if name in set(table.method)]
-    is_name = {column: not is_numeric_dtype(table[column]) for column in (x, y)}
-    places = {}
-    for column in (x, y):
-        if is_name[column]:
-            names = order or list(dict.fromkeys(table[column]))
-            if column == "method":
-                names = methods
-            places[column] = {name: place for place, name in enumerate(names)}
-    side_by_side = places and "method" not in places
-    for i, name in enumerate(methods):
-        part = table[table.method == name]
-        shift = dodge * (i - (len(methods) - 1) / 2) / max(1, len(methods)) if side_by_side else 0
-        x_values, y_values = (
-            part[column].map(places[column]).astype(float) + shift
-            if column in places
-            else part[column]
-            for column in (x, y)
-        )
+    names = {  # of the places on an axis, in their order
+        column: methods if column == "method" else order or list(dict.fromkeys(table[column]))
+        for column in (x, y)
+        if not is_numeric_dtype(table[column])
+    }
+    is_side_by_side = names and "method" not in names
+    for i, method in enumerate(methods):
+        shift = dodge * (i - (len(methods) - 1) / 2) / len(methods) if is_side_by_side else 0
+        values = {column: table[table.method == method][column] for column in (x, y)}
+        for column in names:
+            values[column] = values[column].map(names[column].index).astype(float) + shift
+        colour = PALETTE[method]
+        face = colour if filled else "white"
         axis.scatter(
-            x_values,
-            y_values,
-            s=22,
-            marker=marker,
-            edgecolor=PALETTE[name],
-            facecolor=PALETTE[name] if filled else "white",
-            zorder=3,
+            values[x], values[y], s=22, marker=marker, edgecolor=colour, facecolor=face, zorder=3
         )
-    for column, kind in ((x, "x"), (y, "y")):
-        if column in places:
-            names = [METHODS.get(n, n) if column == "method" else n for n in places[column]]
-            getattr(axis, f"set_{kind}ticks")(range(len(names)), names)
-            limits = (-0.6, len(names) - 0.4)
-            getattr(axis, f"set_{kind}lim")(limits if kind == "x" else limits[::-1])
-    if "method" not in places:
+    for column, places in names.items():
+        labels = [METHODS[name] for name in places] if column == "method" else places
+        if column == x:
+            axis.set_xticks(range(len(places)), labels)
+            axis.set_xlim(-0.6, len(places) - 0.4)
+        else:  # the first place is on top
+            axis.set_yticks(range(len(places)), labels)
+            axis.set_ylim(len(places) - 0.4, -0.6)
+    if "method" not in names:
         _legend_entries(axis, table)
 
 

@@ -47,7 +47,9 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantizer = QUANTIZERS[config.quantizer](config)
-        c, d, f = config.autoencoder_channels, config.code_dim, config.downsampling
+        c = config.autoencoder_channels
+        d = config.code_dim
+        f = config.downsampling
         has_quant_conv = BACKBONES[config.backbone].has_quant_conv
         self.quant_conv = nn.Conv2d(c, d, 1) if has_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(d, c, 1) if has_quant_conv else nn.Identity()

@@ -18,7 +18,9 @@ class Meter:
     """
 
     def __init__(self, processes):
-        self.processes, self.sums, self.counts = processes, {}, {}
+        self.processes = processes
+        self.sums = {}
+        self.counts = {}
 
     def add(self, losses):
         """Add the losses of one step, {name: scalar tensor}."""
@@ -30,7 +32,8 @@ class Meter:
         """Return the means {name: float} since the last call, and start again from zero."""
         sums = self._totals()
         means = {name: total / self.counts[name] for name, total in sums.items()}
-        self.sums, self.counts = {}, {}
+        self.sums = {}
+        self.counts = {}
         return means
 
     def _totals(self):
@@ -57,7 +60,9 @@ class Progress:
     """
 
     def __init__(self, run, config, step, quiet):
-        self.run, self.batch, self.step = run, config.batch_size, step
+        self.run = run
+        self.batch = config.batch_size
+        self.step = step
         self.bar = tqdm(
             total=config.steps * config.batch_size,
             initial=step * config.batch_size,

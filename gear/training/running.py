@@ -39,7 +39,9 @@ class Ahead:
     """
 
     def __init__(self, items):
-        self.items, self.item, self.error = items, None, None
+        self.items = items
+        self.item = None
+        self.error = None
         self.fetch()
 
     def fetch(self):

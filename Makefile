@@ -16,7 +16,7 @@ DEMO := $(KEEP) GEAR_RUNS=$(CURDIR)/runs/demo GEAR_FIGURES=$(CURDIR)/figures/dem
 AGAIN := GEAR_RUNS=$(CURDIR)/runs/again GEAR_FIGURES=$(CURDIR)/figures/again
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo figures reference test test-slow bench gpu lab lint strip teacher
+.PHONY: setup demo figures reference test test-slow bench gpu lab lint strip teacher detector
 .DEFAULT_GOAL := setup
 
 setup: .venv/.installed
@@ -67,7 +67,11 @@ strip: setup  ## removes outputs and counts from the notebooks
 
 teacher: setup  ## trains and packages the scenes teacher: about 3 minutes
 	$(BIN)/python -m gear train teacher-scenes
-	$(BIN)/python -m gear teacher teacher-scenes
+	$(BIN)/python -m gear package teacher-scenes
+
+detector: setup  ## trains and packages the scenes detector, the judge of samples: about 10 minutes
+	$(BIN)/python -m gear train detector-scenes
+	$(BIN)/python -m gear package detector-scenes
 
 gpu:  ## checks, benchmarks and a training run on a GPU, in ten minutes; dry run on a CPU: make gpu GPU="--quick --device cpu"
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(GPU)

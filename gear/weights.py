@@ -3,9 +3,12 @@
 Errors list every tensor whose name, shape or type does not fit, or whose values are not finite.
 """
 
+import json
+
 import torch
 
 from gear.config import UserError
+from gear.files import write_atomically
 
 
 def load_module(module, tensors, source, assign=False):
@@ -137,3 +140,46 @@ def grouped(tensors):
         group, _, short_name = name.partition(".")
         groups.setdefault(group, {})[short_name] = tensor
     return groups
+
+
+# -- networks that come with the package -----------------------------------------------------------
+
+
+def load_packaged(module, path, what, command):
+    """Load a file of the package into `module`; return it frozen and in evaluation mode.
+
+    Raises UserError, which names the network by `what` and the `command` that makes the file, where
+    the file is missing or damaged.
+    """
+    # imported here because it takes a second, which listing runs can do without
+    import safetensors.torch
+
+    if not path.exists():
+        raise UserError(
+            f"the packaged {what} is missing ({path}). Reinstall gear, or make it: {command}"
+        )
+    try:
+        module.load_state_dict(safetensors.torch.load_file(path))
+    except Exception as error:  # safetensors raises its own Rust exception type
+        raise UserError(
+            f"the packaged {what} {path} cannot be read ({error}). Reinstall gear, or make it: "
+            f"{command}"
+        ) from None
+    return module.eval().requires_grad_(False)
+
+
+def write_packaged(module, path, card):
+    """Write a network as a file of the package and, beside it, its card as JSON.
+
+    The card, a dict, says how the network was made: recipe, configuration hash and so on. It is
+    also in the file's metadata.
+    """
+    import safetensors.torch
+
+    tensors = {name: t.contiguous() for name, t in module.state_dict().items()}
+    metadata = {"card": json.dumps(card, sort_keys=True)}
+    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
+    write_atomically(
+        path, lambda target: safetensors.torch.save_file(tensors, target, metadata=metadata)
+    )
+    write_atomically(path.with_suffix(".json"), lambda target: target.write_text(text))

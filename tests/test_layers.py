@@ -18,8 +18,8 @@ LAYERS = """
     public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
     checkpoints
     teachers.normalise teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
-    analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis
-    evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.sources evaluation.reconstruction evaluation.evaluate
+    analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis.code_length analysis
+    evaluation.detector evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.judge evaluation.sources evaluation.reconstruction evaluation.evaluate
     evaluation.protocols evaluation.sheets
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
     training.state training.running training.validate training.cached training.guard training.progress training.loop
@@ -29,7 +29,7 @@ LAYERS = """
     figures.style figures.draw figures figures.method figures.execution figures.parameters figures.render figures.gallery
     interactive.widgets interactive.tour interactive.monitor
     cli.console cli.usage cli.arguments cli.train cli.sweep cli.sample cli.reconstruct cli.inspect cli.export cli.data
-    cli.evaluate cli.figures cli.claims cli.runs cli.pack cli.teacher cli.health cli.doctor cli.completion
+    cli.evaluate cli.figures cli.claims cli.runs cli.pack cli.package cli.health cli.doctor cli.completion
     __main__
 """  # a line imports from the lines above it; the order inside a line is that inside the package
 ORDER = {module: i for i, module in enumerate(LAYERS.split())}

@@ -11,7 +11,7 @@ import torch
 
 from gear.config import UserError
 from gear.device import open_device
-from gear.evaluation import clip
+from gear.evaluation import clip, detector
 from gear.evaluation.lpips import load_lpips, lpips_backbone
 from gear.evaluation.networks import INCEPTION_URL, find_inception
 from gear.files import cache_dir, check_writable, figures_dir
@@ -102,7 +102,10 @@ def first_sentence(error):
 
 def weight_rows():
     """Return the rows of all weights that others published, and of the packaged teacher."""
-    rows = [_row("scenes teacher", _scenes, absent="broken")]
+    rows = [
+        _row("scenes teacher", _scenes, absent="broken"),
+        _row("detector", _detector, absent="broken"),
+    ]
     rows.append(_row(efficientnet.NAME, _efficientnet))
     vgg16 = "python -c \"import torchvision; torchvision.models.vgg16(weights='DEFAULT')\""
     rows.append(_row("LPIPS (VGG16)", _lpips, f"{vgg16} downloads {lpips_backbone()}, 528 MB"))
@@ -143,6 +146,11 @@ def _row(name, find, remedy="", absent="missing"):
 def _scenes():
     scenes.load_scenes_teacher()
     return scenes.PACKAGED
+
+
+def _detector():
+    detector.load_detector()
+    return detector.PACKAGED
 
 
 def _efficientnet():

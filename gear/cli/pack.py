@@ -8,7 +8,7 @@ from gear.cli.usage import Usage
 from gear.config import Checked, UserError
 from gear.experiments.recipes import run_name
 from gear.files import check_writable
-from gear.runs.reference import write_pack
+from gear.runs.reference import records, write_pack
 from gear.runs.run import Run, open_runs
 
 
@@ -16,6 +16,8 @@ from gear.runs.run import Run, open_runs
 class PackOptions(Checked):
     # name or pattern of the runs whose sample panels are packed too; "": no panels
     panels: str = ""
+    # keep the records of an earlier pack in FOLDER that none of the runs replaces
+    add: bool = False
 
 
 USAGE = Usage(
@@ -24,7 +26,8 @@ USAGE = Usage(
     examples=("gear pack runs/reference 'scenes-*' --panels 'scenes-joint*-s0'",),
     details=(
         "RUN is a name or a pattern; without one, all finished runs are packed. FOLDER is empty, "
-        "or holds an earlier pack, which is replaced. `make reference` calls this command."
+        "or holds an earlier pack, which is replaced or, with --add, completed. `make reference` "
+        "calls this command."
     ),
     takes_runs=True,
 )
@@ -35,7 +38,8 @@ def command(names, arguments):
         raise UserError(
             "name a folder to write, and runs by name or pattern: gear pack FOLDER ['RUN' ...]."
         )
-    panels = parse(PackOptions(), arguments, "pack").panels
+    options = parse(PackOptions(), arguments, "pack")
+    panels = options.panels
     folder = Path(names[0])
     opened = {
         run.name: run
@@ -48,6 +52,9 @@ def command(names, arguments):
         raise UserError("none of these runs is trained to its end: there is nothing to pack.")
     check_writable(folder.absolute(), "")
     with_panels = [run.name for run in open_runs(panels)] if panels else []
+    if options.add:
+        kept = [record for record in records(folder) if record.name not in {r.name for r in runs}]
+        runs = sorted([*kept, *runs], key=lambda run: run.name)
     write_pack(folder, runs, {run.name: run_name(run.name) for run in runs}, with_panels)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {len(runs)} records, {size / 1e6:.2f} MB")

@@ -24,7 +24,7 @@ GROUPS = {
     "Data, packages and this machine": {
         "data": "Describe a source of images: classes, counts, sizes, and unusable files.",
         "pack": "Write finished runs without their weights into a folder of a few files.",
-        "teacher": "Package a run of the recipe teacher-scenes as the scenes teacher.",
+        "package": "Put a trained scenes teacher or detector into the package.",
         "doctor": "Check what works on this machine: GPU, packages, weights and folders.",
         "completion": "Print a script that completes commands, names and options in a shell.",
     },

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from gear.evaluation.detector import Detector
 from gear.generator.model import Generator, Projector
 from gear.teachers import bare_name, efficientnet
 from gear.teachers.networks import VITS, build, input_side
@@ -279,6 +280,12 @@ def scenes_teacher(batch, size):
         return [head(channels) for head in module.heads.values()]
 
     return module, call, _images(batch, size)
+
+
+def detector(batch, size):
+    """Images to the objects in them, as the detector is trained."""
+    module = Detector()
+    return module, module, _images(batch, size)
 
 
 def teacher(batch, spec, size, stride):

@@ -186,6 +186,8 @@ def works(config):
     generator = config.generator
     if config.trains("teacher"):
         return {"teacher": [(counts.scenes_teacher, (size,))]}
+    if config.trains("detector"):
+        return {"detector": [(counts.detector, (size,))]}
     check_divides((size, size), config.tokenizer.downsampling)
     side = size // config.tokenizer.downsampling
     codes = config.tokenizer.codebook_size

@@ -36,6 +36,12 @@ FACTORS = {  # factor -> number of its values; 0 means background, except for th
 }
 
 
+MOST_HIDDEN = 0.75  # share of an object that may be hidden before it no longer counts as visible
+FEWEST_PIXELS = 20  # of a visible object, in an image of 32 x 32 pixels
+# what `Scenes.objects` states of an object; x and y are in [0, 1], the others whole numbers
+OBJECT_FIELDS = ("visible", "x", "y", "shape", "texture", "colour", "ground")
+
+
 class Scenes:
     """The scenes with the numbers `first` to `first + length`, exclusive, of `size` pixels.
 
@@ -93,6 +99,20 @@ class Scenes:
         ]
         ground = np.broadcast_to(draw["ground"][:, None, None], (b, g, g))
         return np.stack([*pick, ground], -1).astype(np.int64)
+
+    def objects(self, positions):
+        """Return the objects of each scene from front to back, (B, 3, 7) float32, with the values
+        of OBJECT_FIELDS; the ground's colour is repeated.
+
+        An object is visible if at least 20 of 32 x 32 pixels, and a quarter of it, can be seen.
+        """
+        draw = self._draw(positions)
+        _, owner, areas = self._render(draw)
+        seen = np.stack([(owner == i + 1).sum((1, 2)) for i in range(OBJECTS)], 1)
+        fewest = FEWEST_PIXELS * (self.size / 32) ** 2
+        draw["visible"] = (seen >= fewest) & (seen >= (1 - MOST_HIDDEN) * areas)
+        draw["ground"] = np.repeat(draw["ground"][:, None], OBJECTS, 1)
+        return np.stack([draw[name] for name in OBJECT_FIELDS], -1).astype(np.float32)
 
     def captions(self, positions):
         """Describe each scene in one exact sentence: every visible object from front to back with
@@ -152,14 +172,17 @@ class Scenes:
         return draw
 
     def _render(self, draw):
-        """Paint scenes from back to front; return images (B, S, S, 3) uint8 and the owner of each
-        pixel, (B, S, S): 0 is background, i + 1 is object i.
+        """Paint scenes from back to front.
+
+        Returns images (B, S, S, 3) uint8, the owner of each pixel, (B, S, S): 0 is background,
+        i + 1 is object i; and the pixels that each object has, seen or hidden, (B, 3).
         """
         size = self.size
         b = len(draw["ground"])
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
         image = self._ground(draw, axis)
         owner = np.zeros((b, size, size), np.int64)
+        areas = np.zeros((b, OBJECTS), np.int64)
         palette = np.array(list(COLOURS.values()), np.float32) / 255
         for i in reversed(range(OBJECTS)):
             rows = np.flatnonzero(draw["present"][:, i])
@@ -180,7 +203,8 @@ class Scenes:
             paint = colour[:, None, None] * (1 - 0.6 * darkness)[..., None]
             image[rows] = below + mask[..., None] * (paint - below)
             owner[rows] = np.where(mask > 0.5, i + 1, owner[rows])
-        return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner
+            areas[rows, i] = (mask > 0.5).sum((1, 2))
+        return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), owner, areas
 
     def _ground(self, draw, axis):
         """Paint backgrounds of one colour, a gradient of light and 1/f noise: (B, S, S, 3) float32,

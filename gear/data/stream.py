@@ -32,7 +32,11 @@ from gear.data.stores import DOWNLOADS
 from gear.images import to_float
 
 PATCH = 4  # side in pixels of the patches that have factors: the stride of the scenes teacher
-LABELS = ("class", "factors")  # values of `labels` that do not name a file
+LABELS = ("class", "factors", "objects")  # values of `labels` that do not name a file
+# number of the first training scene of the teacher and the generators, and of the detector; their
+# validation scenes begin VALIDATION later
+FIRST_SCENE = {"class": 0, "factors": 0, "objects": 2 << 40}
+VALIDATION = 1 << 40
 SPLITS = ("train", "val", "all")
 
 
@@ -50,8 +54,8 @@ class DataConfig(Checked):
     # left and right
     flip: bool = True
     # "class": every sub-folder is a class. Or the path of a file that numbers the class folders,
-    # with lines "folder" or "folder,number". Or "factors": what each patch shows (scenes only; they
-    # train the scenes teacher)
+    # with lines "folder" or "folder,number". For scenes only: "factors", what each patch shows
+    # (for the scenes teacher), or "objects", the objects of other scenes (for the detector)
     labels: str = "class"
     # folder, zip or shards of validation images in the same class folders, such as ImageNet's own;
     # all of `source` is then for training. "": a twentieth of `source` is for validation
@@ -101,15 +105,16 @@ class Source:
             if config.labels not in LABELS:
                 raise UserError(
                     f"the classes of 'scenes' have fixed numbers: labels '{config.labels}' are for "
-                    "folders. Use 'class' or 'factors'."
+                    "folders. Use 'class', 'factors' or 'objects'."
                 )
-            first, length = (
-                (0, config.train_images) if split == "train" else (1 << 40, config.val_images)
-            )
-            return Scenes(first, length, config.image_size)
-        if config.labels == "factors":
+            first = FIRST_SCENE[config.labels]
+            if split == "train":
+                return Scenes(first, config.train_images, config.image_size)
+            return Scenes(first + VALIDATION, config.val_images, config.image_size)
+        if config.labels in ("factors", "objects"):
             raise UserError(
-                f"labels 'factors' need the source 'scenes'; '{config.source}' has classes only."
+                f"labels '{config.labels}' need the source 'scenes'; '{config.source}' has classes "
+                "only."
             )
         if config.val_source:
             return self._validation if split == "val" else self._folder.split("all")
@@ -287,18 +292,20 @@ def _raised(batch):
 
 
 def _labels(source, config, positions):
-    """Return classes (B,), or factors per patch (B, h, w, 4), as the configuration says."""
-    return (
-        source.factors(positions, PATCH) if config.labels == "factors" else source.labels(positions)
-    )
+    """Return classes (B,), factors per patch (B, h, w, 4) or objects (B, 3, 7), as the
+    configuration says.
+    """
+    if config.labels == "factors":
+        return source.factors(positions, PATCH)
+    return source.objects(positions) if config.labels == "objects" else source.labels(positions)
 
 
 def load(source, split="val", count=None):
     """Return the first `count` images of a split and their labels; all images by default.
 
     source: a DataConfig or Source. Images are (N, 3, H, W) float32 in [-1, 1], cropped at the
-    centre and not flipped. Labels are (N,) int64, or (N, h, w, 4) if the configuration asks for
-    factors. Raises UserError for a count below 1.
+    centre and not flipped. Labels are (N,) int64 or, if the configuration asks for them, factors
+    (N, h, w, 4) or objects (N, 3, 7). Raises UserError for a count below 1.
     """
     source = opened_source(source)
     if count is not None:

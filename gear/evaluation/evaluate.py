@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,11 @@ from gear.config import (
     nearest,
     require,
 )
-from gear.data import Source, load, open_trained
+from gear.data import Source, load, open_trained, to_float
 from gear.device import open_device
+from gear.evaluation import judge
 from gear.evaluation.clip import CLIP, read_captions
-from gear.evaluation.networks import load_network_by_name, reference_images
+from gear.evaluation.networks import DetectorFeatures, load_network_by_name, reference_images
 from gear.evaluation.reconstruction import file_records, reconstruction_records
 from gear.evaluation.scores import (
     compare,
@@ -58,6 +60,9 @@ from gear.runs.records import read_scores
 from gear.runs.reference import Record
 from gear.runs.run import Run
 from gear.teachers.weights import file_hash
+from gear.tokenizer.model import reconstruct
+
+JUDGED = 1_000  # scenes of the validation split that show what a judged sample can reach
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Sampling(Checked):
 @dataclass(frozen=True)
 class EvaluateOptions(Checked):
     sampling: Sampling = Sampling()
-    # feature network: inception, dinov2-l, efficientnet-lite0 or scenes; "": the teacher of the run
+    # feature network: inception, dinov2-l, efficientnet-lite0, scenes or detector; "": the teacher
+    # of the run and, for scenes, the detector
     network: str = ""
     weights: str = ""  # path of the feature network's weights; "": found in a cache or downloaded
     offline: bool = False  # download nothing
@@ -120,65 +126,115 @@ def evaluate_run(name, options=EvaluateOptions()):
     continues with the kept samples. Two calls with the same seed write the same bytes.
     """
     run = Run.open(name)
-    samplings = _sweep_samplings(options)
     if isinstance(run, Record):
         # a record has no weights, and no folder for the results: this raises a UserError
         run.load_checkpoint()
     options = replace(options, device=str(open_device(options.device)))
-    clip = _check_options(run, options, samplings)
+    clip = _check_options(run, options, _sweep_samplings(options))
     with given_by(options.source and "--source"):
         source = open_trained(run, options.source)
-    config = source.config
-    # with --samples, no network of the run is loaded
-    networks = None
-    likelihood = []
 
+    # with --samples, no network of the run is loaded
     @functools.lru_cache(maxsize=2)  # holds the generator and the tokenizer of one step
     def load_network(load, step):
         return load(run.name, step=step).to(options.device)
 
-    teacher = run.config["teacher"].partition(",")[0].partition("=")[0]
-    space = options.network or teacher
-    count = options.reference_count or reference_images(space)
-    options = replace(options, reference_count=count)
+    records = []
+    for space in _spaces(run, options):
+        count = options.reference_count or reference_images(space)
+        records += _in_space(
+            space, run, source, load_network, replace(options, reference_count=count), clip
+        )
+    tokenizers = functools.partial(load_network, load_tokenizer)
+    if not options.samples:
+        if not options.reconstruction:
+            for step in options.steps or (run.step,):
+                networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
+                records += _likelihood(run, step, networks, source, options.device)
+        if _is_judged(run, options):
+            records += _ceilings(run, source, tokenizers, options)
+    _keep(run, records)
+    warnings = (size_mismatch(entry["protocol"]) for entry in records)
+    for line in dict.fromkeys(filter(None, warnings)):
+        print(line, file=sys.stderr)
+    return records
+
+
+def _spaces(run, options):
+    """Return the feature networks whose spaces images are compared in: that of the options, or the
+    teacher of the run and, for scenes, the detector, which no alignment uses.
+    """
+    if options.network:
+        return [options.network]
+    detector = [DetectorFeatures.name] if _is_judged(run, options) else []
+    return [own_teacher(run), *detector]
+
+
+def own_teacher(run):
+    """Return the name of a run's first teacher, in whose feature space its generator is aligned."""
+    return run.config["teacher"].partition(",")[0].partition("=")[0]
+
+
+def _is_judged(run, options):
+    """Whether the detector reads the images: it can only read scenes."""
+    is_asked = options.network in ("", DetectorFeatures.name) and not options.metrics
+    return run.config["data"]["source"] == "scenes" and is_asked and not options.images
+
+
+def _in_space(space, run, source, load_network, options, clip):
+    """Return the records of one feature network: of reconstructions, of samples, or of both."""
+    config = source.config
     records = []
     if options.reconstruction or options.both:
         # rFID resizes floats, not uint8
         resize = {"resize": "torch"} if space == "inception" else {}
         network = _network(space, options, **resize)
-        records += _reconstruction(
-            run, load_network(load_tokenizer, run.step), source, network, options
+        tokenizer = load_network(load_tokenizer, run.step)
+        records += _reconstruction(run, tokenizer, source, network, options)
+    if options.reconstruction:
+        return records
+    network = _network(space, options)
+    with given_by(options.reference and "--reference"):
+        real = reference(
+            options.reference or reference_source(source, options.sample_size),
+            network,
+            options.sample_size or config.image_size,
+            options.reference_count,
+            "all" if options.reference else "train",
+            options.device,
+            config.interpolation,
         )
-    if not options.reconstruction:
-        network = _network(space, options)
-        split = "all" if options.reference else "train"
-        with given_by(options.reference and "--reference"):
-            real = reference(
-                options.reference or reference_source(source, options.sample_size),
-                network,
-                options.sample_size or config.image_size,
-                options.reference_count,
-                split,
-                options.device,
-                config.interpolation,
+    if not options.reference:
+        # the name in the protocol must not depend on where the images are
+        real.name = run.config["data"]["source"]
+    for step in options.steps or (run.step,):
+        networks = None
+        if not options.samples:
+            networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
+        for sampling in _sweep_samplings(options):
+            records += _generation(
+                run, step, networks, config, network, real, options, sampling, clip
             )
-        if not options.reference:
-            # the name in the protocol must not depend on where the images are
-            real.name = run.config["data"]["source"]
-        for step in options.steps or (run.step,):
-            if not options.samples:
-                networks = [load_network(load, step) for load in (load_generator, load_tokenizer)]
-                likelihood = _likelihood(run, step, networks, source, options.device)
-            for sampling in samplings:
-                records += _generation(
-                    run, step, networks, config, network, real, options, sampling, clip
-                )
-            records += likelihood
-        records += _halves(real, network, config, options)
-    _keep(run, records)
-    warnings = (size_mismatch(entry["protocol"]) for entry in records)
-    for line in dict.fromkeys(filter(None, warnings)):
-        print(line, file=sys.stderr)
+    return records + _halves(real, network, config, options)
+
+
+@torch.no_grad()
+def _ceilings(run, source, load_tokenizer_of, options):
+    """Return what the detector says of real scenes, and of their reconstructions by the run's
+    tokenizer: what a judged sample can reach.
+    """
+    count = min(JUDGED, source.config.val_images)
+    scenes = Source(replace(source.config, labels="class")).split("val")
+    positions = np.arange(count)
+    images = to_float(torch.from_numpy(scenes.images(positions)))
+    objects = torch.from_numpy(scenes.objects(positions))
+    detector = DetectorFeatures().to(options.device)
+    records = []
+    for step in options.steps or (run.step,):
+        tokenizer = load_tokenizer_of(step)
+        decoded = reconstruct(tokenizer, images)[0].clamp(-1, 1)
+        protocol = detector.protocol | {"weights_of": run.name, "step": step, "split": "val"}
+        records += judge.ceilings(detector.network, images, decoded, objects, protocol)
     return records
 
 
@@ -328,13 +384,19 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     # samples of a file may have another size than the run's images
     if fake.size == f"{config.image_size} x {config.image_size}":
         protocol["image_size"] = config.image_size
+    is_detector = network.name == DetectorFeatures.name
+    # beside the teacher's space, the detector's is that of one distance
+    names = options.metrics or (
+        (f"fd_{network.name}",) if is_detector and not options.network else None
+    )
     with given_by("--metrics" if options.metrics else ""):
-        metrics = compare(
-            fake, real, network, options.metrics or None, on_missing=report_missing_frechet
-        )
+        metrics = compare(fake, real, network, names, on_missing=report_missing_frechet)
     records = [
         record(metric, value, protocol | details) for metric, (value, details) in metrics.items()
     ]
+    if is_detector and not options.samples and not options.metrics:
+        stated = {k: v for k, v in protocol.items() if not k.startswith("reference")}
+        records += judge.sample_records(network.network, batches(), labels, stated)
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
 
@@ -532,12 +594,50 @@ def metrics_table(runs):
     return table[sorted(table.columns)], protocols
 
 
+def judge_table(runs):
+    """Return what the detector says of the runs' images, as shares in [0, 1]: a row per run, step,
+    guidance scale and kind of image, a column per property.
+    """
+    rows = {}
+    for run in runs:
+        for entry in read_metrics(run):
+            if not entry["metric"].startswith(judge.PREFIX):
+                continue
+            stated = entry["protocol"]
+            key = (run.name, stated["step"], stated.get("cfg_scale", ""), stated["of"])
+            rows.setdefault(key, {})[entry["metric"].removeprefix(judge.PREFIX)] = entry["value"]
+    names = ("run", "step", "cfg_scale", "of")
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=judge.ATOMS)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=names) if rows else table.index
+    return table
+
+
 def report(runs):
-    """Print `metrics_table`, one line per metric, and below it each protocol with its id."""
+    """Print `metrics_table`, one line per metric, and below it each protocol with its id; then
+    `judge_table`, if there is one.
+
+    A metric in the feature space to which a generator was aligned is marked.
+    """
     table, protocols = metrics_table(runs)
+    judged = [name for name in table.columns if name.startswith(judge.PREFIX)]
+    teachers = {own_teacher(run) for run in runs}
+    table = table.drop(columns=judged)
+    marks = {
+        name: f"{name} *"
+        for name in table.columns
+        if protocols[name[-9:-1]].get("network") in teachers
+    }
+    table = table.rename(columns=marks)
     print(table.T.to_string(float_format=lambda value: f"{value:.5g}", na_rep=""))
+    if marks:
+        print("* in the feature space of a teacher to which these generators were aligned")
     for key, protocol in protocols.items():
+        if all(f"[{key}]" not in name for name in table.columns):
+            continue
         words = [f"{name} {value}" for name, value in sorted(protocol.items())]
         if warning := size_mismatch(protocol):
             words.append(warning)
         print(f"[{key}] " + ", ".join(words))
+    if judged:
+        print("\nWhat the detector reads, as shares of images (class: shape and texture):")
+        print(judge_table(runs).to_string(float_format=lambda value: f"{value:.3f}", na_rep=""))

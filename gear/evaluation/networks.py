@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from gear.config import UserError
+from gear.evaluation.detector import SIDE, load_detector
 from gear.files import cache_dir
 from gear.images import check_images, to_float, to_uint8
 from gear.teachers.efficientnet import load_network
@@ -235,10 +236,9 @@ class ScenesFeatures:
 
     def __init__(self, path="", offline=False):
         self.network = load_scenes_teacher()
-        state = b"".join(t.numpy().tobytes() for t in self.network.state_dict().values())
         self.protocol = {
             "network": "scenes",
-            "weights": hashlib.sha256(state).hexdigest(),
+            "weights": _state_hash(self.network),
             "input": "as it is",
             "interpolation": "none",
         }
@@ -252,11 +252,46 @@ class ScenesFeatures:
         return {"pool": self.network(as_floats(images)).mean(1)}
 
 
+class DetectorFeatures:
+    """The features of the packaged scenes detector, averaged over cells: "pool" (128).
+
+    They are meaningful for images of scenes only.
+    """
+
+    name = "detector"
+
+    def __init__(self, path="", offline=False):
+        self.network = load_detector()
+        self.protocol = {
+            "network": self.name,
+            "weights": _state_hash(self.network),
+            "input": SIDE,
+            "interpolation": "area, torch",
+        }
+
+    def to(self, device):
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images):
+        return {"pool": self.network.features(as_floats(images))}
+
+
+def _state_hash(network):
+    """Return the SHA-256 of a network's weights."""
+    state = b"".join(t.cpu().numpy().tobytes() for t in network.state_dict().values())
+    return hashlib.sha256(state).hexdigest()
+
+
 def _protocol(name, sha256, side, interpolation):
     return {"network": name, "weights": sha256[:16], "input": side, "interpolation": interpolation}
 
 
-NETWORKS = {network.name: network for network in (Inception, DINOv2, EfficientNet, ScenesFeatures)}
+NETWORKS = {
+    network.name: network
+    for network in (Inception, DINOv2, EfficientNet, ScenesFeatures, DetectorFeatures)
+}
 
 
 def reference_images(name):
@@ -276,7 +311,7 @@ def load_network_by_name(name, path="", offline=False, **settings):
     """
     if name not in NETWORKS:
         raise UserError(f"unknown feature network '{name}'. Known: {', '.join(NETWORKS)}.")
-    if path and NETWORKS[name] in (EfficientNet, ScenesFeatures):
+    if path and NETWORKS[name] in (EfficientNet, ScenesFeatures, DetectorFeatures):
         raise UserError(
             f"{name} comes with its weights: --weights {path} applies to inception and dinov2-l "
             "only."

@@ -34,6 +34,8 @@ from gear.experiments.presets import (
     SCENES,
     SCENES_IBQ,
     SCENES_LFQ,
+    SCENES_SETTLED,
+    SCENES_SETTLED_STAGES,
     SCENES_STAGES,
     TINY,
     change,
@@ -111,6 +113,7 @@ def _family(preset, base, warm_up="", tokenizer=None, generator=None):
 
 CONFIGS = {
     **_family("scenes", SCENES, **SCENES_STAGES),
+    **_family("scenes-settled", SCENES_SETTLED, **SCENES_SETTLED_STAGES),
     **_family("scenes-ibq", SCENES_IBQ, **SCENES_STAGES),
     **_family("scenes-lfq", SCENES_LFQ, **SCENES_STAGES),
     **_family("cifar10-smoke", CIFAR10_SMOKE, **CIFAR10_SMOKE_STAGES),
@@ -134,6 +137,20 @@ CONFIGS = {
         save_every=100,
         data=DataConfig("scenes", image_size=32, labels="factors"),
         optimizer=OptimizerConfig(generator_lr=3e-3, decay_from=0.5),
+    ),
+    RunName("detector-scenes"): Config(
+        recipe="detector-scenes",
+        stage="detector",
+        steps=1000,
+        batch_size=96,
+        log_every=10,
+        eval_every=100,
+        save_every=100,
+        eval_images=1000,
+        data=DataConfig("scenes", image_size=32, train_images=96_000, labels="objects"),
+        optimizer=OptimizerConfig(
+            generator_lr=2e-3, warmup_steps=50, decay_from=0.3, decay_to=0.02
+        ),
     ),
     **_family("tiny", TINY),
     RunName("tiny"): replace(TINY, stage="generator", tokenizer_run="tiny-joint"),

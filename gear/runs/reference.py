@@ -24,7 +24,7 @@ from gear.config import MissingRuns, UserError, config_hash
 from gear.files import read_json, write_atomically
 from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE
-from gear.runs.records import Fields, read_parquet, read_table, science, write_parquet
+from gear.runs.records import Fields, read_parquet, science, write_parquet
 
 METRICS = "metrics.parquet"
 SCORES = "scores.parquet"
@@ -87,6 +87,11 @@ class Record:
         made_by, frame = self.pack.analyses.get(name, {}).get(self.name, ({}, None))
         expected = {"parameters": parameters, "step": self.step, "config": self.config_hash}
         return frame.copy() if made_by == expected else compute()
+
+    def analyses(self):
+        """Return all analyses, as `Run.analyses` does."""
+        tables = self.pack.analyses
+        return {name: runs[self.name] for name, runs in tables.items() if self.name in runs}
 
     def load_checkpoint(self, file=None, step=None):
         """Raise MissingRuns: a record has no weights."""
@@ -160,6 +165,12 @@ class Pack:
             raise UserError(f"{path} cannot be read ({error}): {remedy}.") from None
 
 
+def records(folder):
+    """Return the records of the pack in `folder`, an empty list if there is none."""
+    pack = Pack(folder)
+    return [Record(pack, name) for name in pack.names]
+
+
 def reference():
     """Return the Pack among the user's runs.
 
@@ -191,9 +202,11 @@ def _records(table):
 
 
 def write_pack(folder, runs, names, with_panels=()):
-    """Write the records of `runs`, a list of Run, into `folder`; they replace an earlier pack.
+    """Write the records of `runs`, a list of Run and Record, into `folder`; they replace an earlier
+    pack.
 
-    names: {run: RunName}. with_panels: the names of the runs whose sample panels are kept too.
+    names: {run: RunName}. with_panels: the names of the runs whose sample panels are kept too;
+    records bring theirs.
     Raises UserError for a folder that holds other files than a pack's.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "runs.csv").exists():
@@ -201,18 +214,26 @@ def write_pack(folder, runs, names, with_panels=()):
             f"{folder} holds files that are not a pack of run records: name an empty folder, or "
             "one with an earlier pack."
         )
-    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # the index first: it makes a pack
-        for path in folder.glob(pattern):
-            path.unlink()
+    # everything is read before anything is removed, because records may come from this folder
     logs = {run.name: run.metrics() for run in runs}
     tables = {METRICS: {name: (log.columns.tolist(), log) for name, log in logs.items()}}
     tables[SCORES] = {run.name: ({}, _score_table(run)) for run in runs}
     for run in runs:
-        for path in (run.path / "analysis").glob("*.parquet"):
-            tables.setdefault(path.name, {})[run.name] = read_table(path)
-        for step, path in run.panels().items() if run.name in with_panels else ():
-            copy = folder / "samples" / f"{run.name}.{step:07d}.png"
-            write_atomically(copy, lambda target, path=path: target.write_bytes(path.read_bytes()))
+        for name, table in run.analyses().items():
+            tables.setdefault(f"{name}.parquet", {})[run.name] = table
+    panels = {
+        f"{run.name}.{step:07d}.png": path.read_bytes()
+        for run in runs
+        if run.name in with_panels or isinstance(run, Record)
+        for step, path in run.panels().items()
+    }
+    configs = {run.name: run.config for run in runs}
+    index = pd.DataFrame([_index_row(run, names[run.name]) for run in runs])
+    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # the index first: it makes a pack
+        for path in folder.glob(pattern):
+            path.unlink()
+    for file, content in panels.items():
+        write_atomically(folder / "samples" / file, lambda path, c=content: path.write_bytes(c))
     for file, tables_of_runs in tables.items():
         frames = [
             frame.assign(run=name)
@@ -223,9 +244,8 @@ def write_pack(folder, runs, names, with_panels=()):
             frame = pd.concat(frames, ignore_index=True)
             made_by = {name: made_by for name, (made_by, _) in tables_of_runs.items() if made_by}
             write_parquet(folder / file, frame[["run", *frame.columns.drop("run")]], made_by)
-    text = json.dumps({run.name: run.config for run in runs}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(configs, indent=1, sort_keys=True) + "\n"
     write_atomically(folder / "configs.json", lambda path: path.write_text(text))
-    index = pd.DataFrame([_index_row(run, names[run.name]) for run in runs])
     write_atomically(folder / "runs.csv", lambda path: index.to_csv(path, index=False))
 
 

@@ -316,6 +316,13 @@ class Run:
         write_parquet(path, frame, made_by)
         return frame
 
+    def analyses(self):
+        """Return all analyses that are kept: {name: (made_by, DataFrame)}, see `table`; the
+        DataFrame of a damaged file is None.
+        """
+        paths = sorted((self.path / "analysis").glob("*.parquet"))
+        return {path.stem: read_table(path) for path in paths}
+
 
 def open_runs(pattern):
     """Return the runs or records that match a shell `pattern`, or the one of that name.

@@ -6,20 +6,17 @@ the factors from which `gear.data.scenes` draws an image. The recipe `teacher-sc
 `make teacher` writes the packaged file.
 """
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gear.config import UserError
 from gear.data.scenes import FACTORS
-from gear.files import write_atomically
 from gear.images import check_images
 from gear.teachers.normalise import channel_statistics
 from gear.tokenizer.autoencoder import ResBlock, group_norm
+from gear.weights import load_packaged
 
 PACKAGED = Path(__file__).with_name("scenes.safetensors")
 NEAR = 48  # channels at stride 4
@@ -101,30 +98,4 @@ def load_scenes_teacher():
 
     Raises UserError where its file is missing or damaged.
     """
-    if not PACKAGED.exists():
-        raise UserError(
-            f"the packaged scenes teacher is missing ({PACKAGED}). Reinstall gear, or make it: "
-            "make teacher"
-        )
-    teacher = ScenesTeacher()
-    try:
-        teacher.load_state_dict(load_file(PACKAGED))
-    except Exception as error:  # safetensors raises its own Rust exception type
-        raise UserError(
-            f"the packaged scenes teacher {PACKAGED} cannot be read ({error}). Reinstall gear, or "
-            "make it: make teacher"
-        ) from None
-    return teacher.eval().requires_grad_(False)
-
-
-def package(teacher, card):
-    """Write the packaged file and, beside it, the card as JSON.
-
-    The card, a dict, says how the teacher was made: recipe, configuration hash and so on. It is
-    also in the file's metadata.
-    """
-    tensors = {name: t.contiguous() for name, t in teacher.state_dict().items()}
-    metadata = {"card": json.dumps(card, sort_keys=True)}
-    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
-    write_atomically(PACKAGED, lambda path: save_file(tensors, path, metadata=metadata))
-    write_atomically(PACKAGED.with_suffix(".json"), lambda path: path.write_text(text))
+    return load_packaged(ScenesTeacher(), PACKAGED, "scenes teacher", "make teacher")

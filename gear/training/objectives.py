@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from gear.evaluation.detector import degrade
 from gear.tokenizer.discriminator import Discriminator
 from gear.tokenizer.readout import multiply
 from gear.training.losses import (
@@ -236,9 +237,21 @@ def teacher_passes(config):
     return [("teacher", "train", 1)]
 
 
+def detector_update(state, batch):
+    """Update the detector by the objects of each scene, its supervision."""
+    losses = state.detector.object_losses(degrade(batch.images), batch.labels)
+    return state.backward("detector", losses, {})
+
+
+def detector_passes(config):
+    """List the passes of `detector_update`."""
+    return [("detector", "train", 1)]
+
+
 PASSES = {
     tokenizer_update: tokenizer_passes,
     discriminator_update: discriminator_passes,
     generator_update: generator_passes,
     teacher_update: teacher_passes,
+    detector_update: detector_passes,
 }

@@ -155,7 +155,8 @@ def compile_networks(state):
     encodes at inference, and in bf16 some indices would differ.
     """
     networks = state.networks
-    parts = [networks[name] for name in ("discriminator", "teacher") if name in networks]
+    alone = ("discriminator", "teacher", "detector")
+    parts = [networks[name] for name in alone if name in networks]
     parts += list(networks["generator"].blocks) if "generator" in networks else []
     if "tokenizer" in state.averages:  # it trains; micro-batches also call the encoder alone
         parts += [networks["tokenizer"], networks["tokenizer"].encoder]

@@ -71,7 +71,7 @@ class Config(Checked):
     """One run: one stage of one method. gear/experiments/recipes.py composes Configs."""
 
     recipe: str
-    stage: Literal["tokenizer", "joint", "generator", "teacher"]
+    stage: Literal["tokenizer", "joint", "generator", "teacher", "detector"]
     steps: Annotated[int, Range(1, 9_999_999)]  # at most seven digits, as in a checkpoint's name
     seed: Seed = 0
     batch_size: Count = 256
@@ -94,7 +94,7 @@ class Config(Checked):
 
     def trains(self, network):
         """Tell whether this run trains a network: "tokenizer", "discriminator", "generator",
-        "projector" or "teacher".
+        "projector", "teacher" or "detector".
         """
         return network in STAGES[self.stage].trains
 

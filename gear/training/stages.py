@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gear.training.objectives import (
+    detector_update,
     discriminator_update,
     generator_update,
     teacher_update,
@@ -41,6 +42,7 @@ STAGES = {
         ("generator", "projector"), (generator_update,), frozen=("tokenizer",)
     ),
     "teacher": Stage(("teacher",), (teacher_update,)),
+    "detector": Stage(("detector",), (detector_update,)),
 }
 
 

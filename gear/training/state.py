@@ -11,6 +11,7 @@ from gear.checkpoints import is_file, tokenizer_start
 from gear.config import UserError
 from gear.data.stream import load
 from gear.device import derived_seed
+from gear.evaluation.detector import Detector
 from gear.evaluation.lpips import load_lpips
 from gear.generator.model import Generator, Projector, Projectors
 from gear.images import check_divides
@@ -25,7 +26,7 @@ from gear.training.processes import Processes
 from gear.training.stages import AVERAGED
 from gear.weights import load_module, load_networks, network
 
-NETWORKS = ("tokenizer", "discriminator", "generator", "projector", "teacher")
+NETWORKS = ("tokenizer", "discriminator", "generator", "projector", "teacher", "detector")
 INITIAL_IMAGES = 2_000  # training images from which a tokenizer is initialised
 
 
@@ -70,7 +71,8 @@ class State:
         self.processes = processes or Processes(device, config.batch_size, parts)
         self.skipped = 0  # consecutive skipped steps
         self.terms = {}  # {optimizer: {loss term: its sum over this step's micro-batches so far}}
-        self.tokenizer = self.discriminator = self.generator = self.projector = self.teacher = None
+        self.tokenizer = self.discriminator = self.generator = self.projector = None
+        self.teacher = self.detector = None
         self.averages = {}
         self.optimizers = {}
         self.teacher_features = None  # the teachers, their features concatenated
@@ -87,6 +89,9 @@ class State:
         if config.trains("teacher"):
             self.teacher = self._add("teacher", ScenesTeacher())
             self._optimize("teacher", [self.teacher], config.optimizer.generator_lr)
+        if config.trains("detector"):
+            self.detector = self._add("detector", Detector())
+            self._optimize("detector", [self.detector], config.optimizer.generator_lr)
 
     def _add_tokenizer(self, checkpointing):
         config = self.config

@@ -42,9 +42,13 @@ class Validation:
     def __call__(self):
         """Return the metrics of the current step, {name: float}."""
         state, config = self.state, self.state.config
-        if state.teacher is not None:
+        if state.teacher is not None or state.detector is not None:
             with torch.no_grad():
-                losses = state.teacher.factor_losses(self.images, self.labels)
+                losses = (
+                    state.teacher.factor_losses(self.images, self.labels)
+                    if state.teacher is not None
+                    else state.detector.object_losses(self.images, self.labels)
+                )
             return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)
@@ -65,10 +69,10 @@ class Validation:
 
     def panel(self):
         """Draw a grid image: inputs, reconstructions and, with a generator, two rows of samples,
-        one class per sample. Returns None for a teacher's run.
+        one class per sample. Returns None for the run of a teacher or a detector.
         """
         state = self.state
-        if state.teacher is not None:
+        if state.tokenizer is None:
             return None
         tokenizer = (
             state.averages["tokenizer"].module if "tokenizer" in state.averages else state.tokenizer

@@ -102,7 +102,7 @@ def test_patch_factors_are_those_of_the_object_that_covers_most_of_it():
 def test_nothing_hides_the_front_object(images):
     """The other objects take none of its pixels and change none, except at its rim."""
     draw = SOURCE._draw(ALL)
-    alone, owner = SOURCE._render(draw | {"present": draw["present"] & [True, False, False]})
+    alone, owner, _ = SOURCE._render(draw | {"present": draw["present"] & [True, False, False]})
     front = SOURCE._render(draw)[1] == 1
     np.testing.assert_array_equal(front, owner == 1)
     assert (images == alone).all(-1)[front].mean() > 0.9 > (images == alone).all(-1).mean()

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import (
@@ -28,7 +29,7 @@ from gear.config import (
     nearest,
     require,
 )
-from gear.data import Source, load, open_trained, to_float
+from gear.data import Source, load, open_trained, to_float, to_uint8
 from gear.device import open_device
 from gear.evaluation import judge
 from gear.evaluation.clip import CLIP, read_captions
@@ -55,10 +56,11 @@ from gear.evaluation.sources import (
 )
 from gear.files import check_target, write_atomically
 from gear.generator.sampling import Guidance, Temperature
+from gear.images import image_grid
 from gear.measures.codes import usage
-from gear.runs.records import read_scores
+from gear.runs.records import SHEETS, read_scores
 from gear.runs.reference import Record
-from gear.runs.run import Run
+from gear.runs.run import PANEL_GAP, PANEL_WIDTH, Run
 from gear.teachers.weights import file_hash
 from gear.tokenizer.model import reconstruct
 
@@ -363,6 +365,8 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
         )
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
+    if not options.samples and not options.sample_size:
+        keep_sheet(run, step, sampling.cfg_scale, batches(), labels)
     if options.export:
         write_atomically(
             Path(options.export).expanduser(),
@@ -398,6 +402,22 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
         stated = {k: v for k, v in protocol.items() if not k.startswith("reference")}
         records += judge.sample_records(network.network, batches(), labels, stated)
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
+
+
+def keep_sheet(run, step, cfg_scale, batches, labels):
+    """Keep one sample of each of the first 24 classes, in the order of the classes, as a picture:
+    runs/NAME/sheets/STEP-SCALE.png. A sheet that exists is left as it is.
+
+    batches: uint8 samples (n, H, W, 3) of the labels (N,).
+    """
+    path = run.path / SHEETS / f"{step:07d}-{cfg_scale:g}.png"
+    if path.exists():
+        return
+    order = labels.tolist()
+    places = [order.index(label) for label in sorted(set(order))[: 2 * PANEL_WIDTH]]
+    samples = to_float(torch.cat(list(batches))[places])
+    grid = to_uint8(image_grid(samples, PANEL_WIDTH, PANEL_GAP)[None])[0].numpy()
+    write_atomically(path, lambda target: Image.fromarray(grid).save(target, format="PNG"))
 
 
 def _halves(real, network, config, options):

@@ -1,6 +1,7 @@
 """Measurements of runs and studies: values logged in training, and scores of `gear evaluate`."""
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from gear.config import Count, MissingRuns, UserError, changed_words, check_valu
 from gear.data import DataConfig, open_source
 from gear.data.stores import DOWNLOADS
 from gear.data.trained import place_of
+from gear.evaluation import judge
 from gear.evaluation.evaluate import scores
 from gear.experiments.studies import Scoring, members, num_real, of_study, space
 from gear.generator.sampling import Guidance
 from gear.runs.run import Run, open_runs, run_names
+from gear.tokenizer.config import TokenizerConfig
 
 # A run with these metrics is scored: one metric of samples and one of reconstructions, which every
 # evaluation writes.
@@ -270,3 +273,55 @@ def summary(table):
     present = set(table.metric)
     metrics = [metric for metric in TITLES if metric in present]
     return text.unstack("metric")[metrics].rename(columns=TITLES)
+
+
+# -- rate, distortion and what the judge says ------------------------------------------------------
+
+
+def rate_distortion(runs):
+    """Return what a generator's run pays for an image and how well its tokenizer draws it, one row
+    per run and validated step.
+
+    runs: a pattern of names, or Runs. Columns: run, seed, step, bits, the mean length of an image's
+    tokens under the generator (next-token loss times tokens, over ln 2), and psnr, of
+    reconstructions in dB. Next-token losses of two tokenizers cannot be compared without it: a
+    tokenizer that says less is predicted better.
+    """
+    lines = []
+    for run in open_runs(runs) if isinstance(runs, str) else runs:
+        log = run.metrics()
+        for row in log.dropna(subset=["val/ntp_loss", "val/psnr"]).itertuples(index=False):
+            values = dict(zip(log.columns, row))
+            bits = values["val/ntp_loss"] * num_tokens(run.config) / math.log(2)
+            lines.append((run.name, run.config["seed"], values["step"], bits, values["val/psnr"]))
+    return pd.DataFrame(lines, columns=["run", "seed", "step", "bits", "psnr"])
+
+
+def num_tokens(config):
+    """Return the number of tokens of an image under a run's configuration, a dict."""
+    tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
+    return (config["data"]["image_size"] // tokenizer.downsampling) ** 2
+
+
+def judged(runs):
+    """Return what the detector said of the images of runs, one row per number.
+
+    runs: a pattern of names, or Runs. Columns: run, seed, step, cfg_scale (missing for
+    reconstructions and real scenes), of (the kind of image), metric (one of `judge.ATOMS`, or
+    "fd", the Fréchet distance in the detector's space), value. A run that was not judged has no
+    rows.
+    """
+    lines = []
+    for run in open_runs(runs) if isinstance(runs, str) else runs:
+        for entry in run.scores():
+            metric, stated = entry["metric"], entry["protocol"]
+            if metric.startswith(judge.PREFIX):
+                metric, of = metric.removeprefix(judge.PREFIX), stated["of"]
+            elif metric == "fd_detector":
+                metric, of = "fd", "samples"
+            else:
+                continue
+            line = (run.name, run.config["seed"], stated["step"], stated.get("cfg_scale"), of)
+            lines.append((*line, metric, entry["value"]))
+    columns = ["run", "seed", "step", "cfg_scale", "of", "metric", "value"]
+    return pd.DataFrame(lines, columns=columns)

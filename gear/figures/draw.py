@@ -216,8 +216,6 @@ def panel_rows(run, step=None):
     A list of (12, H, W, 3) float arrays in [0, 1]. Raises UserError where the run has no such
     panel.
     """
-    import matplotlib.pyplot
-
     paths = run.panels()
     step = max(paths, default=0) if step is None else step
     if step not in paths:
@@ -225,10 +223,32 @@ def panel_rows(run, step=None):
             f"run '{run.name}' has no sample panel of step {step}: it has "
             f"{', '.join(map(str, paths)) or 'none'}."
         )
-    picture, side = (
-        matplotlib.pyplot.imread(paths[step])[..., :3],
-        run.config["data"]["image_size"] + PANEL_GAP,
-    )
+    return _tiles(paths[step], run)
+
+
+def sheet_rows(run, step, cfg_scale):
+    """Return the rows of a run's sheet of samples at `step` and guidance `cfg_scale`: a list of
+    (12, H, W, 3) float arrays in [0, 1], one sample per class in the order of the classes.
+
+    Raises UserError where the run has no such sheet.
+    """
+    paths = run.sheets()
+    if (step, cfg_scale) not in paths:
+        present = ", ".join(f"{s} at {scale:g}" for s, scale in paths) or "none"
+        raise UserError(
+            f"run '{run.name}' has no sheet of samples of step {step} at guidance {cfg_scale:g}: "
+            f"it has {present}. Make it: gear evaluate {run.name} --steps {step} --cfg-scale "
+            f"{cfg_scale:g}"
+        )
+    return _tiles(paths[step, cfg_scale], run)
+
+
+def _tiles(path, run):
+    """Return the rows of a picture that `image_grid` made of a run's images, 12 in a row."""
+    import matplotlib.pyplot
+
+    picture = matplotlib.pyplot.imread(path)[..., :3]
+    side = run.config["data"]["image_size"] + PANEL_GAP
     tiles = picture[PANEL_GAP:, PANEL_GAP:].reshape(-1, side, PANEL_WIDTH, side, 3).swapaxes(1, 2)
     return list(tiles[:, :, :-PANEL_GAP, :-PANEL_GAP])
 

@@ -191,6 +191,15 @@ def read_table(path):
         return {}, None
 
 
+SHEETS = "sheets"  # folder of a run or of a pack with sheets of samples
+
+
+def read_sheets(folder):
+    """Return the sheets of samples in a folder, STEP-SCALE.png, as {(step, cfg_scale): path}."""
+    names = {path: path.stem.partition("-") for path in sorted(folder.glob("*-*.png"))}
+    return {(int(step), float(scale)): path for path, (step, _, scale) in names.items()}
+
+
 def science(config):
     """Return the fields of a configuration that determine results: all but the gear version."""
     return {key: value for key, value in config.items() if key != "version"}

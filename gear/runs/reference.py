@@ -24,7 +24,7 @@ from gear.config import MissingRuns, UserError, config_hash
 from gear.files import read_json, write_atomically
 from gear.runs.folder import runs_dir
 from gear.runs.names import REFERENCE
-from gear.runs.records import Fields, read_parquet, science, write_parquet
+from gear.runs.records import SHEETS, Fields, read_parquet, read_sheets, science, write_parquet
 
 METRICS = "metrics.parquet"
 SCORES = "scores.parquet"
@@ -74,6 +74,10 @@ class Record:
     def panels(self):
         """Return the sample panels in the pack as {step: path}."""
         return self.pack.panels.get(self.name, {})
+
+    def sheets(self):
+        """Return the sheets of samples in the pack, as `Run.sheets` does."""
+        return read_sheets(self.pack.folder / SHEETS / self.name)
 
     def scores(self):
         """Return the records of evaluations, as `Run.scores` does."""
@@ -221,19 +225,21 @@ def write_pack(folder, runs, names, with_panels=()):
     for run in runs:
         for name, table in run.analyses().items():
             tables.setdefault(f"{name}.parquet", {})[run.name] = table
-    panels = {
-        f"{run.name}.{step:07d}.png": path.read_bytes()
-        for run in runs
-        if run.name in with_panels or isinstance(run, Record)
-        for step, path in run.panels().items()
-    }
+    pictures = {}  # path in the pack -> content
+    for run in runs:
+        if run.name in with_panels or isinstance(run, Record):
+            for step, path in run.panels().items():
+                pictures[f"samples/{run.name}.{step:07d}.png"] = path.read_bytes()
+            for path in run.sheets().values():
+                pictures[f"{SHEETS}/{run.name}/{path.name}"] = path.read_bytes()
     configs = {run.name: run.config for run in runs}
     index = pd.DataFrame([_index_row(run, names[run.name]) for run in runs])
-    for pattern in ("runs.csv", "*.parquet", "samples/*.png"):  # the index first: it makes a pack
+    # the index first: it makes a pack
+    for pattern in ("runs.csv", "*.parquet", "samples/*.png", f"{SHEETS}/*/*.png"):
         for path in folder.glob(pattern):
             path.unlink()
-    for file, content in panels.items():
-        write_atomically(folder / "samples" / file, lambda path, c=content: path.write_bytes(c))
+    for file, content in pictures.items():
+        write_atomically(folder / file, lambda path, c=content: path.write_bytes(c))
     for file, tables_of_runs in tables.items():
         frames = [
             frame.assign(run=name)

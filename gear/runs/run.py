@@ -26,9 +26,11 @@ from gear.runs.folder import run_path, runs_dir
 from gear.runs.listing import readable, run_names
 from gear.runs.names import listed
 from gear.runs.records import (
+    SHEETS,
     read_config,
     read_log,
     read_scores,
+    read_sheets,
     read_table,
     read_tensors,
     science,
@@ -38,7 +40,7 @@ from gear.runs.records import (
 )
 from gear.runs.reference import Record, reference
 
-PANEL_WIDTH = 12  # images per row of a sample panel
+PANEL_WIDTH = 12  # images per row of a sample panel and of a sheet of samples
 PANEL_GAP = 2  # pixels between the images of a sample panel
 
 
@@ -289,6 +291,10 @@ class Run:
             int(path.stem): path
             for path in sorted((self.path / "samples").glob("[0-9]" * 7 + ".png"))
         }
+
+    def sheets(self):
+        """Return the sheets of samples that `gear evaluate` kept, as {(step, cfg_scale): path}."""
+        return read_sheets(self.path / SHEETS)
 
     def scores(self):
         """Return the records in metrics.json, an empty list if the file is absent.

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gear import data
 from gear.config import to_dict
 from gear.data.scenes import Scenes
+from gear.evaluation import judge
 from gear.evaluation.scores import record
 from gear.experiments.recipes import TINY, recipe
 from gear.experiments.studies import members
@@ -255,6 +257,27 @@ def record_scored(name, config, effect=0.0):
         "psnr": 20.0,
     }
     return recorded(name, config, scores, **losses)
+
+
+def record_judged(run, scales=(1.0, 3.0)):
+    """Add to a run's scores what the detector says, seeded random numbers, and keep its sheets."""
+    config = run.config
+    noise = np.random.default_rng(config["seed"])
+    records = run.scores()
+    share = lambda: noise.uniform(0.1, 0.9)  # noqa: E731
+    for step in (config["steps"] // 2, config["steps"]):
+        for scale in scales:
+            stated = {"step": step, "cfg_scale": scale}
+            records.append(record("fd_detector", 1 + share(), stated))
+            of = stated | {"of": "samples"}
+            records += [record(f"judge_{k}", share(), of) for k in ("shape", "texture", "class")]
+            sheet = run.path / "sheets" / f"{step:07d}-{scale:g}.png"
+            sheet.parent.mkdir(exist_ok=True)
+            pixels = noise.integers(0, 256, (2 * 34 + 2, 12 * 34 + 2, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(sheet)
+        of = {"step": step, "of": "reconstructions"}
+        records += [record(f"judge_{atom}", share(), of) for atom in judge.ATOMS]
+    (run.path / "metrics.json").write_text(json.dumps(records))
 
 
 def state_on(device, parts=1, checkpointing=False, **changes):

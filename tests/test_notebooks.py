@@ -15,7 +15,7 @@ import matplotlib.image
 import matplotlib.pyplot
 import pandas as pd
 import pytest
-from helpers import record_scored, record_study
+from helpers import record_judged, record_scored, record_study
 from PIL import Image
 
 from gear.__main__ import main
@@ -23,6 +23,7 @@ from gear.config import TrainingStopped, UserError
 from gear.experiments.recipes import recipe
 from gear.experiments.studies import STUDIES
 from gear.figures import figure_path, render
+from gear.runs.run import open_runs
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
@@ -85,6 +86,22 @@ ON_TINY = {
         ["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"
     ),
     "protocols": {"run": "tiny", "count": 32},
+    "rate_distortion": SYSTEMS
+    | {
+        "method": "tiny-joint-s[012]",
+        "transfer": "tiny-gear-s[012]",
+        "half": "",
+        "naive_inputs": "",
+        "no_warm_up": "",
+    },
+    "samples": {
+        "llamagen": "",
+        "baseline": "tiny-llamagen-repa-s0",
+        "control": "tiny-llamagen-repa-control-s0",
+        "method": "tiny-joint-s0",
+        "transfer": "tiny-gear-s0",
+        "at": "12,24",
+    },
 }
 
 
@@ -142,6 +159,8 @@ SCORED = (
     "tab14_19_guidance",
     "tab5_13_ablations",
     "tab18_reconstruction",
+    "rate_distortion",
+    "samples",
 )
 WITHOUT_RUNS = ("fig2_method", "tab2_3_text_to_image")
 
@@ -155,6 +174,8 @@ def record_runs():
     for method in ("llamagen", "llamagen-repa-control", "gear"):
         for seed in range(3):
             record_scored(f"tiny-{method}-s{seed}", recipe(f"tiny-{method}-s{seed}"))
+    for run in open_runs("tiny-*-s[012]"):
+        record_judged(run)
 
 
 IN_A_KERNEL = (

@@ -32,6 +32,7 @@ PALETTE = {
     "naive inputs": "#C08AD6",
     "straight-through": "#D98B2B",
     "no GAN": "#6B8E3D",
+    "no warm-up": "#A3672F",
     "teacher": "#2B2B2B",
     "other": "#8A8F98",
     "null": "#B9A44C",
@@ -48,6 +49,7 @@ METHODS = {
     "naive inputs": "NTP through inputs",
     "straight-through": "straight-through alignment",
     "no GAN": "GEAR without adversarial loss",
+    "no warm-up": "GEAR from nothing",
     "public weights": "public weights",
     "public weights, bilinear": "public weights, bilinear filter",
 }

@@ -8,6 +8,8 @@ DEMO_WITHOUT := -p half "" -p naive_inputs "" -p no_gan ""
 REFERENCE_RUNS := $(foreach s,0 1 2,$(DEMO_RUNS:-s0=-s$(s)) $(addprefix scenes-,$(addsuffix -s$(s),joint-naive-inputs joint-no-gan llamagen-repa-half llamagen)))
 SCORED_RUNS := $(foreach s,0 1 2,$(addprefix scenes-,$(addsuffix -s$(s),joint gear llamagen llamagen-repa llamagen-repa-control)))
 TOKENIZER_RUNS := $(foreach s,0 1 2,scenes-tokenizer-s$(s) scenes-control-s$(s))
+# the headline methods at the settled schedule, five seeds: the reference of the results
+SETTLED := $(foreach s,0 1 2 3 4,$(addprefix scenes-settled-,$(addsuffix -s$(s),joint llamagen-repa gear llamagen-repa-control llamagen-repa-half joint-naive-inputs naive-inputs llamagen joint-no-init)))
 STUDIES := temperature weight components tokenizer size depth initialisation
 # By default glibc returns large blocks to the system at once and pages them in again, which takes half
 # the time of a feature network on a CPU.
@@ -39,6 +41,11 @@ figures: setup  ## redraws figures/ from the records in runs/reference; FORCE=1 
 reference: setup  ## trains and scores everything in runs/reference again, three seeds, under runs/again, and packs it
 	@echo "This takes two to three hours on two cores (an estimate); it writes runs/again, then runs/reference."
 	$(AGAIN) $(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --keep 9
+	$(AGAIN) $(BIN)/python -m gear train $(SETTLED) --jobs 2 --keep 9 --cached
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SETTLED) --both --quiet
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SETTLED) --steps 600 1200 1800 --quiet
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SETTLED) --sweep cfg_scale=1.5,2,3,5 --quiet
+	$(AGAIN) $(BIN)/python -m gear evaluate $(SETTLED) --steps 600 1200 1800 --cfg-scale 3 --quiet
 	$(AGAIN) $(BIN)/python -m gear evaluate $(TOKENIZER_RUNS) --network scenes --reconstruction
 	for study in $(STUDIES); do $(AGAIN) $(BIN)/python -m gear sweep $$study || exit 1; done
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SCORED_RUNS) --both --steps 50 100 150 200

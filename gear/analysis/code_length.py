@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gear.checkpoints import load_tokenizer
+from gear.config import require
 from gear.data import Source, load, trained_on
 from gear.device import open_device
 from gear.generator.config import GeneratorConfig
@@ -48,6 +49,8 @@ def nats_per_image(table):
 
 def _coded(run, count, device):
     source = Source(trained_on(run))
+    present = len(source.split("train"))
+    require(present >= count, f"images is {count}: the run has {present} training images.")
     images, labels = load(source, "train", count)
     tokenizer = load_tokenizer(run.name).to(device)
     with torch.no_grad():

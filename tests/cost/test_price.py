@@ -314,6 +314,7 @@ QUICK = {
     "imagenet256-l-gear",
     "imagenet256-l-joint-naive",
     "teacher-scenes",
+    "detector-scenes",
 }  # the rest: two minutes
 
 

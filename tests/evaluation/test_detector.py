@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from gear.evaluation.detector import (
     load_detector,
 )
 from gear.experiments.recipes import plan, recipe
+from gear.files import ROOT
 from gear.images import to_float
 from gear.runs.run import Run
 from gear.training.settings import Config
@@ -96,6 +98,18 @@ def test_the_card_names_the_recipe_that_was_trained():
     card["config"].pop("version")
     assert from_dict(Config, card["config"]) == plan(recipe("detector-scenes"))[0][1]
     assert card["steps"] == card["config"]["steps"] and card["recipe"] == "detector-scenes"
+
+
+def test_the_documentation_states_the_measured_error():
+    error = json.loads(PACKAGED.with_suffix(".json").read_text())["error"]
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    stated = re.search(
+        r"recall is ([\d.]+) and its precision ([\d.]+);.*?shape is right in ([\d.]+), the\s+texture in ([\d.]+) and the colour in ([\d.]+)",
+        text,
+    )
+    assert stated.groups() == tuple(
+        f"{error[name]:.3f}" for name in ("recall", "precision", "shape", "texture", "colour")
+    )
 
 
 def test_a_missing_or_damaged_file_says_how_to_make_it(tmp_path, monkeypatch):

@@ -227,9 +227,9 @@ def test_every_preset_has_every_method():
     methods = {
         name.removeprefix("scenes-ibq-") for name in RECIPES if name.startswith("scenes-ibq-")
     }
-    assert len(presets) == 15 and len(methods) == 21  # "tiny" and the short schedule among them
+    assert len(presets) == 16 and len(methods) == 21  # "tiny" and the short schedule among them
     assert all(f"{preset}-{method}" in RECIPES for preset in presets for method in methods)
-    assert known().endswith("; and teacher-scenes, tiny")
+    assert known().endswith("; and detector-scenes, teacher-scenes, tiny")
 
 
 def test_weights_of_one():

@@ -1,12 +1,15 @@
 """Measurements are read at their step and protocol; errors name the runs that are missing."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
-from helpers import record_scored, record_study
+from helpers import record_judged, record_scored, record_study
 
-from gear.config import UserError
+from gear.config import UserError, to_dict
+from gear.evaluation import judge
 from gear.experiments import results
 from gear.experiments.presets import change
 from gear.experiments.recipes import recipe
@@ -169,3 +172,36 @@ def test_images_are_counted_from_the_scores():
         "2000",
         "128 and 2000",
     )
+
+
+def test_rate_and_distortion_by_hand(home):
+    """64 tokens of log 2 nats are 64 bits; a run of 16 px has a quarter of the tokens."""
+    config = recipe("tiny-gear-s0")
+    run = Run.create("tiny-gear-s0", to_dict(config))
+    run.append({"step": 12, "loss": 1.0})
+    run.append({"step": 24, "val/ntp_loss": math.log(2), "val/psnr": 20.5})
+    table = results.rate_distortion("tiny-gear-s0")
+    assert table.to_dict("records") == [
+        {"run": "tiny-gear-s0", "seed": 0, "step": 24, "bits": pytest.approx(64), "psnr": 20.5}
+    ]
+    small = to_dict(replace(config, data=replace(config.data, image_size=16)))
+    assert results.num_tokens(small) == 16
+    assert results.rate_distortion([]).empty
+
+
+def test_what_the_detector_said_is_a_table(home):
+    run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    assert results.judged([run]).empty
+    record_judged(run)
+    table = results.judged("tiny-gear-s0")
+    assert set(table.of) == {"samples", "reconstructions"}
+    assert set(table.metric) == {*judge.ATOMS, "fd"}
+    at_scale = table[(table.step == 24) & (table.cfg_scale == 3) & (table.metric == "class")]
+    expected = [
+        r["value"]
+        for r in run.scores()
+        if r["metric"] == "judge_class"
+        and r["protocol"] == {"step": 24, "cfg_scale": 3.0, "of": "samples"}
+    ]
+    assert at_scale.value.tolist() == expected and len(expected) == 1
+    assert table[table.of == "reconstructions"].cfg_scale.isna().all()

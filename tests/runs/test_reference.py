@@ -17,7 +17,7 @@ from gear.__main__ import main
 from gear.config import MissingRuns, UserError
 from gear.evaluation.evaluate import evaluate_run, metrics_table, scores
 from gear.experiments.recipes import recipe
-from gear.figures import panel_rows
+from gear.figures import panel_rows, sheet_rows
 from gear.interactive import monitor
 from gear.runs.folder import runs_dir
 from gear.runs.reference import Record, reference
@@ -183,6 +183,39 @@ def test_a_pack_that_is_written_again_is_read_again_and_replaces_the_old_one(run
     os.utime(index, ns=(1, index.stat().st_mtime_ns + 1))
     assert reference().names == ["tiny-gear-s0"] and reference().panels == {}
     assert "1 records" in capsys.readouterr().out
+
+
+def test_runs_are_added_to_an_earlier_pack(runs):
+    """Records stay as they are, with their pictures; a run replaces the record of its name."""
+    sheet = Run.open("tiny-gear-s0").path / "sheets" / "0000024-1.5.png"
+    sheet.parent.mkdir()
+    Image.new("RGB", (12 * 34 + 2, 70), (9, 9, 9)).save(sheet)
+    only_records("tiny-gear-s0", "--panels", "tiny-gear-s0")
+    record = Run.open("tiny-gear-s0")
+    assert isinstance(record, Record) and list(record.sheets()) == [(24, 1.5)]
+    second = record_scored("tiny-gear-s1", recipe("tiny-gear-s1"))
+    pack("--add")
+    assert reference().names == ["tiny-gear-s0", "tiny-gear-s1"]
+    shutil.rmtree(second.path)
+    for name in ("tiny-gear-s0", "tiny-gear-s1"):
+        assert len(Run.open(name).scores()) > 5
+    record, values = Run.open("tiny-gear-s0"), runs["tiny-gear-s0"]
+    assert record.config_hash == values["hash"] and record.scores() == values["scores"]
+    pd.testing.assert_frame_equal(record.metrics(), values["metrics"])
+    pd.testing.assert_frame_equal(record.table("layer_profile", {"k": 5}, None), values["table"])
+    assert list(record.panels()) == [24]
+    assert [row.shape for row in sheet_rows(record, 24, 1.5)] == [(12, 32, 32, 3)] * 2
+    assert sheet_rows(record, 24, 1.5)[0].max() == pytest.approx(9 / 255, abs=1e-6)
+    with pytest.raises(UserError, match="at guidance 2: it has 24 at 1.5. Make it: gear evaluate"):
+        sheet_rows(record, 24, 2.0)
+
+    again = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"), effect=-3.0)
+    new_scores = again.scores()
+    pack("tiny-gear-s0", "--add")
+    shutil.rmtree(again.path)
+    assert Run.open("tiny-gear-s0").scores() == new_scores != values["scores"]
+    pack_names = reference().names
+    assert pack_names == ["tiny-gear-s0", "tiny-gear-s1"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gear.config import UserError, __version__
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"  # of a checkout
 USES = {  # groups of optional packages in pyproject.toml, and what they are for
     "dev": "the tests",
-    "effnet": "the teacher efficientnet-lite0",
+    "effnet": "the teacher efficientnet-lite0 and its judge",
     "teachers": "public teachers and the CLIP score",
     "scale": "several processes and TensorBoard",
 }

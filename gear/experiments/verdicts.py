@@ -99,6 +99,21 @@ def by_chance(table):
     return float(LEVEL / 2 * (table.p.notna() & (table.margin == 0)).sum())
 
 
+def contradictions_as_markdown(table):
+    """List what the paper claims and the runs contradict, with intervals, as Markdown; claims of
+    ours are left out.
+    """
+    rows = table.fillna({"paper": ""})
+    rows = rows[(rows.verdict == "contradicted") & (rows.paper != "")]
+    if rows.empty:
+        return "Nothing that the paper claims is contradicted."
+    return "\n".join(
+        f"- {row.claim} ({row.paper}). Here the {row.statistic} differs by {_size(row)}; "
+        f"{row.verdict_corrected} after Holm's correction."
+        for row in rows.itertuples()
+    )
+
+
 def tally(table, correct=holm):
     """Return a sentence that counts the verdicts of a family, before and after correction, and the
     number that chance alone would decide.
@@ -239,10 +254,10 @@ def _tested(row):
 
 
 def claims_as_markdown(table):
-    """Return the table of `claims` in Markdown, after the count of its verdicts."""
+    """Return the table of `claims` in Markdown."""
     titles = ["claim", "paper", "statistic", "difference [95 % interval]", "seeds that agree", "p"]
     titles += ["verdict", "corrected by Holm"]
-    lines = [f"{tally(table)}.", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in table.fillna({"paper": ""}).itertuples():
         cells = [row.claim, row.paper, row.statistic]
         if row.seeds == 0:
@@ -268,6 +283,14 @@ def results_page(table, preset="scenes", label="", scoring=Scoring()):
 
 This page is for you if you want to know which of the paper's claims hold at a small scale.
 `gear claims {preset}{options} --out docs/results.md` wrote it from small-scale runs of `{preset}`.
+
+{tally(table)}.
+
+## What the paper claims and these runs contradict
+
+{contradictions_as_markdown(table)}
+
+## How a claim is judged
 
 A claim is about the difference of a statistic between two kinds of runs, paired by seed. The 95 %
 interval of the mean difference gives the verdict:

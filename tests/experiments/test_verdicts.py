@@ -177,6 +177,25 @@ def test_a_claim_stands_alone():
     assert all(claim.sentence.startswith(nouns) for claim in CLAIMS)
 
 
+def test_what_the_paper_claims_and_runs_contradict_comes_first(monkeypatch):
+    monkeypatch.setattr(verdicts, "CLAIMS", [LOWER, ABOVE])
+    for seed in range(3):
+        record("llamagen-repa", seed, 3.5)
+        record("gear", seed, 3.7 + 0.001 * seed)
+    table = verdicts.claims()
+    size = "+0.201 [+0.199, +0.203]"
+    expected = f"- {SENTENCE} (Fig. 3). Here the {LOSS} differs by {size}; contradicted after Holm's correction."
+    assert verdicts.contradictions_as_markdown(table) == expected
+    page = verdicts.results_page(table)
+    assert page.index(expected) < page.index("## How a claim is judged") < page.index("## Claims")
+    assert page.index(verdicts.tally(table)) < page.index(expected)
+    ours = table.assign(paper="")
+    assert (
+        verdicts.contradictions_as_markdown(ours)
+        == "Nothing that the paper claims is contradicted."
+    )
+
+
 def test_claims_in_markdown_and_in_words(monkeypatch):
     monkeypatch.setattr(verdicts, "CLAIMS", [LOWER, ABOVE])
     for seed in range(3):
@@ -186,12 +205,12 @@ def test_claims_in_markdown_and_in_words(monkeypatch):
     lines = verdicts.claims_as_markdown(table).splitlines()
     size, end = "-0.199 [-0.201, -0.197]", "reproduced | reproduced |"
     lower = f"Fig. 3 | {LOSS} | {size} | 3 of 3 | 8.4e-06 | {end}"
-    assert lines[0].endswith(
-        "Of all 2 comparisons 2 are reproduced, 2 after Holm's correction; 0 contradicted, 0 after it."
+    assert verdicts.tally(table).endswith(
+        "Of all 2 comparisons 2 are reproduced, 2 after Holm's correction; 0 contradicted, 0 after it"
     )
-    assert lines[4] == f"| {SENTENCE} | {lower}"
+    assert lines[2] == f"| {SENTENCE} | {lower}"
     above = f" | {LOSS} | +3.3 [+3.3, +3.3] | 3 of 3 | 3.1e-08 | {end}"
-    assert lines[5:] == [f"| Loss is above the floor | {above}"]
+    assert lines[3:] == [f"| Loss is above the floor | {above}"]
     words = verdicts.claims_in_words(table).splitlines()
     assert words[0].startswith("reproduced  ")
     assert words[0].endswith(f"  {SENTENCE} (Fig. 3)")

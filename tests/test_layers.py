@@ -11,7 +11,7 @@ LAYERS = """
     config device files images weights
     runs.names runs.folder runs.records runs.reference runs.listing runs.run
     measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
-    measures.neighbours measures.paired measures
+    measures.neighbours measures.paired measures.calibration measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
     tokenizer.config tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
     generator.config generator.transformer generator.condition generator.model generator.graphed generator.sampling

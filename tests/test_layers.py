@@ -18,7 +18,7 @@ LAYERS = """
     public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
     checkpoints
     teachers.normalise teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
-    analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis.code_length analysis
+    analysis.features analysis.profiles analysis.calibration analysis.sensitivity analysis.probe analysis.probes analysis.code_length analysis
     evaluation.detector evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.judge evaluation.sources evaluation.reconstruction evaluation.evaluate
     evaluation.protocols evaluation.sheets
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
@@ -51,6 +51,7 @@ OPTIONAL = {
     "seaborn",
     "sklearn.cluster",
     "sklearn.isotonic",
+    "sklearn.linear_model",
     "timm",
     "tokenizers",
     "torch.distributed.fsdp",

@@ -18,7 +18,7 @@ from gear.measures.alignment import prepared
 from gear.measures.paired import LEVEL
 
 DRAWS = 199  # permutations: p-values are multiples of 1 / 200
-LEAST = 1e-12  # least denominator of a score, and least scale of a layer's null
+LEAST = 1e-12  # least denominator of a score, and least width of a layer's null
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,12 @@ def calibrate_values(
     2; Westfall and Young 1993), so a corrected score is above zero exactly where the corrected p is
     at most `level`. The largest of the corrected scores is the aggregate score of Algorithm 2.
 
-    standardise: layers may have nulls of different height, and the highest would then hide what the
-    others show. Every layer is therefore shifted by the median and scaled by the interquartile
-    range of its K + 1 values before the largest is taken; its corrected tau is scaled back. The
-    observed value is one of the K + 1, so that the test stays exact, and a median is not moved by
-    it. False compares raw values, as the source does.
+    standardise: layers may have nulls of different height and width, and the highest would then
+    hide what the others show. Before the largest is taken, every layer is therefore shifted by the
+    median of its K + 1 values and divided by the distance from there to its own tau; its corrected
+    tau is scaled back. Both numbers count the observed value like any draw, so that the test stays
+    exact, and both are quantiles, which one high value hardly moves. False compares raw values, as
+    the source does.
 
     A layer with a value that is not finite is not tested and does not count. Raises ValueError if
     the shapes do not fit or the level is not between 0 and 1.
@@ -177,26 +178,28 @@ def calibrate_values(
     if not is_tested.any():
         return results
     values = values[:, is_tested]
-    shift = torch.zeros(values.shape[1], dtype=values.dtype)
-    spread = torch.ones_like(shift)
+    threshold = _threshold(values, level)
+    shift = torch.zeros_like(threshold)
+    spread = torch.ones_like(threshold)
     if standardise:
-        quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype), 0)
-        shift = quartiles[1]
-        spread = (quartiles[2] - quartiles[0]).clamp(min=LEAST)
+        shift = values.median(0).values
+        spread = (threshold - shift).clamp(min=LEAST)
     scaled = (values - shift) / spread
     largest = scaled.amax(1)  # (1 + K,)
-    threshold = _threshold(values, level)
     # the largest value over layers is compared at the scale of each layer
     corrected_threshold = shift + spread * _threshold(largest[:, None], level)
+    corrected_p = _p(scaled[0], largest[1:, None])
+    corrected_score = _score(values[0], corrected_threshold, best)
     columns = (
         values[0],
         values[1:].mean(0),
         _p(values[0], values[1:]),
-        _p(scaled[0], largest[1:, None]),
+        corrected_p,
         threshold,
         corrected_threshold,
         _score(values[0], threshold, best),
-        _score(values[0], corrected_threshold, best),
+        # a value at the threshold may be above it by rounding, after there and back in scale
+        corrected_score.where(corrected_p <= level, 0.0),
     )
     tested = is_tested.nonzero().flatten().tolist()
     for layer, fields in zip(tested, torch.stack(columns, 1).tolist()):

@@ -2,8 +2,8 @@
 
 `python benchmarks/scores.py [--quick] [--device cuda]` writes metrics.json and analysis/ of every
 finished generator run: the scores of its samples and reconstructions, the alignment profiles of its
-layers and of its tokenizer, the tests of its layers against chance, linear probes, and the floors
-of its alignment.
+layers and of its tokenizer, the tests of its layers against chance, and the floors of its
+alignment.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import gear
 # isort: split
 
 from gear.analysis.calibration import layer_calibration
-from gear.analysis.probes import probes
 from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate_run
 
@@ -34,7 +33,6 @@ def score(name, device, quick):
     tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
     tables.append((layer_profile, tables[0][1]))
     tables.append((layer_calibration, tables[0][1]))
-    tables.append((probes, dict(images=80 if quick else 2_000)))
     tables.append((alignment_floors, dict(per_class=100)))
     for table, sizes in tables:
         table(run, device=device, **sizes)

@@ -195,13 +195,13 @@ def test_orders_move_whole_blocks_and_are_seeded():
 
 
 @pytest.mark.parametrize("unbiased", (True, False))
-def test_pairs_of_images_are_those_of_within_image(unbiased, monkeypatch):
+def test_pairs_of_images_are_those_of_within_image(unbiased, monkeypatch, device):
     """Matched pairs, mismatched pairs, and chunks of images; an image without variance is NaN."""
     monkeypatch.setattr("gear.measures.alignment.PAIR_CHUNK", 30**2 * 3)
     x, y = gaussian(8, 30, 6), gaussian(8, 30, 9, seed=1)
     y[..., :6] += x
     x[5] = x[5, :1]
-    pairs = image_pairs(x, y, 4, unbiased)
+    pairs = image_pairs(x.to(device), y.to(device), 4, unbiased)
     images = torch.arange(8)
     for shift in (1, 3):
         expected = within_image(x, y, 4, shift, unbiased)
@@ -238,6 +238,15 @@ def test_an_undefined_layer_is_not_tested_and_does_not_count():
     assert all(math.isnan(r.p) for r in calibrate_values(observed * math.nan, null))
     hole = torch.full((6, 6), math.nan)
     assert math.isnan(calibrate_pairs([hole, torch.eye(6)])[0].value)
+
+
+@pytest.mark.parametrize("metric", (cka, partial(cknna, k=3)))
+def test_values_are_those_of_the_permuted_rows(metric, device):
+    layers, y = [gaussian(20, 4, seed=s) for s in (1, 2)], gaussian(20, 3)
+    observed, null = permuted_values([x.to(device) for x in layers], y.to(device), metric, 3)
+    assert observed.tolist() == pytest.approx([metric(x, y) for x in layers], abs=1e-9)
+    for order, values in zip(orders(20, 3), null):
+        assert values.tolist() == pytest.approx([metric(x, y[order]) for x in layers], abs=1e-9)
 
 
 def test_each_graph_is_computed_once(monkeypatch):

@@ -2,7 +2,8 @@
 
 `python benchmarks/scores.py [--quick] [--device cuda]` writes metrics.json and analysis/ of every
 finished generator run: the scores of its samples and reconstructions, the alignment profiles of its
-layers and of its tokenizer, and the floors of its alignment.
+layers and of its tokenizer, the tests of its layers against chance, and the floors of its
+alignment.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import gear
 
 # isort: split
 
+from gear.analysis.calibration import layer_calibration
 from gear.analysis.profiles import alignment_floors, layer_profile, tokenizer_profile
 from gear.evaluation.evaluate import EvaluateOptions, Sampling, evaluate_run
 
@@ -30,6 +32,7 @@ def score(name, device, quick):
     evaluate_run(name, EvaluateOptions(**few, both=True, device=device, quiet=True))
     tables = [(tokenizer_profile, dict(images=images, k=5 if quick else 10))]
     tables.append((layer_profile, tables[0][1]))
+    tables.append((layer_calibration, tables[0][1]))
     tables.append((alignment_floors, dict(per_class=100)))
     for table, sizes in tables:
         table(run, device=device, **sizes)

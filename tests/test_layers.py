@@ -11,14 +11,14 @@ LAYERS = """
     config device files images weights
     runs.names runs.folder runs.records runs.reference runs.listing runs.run
     measures.alignment measures.codes measures.spatial measures.speedup measures.reconstruction measures.frechet
-    measures.neighbours measures.paired measures
+    measures.neighbours measures.paired measures.calibration measures
     data.pixels data.census data.names data.stores data.tars data.folders data.scenes data.stream data.trained data.report data
     tokenizer.config tokenizer.autoencoder tokenizer.readout tokenizer.quantize tokenizer.discriminator tokenizer.model
     generator.config generator.transformer generator.condition generator.model generator.graphed generator.sampling
     public.layout public.tokenizers public.generators public.layouts public.containers public.tensorfiles public.wrappings
     checkpoints
     teachers.normalise teachers.cache teachers.weights teachers.networks teachers.efficientnet teachers.scenes teachers.vit teachers
-    analysis.features analysis.profiles analysis.sensitivity analysis.probe analysis.code_length analysis
+    analysis.features analysis.profiles analysis.calibration analysis.sensitivity analysis.probe analysis.probes analysis.code_length analysis
     evaluation.detector evaluation.lpips evaluation.networks evaluation.clip evaluation.scores evaluation.judge evaluation.sources evaluation.reconstruction evaluation.evaluate
     evaluation.protocols evaluation.sheets
     training.losses training.objectives training.stages training.fsdp training.optim training.processes training.settings
@@ -51,6 +51,7 @@ OPTIONAL = {
     "seaborn",
     "sklearn.cluster",
     "sklearn.isotonic",
+    "sklearn.linear_model",
     "timm",
     "tokenizers",
     "torch.distributed.fsdp",

@@ -85,6 +85,7 @@ ON_TINY = {
     "bridges": dict.fromkeys(
         ["soft", "control", "straight_through", "naive_inputs", "naive", "no_gan"], "tiny-joint"
     ),
+    "probes": GENERATORS | {"images": 60},
     "protocols": {"run": "tiny", "count": 32},
     "rate_distortion": SYSTEMS
     | {

@@ -17,7 +17,7 @@ from helpers import TOKENIZER, recorded
 
 import gear.__main__
 from gear.__main__ import main
-from gear.analysis import probe, profiles
+from gear.analysis import calibration, probe, probes, profiles
 from gear.analysis.sensitivity import generator_sensitivity, tokenizer_sensitivity
 from gear.cli.claims import ClaimOptions
 from gear.cli.data import DataOptions
@@ -451,6 +451,12 @@ def record(home):
     (lambda run: profiles.tokenizer_profile(run, 10, 10), "images is 10: it has to be at least 11"),
     (lambda run: profiles.layer_profile(run, 3, 1), "images is 3: it has to be at least 4"),
     (lambda run: profiles.alignment_floors(run, 0), "per_class is 0"),
+    (lambda run: calibration.layer_calibration(run, 3, 1), "images is 3: it has to be at least 4"),
+    (lambda run: calibration.layer_calibration(run, 40, 5, draws=0), "draws is 0"),
+    (lambda run: calibration.layer_calibration(run, 40, 5, device="gpu"), "no device 'gpu' here"),
+    (lambda run: probes.probes(run, 7), "images is 7: it has to be at least 8"),
+    (lambda run: probes.probes(run, NAN), "images is nan: it has to be a whole number"),
+    (lambda run: probes.probes(run, 40, device="gpu"), "no device 'gpu' here"),
     (lambda run: generator_sensitivity(run, 15, 5), "images is 15: it has to be at least 16"),
     (lambda run: tokenizer_sensitivity(run, 16, -1), "k is -1"),
     (lambda run: protocol_sensitivity(run, 7), "count is 7: it has to be at least 8"),

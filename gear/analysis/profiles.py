@@ -60,7 +60,7 @@ def layer_profile(
     are computed on `device`, see `open_device`; a table does not record it. Raises UserError for an
     unknown choice, and for fewer tokens or images than k neighbours need.
     """
-    parameters, choices = _parameters(
+    parameters, choices = identified(
         images, k, normalise=normalise, estimator=estimator, pairing=pairing
     )
     return run.table(
@@ -77,7 +77,7 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
     "teacher". The metric "ties" is the share of tokens whose k-th and (k + 1)-th neighbours are
     equally near: above one half, CKNNA measures little.
     """
-    parameters, choices = _parameters(images, k, normalise=normalise, estimator=estimator)
+    parameters, choices = identified(images, k, normalise=normalise, estimator=estimator)
     return run.table(
         "tokenizer_profile",
         parameters,
@@ -122,7 +122,7 @@ def check_observed(run, images, k, least=4):
     check_value("images", images, Annotated[int, Range(max(least, k + 1), MOST)])
 
 
-def _parameters(images, k, **choices):
+def identified(images, k, **choices):
     """Return the parameters that identify a table, and the choices.
 
     A choice at its default is not among the parameters, so that tables which were made before the
@@ -283,17 +283,31 @@ def alignments(rows, target, k, normalise="l2", estimator="unbiased", pairing="p
     """Align rows (N, L, D) with the teacher's rows (N, L, C); return lines of `COLUMNS` without the
     layer, see `layer_profile`.
     """
+    sides = sides_of_levels(rows, target, normalise, pairing)
+    unbiased = estimator == "unbiased"
+    table = _image_level(*sides.pop("image"), k, unbiased)
+    for level, (x, y) in sides.items():
+        table += _patch_level(level, x, y, k, unbiased)
+    return table
+
+
+def sides_of_levels(rows, target, normalise="l2", pairing="predicts"):
+    """Return what each level compares, {level: (x, y)} in float64, of rows (N, L, D) and the
+    teacher's rows (N, L, C).
+
+    The mean tokens (N, D) and (N, C) for "image", all tokens for "patch" and "content"; see
+    `layer_profile`. The pairing "sees" leaves N x (L - 1) tokens.
+    """
     if pairing == "sees":  # position i + 1 reads token i; no position reads the last token
         rows = rows[:, 1:]
         target = target[:, :-1]
-    rows = rows.double()
-    target = target.double()
-    unbiased = estimator == "unbiased"
-    levels = {"patch": (rows, target), "content": (rows - rows.mean(0), target - target.mean(0))}
-    table = _image_level(*(_normalised(z.mean(1), normalise) for z in (rows, target)), k, unbiased)
-    for level, sides in levels.items():
-        table += _patch_level(level, *(_normalised(z, normalise) for z in sides), k, unbiased)
-    return table
+    both = (rows.double(), target.double())
+    levels = {
+        "image": [z.mean(1) for z in both],
+        "patch": both,
+        "content": [z - z.mean(0) for z in both],
+    }
+    return {level: [_normalised(z, normalise) for z in sides] for level, sides in levels.items()}
 
 
 def _normalised(rows, normalise):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+PAIR_CHUNK = 2**23  # similarities of one side in memory at a time, where products are large
 CHUNK = 2**20  # similarities in memory at a time: 8 MB of float64, about the size of a cache
 ROUNDING = 1e-12  # relative size below which a float64 difference counts as zero
 
@@ -39,6 +40,14 @@ class WithinImage:
     null_cknna: torch.Tensor
     null_cka: torch.Tensor
     null_mutual_knn: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ImagePairs:
+    """Values (N, N) of image i of one side with image j of the other, NaN where undefined."""
+
+    cknna: torch.Tensor
+    cka: torch.Tensor
 
 
 def l2_normalise(x: torch.Tensor) -> torch.Tensor:
@@ -93,16 +102,25 @@ def null(x: torch.Tensor, y: torch.Tensor, metric: Callable[..., float], draws: 
     """
     if draws < 2:
         raise ValueError("a deviation needs two draws")
-    prepare = _PREPARE.get(getattr(metric, "func", metric))
-    value_of_order = (
-        prepare(x, y, **getattr(metric, "keywords", {}))
-        if prepare
-        else lambda order: metric(x, y[order])
-    )
+    value_of_order = prepared(metric, x, y)
     generator = torch.Generator().manual_seed(0)
     orders = (torch.randperm(len(y), generator=generator).to(y.device) for _ in range(draws))
     values = torch.tensor([value_of_order(order) for order in orders], dtype=torch.float64)
     return Null(values.mean().item(), values.std().item())
+
+
+def prepared(
+    metric: Callable[..., float], x: torch.Tensor, y: torch.Tensor
+) -> Callable[[torch.Tensor], float]:
+    """Return a function order -> metric(x, y[order]), for an order (N,) of y's rows.
+
+    For the metrics of this file, also as `partial`s with keywords, everything but the order is
+    computed once, here. Raises ValueError as the metric does.
+    """
+    prepare = _PREPARE.get(getattr(metric, "func", metric))
+    if prepare is None:
+        return lambda order: metric(x, y[order])
+    return prepare(x, y, **getattr(metric, "keywords", {}))
 
 
 def tie_fraction(x: torch.Tensor, k: int) -> float:
@@ -154,6 +172,26 @@ def within_image(
             torch.cat([_compare(a, b.at(rows), unbiased) for rows in rows_of_y.split(len(images))])
         )  # (6, images)
     return WithinImage(*torch.cat(values, 1)[:, sequence.argsort()].cpu())
+
+
+def image_pairs(x: torch.Tensor, y: torch.Tensor, k: int = 10, unbiased: bool = True) -> ImagePairs:
+    """Measure CKNNA and CKA of the tokens of every image of x with those of every image of y.
+
+    x: (N, L, p), y: (N, L, q). The diagonal holds the matched pairs of `within_image`, and any
+    order of the images has its values in the table, so that a permutation test over whole images
+    needs no further alignment. It takes O(N^2 L^2) time in matrix products and O(N^2) memory.
+    Raises ValueError as `within_image` does.
+    """
+    x, y = _paired(x, y, minimum=4, ndim=3)
+    length = x.shape[1]
+    token_order = _shuffle(length, x.device)
+    sides = [z[:, token_order].split(max(1, PAIR_CHUNK // length**2)) for z in (x, y)]
+    rows = []
+    for part in sides[0]:
+        a = _tokens(part.double(), k, unbiased)
+        blocks = [_compare_all(a, _tokens(z.double(), k, unbiased), unbiased) for z in sides[1]]
+        rows.append(torch.cat(blocks, 2))
+    return ImagePairs(*torch.cat(rows, 1).cpu())
 
 
 def _paired(*inputs: torch.Tensor, minimum: int, ndim: int = 2) -> tuple[torch.Tensor, ...]:
@@ -261,14 +299,16 @@ def _hsic(trace: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> tor
     The factor cancels in ratios. trace: tr(P Q), (B,). columns, rows: the column sums of P and the
     row sums of Q, (B, n).
     """
-    n = columns.shape[-1]
-    terms = torch.stack(
-        [
-            trace,
-            columns.sum(-1) * rows.sum(-1) / ((n - 1) * (n - 2)),
-            -2 * (columns * rows).sum(-1) / (n - 2),
-        ]
+    return _hsic_of_sums(
+        columns.shape[-1], trace, columns.sum(-1), rows.sum(-1), (columns * rows).sum(-1)
     )
+
+
+def _hsic_of_sums(
+    n: int, trace: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, products: torch.Tensor
+) -> torch.Tensor:
+    """Return `_hsic` from the sums over nodes of columns, of rows, and of their products."""
+    terms = torch.stack([trace, columns * rows / ((n - 1) * (n - 2)), -2 * products / (n - 2)])
     total = terms.sum(0)
     return total.masked_fill(total.abs() <= ROUNDING * terms.abs().sum(0), 0)
 
@@ -375,6 +415,47 @@ def _compare(a: _Images, b: _Images, unbiased: bool) -> torch.Tensor:
     """Return CKNNA, CKA and mutual k-NN of two sets of B images, (3, B)."""
     cross = torch.stack([_edge_hsic(a.graph, b.graph), _kernel_hsic(a.kernel, b.kernel, unbiased)])
     return torch.cat([_ratio(cross, a.norms, b.norms), _mutual_knn(a.graph, b.graph)[None]])
+
+
+def _compare_all(a: _Images, b: _Images, unbiased: bool) -> torch.Tensor:
+    """Return CKNNA and CKA of all pairs of A and B images, (2, A, B)."""
+    cross = torch.stack([_edge_hsic_of_all(a.graph, b.graph), _kernel_hsic_of_all(a, b, unbiased)])
+    return _ratio(cross, a.norms[:, :, None], b.norms[:, None])
+
+
+def _edge_hsic_of_all(x: _Graph, y: _Graph) -> torch.Tensor:
+    """Return `_edge_hsic` of all pairs of A and B graphs, (A, B).
+
+    A shared edge is a product of two indicators, so that every sum over shared edges is a matrix
+    product of dense (n, n) tables of the two sides.
+    """
+    n = x.neighbours.shape[1]
+
+    def dense(graph, values):
+        table = graph.weights.new_zeros(len(values), n, n)
+        return table.scatter_(2, graph.neighbours, values)
+
+    trace = dense(x, x.weights * x.mutual).flatten(1) @ dense(y, y.weights * y.mutual).flatten(1).T
+    weights = [dense(graph, graph.weights) for graph in (x, y)]
+    edges = [dense(graph, torch.ones_like(graph.weights)) for graph in (x, y)]
+    columns, rows, products = torch.zeros(3, *trace.shape, dtype=trace.dtype, device=trace.device)
+    for node in range(n):
+        column = weights[0][:, :, node] @ edges[1][:, :, node].T
+        row = edges[0][:, node] @ weights[1][:, node].T
+        columns += column
+        rows += row
+        products += column * row
+    return _hsic_of_sums(n, trace, columns, rows, products)
+
+
+def _kernel_hsic_of_all(a: _Images, b: _Images, unbiased: bool) -> torch.Tensor:
+    cross = a.kernel.flatten(1) @ b.kernel.flatten(1).T  # (A, B)
+    if not unbiased:
+        return cross
+    x, y = (z.kernel.diagonal(dim1=1, dim2=2) for z in (a, b))
+    products = x @ y.T
+    n = x.shape[1]
+    return _hsic_of_sums(n, cross - products, -x.sum(1)[:, None], -y.sum(1)[None], products)
 
 
 def _ratio(cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

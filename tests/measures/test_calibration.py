@@ -237,7 +237,10 @@ def test_an_undefined_layer_is_not_tested_and_does_not_count():
     assert [first, last] == calibrate_values(observed[keep], null[:, keep], best=5.0)
     assert all(math.isnan(r.p) for r in calibrate_values(observed * math.nan, null))
     hole = torch.full((6, 6), math.nan)
-    assert math.isnan(calibrate_pairs([hole, torch.eye(6)])[0].value)
+    one_image = torch.eye(6, dtype=torch.float64)
+    one_image[2] = math.nan
+    empty, partly = calibrate_pairs([hole, one_image])
+    assert math.isnan(empty.value) and partly.value == 1 and partly.p < 0.05
 
 
 @pytest.mark.parametrize("metric", (cka, partial(cknna, k=3)))

@@ -39,7 +39,7 @@ figures: setup  ## redraws figures/ from the records in runs/reference; FORCE=1 
 	$(BIN)/python -m gear claims --out docs/results.md
 
 reference: setup  ## trains and scores everything in runs/reference again, three seeds, under runs/again, and packs it
-	@echo "This takes two to three hours on two cores (an estimate); it writes runs/again, then runs/reference."
+	@echo "This takes six to seven hours on two cores (an estimate); it writes runs/again, then runs/reference."
 	$(AGAIN) $(BIN)/python -m gear train $(REFERENCE_RUNS) --jobs 2 --keep 9
 	$(AGAIN) $(BIN)/python -m gear train $(SETTLED) --jobs 2 --keep 9 --cached
 	$(AGAIN) $(BIN)/python -m gear evaluate $(SETTLED) --both --quiet

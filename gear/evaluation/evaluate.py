@@ -632,10 +632,13 @@ def judge_table(runs):
     rows = {}
     for run in runs:
         for entry in read_metrics(run):
+            stated = entry["protocol"]
             if not entry["metric"].startswith(judge.PREFIX):
                 continue
-            stated = entry["protocol"]
-            key = (run.name, stated["step"], stated.get("cfg_scale", ""), stated["of"])
+            # a file that was changed by hand may hold values of any kind
+            fields_of_row = (stated.get(name, "") for name in ("step", "cfg_scale", "of"))
+            values = [v if isinstance(v, (int, float, str)) else str(v) for v in fields_of_row]
+            key = (run.name, *values)
             rows.setdefault(key, {})[entry["metric"].removeprefix(judge.PREFIX)] = entry["value"]
     names = ("run", "step", "cfg_scale", "of")
     table = pd.DataFrame.from_dict(rows, orient="index", columns=judge.ATOMS)
@@ -656,7 +659,7 @@ def report(runs):
     marks = {
         name: f"{name} *"
         for name in table.columns
-        if protocols[name[-9:-1]].get("network") in teachers
+        if str(protocols[name[-9:-1]].get("network")) in teachers
     }
     table = table.rename(columns=marks)
     print(table.T.to_string(float_format=lambda value: f"{value:.5g}", na_rep=""))

@@ -316,12 +316,13 @@ def judged(runs):
         for entry in run.scores():
             metric, stated = entry["metric"], entry["protocol"]
             if metric.startswith(judge.PREFIX):
-                metric, of = metric.removeprefix(judge.PREFIX), stated["of"]
+                metric, of = metric.removeprefix(judge.PREFIX), stated.get("of")
             elif metric == "fd_detector":
                 metric, of = "fd", "samples"
             else:
                 continue
-            line = (run.name, run.config["seed"], stated["step"], stated.get("cfg_scale"), of)
+            place = (stated.get("step"), stated.get("cfg_scale"))
+            line = (run.name, run.config["seed"], *place, of)
             lines.append((*line, metric, entry["value"]))
     columns = ["run", "seed", "step", "cfg_scale", "of", "metric", "value"]
     return pd.DataFrame(lines, columns=columns)

@@ -53,6 +53,7 @@ reference: setup  ## trains and scores everything in runs/reference again, three
 	$(AGAIN) $(BIN)/python -m gear evaluate 'scenes-joint-*-size-*' 'scenes-llamagen-repa-*-size-*' --sweep cfg_scale=1,1.5
 	$(AGAIN) $(BIN)/python -m gear figures --jobs 2
 	$(AGAIN) $(BIN)/python -m gear pack runs/reference 'scenes-*' --panels 'scenes-joint*-s0'
+	$(AGAIN) $(BIN)/python -m gear pack runs/reference 'scenes-settled-*' --add --panels 'scenes-settled-*-s0'
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"

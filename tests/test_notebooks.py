@@ -94,6 +94,7 @@ ON_TINY = {
         "half": "",
         "naive_inputs": "",
         "no_warm_up": "",
+        "images": 96,
     },
     "samples": {
         "llamagen": "",

@@ -11,10 +11,10 @@ from gear.analysis.features import generator_features
 from gear.analysis.profiles import (
     NAN,
     check_observed,
-    identified,
     layer_profile,
     observed,
     sides_of_levels,
+    table_parameters,
 )
 from gear.checkpoints import load_generator, load_tokenizer
 from gear.config import Count, MissingRuns, check_value
@@ -55,7 +55,7 @@ def layer_calibration(
     `layer_profile` does, and for less than one draw.
     """
     check_value("draws", draws, Count)
-    parameters, choices = identified(
+    parameters, choices = table_parameters(
         images, k, normalise=normalise, estimator=estimator, pairing=pairing
     )
     return run.table(

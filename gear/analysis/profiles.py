@@ -60,7 +60,7 @@ def layer_profile(
     are computed on `device`, see `open_device`; a table does not record it. Raises UserError for an
     unknown choice, and for fewer tokens or images than k neighbours need.
     """
-    parameters, choices = identified(
+    parameters, choices = table_parameters(
         images, k, normalise=normalise, estimator=estimator, pairing=pairing
     )
     return run.table(
@@ -77,7 +77,7 @@ def tokenizer_profile(run, images=1_000, k=10, normalise="l2", estimator="unbias
     "teacher". The metric "ties" is the share of tokens whose k-th and (k + 1)-th neighbours are
     equally near: above one half, CKNNA measures little.
     """
-    parameters, choices = identified(images, k, normalise=normalise, estimator=estimator)
+    parameters, choices = table_parameters(images, k, normalise=normalise, estimator=estimator)
     return run.table(
         "tokenizer_profile",
         parameters,
@@ -122,7 +122,7 @@ def check_observed(run, images, k, least=4):
     check_value("images", images, Annotated[int, Range(max(least, k + 1), MOST)])
 
 
-def identified(images, k, **choices):
+def table_parameters(images, k, **choices):
     """Return the parameters that identify a table, and the choices.
 
     A choice at its default is not among the parameters, so that tables which were made before the

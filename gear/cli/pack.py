@@ -53,8 +53,9 @@ def command(names, arguments):
     check_writable(folder.absolute(), "")
     with_panels = [run.name for run in open_runs(panels)] if panels else []
     if options.add:
-        kept = [record for record in records(folder) if record.name not in {r.name for r in runs}]
-        runs = sorted([*kept, *runs], key=lambda run: run.name)
+        new_names = {run.name for run in runs}
+        earlier_records = [record for record in records(folder) if record.name not in new_names]
+        runs = sorted([*earlier_records, *runs], key=lambda run: run.name)
     write_pack(folder, runs, {run.name: run_name(run.name) for run in runs}, with_panels)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {len(runs)} records, {size / 1e6:.2f} MB")

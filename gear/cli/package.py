@@ -1,19 +1,12 @@
 """gear package: put the network of a run into the package, as the scenes teacher or detector."""
 
-import numpy as np
-import torch
-
 from gear import data
 from gear.cli.usage import Usage
 from gear.config import UserError
-from gear.data.scenes import Scenes
 from gear.evaluation import detector, judge
 from gear.runs.run import Run
 from gear.teachers import scenes
 from gear.weights import load_module, load_networks, network, write_packaged
-
-UNSEEN = 3 << 41  # number of the first scene on which the detector's error is measured
-NUM_UNSEEN = 1_000
 
 USAGE = Usage(
     names="RUN",
@@ -64,7 +57,7 @@ def _teacher(run):
 def _detector(run):
     """Return (path, network, entries of the card, words) of a run that trained the detector."""
     module = _trained(run, detector.Detector(), "detector")
-    error = {name: round(value, 4) for name, value in unseen_error(module).items()}
+    error = {name: round(value, 4) for name, value in judge.unseen_error(module).items()}
     made = "supervised on the objects of gear/data/scenes.py, half of the images blurred or noisy"
     words = ", ".join(f"{name} {value:.3f}" for name, value in error.items())
     return detector.PACKAGED, module, {"error": error, "made": made}, words
@@ -75,12 +68,3 @@ PACKAGERS = {"teacher": _teacher, "detector": _detector}
 
 def _trained(run, module, name):
     return load_module(module, network(load_networks(run), name, run.name), run.name).eval()
-
-
-def unseen_error(module):
-    """Return the error of a detector on 1,000 scenes that no network was trained on."""
-    unseen = Scenes(UNSEEN, NUM_UNSEEN, detector.SIDE)
-    positions = np.arange(NUM_UNSEEN)
-    images = data.to_float(torch.from_numpy(unseen.images(positions)))
-    objects = torch.from_numpy(unseen.objects(positions))
-    return judge.detection_error(judge.read(module, images), objects)

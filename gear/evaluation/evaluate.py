@@ -378,7 +378,7 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     with given_by(options.samples and "--samples"):
         fake = extract(options.samples or run.name, batches(), network, options.device)
     if labels is not None and not options.sample_size:
-        keep_sheet(run, step, sampling.cfg_scale, batches(), labels)
+        keep_sheet(run, step, sampling, batches(), labels)
     if options.export:
         write_atomically(
             Path(options.export).expanduser(),
@@ -415,17 +415,22 @@ def _generation(run, step, networks, config, network, real, options, sampling, c
     return records + _clip_score(batches(), protocol, options, clip) if clip else records
 
 
-def keep_sheet(run, step, cfg_scale, batches, labels):
-    """Keep one sample of each of the first 24 classes, in the order of the classes, as a picture:
-    runs/NAME/sheets/STEP-SCALE.png. A sheet that exists is left as it is.
+def keep_sheet(run, step, sampling, batches, labels):
+    """Keep 24 samples, in the order of the classes and then again from the first one, as a picture:
+    runs/NAME/sheets/STEP-SCALE.png.
 
-    batches: uint8 samples (n, H, W, 3) of the labels (N,).
+    batches: uint8 samples (n, H, W, 3) of the labels (N,). A sheet that exists is left as it is.
+    Its name states no more than step and guidance, so that other settings than the default ones
+    have no sheet, and neither have too few samples.
     """
-    path = run.path / SHEETS / f"{step:07d}-{cfg_scale:g}.png"
-    if path.exists():
+    path = run.path / SHEETS / f"{step:07d}-{sampling.cfg_scale:g}.png"
+    plain = replace(sampling, count=Sampling.count, cfg_scale=Sampling.cfg_scale)
+    by_class = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    count = 2 * PANEL_WIDTH
+    rounds = -(-count // len(by_class))
+    if path.exists() or plain != Sampling() or min(map(len, by_class)) < rounds:
         return
-    order = labels.tolist()
-    places = [order.index(label) for label in sorted(set(order))[: 2 * PANEL_WIDTH]]
+    places = torch.stack([rows[:rounds] for rows in by_class], 1).flatten()[:count]
     samples = to_float(torch.cat(list(batches))[places])
     grid = to_uint8(image_grid(samples, PANEL_WIDTH, PANEL_GAP)[None])[0].numpy()
     write_atomically(path, lambda target: Image.fromarray(grid).save(target, format="PNG"))
@@ -625,30 +630,9 @@ def metrics_table(runs):
     return table[sorted(table.columns)], protocols
 
 
-def judge_table(runs):
-    """Return what the detector says of the runs' images, as shares in [0, 1]: a row per run, step,
-    guidance scale and kind of image, a column per property.
-    """
-    rows = {}
-    for run in runs:
-        for entry in read_metrics(run):
-            stated = entry["protocol"]
-            if not entry["metric"].startswith(judge.PREFIX):
-                continue
-            # a file that was changed by hand may hold values of any kind
-            fields_of_row = (stated.get(name, "") for name in ("step", "cfg_scale", "of"))
-            values = [v if isinstance(v, (int, float, str)) else str(v) for v in fields_of_row]
-            key = (run.name, *values)
-            rows.setdefault(key, {})[entry["metric"].removeprefix(judge.PREFIX)] = entry["value"]
-    names = ("run", "step", "cfg_scale", "of")
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=judge.ATOMS)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=names) if rows else table.index
-    return table
-
-
 def report(runs):
     """Print `metrics_table`, one line per metric, and below it each protocol with its id; then
-    `judge_table`, if there is one.
+    `judge.judge_table`, if there is one.
 
     A metric in the feature space to which a generator was aligned is marked.
     """
@@ -674,4 +658,6 @@ def report(runs):
         print(f"[{key}] " + ", ".join(words))
     if judged:
         print("\nWhat the detector reads, as shares of images (class: shape and texture):")
-        print(judge_table(runs).to_string(float_format=lambda value: f"{value:.3f}", na_rep=""))
+        print(
+            judge.judge_table(runs).to_string(float_format=lambda value: f"{value:.3f}", na_rep="")
+        )

@@ -6,19 +6,24 @@
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from gear.data.scenes import OBJECT_FIELDS, TEXTURES
-from gear.evaluation.detector import GRID
+from gear.data.scenes import OBJECT_FIELDS, TEXTURES, Scenes
+from gear.evaluation.detector import GRID, SIDE
 from gear.evaluation.scores import record
 from gear.images import to_float
+from gear.runs.run import open_runs
 
 BATCH = 64
 THRESHOLD = 0.3  # probability above which a cell counts as the centre of an object
 MOST_OBJECTS = 5  # that are read in one image
 TOLERANCE = 0.1  # largest distance of a detected centre from that of an object, in image sides
 MARGIN = 0.04  # by which a centre may miss the object's ninth of the image, in image sides
+UNSEEN = 3 << 41  # number of the first scene on which the detector's error is measured
+NUM_UNSEEN = 1_000
 ATTRIBUTES = ("shape", "texture", "colour")
 PREFIX = "judge_"  # of the metrics' names
 ATOMS = ["ground", "colour", "texture", "position", "shape", "class", "number", "two", "everything"]
@@ -183,6 +188,15 @@ def detection_error(reading, objects):
     return values
 
 
+def unseen_error(detector):
+    """Return the `detection_error` of a detector on 1,000 scenes that no network was trained on."""
+    scenes = Scenes(UNSEEN, NUM_UNSEEN, SIDE)
+    positions = np.arange(NUM_UNSEEN)
+    images = to_float(torch.from_numpy(scenes.images(positions)))
+    objects = torch.from_numpy(scenes.objects(positions))
+    return detection_error(read(detector, images), objects)
+
+
 # -- records ---------------------------------------------------------------------------------------
 
 
@@ -219,3 +233,46 @@ def _records(values, protocol):
 
 def _shuffled(count):
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def judged(runs):
+    """Return what the detector said of the images of runs, one row per number.
+
+    runs: a pattern of names, or Runs. Columns: run, seed, step, cfg_scale (missing for
+    reconstructions and real scenes), of (the kind of image), metric (one of ATOMS, or
+    "fd", the Fréchet distance in the detector's space), value. A run that was not judged has no
+    rows.
+    """
+    lines = []
+    for run in open_runs(runs) if isinstance(runs, str) else runs:
+        for entry in run.scores():
+            metric, stated = entry["metric"], entry["protocol"]
+            if metric.startswith(PREFIX):
+                metric, of = metric.removeprefix(PREFIX), stated.get("of")
+            elif metric == "fd_detector":
+                metric, of = "fd", "samples"
+            else:
+                continue
+            place = (stated.get("step"), stated.get("cfg_scale"))
+            line = (run.name, run.config["seed"], *place, of)
+            lines.append((*line, metric, entry["value"]))
+    columns = ["run", "seed", "step", "cfg_scale", "of", "metric", "value"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def judge_table(runs):
+    """Return `judged` without distances, wide: the shares of images in [0, 1], one row per run,
+    step, guidance scale and kind of image, one column per property.
+    """
+    table = judged(runs)
+    table = table[table.metric.isin(ATOMS)].astype(object)
+    index = ["run", "step", "cfg_scale", "of"]
+    # real scenes have no guidance, and a file changed by hand may state anything
+    table[index] = table[index].map(
+        lambda v: v if isinstance(v, (int, float, str)) and v == v else ""
+    )
+    table["value"] = table.value.astype(float)
+    wide = table.pivot_table(
+        index=index, columns="metric", values="value", aggfunc="last", sort=False
+    )
+    return wide.reindex(columns=ATOMS)

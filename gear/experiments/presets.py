@@ -84,7 +84,8 @@ SCENES_SETTLED = change(
 """The scenes preset with a schedule at whose end losses stand still: the reference of the results.
 
 Command: gear train scenes-settled-gear-s0 --cached
-Cost: an hour on one CPU core for the eight headline methods of one seed, parents included.
+Cost: about an hour on one CPU core for the eight headline methods of one seed, parents included
+(an estimate from the time per step; scores take half an hour more).
 Expected result: the next-token loss on validation images moves by less than 0.02 nats over the last
 tenth of the steps.
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gear.analysis.code_length import code_length, nats_per_image
 from gear.config import Count, MissingRuns, UserError, changed_words, check_value, from_dict
 from gear.data import DataConfig, open_source
 from gear.data.stores import DOWNLOADS
 from gear.data.trained import place_of
-from gear.evaluation import judge
 from gear.evaluation.evaluate import scores
 from gear.experiments.studies import Scoring, members, num_real, of_study, space
 from gear.generator.sampling import Guidance
 from gear.runs.run import Run, open_runs, run_names
-from gear.tokenizer.config import TokenizerConfig
+from gear.tokenizer.config import token_grid
 
 # A run with these metrics is scored: one metric of samples and one of reconstructions, which every
 # evaluation writes.
@@ -275,7 +275,7 @@ def summary(table):
     return text.unstack("metric")[metrics].rename(columns=TITLES)
 
 
-# -- rate, distortion and what the judge says ------------------------------------------------------
+# -- rate and distortion ---------------------------------------------------------------------------
 
 
 def rate_distortion(runs):
@@ -292,37 +292,26 @@ def rate_distortion(runs):
         log = run.metrics()
         for row in log.dropna(subset=["val/ntp_loss", "val/psnr"]).itertuples(index=False):
             values = dict(zip(log.columns, row))
-            bits = values["val/ntp_loss"] * num_tokens(run.config) / math.log(2)
+            bits = values["val/ntp_loss"] * math.prod(token_grid(run.config)) / math.log(2)
             lines.append((run.name, run.config["seed"], values["step"], bits, values["val/psnr"]))
     return pd.DataFrame(lines, columns=["run", "seed", "step", "bits", "psnr"])
 
 
-def num_tokens(config):
-    """Return the number of tokens of an image under a run's configuration, a dict."""
-    tokenizer = from_dict(TokenizerConfig, config["tokenizer"])
-    return (config["data"]["image_size"] // tokenizer.downsampling) ** 2
+def code_lengths(runs, images=8_000):
+    """Return the prequential code length of the tokenizers that runs train or read, one row per
+    run: see `gear.analysis.code_length`.
 
-
-def judged(runs):
-    """Return what the detector said of the images of runs, one row per number.
-
-    runs: a pattern of names, or Runs. Columns: run, seed, step, cfg_scale (missing for
-    reconstructions and real scenes), of (the kind of image), metric (one of `judge.ATOMS`, or
-    "fd", the Fréchet distance in the detector's space), value. A run that was not judged has no
-    rows.
+    runs: a pattern of names, or Runs. Columns: run, seed, nats, the mean length per image of the
+    first `images` training images. A length is missing where the tokenizer's run has neither the
+    kept table nor weights to compute it.
     """
     lines = []
     for run in open_runs(runs) if isinstance(runs, str) else runs:
-        for entry in run.scores():
-            metric, stated = entry["metric"], entry["protocol"]
-            if metric.startswith(judge.PREFIX):
-                metric, of = metric.removeprefix(judge.PREFIX), stated.get("of")
-            elif metric == "fd_detector":
-                metric, of = "fd", "samples"
-            else:
-                continue
-            place = (stated.get("step"), stated.get("cfg_scale"))
-            line = (run.name, run.config["seed"], *place, of)
-            lines.append((*line, metric, entry["value"]))
-    columns = ["run", "seed", "step", "cfg_scale", "of", "metric", "value"]
-    return pd.DataFrame(lines, columns=columns)
+        source = run if run.config["stage"] != "generator" else run.config["tokenizer_run"]
+        try:
+            table = code_length(Run.open(source) if isinstance(source, str) else source, images)
+            nats = nats_per_image(table)
+        except MissingRuns:
+            nats = math.nan
+        lines.append((run.name, run.config["seed"], nats))
+    return pd.DataFrame(lines, columns=["run", "seed", "nats"])

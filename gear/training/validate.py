@@ -42,13 +42,16 @@ class Validation:
     def __call__(self):
         """Return the metrics of the current step, {name: float}."""
         state, config = self.state, self.state.config
-        if state.teacher is not None or state.detector is not None:
+        supervised_losses = (
+            state.teacher.factor_losses
+            if state.teacher is not None
+            else state.detector.object_losses
+            if state.detector is not None
+            else None
+        )
+        if supervised_losses is not None:
             with torch.no_grad():
-                losses = (
-                    state.teacher.factor_losses(self.images, self.labels)
-                    if state.teacher is not None
-                    else state.detector.object_losses(self.images, self.labels)
-                )
+                losses = supervised_losses(self.images, self.labels)
             return {f"val/{name}": float(value) for name, value in losses.items()}
         averages = {name: average.module for name, average in state.averages.items()}
         tokenizer = averages.get("tokenizer", state.tokenizer)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gear.__main__ import main
-from gear.cli.package import unseen_error
 from gear.config import UserError, from_dict
 from gear.data import DataConfig, Source
 from gear.data.scenes import GROUNDS, OBJECT_FIELDS, Scenes
@@ -24,6 +23,7 @@ from gear.evaluation.detector import (
     focal_loss,
     load_detector,
 )
+from gear.evaluation.judge import NUM_UNSEEN, UNSEEN, unseen_error
 from gear.experiments.recipes import plan, recipe
 from gear.files import ROOT
 from gear.images import to_float
@@ -70,8 +70,6 @@ def test_the_detector_trains_on_scenes_beyond_every_split():
         for source in [Source(replace(recipe("detector-scenes").data, labels=labels))]
         for split in ("train", "val")
     ]
-    from gear.cli.package import NUM_UNSEEN, UNSEEN
-
     ranges = sorted([*splits, (UNSEEN, NUM_UNSEEN)])
     assert all(a + n <= b for (a, n), (b, _) in zip(ranges, ranges[1:])) and len(ranges) == 5
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import record_scored
 
 from gear.data.scenes import Scenes
 from gear.evaluation import judge
@@ -11,11 +12,21 @@ from gear.evaluation.evaluate import (
     EvaluateOptions,
     Sampling,
     evaluate_run,
-    judge_table,
+    keep_sheet,
     read_metrics,
     report,
 )
-from gear.evaluation.judge import Reading, atoms, detection_error, label_atoms, matches, read
+from gear.evaluation.judge import (
+    Reading,
+    atoms,
+    detection_error,
+    judge_table,
+    label_atoms,
+    matches,
+    read,
+)
+from gear.experiments.recipes import recipe
+from gear.figures import sheet_rows
 from gear.images import to_float
 from gear.runs.run import Run
 
@@ -162,3 +173,20 @@ def test_the_judge_reads_the_steps_and_scales_that_are_asked_for(tiny):
     rows = judge_table([Run.open("tiny")]).reset_index()
     assert set(rows.cfg_scale[rows.of == "samples"]) == {1.0, 2.0}
     assert all("fd_scenes" != record["metric"] for record in read_metrics(Run.open("tiny")))
+
+
+def test_a_sheet_shows_the_classes_in_turn_whatever_their_number(home):
+    """Ten classes fill two rows of twelve; other settings and too few samples leave no sheet."""
+    run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    labels = torch.arange(10).repeat(3).flip(0)
+    shades = (8 * labels + torch.arange(30) // 10).to(torch.uint8)
+    batches = shades[:, None, None, None].expand(-1, 32, 32, 3).split(16)
+    keep_sheet(run, 24, Sampling(count=30, temperature=0.5), batches, labels)
+    keep_sheet(run, 24, Sampling(count=30, seed=1), batches, labels)
+    keep_sheet(run, 24, Sampling(count=20), batches[:1], labels[:16])
+    assert run.sheets() == {}
+    keep_sheet(run, 24, Sampling(count=30, cfg_scale=3.0), batches, labels)
+    rows = sheet_rows(run, 24, 3.0)
+    seen = np.concatenate([255 * row[:, 0, 0, 0] for row in rows]).round().astype(int)
+    expected = [8 * (i % 10) + i // 10 for i in range(24)]
+    assert seen.tolist() == expected

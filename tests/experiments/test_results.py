@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers import record_judged, record_scored, record_study
 
+from gear.analysis.code_length import code_length, nats_per_image
 from gear.config import UserError, to_dict
 from gear.evaluation import judge
 from gear.experiments import results
@@ -16,6 +17,7 @@ from gear.experiments.recipes import recipe
 from gear.experiments.studies import Scoring
 from gear.runs.folder import runs_dir
 from gear.runs.run import Run
+from gear.tokenizer.config import token_grid
 
 
 def test_scores_are_read_at_their_step_and_guidance():
@@ -185,15 +187,15 @@ def test_rate_and_distortion_by_hand(home):
         {"run": "tiny-gear-s0", "seed": 0, "step": 24, "bits": pytest.approx(64), "psnr": 20.5}
     ]
     small = to_dict(replace(config, data=replace(config.data, image_size=16)))
-    assert results.num_tokens(small) == 16
+    assert math.prod(token_grid(small)) == 16
     assert results.rate_distortion([]).empty
 
 
 def test_what_the_detector_said_is_a_table(home):
     run = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
-    assert results.judged([run]).empty
+    assert judge.judged([run]).empty
     record_judged(run)
-    table = results.judged("tiny-gear-s0")
+    table = judge.judged("tiny-gear-s0")
     assert set(table.of) == {"samples", "reconstructions"}
     assert set(table.metric) == {*judge.ATOMS, "fd"}
     at_scale = table[(table.step == 24) & (table.cfg_scale == 3) & (table.metric == "class")]
@@ -205,3 +207,12 @@ def test_what_the_detector_said_is_a_table(home):
     ]
     assert at_scale.value.tolist() == expected and len(expected) == 1
     assert table[table.of == "reconstructions"].cfg_scale.isna().all()
+
+
+def test_code_lengths_are_those_of_the_tokenizer(tiny):
+    """A generator's is its tokenizer's; without weights and without the table there is none."""
+    table = results.code_lengths([Run.open("tiny"), Run.open("tiny-joint")], images=64)
+    own = nats_per_image(code_length(Run.open("tiny-joint"), 64))
+    assert table.nats.tolist() == [own, own] and table.run.tolist() == ["tiny", "tiny-joint"]
+    orphan = record_scored("tiny-gear-s0", recipe("tiny-gear-s0"))
+    assert results.code_lengths([orphan], images=64).nats.isna().all()
